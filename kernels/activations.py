@@ -1,0 +1,112 @@
+"""SwiGLU, silu(gate) · up, the gate of Llama-like feed-forward blocks (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+# Elements per block of rows on the CPU, so that a second operation on a block finds it in the cache.
+_BLOCK_ELEMENTS = 1 << 18
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up in plain operations, any floating dtype; shapes as in `swiglu`."""
+    return F.silu(gate) * up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up.
+
+    Args:
+        gate, up: [..., F], the same shape and floating dtype.
+
+    Returns:
+        [..., F] in their dtype. The backward keeps gate and up only, and computes silu(gate) again.
+
+    Raises:
+        ValueError: shapes or dtypes differ.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree"
+        )
+    return _SwiGLU.apply(gate, up)
+
+
+def swiglu_packed(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of one tensor [..., 2F] that holds gate and then up, as a fused projection writes it.
+
+    Against `swiglu` on the two halves this saves the copies that join their gradients.
+
+    Raises:
+        ValueError: the last dimension is odd.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu_packed: the last dimension holds gate and up, but {gate_up.shape[-1]} is odd")
+    return _SwiGLUPacked.apply(gate_up)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """X as a matrix of its last dimension's rows."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _block_rows(x_NF: Tensor) -> int:
+    """Rows per block; one block where there is no CPU cache to keep them in."""
+    return max(1, _BLOCK_ELEMENTS // x_NF.shape[1] if x_NF.is_cpu else len(x_NF))
+
+
+def _forward_rows(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    out_NF = torch.empty_like(gate_NF, memory_format=torch.contiguous_format)
+    rows = _block_rows(gate_NF)
+    for gate, up, out in zip(gate_NF.split(rows), up_NF.split(rows), out_NF.split(rows)):
+        torch.ops.aten.silu.out(gate, out=out)
+        out.mul_(up)
+    return out_NF
+
+
+def _backward_rows(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor) -> None:
+    """Write both gradients: d up = g silu(gate), d gate = g up silu'(gate)."""
+    rows = _block_rows(gate_NF)
+    tensors = (grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF)
+    for grad, gate, up, grad_gate, grad_up in zip(*(tensor.split(rows) for tensor in tensors)):
+        torch.ops.aten.silu.out(gate, out=grad_up)
+        grad_up.mul_(grad)
+        torch.mul(grad, up, out=grad_gate)
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """`swiglu`: saves its inputs."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _forward_rows(_rows(gate), _rows(up)).view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
+        _backward_rows(_rows(grad), _rows(gate), _rows(up), _rows(grad_gate), _rows(grad_up))
+        return grad_gate, grad_up
+
+
+class _SwiGLUPacked(torch.autograd.Function):
+    """`swiglu_packed`: saves its input; the gradient is one tensor of the input's shape."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate_NF, up_NF = _rows(gate_up).chunk(2, dim=-1)
+        return _forward_rows(gate_NF, up_NF).view(*gate_up.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        _backward_rows(_rows(grad), *_rows(gate_up).chunk(2, dim=-1), *_rows(grad_gate_up).chunk(2, dim=-1))
+        return grad_gate_up

@@ -1,0 +1,337 @@
+"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464, eq. 10): decay the state, then correct its answer to k_t.
+
+    S  <- exp(log_decay_t) S_{t-1}                  S in R^{K x V}, one decay per head
+    u_t = beta_t (v_t - S^T k_t)
+    S_t = S + k_t u_t^T
+    o_t = scale * S_t^T q_t
+
+Chunked form (the UT transform of arXiv 2406.06484, section 3, with decays). With k' = beta k, Gamma_ij the decay from
+token j (exclusive) to i (inclusive), P_i from the chunk's start to i, R_j from j to its end, S the state at its start:
+
+    A_k = stril(K K'^T * Gamma)      A_q = tril(Q K'^T * Gamma)
+    r   = (I + A_k)^-1 (V - (P K) S)                   r_i = u_i / beta_i: what the state got wrong at token i
+    O   = (P Q) S + A_q r
+    S'  = P_last S + (R K')^T r
+
+Writing the residual r instead of u puts beta into k' alone, so that no step divides by it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.backend import resolve
+from kernels.linear_attention._chunks import (
+    ChunkLayout,
+    add_product,
+    check_inputs,
+    chunk_layout,
+    compute_dtype,
+    decay_levels,
+    implementations,
+    level_blocks,
+    operand_dtype,
+    product,
+    recurrence,
+    sum_over_spans,
+)
+
+
+def gated_delta_rule_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token; arguments as in `gated_delta_rule`, always returns the final state."""
+    heads, _ = check_inputs(q, k, v, {"log_decay": (log_decay, None), "beta": (beta, None)}, initial_state, cu_seqlens)
+
+    def step(state_BHKV: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BH: Tensor, beta_BH: Tensor) -> Tensor:
+        state_BHKV = log_decay_BH.exp()[..., None, None] * state_BHKV
+        error_BHV = v_BHV - torch.einsum("bhkv,bhk->bhv", state_BHKV, k_BHK)
+        return state_BHKV + k_BHK[..., None] * (beta_BH[..., None] * error_BHV)[..., None, :]
+
+    return recurrence(step, q, (k, v, log_decay, beta), heads, scale, initial_state, cu_seqlens)
+
+
+def _pairwise_decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Step decays `[G, C, 1]` to Gamma `[G, C, C]` (zero above the diagonal), P and R `[G, C, 1]`; changes `decay`."""
+    gamma = torch.diag_embed(torch.ones_like(decay[..., 0]))
+    after = torch.ones_like(decay)
+    for half, rows, columns in decay_levels(decay, after):
+        torch.mul(rows, columns.mT, out=level_blocks(gamma, half))
+    return gamma, decay, after
+
+
+def _unit_lower_inverse(strict: Tensor) -> Tensor:
+    """(I + strict)^-1 for strictly lower triangular `[G, C, C]`: 4x4 blocks by a series, then merged in pairs.
+
+    [[T1, 0], [L, T2]]^-1 = [[T1^-1, 0], [-T2^-1 L T1^-1, T2^-1]]. At size 4 the series ends with the third power; at
+    larger sizes its terms grow and cancel (binomially, for a repeated key), which the merge does not.
+    """
+    chunk = strict.shape[-1]
+    block = 4
+    diagonal = _diagonal_blocks(strict, block).reshape(-1, block, block)
+    identity = torch.eye(block, dtype=strict.dtype, device=strict.device)
+    inverse = torch.baddbmm(identity - diagonal, identity - diagonal, torch.bmm(diagonal, diagonal))
+    while block < chunk:
+        pairs = inverse.view(-1, 2, block, block)
+        lower = level_blocks(strict, block).reshape(-1, block, block)
+        merged = strict.new_zeros(len(pairs), 2 * block, 2 * block)
+        merged[:, :block, :block] = pairs[:, 0]
+        merged[:, block:, block:] = pairs[:, 1]
+        merged[:, block:, :block] = torch.bmm(pairs[:, 1], torch.bmm(lower, pairs[:, 0])).neg_()
+        inverse, block = merged, 2 * block
+    return inverse
+
+
+def _diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
+    """The diagonal blocks of `[G, C, C]`: a view `[G, C/block, block, block]`."""
+    groups, chunk, _ = matrix.shape
+    blocks = matrix.view(groups, chunk // block, block, chunk // block, block)
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+class _Chunks:
+    """What forward and backward both need of the inputs, as `[G, C, D]` with G = N * heads.
+
+    `kq` is k above scale * q `[G, 2C, K]`. What is only ever multiplied is in the dtype `operands`, the rest in `full`.
+    """
+
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        heads: int,
+        scale: float,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        q: Tensor,
+        k: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+    ) -> None:
+        self.full, self.operands = dtypes
+
+        def packed(x: Tensor) -> Tensor:
+            return layout.pack(x, heads, self.full).view(-1, layout.chunk, x.shape[-1])
+
+        self.kq = torch.cat((packed(k), packed(q).mul_(scale)), dim=1)
+        self.k = self.kq[:, : layout.chunk]
+        self.beta = packed(beta[..., None])
+        self.gamma, self.until, self.after = _pairwise_decays(packed(log_decay[..., None]).exp_())
+        k_beta = self.k * self.beta
+        self.k_beta = k_beta.to(self.operands)
+        self.k_written = (k_beta * self.after).to(self.operands)
+        self.kq_decayed = _stacked(self.kq).mul(self.until[:, None]).view_as(self.kq).to(self.operands)
+        self.kq_operand = self.kq.to(self.operands)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return product(a, b, self.operands, self.full)
+
+    def scores(self) -> Tensor:
+        """A_k above A_q, `[G, 2C, C]`."""
+        scores = self.product(self.kq_operand, self.k_beta.mT)
+        _mask_scores(scores, self.gamma)
+        return scores
+
+
+def _stacked(x: Tensor) -> Tensor:
+    """`[G, 2C, D]` as `[G, 2, C, D]`."""
+    return x.view(x.shape[0], 2, -1, x.shape[-1])
+
+
+def _mask_scores(scores: Tensor, gamma: Tensor) -> None:
+    """Multiplies both halves of `[G, 2C, C]` by Gamma and clears the diagonal of the first, in place."""
+    pair = _stacked(scores)
+    pair *= gamma[:, None]
+    pair[:, 0].diagonal(dim1=1, dim2=2).zero_()
+
+
+def _scan(
+    layout: ChunkLayout, heads: int, state: Tensor, chunks: _Chunks, inverse: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs `state` `[N_sequences, H, K, V]` over the chunks in place; turns `v` into v - (P K) S.
+
+    Returns (P Q) S `[G, C, V]`, the state at each chunk's start `[G, K, V]` and the residual r `[G, C, V]`.
+    """
+    chunk, (key_dim, value_dim) = layout.chunk, state.shape[2:]
+    from_state = torch.empty_like(v)
+    states = inverse.new_empty(len(v), key_dim, value_dim)
+    residual = inverse.new_empty(v.shape)
+    decay = chunks.until[:, -1:]
+    for first, count in layout.spans:
+        here, active = slice(first * heads, (first + count) * heads), state[:count].view(-1, key_dim, value_dim)
+        states[here] = active
+        read = torch.bmm(chunks.kq_decayed[here], states[here])
+        from_state[here] = read[:, chunk:]
+        torch.bmm(inverse[here], v[here].sub_(read[:, :chunk]).to(inverse.dtype), out=residual[here])
+        add_product(active.mul_(decay[here]), chunks.k_written[here].mT, residual[here], inverse.dtype)
+    return from_state, states, residual
+
+
+def _scan_backward(
+    layout: ChunkLayout,
+    heads: int,
+    d_state: Tensor,
+    chunks: _Chunks,
+    inverse: Tensor,
+    d_residual: Tensor,
+    d_reads: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Runs `d_state` back over the chunks in place; adds to `d_residual` and fills the first half of `d_reads`.
+
+    Returns the gradient of v `[G, C, V]` and that of the state after each chunk `[G, K, V]`.
+    """
+    chunk, (key_dim, value_dim) = layout.chunk, d_state.shape[2:]
+    d_v = torch.empty_like(d_residual)
+    d_after = inverse.new_empty(len(d_v), key_dim, value_dim)
+    decay = chunks.until[:, -1:]
+    for first, count in reversed(layout.spans):
+        here, active = slice(first * heads, (first + count) * heads), d_state[:count].view(-1, key_dim, value_dim)
+        d_after[here] = active
+        d_r = add_product(d_residual[here], chunks.k_written[here], d_after[here], inverse.dtype)
+        d_v_here = torch.bmm(inverse[here].mT, d_r.to(inverse.dtype))
+        d_v[here] = d_v_here
+        torch.neg(d_v_here, out=d_reads[here, :chunk])
+        add_product(active.mul_(decay[here]), chunks.kq_decayed[here].mT, d_reads[here], inverse.dtype)
+    return d_v, d_after
+
+
+def _decay_gradient(chunks: _Chunks, scores_d_scores: Tensor, d_kq_decayed: Tensor, d_k_written: Tensor) -> Tensor:
+    """The gradient `[G, C, 1]` of log_decay, all but the part through the state's own decay over the chunk.
+
+    `scores_d_scores`, the scores times their gradients `[G, 2C, C]`, is the gradient of log Gamma.
+    """
+    d_log_gamma = _stacked(scores_d_scores).sum(1)
+    # The decay from a token to itself is 1 at any log_decay; the sums below would cancel it, but only up to rounding.
+    d_log_gamma.diagonal(dim1=1, dim2=2).zero_()
+    d_until = _stacked((d_kq_decayed * chunks.kq_decayed).sum(-1, keepdim=True)).sum(1)
+    d_after = (d_k_written * chunks.k_written).sum(-1, keepdim=True)
+    d_cumulative = d_log_gamma.sum(2, keepdim=True) - d_log_gamma.sum(1)[..., None] + d_until
+    return sum_over_spans(d_cumulative, d_after)
+
+
+class _ChunkedGatedDeltaRule(torch.autograd.Function):
+    """The chunked form. Saves its inputs, the inverse, r and each chunk's first state; the rest is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        scale: float,
+        layout: ChunkLayout,
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        chunk, key_dim, value_dim = layout.chunk, q.shape[-1], v.shape[-1]
+        full = compute_dtype(q, k, v, log_decay, beta, initial_state)
+        chunks = _Chunks(layout, heads, scale, (full, operand_dtype(q, k, v, full)), q, k, log_decay, beta)
+        scores = chunks.scores()
+        inverse = _unit_lower_inverse(scores[:, :chunk]).to(chunks.operands)
+        state = layout.sort_state(initial_state, (layout.num_sequences, heads, key_dim, value_dim), scores)
+        v_c = layout.pack(v, heads, full).view(-1, chunk, value_dim)
+        o, states, residual = _scan(layout, heads, state, chunks, inverse, v_c)
+        add_product(o, scores[:, chunk:], residual, chunks.operands)
+        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, inverse, residual, states)
+        ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
+        o = layout.unpack(o.view(-1, heads, chunk, value_dim), (*v.shape[:2], heads, value_dim), v.dtype)
+        return o, layout.unsort_state(state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, beta, initial_state, inverse, residual, states = ctx.saved_tensors
+        scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
+        chunk = layout.chunk
+        full = compute_dtype(q, k, v, log_decay, beta, initial_state)
+        chunks = _Chunks(layout, heads, scale, (full, states.dtype), q, k, log_decay, beta)
+        scores = chunks.scores()
+        d_state = layout.sort_state(d_final, (layout.num_sequences, heads, *states.shape[1:]), scores)
+        # The gradient of what is read from the state: of (P K) S above that of (P Q) S.
+        d_reads = residual.new_empty(residual.shape[0], 2 * chunk, residual.shape[-1])
+        d_reads[:, chunk:] = layout.pack(d_o, heads, states.dtype).view_as(residual)
+        d_residual = chunks.product(scores[:, chunk:].mT, d_reads[:, chunk:])
+        d_v, d_after = _scan_backward(layout, heads, d_state, chunks, inverse, d_residual, d_reads)
+
+        d_scores = chunks.product(d_reads, residual.mT)
+        d_kq_decayed = chunks.product(d_reads, states.mT)
+        d_k_written = chunks.product(residual, d_after.mT)
+        d_log_decay = _decay_gradient(chunks, scores.mul_(d_scores), d_kq_decayed, d_k_written)
+        d_log_decay += (d_after * states).sum((1, 2), dtype=full)[:, None, None] * chunks.until[:, -1:]
+        _mask_scores(d_scores, chunks.gamma)
+        d_scores = d_scores.to(chunks.operands)
+        d_k_beta = chunks.product(d_scores.mT, chunks.kq_operand).addcmul_(d_k_written, chunks.after)
+        _stacked(d_kq_decayed).mul_(chunks.until[:, None])
+        d_kq = add_product(d_kq_decayed, d_scores, chunks.k_beta, chunks.operands)
+        d_k = torch.addcmul(d_kq[:, :chunk], d_k_beta, chunks.beta)
+        d_q = d_kq[:, chunk:] * scale
+        d_beta = torch.linalg.vecdot(d_k_beta, chunks.k)
+
+        def unpacked(x: Tensor, like: Tensor) -> Tensor:
+            shape = like.shape if like.dim() == 4 else (*like.shape, 1)
+            return layout.unpack(x.view(-1, heads, chunk, shape[-1]), shape, like.dtype).view(like.shape)
+
+        grads = [
+            unpacked(x, like) for x, like in ((d_q, q), (d_k, k), (d_v, v), (d_log_decay, log_decay), (d_beta, beta))
+        ]
+        d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
+        return *grads, d_initial, None, None, None
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule (arXiv 2412.06464): S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
+
+    Args:
+        q, k: `[B, T, H, K]`, used as given (the recurrence is stable for k of norm <= 1). float32, bfloat16 or float64.
+        v: `[B, T, H, V]`.
+        log_decay: `[B, T, H]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
+        beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
+        scale: multiplies the output; K^-1/2 by default.
+        initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
+        output_final_state: whether to return the final state, else None.
+        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
+        backend: auto, reference (token by token) or torch (chunked).
+
+    Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
+
+    Returns:
+        o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` in float32 (float64 if any input is) or None.
+
+    Raises:
+        ValueError: if shapes, heads, `cu_seqlens` or `backend` are not as above.
+    """
+    heads, bounds = check_inputs(
+        q, k, v, {"log_decay": (log_decay, None), "beta": (beta, None)}, initial_state, cu_seqlens
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        if resolve("gated_delta_rule", backend, implementations(q.shape[1])) == "reference":
+            o, state = gated_delta_rule_reference(
+                q, k, v, log_decay, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+            )
+        else:
+            layout = chunk_layout(bounds, q.device)
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            o, state = _ChunkedGatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, scale, layout, heads)
+    return o, state if output_final_state else None

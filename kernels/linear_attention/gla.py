@@ -1,0 +1,242 @@
+"""Gated linear attention (GLA, arXiv 2312.06635, eq. 3): a decay for every key channel.
+
+    S_t = Diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T        S in R^{K x V}
+    o_t = scale * S_t^T q_t
+
+Chunked form (section 4), with P_i the product of the decays from the chunk's start to token i, R_j from after j to its
+end, and S the state at its start:
+
+    O  = (Q * P) S + A V,    A_ij = sum_c q_ic k_jc decay_c(j -> i)  for j <= i
+    S' = Diag(P_last) S + (K * R)^T V
+
+The paper evaluates A with sub-chunk reference points. Here the reference points are the splits of a binary tree over
+the chunk (`decay_levels`): every pair j < i meets at one split s, where decay(j -> i) = decay(s -> i) * decay(j -> s),
+both factors <= 1, and a level of the tree is one batched matrix product. The decays of each level follow from the level
+below by one multiplication, so the whole chunk needs one exp per element and nothing can overflow at any decay.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.backend import resolve
+from kernels.linear_attention._chunks import (
+    ChunkLayout,
+    add_product,
+    check_inputs,
+    chunk_layout,
+    compute_dtype,
+    decay_levels,
+    implementations,
+    level_blocks,
+    operand_dtype,
+    product,
+    recurrence,
+    sum_over_spans,
+)
+
+
+def gla_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token; arguments as in `gla`, always returns the final state."""
+    heads, _ = check_inputs(q, k, v, {"log_decay": (log_decay, q.shape[-1])}, initial_state, cu_seqlens)
+
+    def step(state_BHKV: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BHK: Tensor) -> Tensor:
+        return log_decay_BHK.exp()[..., None] * state_BHKV + k_BHK[..., None] * v_BHV[..., None, :]
+
+    return recurrence(step, q, (k, v, log_decay), heads, scale, initial_state, cu_seqlens)
+
+
+def _packed(
+    layout: ChunkLayout,
+    heads: int,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Packs scale * q, k, v (in the operands' dtype), the decays, and ones like them: `[G, C, D]`, G = N * heads."""
+    dtype = compute_dtype(q, k, v, log_decay, initial_state)
+    dtypes = dtype, dtype, operand_dtype(q, k, v, dtype), dtype
+    q, k, v, decay = (
+        layout.pack(x, heads, x_dtype).view(-1, layout.chunk, x.shape[-1])
+        for x, x_dtype in zip((q, k, v, log_decay), dtypes, strict=True)
+    )
+    return q.mul_(scale), k, v, decay.exp_(), torch.ones_like(decay)
+
+
+def _intra_scores(q: Tensor, k: Tensor, until: Tensor, after: Tensor) -> Tensor:
+    """A `[G, C, C]`, lower triangular. Leaves `until` and `after` as P and R (see `decay_levels`)."""
+    groups, chunk, dim = q.shape
+    scores = q.new_zeros(groups, chunk, chunk)
+    scores.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k))
+    for half, rows, columns in decay_levels(until, after):
+        q_right = (_halves(q, half)[:, :, 1] * rows).view(-1, half, dim)
+        k_left = (_halves(k, half)[:, :, 0] * columns).view(-1, half, dim)
+        level_blocks(scores, half).copy_(torch.bmm(q_right, k_left.mT).view(groups, -1, half, half))
+    return scores
+
+
+def _intra_backward(q: Tensor, k: Tensor, until: Tensor, after: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k through A without its diagonal. Leaves `until` and `after` as P and R."""
+    dim = q.shape[-1]
+    d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
+    for half, rows, columns in decay_levels(until, after):
+        d_block = level_blocks(d_scores, half).reshape(-1, half, half)
+        q_right = (_halves(q, half)[:, :, 1] * rows).view(-1, half, dim)
+        k_left = (_halves(k, half)[:, :, 0] * columns).view(-1, half, dim)
+        _halves(d_q, half)[:, :, 1].addcmul_(rows, _small_matmul(d_block, k_left).view(rows.shape))
+        _halves(d_k, half)[:, :, 0].addcmul_(columns, _small_matmul(d_block.mT, q_right).view(rows.shape))
+    return d_q, d_k
+
+
+def _halves(x: Tensor, half: int) -> Tensor:
+    return x.view(x.shape[0], -1, 2, half, x.shape[-1])
+
+
+def _small_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a `[n, m, m]` @ b `[n, m, K]`; at m = 1 and 2 torch.bmm's CPU loop is up to ten times slower."""
+    if a.shape[-1] > 2:
+        return torch.bmm(a, b)
+    first = a[:, :, :1] * b[:, :1]
+    return first if a.shape[-1] == 1 else first.addcmul_(a[:, :, 1:], b[:, 1:])
+
+
+def _scan(layout: ChunkLayout, state: Tensor, decay: Tensor, increments: Tensor, reverse: bool = False) -> Tensor:
+    """Runs state = decay * state + increment over the chunk positions, in place; returns the state met by each chunk.
+
+    state `[N_sequences, H, K, V]`, decay `[N, H, K, 1]`, increments `[N, H, K, V]`; returns `[N, H, K, V]`.
+    """
+    met = torch.empty_like(increments)
+    for first, count in reversed(layout.spans) if reverse else layout.spans:
+        chunks, active = slice(first, first + count), state[:count]
+        met[chunks] = active
+        torch.addcmul(increments[chunks], active, decay[chunks], out=active)
+    return met
+
+
+class _ChunkedGLA(torch.autograd.Function):
+    """The chunked form. Saves its inputs, A and the state at each chunk's start; the rest is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        initial_state: Tensor | None,
+        scale: float,
+        layout: ChunkLayout,
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        q_c, k_c, v_c, until, after = _packed(layout, heads, scale, q, k, v, log_decay, initial_state)
+        key_dim, value_dim, full, operands = q.shape[-1], v.shape[-1], q_c.dtype, v_c.dtype
+        scores = _intra_scores(q_c, k_c, until, after).to(operands)
+        increments = product(k_c.mul_(after).mT, v_c, operands, full).view(-1, heads, key_dim, value_dim)
+        state = layout.sort_state(initial_state, (layout.num_sequences, heads, key_dim, value_dim), q_c)
+        states = _scan(layout, state, until[:, -1].view(-1, heads, key_dim, 1), increments)
+        states = states.view(-1, key_dim, value_dim).to(operands)
+        o = add_product(product(scores, v_c, operands, full), q_c.mul_(until), states, operands)
+        ctx.save_for_backward(q, k, v, log_decay, initial_state, scores, states)
+        ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
+        o_shape = (*v.shape[:2], heads, value_dim)
+        o = layout.unpack(o.view(-1, heads, layout.chunk, value_dim), o_shape, v.dtype)
+        return o, layout.unsort_state(state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, initial_state, scores, states = ctx.saved_tensors
+        scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
+        q_c, k_c, v_c, until, after = _packed(layout, heads, scale, q, k, v, log_decay, initial_state)
+        full, operands = q_c.dtype, v_c.dtype
+        d_o_c = layout.pack(d_o, heads, operands).view_as(v_c)
+        d_scores = product(d_o_c, v_c.mT, operands, full)
+        d_q, d_k = _intra_backward(q_c, k_c, until, after, d_scores)
+        # Each score moves log_decay between its two tokens: + from the row on, - from the column on. A score on the
+        # diagonal moves none, so the diagonal joins after this; it would cancel, but only up to rounding.
+        d_cumulative = (q_c * d_q).addcmul_(k_c, d_k, value=-1)
+        diagonal = d_scores.diagonal(dim1=1, dim2=2)[..., None]
+        d_q.addcmul_(diagonal, k_c)
+        d_k.addcmul_(diagonal, q_c)
+
+        state_shape = (-1, heads, *states.shape[1:])
+        decay = until[:, -1]
+        reads = product((q_c * until).mT, d_o_c, operands, full).view(state_shape)
+        d_state = layout.sort_state(d_final, (layout.num_sequences, *state_shape[1:]), q_c)
+        d_after = _scan(layout, d_state, decay.view(*reads.shape[:3], 1), reads, reverse=True).view(states.shape)
+        d_total = (d_after * states).sum(-1).mul_(decay)
+        d_after = d_after.to(operands)
+        d_v = add_product(product(scores.mT, d_o_c, operands, full), k_c * after, d_after, operands)
+        d_q_inter = product(d_o_c, states.mT, operands, full).mul_(until)
+        d_k_inter = product(v_c, d_after.mT, operands, full).mul_(after)
+        # The state read at i has seen the decays up to i; what j writes into the state sees those after j.
+        d_cumulative.addcmul_(q_c, d_q_inter)
+        d_log_decay = sum_over_spans(d_cumulative, k_c * d_k_inter).add_(d_total[:, None])
+        d_q.add_(d_q_inter).mul_(scale)
+        d_k += d_k_inter
+
+        def unpacked(x: Tensor, like: Tensor) -> Tensor:
+            return layout.unpack(x.view(-1, heads, layout.chunk, x.shape[-1]), like.shape, like.dtype)
+
+        d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
+        grads = unpacked(d_q, q), unpacked(d_k, k), unpacked(d_v, v), unpacked(d_log_decay, log_decay)
+        return *grads, d_initial, None, None, None
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention (arXiv 2312.06635): S <- Diag(exp(log_decay)) S + k v^T, o = scale * S^T q.
+
+    Args:
+        q, k: `[B, T, H, K]`, used as given. float32, bfloat16 or float64.
+        v: `[B, T, H, V]`.
+        log_decay: `[B, T, H, K]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
+        scale: multiplies the output; K^-1/2 by default.
+        initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
+        output_final_state: whether to return the final state, else None.
+        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
+        backend: auto, reference (token by token) or torch (chunked).
+
+    Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
+
+    Returns:
+        o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` in float32 (float64 if any input is) or None.
+
+    Raises:
+        ValueError: if shapes, heads, `cu_seqlens` or `backend` are not as above.
+    """
+    heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay, q.shape[-1])}, initial_state, cu_seqlens)
+    with torch.autocast(q.device.type, enabled=False):
+        if resolve("gla", backend, implementations(q.shape[1])) == "reference":
+            o, state = gla_reference(
+                q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+            )
+        else:
+            layout = chunk_layout(bounds, q.device)
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            o, state = _ChunkedGLA.apply(q, k, v, log_decay, initial_state, scale, layout, heads)
+    return o, state if output_final_state else None

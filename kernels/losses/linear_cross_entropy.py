@@ -1,0 +1,159 @@
+"""Cross entropy of a linear head without the logits of more than one block of tokens.
+
+    z_t = W h_t,   nll_t = logsumexp(z_t) − z_t[y_t],   loss = sum_t w_t nll_t
+
+The loss is a plain sum, so d loss / d z_t = w_t (softmax(z_t) − onehot(y_t)) is known as soon as the block's logits
+are: the forward computes both gradients block by block and the backward only scales them (as in Liger-Kernel's
+fused_linear_cross_entropy, Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+IGNORE_LABEL = -100
+
+# A block of tokens costs one pass over the gradient of weight, [V, D] in float32, so it holds at least 512 tokens, and
+# up to 1024 while its logits take no more than 64 MiB. The softmax goes through it by rows that stay in the cache.
+_LOGITS_BYTES = 64 << 20
+_MIN_TOKENS = 512
+_MAX_TOKENS = 1024
+_SOFTMAX_ELEMENTS = 1 << 17
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` through F.cross_entropy on the whole logits; float64 stays float64."""
+    logits_NV = F.linear(hidden, weight)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    nll_N = F.cross_entropy(logits_NV, labels, ignore_index=IGNORE_LABEL, reduction="none")
+    if token_weights is None:
+        return nll_N.sum(), nll_N.detach()
+    return (nll_N * token_weights).sum(), nll_N.detach().masked_fill(token_weights == 0, 0.0)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the tokens' negative log-likelihoods under softmax(hidden · weightᵀ).
+
+    Args:
+        hidden: [N, D], floating.
+        weight: [V, D] in hidden's dtype; the (perhaps tied) output embedding.
+        labels: int64 [N]; a token whose label is -100 counts nothing.
+        token_weights: float32 [N] or None for ones; a token whose weight is 0 counts nothing.
+
+    Returns:
+        (loss_sum, nll): a float32 scalar, differentiable in hidden and weight, and the unweighted losses, float32 [N]
+        without a gradient, 0 where a token counts nothing. Both are float64 for float64 inputs. The sum is not divided
+        by the token count.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other.
+
+    Logits come from a matmul in hidden's dtype and are float32 after it. The largest temporary holds the logits of one
+    block of tokens; the gradient of weight is summed in float32.
+    """
+    _check(hidden, weight, labels, token_weights)
+    # Inside a Function grad mode is always off and needs_input_grad ignores it, so the answer is taken along.
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled())
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: hidden [N, D] and weight [V, D] must share D and dtype, not "
+            f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(weight.shape)} {weight.dtype}"
+        )
+    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: labels must be int64 [{len(hidden)}], not {labels.dtype} {tuple(labels.shape)}"
+        )
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(f"linear_cross_entropy: token_weights {tuple(token_weights.shape)} must be [{len(hidden)}]")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss and, where asked for, both gradients for a grad_output of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        wants_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scale_N = (labels != IGNORE_LABEL).to(wide)
+        if token_weights is not None:
+            scale_N = scale_N * token_weights
+        target_N = labels.clamp(min=0)
+        nll_N = torch.empty_like(scale_N)
+        needs_hidden, needs_weight = (wants_gradients and needs for needs in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        tokens = _block_tokens(weight)
+        logits_CV = hidden.new_empty(min(tokens, len(hidden)), len(weight))
+        blocks = zip(*(x.split(tokens) for x in (hidden, target_N, scale_N, nll_N)))
+        for start, (hidden_CD, target_C, scale_C, nll_C) in zip(range(0, len(hidden), tokens), blocks):
+            logits = torch.mm(hidden_CD, weight.T, out=logits_CV[: len(hidden_CD)])
+            _to_gradient(logits, target_C, scale_C, nll_C, needs_hidden or needs_weight)
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[start : start + tokens])
+            if grad_weight is not None:
+                _accumulate(grad_weight, logits, hidden_CD)
+        # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
+        nll_N.masked_fill_(scale_N == 0, 0.0)
+        loss = torch.dot(nll_N, scale_N)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(nll_N)
+        return loss, nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, grad_loss: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # Reading the factor would make a GPU wait; on the CPU it saves a pass over both gradients.
+        if grad_loss.is_cpu and grad_loss.item() == 1.0:
+            return grad_hidden, grad_weight, None, None, None
+        return (
+            None if grad_hidden is None else grad_hidden * grad_loss,
+            None if grad_weight is None else grad_weight * grad_loss,
+            None,
+            None,
+            None,
+        )
+
+
+def _block_tokens(weight: Tensor) -> int:
+    return min(max(_LOGITS_BYTES // (weight.element_size() * len(weight)), _MIN_TOKENS), _MAX_TOKENS)
+
+
+def _to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Tensor, wants_gradient: bool) -> None:
+    """Write the tokens' losses to nll and, if asked, their gradients over the logits."""
+    rows = max(1, _SOFTMAX_ELEMENTS // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
+    for logits, target, scale, nll in zip(*(x.split(rows) for x in (logits_CV, target_C[:, None], scale_C, nll_C))):
+        wide = logits.to(nll.dtype)
+        probabilities = torch.softmax(wide, dim=-1)
+        # logsumexp = max(z) − log max(p): two cheap passes where log_softmax and exp would take the exponentials twice.
+        largest = wide.amax(-1).sub_(probabilities.amax(-1).log_())
+        torch.sub(largest, wide.gather(1, target)[:, 0], out=nll)
+        if wants_gradient:
+            gradient = torch.mul(probabilities, scale[:, None], out=wide)
+            gradient.scatter_add_(1, target, -scale[:, None])
+            if gradient.dtype != logits.dtype:
+                logits.copy_(gradient)
+
+
+def _accumulate(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor) -> None:
+    """grad_weight += grad_logitsᵀ · hidden; half-precision products are added in grad_weight's float32."""
+    if grad_weight_VD.dtype == hidden_CD.dtype:
+        grad_weight_VD.addmm_(grad_logits_CV.T, hidden_CD)
+    else:
+        grad_weight_VD += grad_logits_CV.T @ hidden_CD

@@ -1,0 +1,34 @@
+"""Benchmarks: ours beside a peer, in one process, by turns.
+
+python launch/bench.py train_step --json train_step.json
+python launch/bench.py train_step --help
+"""
+
+import importlib
+import sys
+
+from trainer.cli import entry, fail
+
+# Each is trainer/benchmarks/NAME.py with a dataclass `Config`, a `DESCRIPTION` and `main(config)`.
+BENCHMARKS = {
+    "train_step": "a whole optimizer step against Hugging Face transformers, dense and hybrid",
+}
+
+
+def main() -> None:
+    """Run the benchmark that the first argument names with the options that follow it."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: bench.py NAME [--json FILE] [options; NAME --help lists them]\n")
+        for known, description in BENCHMARKS.items():
+            print(f"  {known:<12} {description}")
+        return
+    if name not in BENCHMARKS:
+        fail(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
+    benchmark = importlib.import_module(f"trainer.benchmarks.{name}")
+    sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+    entry(benchmark.main, benchmark.Config, benchmark.DESCRIPTION)
+
+
+if __name__ == "__main__":
+    main()

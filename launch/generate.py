@@ -1,0 +1,99 @@
+"""Sample text from a checkpoint.
+
+python launch/generate.py --checkpoint runs/laptop --prompt 'def main(' --temperature 0.8
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.cli import ConfigError, entry
+
+
+@dataclass
+class GenerateConfig:
+    """What to sample.
+
+    Attributes:
+        checkpoint: A run directory (its newest whole checkpoint), or one checkpoint.
+        prompt: Text to continue; empty starts a document.
+        prompt_file: Read the prompt from this file.
+        max_new_tokens: Stop after this many tokens, if the document does not end before.
+        samples: How many continuations.
+        temperature: Divides the logits; 0 always takes the most likely token.
+        top_p: Draw from the most likely tokens whose probabilities add up to this.
+        seed: Seed of the draws.
+        tokenizer: Use this tokenizer in place of the checkpoint's.
+        device: cpu or cuda; auto takes CUDA where there is one.
+    """
+
+    checkpoint: str = "runs/laptop"
+    prompt: str = ""
+    prompt_file: str | None = None
+    max_new_tokens: int = 256
+    samples: int = 1
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 1234
+    tokenizer: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not Path(self.checkpoint).is_dir():
+            raise ConfigError(f"checkpoint: {self.checkpoint} does not exist; give a run directory")
+        for name in ("max_new_tokens", "samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}: it must not be negative (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}: it must be in (0, 1]")
+        if self.prompt_file is not None and not Path(self.prompt_file).is_file():
+            raise ConfigError(f"prompt_file: {self.prompt_file} does not exist")
+
+
+def main(config: GenerateConfig) -> None:
+    """Load, sample, print each continuation with its prompt as it grows."""
+    import torch
+
+    from models.generation import stream_tokens
+    from trainer.device import choose_device
+    from trainer.inference import load_model
+
+    device = choose_device(config.device)
+    loaded = load_model(config.checkpoint, device, config.tokenizer)
+    tokenizer = loaded.require_tokenizer()
+    prompt = Path(config.prompt_file).read_text() if config.prompt_file else config.prompt
+    # A document begins after the end of another.
+    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    print(f"checkpoint: {loaded.path}", file=sys.stderr)
+    for number in range(config.samples):
+        if config.samples > 1:
+            print(f"--- sample {number + 1} of {config.samples} ---", file=sys.stderr)
+        generator = torch.Generator(device).manual_seed(config.seed + number)
+        drawn: list[int] = []
+        shown = 0
+        print(prompt, end="", flush=True)
+        for tokens in stream_tokens(
+            loaded.model,
+            torch.tensor([ids], device=device),
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            generator=generator,
+            vocab_size=tokenizer.vocab_size,
+        ):
+            if int(tokens[0]) == tokenizer.eod_id:
+                break
+            drawn.append(int(tokens[0]))
+            text = tokenizer.decode(drawn)
+            # A character may be cut between tokens: what is not whole yet waits.
+            whole = text.rstrip("\ufffd")
+            print(whole[shown:], end="", flush=True)
+            shown = max(shown, len(whole))
+        print()
+
+
+if __name__ == "__main__":
+    entry(main, GenerateConfig, "Sample text from a checkpoint.")

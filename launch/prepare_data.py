@@ -1,0 +1,32 @@
+"""Prepare token files.
+
+python launch/prepare_data.py --source stdlib --output data/stdlib
+python launch/prepare_data.py --source 'corpus/**/*.jsonl.gz' --text_key content --output data/mine
+"""
+
+import signal
+import sys
+
+from trainer.cli import EXIT_STOPPED, entry
+from trainer.data.prepare_config import PrepareConfig, finished
+
+
+def main(config: PrepareConfig) -> int | None:
+    """Prepare, or say that it is done."""
+    if finished(config.output, config.settings()):
+        print(f"{config.output} is complete", file=sys.stderr)
+        return None
+    from trainer.data.prepare import prepare
+
+    # A scheduler's SIGTERM stops as Ctrl-C does: what is done stays, and the same command continues.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        prepare(config)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command continues {config.output}", file=sys.stderr)
+        return EXIT_STOPPED
+    return None
+
+
+if __name__ == "__main__":
+    entry(main, PrepareConfig, "Turn documents into token files.")

@@ -1,0 +1,50 @@
+"""Pre-train a language model.
+
+torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain/laptop.yaml
+python launch/pretrain.py --config configs/pretrain/laptop.yaml --check --world-size 8
+"""
+
+import sys
+from pathlib import Path
+
+from trainer import run_directory
+from trainer.cli import EXIT_CONFIG_ERROR, ConfigError, dump, fail, guess, make_parser, parse, write_status
+from trainer.config import PretrainConfig, world_size_from_environment
+
+
+def main() -> int:
+    """Parse, refuse what cannot run, then train; everything before training needs neither torch nor megatron."""
+    parser = make_parser(PretrainConfig, "Pre-train a language model.")
+    parser.add_argument("--check", action="store_true", help="validate configuration, layout and inputs, then exit")
+    parser.add_argument("--world-size", type=int, default=None, help="with --check: the ranks that would be started")
+    check_only = "--check" in sys.argv[1:]
+    try:
+        config, namespace = parse(PretrainConfig, parser, sys.argv[1:])
+        world_size = world_size_from_environment() if namespace.world_size is None else namespace.world_size
+        if world_size < 1:
+            raise ConfigError(f"--world-size is {world_size}: it must be at least 1")
+        config.validate_layout(world_size)
+        finished = run_directory.check(config)
+    except ValueError as error:
+        if not check_only:
+            run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir
+            write_status(run_dir, "config_error", EXIT_CONFIG_ERROR, str(error))
+        fail(str(error))
+    if check_only:
+        print(f"the configuration is valid for {world_size} {'rank' if world_size == 1 else 'ranks'}")
+        return 0
+    if finished:
+        print(f"{config.run.dir} has already reached step {config.train.steps}; raise train.steps to go on")
+        return 0
+    from trainer.pretrain import run
+
+    try:
+        return run(config, dump(parser, namespace, PretrainConfig))
+    except ConfigError as error:
+        write_status(Path(config.run.dir), "config_error", EXIT_CONFIG_ERROR, str(error))
+        fail(str(error))
+
+
+# mcore's checkpoint writer starts processes that import this file again.
+if __name__ == "__main__":
+    sys.exit(main())

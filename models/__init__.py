@@ -1,0 +1,1 @@
+"""Modules: pure maths, plain PyTorch. Importing the package imports nothing."""

@@ -1,0 +1,179 @@
+"""The decoder: embedding, a stack of pre-norm blocks, final norm, head. Plain PyTorch."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kernels.rotary import rotary_tables
+from models.config import SOFTMAX_MIXERS, ModelConfig
+from models.layers import RMSNorm, ShortConvolution, SwiGLU
+from models.mixers import build_mixer
+from models.mixers.base import LayerCache, SequenceInfo
+from models.mixers.gated_delta_net import GatedDeltaNet
+from models.parallel import ColumnLinear, RowLinear, VocabEmbedding, vocabulary_loss
+
+
+class Block(nn.Module):
+    """x = x + mixer(norm(x)); x = x + ffn(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mixer: str) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = build_mixer(mixer, config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
+        """Transform the residual stream x [T, B, D]."""
+        x = x + self.mixer(self.mixer_norm(x), info, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """A language model over a vocabulary of `vocab_size` rows.
+
+    Args:
+        config: The shape.
+        vocab_size: Rows of the embedding, padding included.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.model_config = config
+        self.vocab_size = vocab_size
+        self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers())
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else ColumnLinear(config.hidden_size, vocab_size, bias=False)
+        self._rotates = config.attention.rope_theta is not None and bool(
+            set(config.layer_mixers()) & set(SOFTMAX_MIXERS)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection [V, D]."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Run embedding, blocks and final norm.
+
+        Args:
+            tokens: Token ids, int64 [B, T].
+            positions: Position of each token in its document, int64 [B, T].
+            cu_seqlens: Borders of packed documents, int32 [N+1], with B = 1.
+            caches: One cache per layer, to continue sequences.
+
+        Returns:
+            [T, B, D].
+        """
+        info = self._sequence_info(positions, cu_seqlens)
+        x = self.embedding(tokens.transpose(0, 1))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, info, None if caches is None else caches[i])
+        return self.final_norm(x)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, T, V], or with labels (int64 [B, T]) what `vocabulary_loss` gives: (sum in nats, per token [B*T]).
+
+        loss_mask is float32 [B, T], all ones when left out. Per-token values are in the order of labels.flatten().
+        """
+        hidden_TBD = self.hidden_states(tokens, positions, cu_seqlens)
+        if labels is None:
+            return nn.functional.linear(hidden_TBD.transpose(0, 1), self.head_weight)
+        if loss_mask is None:
+            loss_mask = torch.ones_like(labels, dtype=torch.float32)
+        hidden_ND = hidden_TBD.transpose(0, 1).flatten(0, 1)
+        return vocabulary_loss(hidden_ND, self.head_weight, labels.flatten(), loss_mask.flatten())
+
+    def _sequence_info(self, positions: Tensor, cu_seqlens: Tensor | None) -> SequenceInfo:
+        if not self._rotates:
+            return SequenceInfo(cu_seqlens=cu_seqlens)
+        theta = self.model_config.attention.rope_theta
+        assert theta is not None
+        cos, sin = rotary_tables(positions, self.model_config.attention_head_dim, theta)
+        return SequenceInfo(cos, sin, cu_seqlens)
+
+
+def initialize(model: Decoder, seed: int) -> None:
+    """Draw every parameter from a generator of its own, seeded by (seed, name).
+
+    So a parameter starts the same whatever the layout of ranks and whatever other layers exist. Matrices are normal
+    with std `init_std`, those that write into the residual stream smaller (GPT-2's rule) where the configuration says
+    so; short convolutions are uniform in +-width^-0.5 (torch's rule); biases are 0 and norms 1.
+    """
+    config = model.model_config
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std
+    for path, module in model.named_modules():
+        if isinstance(module, GatedDeltaNet):
+            module.initialize_decay(_generator(seed, f"{path}.decay"))
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2:
+                continue
+            generator = _generator(seed, f"{path}.{name}")
+            if isinstance(module, ShortConvolution):
+                bound = parameter.shape[1] ** -0.5
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            else:
+                std = residual_std if isinstance(module, RowLinear) else config.init_std
+                nn.init.normal_(parameter, std=std, generator=generator)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def no_weight_decay(name: str, parameter: Tensor) -> bool:
+    """Norms, biases, A_log and dt_bias are not decayed: everything below two dimensions."""
+    return parameter.dim() < 2
+
+
+def matmul_parameters(model: Decoder) -> Iterator[Tensor]:
+    """The weights that every token is multiplied with: all matrices but a lookup-only embedding."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and (name != "embedding.weight" or model.lm_head is None):
+            yield parameter
+
+
+def flops_per_token(model: Decoder, seq_len: int) -> float:
+    """Floating-point operations of one training token, forward and backward, recomputation not counted.
+
+    6 per weight of a matrix, plus the mixers' own: softmax attention over the (causal, windowed) keys, linear
+    attention's products with the K x V state. PaLM's convention (arXiv 2204.02311, appendix B).
+    """
+    config = model.model_config
+    total = 6.0 * sum(weight.numel() for weight in matmul_parameters(model))
+    for mixer in config.layer_mixers():
+        if mixer in SOFTMAX_MIXERS:
+            keys = seq_len if mixer == "full_attention" else min(config.attention.window, seq_len)
+            # Full attention sees (T + 1) / 2 keys on average; a window of w costs w less its start, w^2 / 2T.
+            seen = keys - keys * (keys - 1) / (2 * seq_len)
+            total += 12.0 * config.attention.num_heads * config.attention_head_dim * seen
+        elif mixer == "gated_delta_net":
+            gdn = config.gated_delta_net
+            total += 18.0 * gdn.value_heads * gdn.head_dim * gdn.head_v_dim
+        else:
+            gla = config.gated_linear_attention
+            key_size, value_size = config.hidden_size * gla.expand_k, config.hidden_size * gla.expand_v
+            total += 12.0 * key_size * value_size / gla.num_heads
+    return total

@@ -1,0 +1,101 @@
+"""Sampling text, one token at a time, from carried states."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from models.decoder import Decoder
+from models.mixers.base import LayerCache
+
+
+def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Draw one token for each row of logits.
+
+    Args:
+        logits: [B, V].
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Keep the most likely tokens whose probabilities add up to this (nucleus, arXiv 1904.09751).
+        generator: Source of randomness.
+
+    Returns:
+        int64 [B].
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, indices = probabilities.sort(-1, descending=True)
+        # A token stays if what lies before it does not yet reach top_p: the most likely one always does.
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def stream_tokens(
+    model: Decoder,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the new tokens, int64 [B], as they are drawn.
+
+    Args:
+        model: The decoder.
+        prompt: Token ids, int64 [B, T] with T >= 1.
+        max_new_tokens: How many to draw.
+        temperature: See `sample_token`.
+        top_p: See `sample_token`.
+        generator: See `sample_token`.
+        vocab_size: Never draw ids from this one on: the padding of the embedding.
+    """
+    caches = [LayerCache() for _ in model.layers]
+    tokens, position = prompt, 0
+    for _ in range(max_new_tokens):
+        rows, length = tokens.shape
+        positions = torch.arange(position, position + length, device=tokens.device).expand(rows, length)
+        hidden_TBD = model.hidden_states(tokens, positions, caches=caches)
+        logits = torch.nn.functional.linear(hidden_TBD[-1], model.head_weight)[:, :vocab_size]
+        drawn = sample_token(logits, temperature, top_p, generator)
+        yield drawn
+        tokens, position = drawn[:, None], position + length
+
+
+def generate(
+    model: Decoder,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    eod_id: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Prompt and continuation of each row, cut before its end-of-document token. Arguments as `stream_tokens`."""
+    rows = prompt.tolist()
+    open_rows = set(range(len(rows)))
+    drawn = stream_tokens(
+        model,
+        prompt,
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        generator=generator,
+        vocab_size=vocab_size,
+    )
+    for tokens in drawn:
+        for row in list(open_rows):
+            token = int(tokens[row])
+            if token == eod_id:
+                open_rows.remove(row)
+            else:
+                rows[row].append(token)
+        if not open_rows:
+            break
+    return rows

@@ -1,0 +1,35 @@
+"""One thread a process, and tests that need a GPU: skipped where there is none, and listed by name."""
+
+import os
+
+import pytest
+
+# Several test processes share the cores. torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_NEEDS_GPU = "needs a GPU"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any other reason to skip is looked at, so that every test marked gpu is in the list."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip(_NEEDS_GPU)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    # xdist's controller sees nothing of a test but its report.
+    names = {
+        report.nodeid
+        for report in skipped
+        if isinstance(report.longrepr, tuple | list) and report.longrepr[2] == f"Skipped: {_NEEDS_GPU}"
+    }
+    if names:
+        terminalreporter.section("needs a GPU, not run here:")
+        for name in sorted(names):
+            terminalreporter.write_line(name)

@@ -1,0 +1,341 @@
+"""Preparation: the files it writes, that it resumes, runs once, refuses what does not fit, and says so in one line."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from trainer.cli import ConfigError, make_parser, parse
+from trainer.data import corpus
+from trainer.data.dataset import EvaluationStream, open_training_data
+from trainer.data.layout import find_corpora, resolve_prefix
+from trainer.data.prepare import prepare, prepare_stdlib, sample_texts
+from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
+from trainer.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "import",
+    "class",
+    "for",
+    "while",
+    "lambda",
+    "yield",
+    "None",
+    "True",
+    "\n\t",
+    "",
+    "",
+    "",
+    "▁",
+    "😀",
+]
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> Path:
+    """About 5 MB of jsonl: five shards."""
+    path = tmp_path_factory.mktemp("input") / "data.jsonl"
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for _ in range(5000):
+            file.write(json.dumps({"text": " ".join(rng.choice(WORDS, 150))}) + "\n")
+    return path
+
+
+def configure(source: Path | str, output: Path, **changes) -> PrepareConfig:
+    tokenizer = TokenizerConfig(vocab_size=512, sample_mb=0.2)
+    return PrepareConfig(
+        **{"source": str(source), "output": str(output), "workers": 1, "tokenizer": tokenizer} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(lines, tmp_path_factory) -> Path:
+    return prepare(configure(lines, tmp_path_factory.mktemp("prepared") / "out"))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "launch" / "prepare_data.py"), *map(str, arguments)]
+
+
+def arguments_for(lines: Path, output: Path, workers: int = 1) -> list[str]:
+    sizes = ("--tokenizer.vocab_size", 512, "--tokenizer.sample_mb", 0.2, "--workers", workers)
+    return command("--source", lines, "--output", output, *sizes)
+
+
+def test_the_files_hold_every_document(lines, prepared):
+    tokenizer = Tokenizer.load(prepared)
+    info = json.loads((prepared / "dataset.json").read_text())
+    (shards,) = ([document for shard in corpus.shards(str(lines), "text") for document in shard.documents()],)
+    for split, facts in info["splits"].items():
+        dataset = IndexedDataset(str(prepared / split))
+        wanted = [document.text for document in shards if corpus.split_of(document.name, 0.04, 0.04) == split]
+        documents = [dataset[place] for place in range(len(dataset))]
+        assert [tokenizer.decode(document[:-1]) for document in documents] == wanted
+        assert all(document[-1] == info["eod_id"] == tokenizer.eod_id for document in documents)
+        assert dataset.document_indices.tolist() == list(range(len(wanted) + 1))
+        assert facts["documents"] == len(wanted)
+        assert facts["tokens"] == sum(map(len, documents))
+        assert facts["bytes"] == sum(len(text.encode()) for text in wanted)
+        assert tokenizer.token_bytes()[np.concatenate(documents)].sum() == facts["bytes"]
+    assert set(info["splits"]) == {"train", "validation", "test"} and info["dtype"] == "uint16"
+    assert sorted(path.name for path in prepared.iterdir() if not path.name.startswith(".")) == sorted(
+        [
+            "dataset.json",
+            "tokenizer.model",
+            *(f"{split}{suffix}" for split in info["splits"] for suffix in (".bin", ".idx")),
+        ]
+    )
+
+
+def test_prepared_data_trains_and_evaluates(prepared):
+    info = json.loads((prepared / "dataset.json").read_text())
+    corpora = find_corpora(prepared)
+    assert (corpora.eod_id, corpora.vocab_size) == (info["eod_id"], 512)
+    batch = open_training_data(prepared, seed=0, seq_len=64, global_batch_size=2).micro_batches(0, 2)[0]
+    assert batch.tokens.shape == (1, 128) and int(batch.tokens.max()) < 512
+    sizes = Tokenizer.load(prepared).token_bytes()
+    counted = sum(sizes[batch.labels[batch.loss_mask > 0]].sum() for batch in EvaluationStream(prepared, 64, stride=48))
+    assert counted == info["splits"]["validation"]["bytes"]
+
+
+def test_worker_count_does_not_change_a_byte(lines, prepared, tmp_path):
+    other = prepare(configure(lines, tmp_path / "out", workers=2))
+    assert digests(other) == digests(prepared)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_continues_and_gives_the_same_bytes(lines, prepared, tmp_path, workers):
+    output = tmp_path / "out"
+    process = subprocess.Popen(arguments_for(lines, output, workers), stderr=subprocess.DEVNULL)
+    parts = output / ".partial" / "parts"
+    while not list(parts.glob("*.json")):
+        assert process.poll() is None, "the run ended before it could be killed: give it more to do"
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "dataset.json").exists()
+    assert len(children) >= workers if workers > 1 else not children
+    time.sleep(0.5)
+    alive = [
+        child
+        for child in children
+        if Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
+    ]
+    assert not alive, "workers outlive their killed parent"
+    subprocess.run(arguments_for(lines, output, workers), check=True, capture_output=True)
+    assert digests(output) == digests(prepared)
+
+
+def test_finished_shards_are_not_tokenized_again(lines, tmp_path, monkeypatch):
+    from trainer.data import prepare as module
+
+    real, seen = module.tokenize_shard, []
+
+    def stopping(shard, rule, tokenizer, stem):
+        seen.append(stem.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(shard, rule, tokenizer, stem)
+
+    monkeypatch.setattr(module, "tokenize_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(configure(lines, tmp_path / "out"))
+    prepare(configure(lines, tmp_path / "out"))
+    assert seen[:4] == ["00000000", "00000001", "00000002", "00000002"]
+    assert len(seen) == len(set(seen)) + 1
+
+
+def test_sigterm_stops_resumably(lines, tmp_path):
+    process = subprocess.Popen(arguments_for(lines, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/.partial/parts/*.json")):
+        time.sleep(0.002)
+    process.terminate()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert "the same command continues" in errors and "Traceback" not in errors
+
+
+def test_two_processes_prepare_once(lines, prepared, tmp_path):
+    output = tmp_path / "out"
+    processes = [subprocess.Popen(arguments_for(lines, output), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted("learned" in error for error in errors) == [False, True]
+    assert digests(output) == digests(prepared)
+
+
+def test_finished_output_returns_at_once(lines, prepared):
+    before = digests(prepared)
+    result = subprocess.run(arguments_for(lines, prepared), capture_output=True, text=True)
+    assert result.returncode == 0 and "is complete" in result.stderr
+    assert digests(prepared) == before
+
+
+def test_other_settings_are_refused(lines, prepared, tmp_path):
+    config = configure(lines, prepared)
+    with pytest.raises(ConfigError, match=r"test_share \(there 0.04, now 0.1\), validation_share"):
+        prepare(replace(config, test_share=0.1, validation_share=0.1))
+    with pytest.raises(ConfigError, match=r"tokenizer.vocab_size \(there 512, now 600\)"):
+        prepare(replace(config, tokenizer=TokenizerConfig(vocab_size=600, sample_mb=0.2)))
+    assert prepare(replace(config, workers=2)) == prepared
+    unfinished = tmp_path / "out" / ".partial"
+    unfinished.mkdir(parents=True)
+    (unfinished / "manifest.json").write_text(json.dumps(config.settings() | {"text_key": "body"}))
+    with pytest.raises(ConfigError, match=r"text_key \(there body, now text\)"):
+        prepare(configure(lines, tmp_path / "out"))
+
+
+def test_files_of_others_are_not_overwritten(lines, tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="did not write"):
+        prepare(configure(lines, tmp_path))
+    assert (tmp_path / "train.bin").read_bytes() == b"precious"
+
+
+def test_missing_files_of_a_finished_output_are_noticed(lines, tmp_path):
+    output = prepare(configure(lines, tmp_path / "out", max_mb=1))
+    (output / "test.idx").unlink()
+    with pytest.raises(ConfigError, match=r"test\.idx is missing"):
+        prepare(configure(lines, output, max_mb=1))
+
+
+def test_explicit_splits_and_an_existing_tokenizer(lines, prepared, tmp_path):
+    (tmp_path / "held.txt").write_text("held out text\n")
+    tokenizer = TokenizerConfig(path=str(prepared))
+    output = prepare(
+        configure(lines, tmp_path / "out", validation=str(tmp_path / "held.txt"), test_share=0, tokenizer=tokenizer)
+    )
+    info = json.loads((output / "dataset.json").read_text())
+    assert info["splits"]["validation"]["documents"] == 1 and "test" not in info["splits"]
+    assert info["splits"]["train"]["documents"] == 5000
+    assert (output / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
+    with pytest.raises(ConfigError, match=r"test\.bin does not exist"):
+        resolve_prefix(output, "test")
+
+
+def test_streams_resume_and_agree_with_files(lines, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_STREAM_SHARD", 1 << 19)
+    tokenizer = TokenizerConfig(path=str(prepared))
+    streamed = prepare(
+        configure(f"hf:{lines}", tmp_path / "stream", tokenizer=tokenizer, validation_share=0, test_share=0)
+    )
+    read = prepare(configure(lines, tmp_path / "file", tokenizer=tokenizer, validation_share=0, test_share=0))
+    for suffix in (".bin", ".idx"):
+        assert (streamed / f"train{suffix}").read_bytes() == (read / f"train{suffix}").read_bytes()
+
+
+def test_sources_of_different_tokenizers_do_not_blend(lines, prepared, tmp_path):
+    other = prepare(
+        configure(lines, tmp_path / "out", max_mb=1, tokenizer=TokenizerConfig(vocab_size=600, sample_mb=0.2))
+    )
+    with pytest.raises(ConfigError, match="differ in vocab_size"):
+        find_corpora({str(prepared): 1, str(other): 1})
+
+
+def test_the_sample_is_bounded_and_from_the_train_split(lines):
+    config = configure(lines, Path("unused"))
+    texts = list(sample_texts(config))
+    assert 0.1e6 < sum(map(len, texts)) < 0.3e6
+    assert texts == list(sample_texts(config))
+    held = {
+        document.text
+        for shard in corpus.shards(str(lines), "text")
+        for document in shard.documents()
+        if corpus.split_of(document.name, 0.04, 0.04) != "train"
+    }
+    assert not held & set(texts)
+
+
+def test_the_standard_library(tmp_path, monkeypatch):
+    """On its json and email packages alone, to be quick."""
+    paths = [
+        path
+        for path in corpus.stdlib_paths(corpus.stdlib_root())
+        if path.startswith(("json/", "email/", "test/test_json/"))
+    ]
+    monkeypatch.setattr(corpus, "stdlib_paths", lambda root: paths)
+    output = prepare_stdlib(tmp_path, 1024, workers=1)
+    assert output == tmp_path / "stdlib-bpe1024"
+    info = json.loads((output / "dataset.json").read_text())
+    assert info["source"] == "stdlib" and info["vocab_size"] == 1024
+    assert sum(facts["documents"] for facts in info["splits"].values()) == len(
+        [p for p in paths if Path(corpus.stdlib_root(), p).stat().st_size]
+    )
+    assert prepare_stdlib(tmp_path, 1024) == output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--source", "none.jsonl"], "no file matches none.jsonl"),
+        (["--tokenizer.vocab_size", "100"], "tokenizer.vocab_size is 100"),
+        (["--tokenizer.path", "none.json"], "none.json does not exist"),
+        (["--tokenizer.knd", "bpe"], "did you mean 'tokenizer.kind'"),
+        (["--validation_share", "1"], "must leave a train split"),
+        (["--text_key", "body"], "set text_key to one of its keys: text"),
+        (["--test_share", "0.3", "--output", "PREPARED"], "test_share (there 0.04, now 0.3)"),
+        (["--output", "/proc/none"], "cannot be created"),
+        (["--tokenizer.vocab_size", "100000"], "choose a smaller one"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(lines, prepared, tmp_path, changes, message):
+    changes = [str(prepared) if change == "PREPARED" else change for change in changes]
+    environment = os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning:trainer"}
+    result = subprocess.run(
+        [*arguments_for(lines, tmp_path / "out"), *changes],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "data").glob("*.yaml")), ids=lambda path: path.name)
+def test_configurations_are_valid(path):
+    config, _ = parse(PrepareConfig, make_parser(PrepareConfig, ""), ["--config", str(path)])
+    assert config.source != PrepareConfig().source
+
+
+def test_an_error_in_a_worker_is_one_line_too(lines, prepared, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(lines.read_bytes() + b"{\n")
+    arguments = ("--source", broken, "--output", tmp_path / "out", "--tokenizer.path", prepared, "--workers", 2)
+    result = subprocess.run(command(*arguments), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "correct or remove the line" in result.stderr
+    assert list((tmp_path / "out" / ".partial" / "parts").glob("*.json")), "what is done stays for the corrected input"
+
+
+def test_checking_imports_nothing_heavy():
+    code = (
+        "import sys, trainer.data.prepare_config; print(sorted({'torch', 'numpy', 'sentencepiece'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_workers_import_no_torch():
+    code = "import sys, trainer.data.prepare; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

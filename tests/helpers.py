@@ -1,0 +1,69 @@
+"""Builders that several test files share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.config import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    MixerLayoutConfig,
+    ModelConfig,
+)
+from models.decoder import Decoder, initialize
+
+VOCABULARY = 50
+
+
+def tiny_model_config(pattern: str | None = None, **changes: Any) -> ModelConfig:
+    """Two layers of 32 channels; `changes` are fields of ModelConfig, or of one of its parts as `attention__window`."""
+    parts: dict[str, dict[str, Any]] = {
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "window": 5},
+        "gated_delta_net": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5},
+        "gated_linear_attention": {"num_heads": 2, "gate_low_rank": 4},
+    }
+    top: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "init_std": 0.2}
+    for name, value in changes.items():
+        part, _, leaf = name.partition("__")
+        if leaf:
+            parts[part][leaf] = value
+        else:
+            top[name] = value
+    return ModelConfig(
+        mixers=MixerLayoutConfig(pattern=pattern),
+        attention=AttentionConfig(**parts["attention"]),
+        gated_delta_net=GatedDeltaNetConfig(**parts["gated_delta_net"]),
+        gated_linear_attention=GatedLinearAttentionConfig(**parts["gated_linear_attention"]),
+        **top,
+    )
+
+
+def tiny_decoder(pattern: str | None = None, seed: int = 0, **changes: Any) -> Decoder:
+    """The model of `tiny_model_config`, initialised; biases too are drawn, so that a test can see them."""
+    model = Decoder(tiny_model_config(pattern, **changes), VOCABULARY)
+    initialize(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(generator=generator)
+    return model
+
+
+def draw_tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Random token ids."""
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pack(documents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Documents [T_i] as tokens [1, T], positions [1, T] and cu_seqlens of one packed row."""
+    lengths = torch.tensor([0, *(len(document) for document in documents)])
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    return torch.cat(documents)[None], positions[None], lengths.cumsum(0).to(torch.int32)
+
+
+def rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] with their positions, each row one sequence."""
+    return tokens, torch.arange(tokens.shape[1]).expand(tokens.shape)

@@ -1,0 +1,209 @@
+"""Model shapes: which mixer each layer has, and what every wrong value is answered with."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.config import (
+    LINEAR_MIXERS,
+    MIXERS,
+    SOFTMAX_MIXERS,
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    MixerLayoutConfig,
+    ModelConfig,
+    parse_pattern,
+)
+
+GDN, GLA, FULL, SLIDING = "gated_delta_net", "gated_linear_attention", "full_attention", "sliding_window_attention"
+
+
+def test_every_mixer_has_a_kind():
+    assert {FULL, SLIDING} == set(SOFTMAX_MIXERS)
+    assert {GDN, GLA} == set(LINEAR_MIXERS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expanded"),
+    [
+        ("full_attention", [FULL]),
+        ("gated_delta_net*3, full_attention", [GDN, GDN, GDN, FULL]),
+        (" gated_delta_net * 2,sliding_window_attention,gated_linear_attention*1 ", [GDN, GDN, SLIDING, GLA]),
+    ],
+)
+def test_pattern(pattern, expanded):
+    assert parse_pattern(pattern) == expanded
+
+
+spaces = st.sampled_from(["", " ", "  "])
+entries = st.tuples(st.sampled_from(MIXERS), st.integers(1, 12) | st.none())
+
+
+@given(st.lists(entries, min_size=1, max_size=6), st.data())
+def test_pattern_reads_what_was_rendered(parts, data):
+    def render(name, count):
+        before, between, after = (data.draw(spaces) for _ in range(3))
+        return f"{before}{name}{after}" if count is None else f"{before}{name}{between}*{between}{count}{after}"
+
+    pattern = ",".join(render(name, count) for name, count in parts)
+    assert parse_pattern(pattern) == [name for name, count in parts for _ in range(count or 1)]
+
+
+@given(st.text("*, 019", max_size=8).map(lambda text: text.replace("9", FULL)))
+def test_pattern_is_read_or_refused(pattern):
+    readable = r" *([a-z_0-9]+) *(\* *0*[1-9][0-9]* *)?"
+    if all((match := re.fullmatch(readable, part)) and match[1] in MIXERS for part in pattern.split(",")):
+        assert set(parse_pattern(pattern)) <= set(MIXERS)
+    else:
+        with pytest.raises(ValueError, match=r"^model\.mixers\.pattern: "):
+            parse_pattern(pattern)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 5])
+def test_ratios_count_different_things(ratio):
+    """With r linear layers per softmax layer the period is r + 1; with every N-th layer a softmax layer it is N."""
+    per_full = MixerLayoutConfig(linear_per_full=ratio).period()
+    every = MixerLayoutConfig(full_attention_every=ratio).period()
+    assert per_full == [GDN] * ratio + [FULL]
+    assert every == [GDN] * (ratio - 1) + [FULL]
+    assert MixerLayoutConfig(full_attention_every=ratio + 1).period() == per_full
+
+
+def test_ratios_take_the_mixers_they_are_given():
+    layout = MixerLayoutConfig(linear_per_full=2, linear=GLA, softmax=SLIDING)
+    assert layout.period() == [GLA, GLA, SLIDING]
+    assert MixerLayoutConfig(full_attention_every=2, linear=GLA, softmax=SLIDING).period() == [GLA, SLIDING]
+
+
+@given(st.lists(st.sampled_from(MIXERS), min_size=1, max_size=5), st.integers(1, 20))
+def test_the_period_is_repeated_and_cut(period, num_layers):
+    config = ModelConfig(num_layers=num_layers, mixers=MixerLayoutConfig(pattern=", ".join(period)))
+    assert config.layer_mixers() == (period * num_layers)[:num_layers]
+
+
+def test_full_attention_where_nothing_was_asked_for():
+    assert ModelConfig(num_layers=3).layer_mixers() == [FULL] * 3
+
+
+def test_resolved_defaults():
+    assert ModelConfig(hidden_size=64).attention_head_dim == 16
+    assert ModelConfig(attention=AttentionConfig(head_dim=10)).attention_head_dim == 10
+    assert GatedDeltaNetConfig(num_heads=3).value_heads == 3
+    gdn = GatedDeltaNetConfig(num_heads=2, num_v_heads=6, head_dim=8, expand_v=1.5)
+    assert (gdn.value_heads, gdn.head_v_dim) == (6, 12)
+
+
+def pattern(text):
+    return lambda: MixerLayoutConfig(pattern=text)
+
+
+def model(**values):
+    return lambda: ModelConfig(**values)
+
+
+WRONG = [
+    (pattern(""), "model.mixers.pattern: cannot read ''; write NAME or NAME*COUNT, comma-separated"),
+    (pattern("full_attention,"), "model.mixers.pattern: cannot read ''; write NAME or NAME*COUNT, comma-separated"),
+    (pattern("full_attention*"), "cannot read 'full_attention*'; write NAME or NAME*COUNT"),
+    (pattern("3*full_attention"), "cannot read '3*full_attention'; write NAME or NAME*COUNT"),
+    (pattern("full_attention*-1"), "cannot read 'full_attention*-1'"),
+    (pattern("mamba"), f"model.mixers.pattern: no mixer 'mamba'; choose from {', '.join(MIXERS)}"),
+    (pattern("full_attention*0"), "model.mixers.pattern: 'full_attention*0' repeats zero times"),
+    (
+        lambda: MixerLayoutConfig(pattern=FULL, linear_per_full=1),
+        "model.mixers: pattern and linear_per_full are both set; keep one and set the others to null",
+    ),
+    (
+        lambda: MixerLayoutConfig(linear_per_full=1, full_attention_every=1),
+        "linear_per_full and full_attention_every are both set",
+    ),
+    (lambda: MixerLayoutConfig(linear_per_full=0), "model.mixers.linear_per_full is 0: it must be at least 1"),
+    (
+        lambda: MixerLayoutConfig(full_attention_every=-2),
+        "model.mixers.full_attention_every is -2: it must be at least 1",
+    ),
+    (lambda: AttentionConfig(num_heads=0), "model.attention.num_heads is 0: it must be positive"),
+    (lambda: AttentionConfig(num_kv_heads=0), "model.attention.num_kv_heads is 0: it must be positive"),
+    (lambda: AttentionConfig(window=0), "model.attention.window is 0: it must be positive"),
+    (
+        lambda: AttentionConfig(num_heads=4, num_kv_heads=3),
+        "model.attention.num_kv_heads=3 does not divide num_heads=4",
+    ),
+    (
+        lambda: AttentionConfig(rope_theta=0.0),
+        "model.attention.rope_theta is 0.0: it must be positive, or null for NoPE",
+    ),
+    (lambda: AttentionConfig(head_dim=0), "model.attention.head_dim is 0: it must be positive"),
+    (lambda: AttentionConfig(head_dim=7), "model.attention.head_dim=7 must be even (rotary pairs)"),
+    (lambda: GatedDeltaNetConfig(num_heads=0), "model.gated_delta_net.num_heads is 0: it must be positive"),
+    (lambda: GatedDeltaNetConfig(head_dim=-8), "model.gated_delta_net.head_dim is -8: it must be positive"),
+    (lambda: GatedDeltaNetConfig(expand_v=0.0), "model.gated_delta_net.expand_v is 0.0: it must be positive"),
+    (lambda: GatedDeltaNetConfig(conv_size=0), "model.gated_delta_net.conv_size is 0: it must be positive"),
+    (
+        lambda: GatedDeltaNetConfig(num_heads=2, num_v_heads=3),
+        "model.gated_delta_net.num_v_heads=3 must be a multiple of num_heads=2",
+    ),
+    (lambda: GatedDeltaNetConfig(num_v_heads=0), "model.gated_delta_net.num_v_heads=0 must be a multiple"),
+    (
+        lambda: GatedDeltaNetConfig(head_dim=9, expand_v=1.5),
+        "model.gated_delta_net: head_dim=9 times expand_v=1.5 is not a whole number",
+    ),
+    *(
+        (
+            lambda name=name: GatedLinearAttentionConfig(**{name: 0}),
+            f"model.gated_linear_attention.{name} is 0: it must be positive",
+        )
+        for name in ("num_heads", "expand_k", "expand_v", "gate_low_rank", "gate_normalizer")
+    ),
+    *(
+        (model(**{name: 0}), f"model.{name} is 0: it must be positive")
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_multiple", "norm_eps", "init_std")
+    ),
+    (model(vocab_size=0), "model.vocab_size=0 must be positive"),
+    (
+        model(hidden_size=36),
+        "model.hidden_size=36 gives no even head size over model.attention.num_heads=4; set model.attention.head_dim",
+    ),
+    (
+        model(hidden_size=30, mixers=MixerLayoutConfig(pattern=GLA)),
+        "model.gated_linear_attention.expand_k=0.5 times model.hidden_size=30 does not divide over num_heads=4",
+    ),
+    (
+        model(
+            hidden_size=32,
+            mixers=MixerLayoutConfig(pattern=GLA),
+            gated_linear_attention=GatedLinearAttentionConfig(expand_v=0.3),
+        ),
+        "model.gated_linear_attention.expand_v=0.3 times model.hidden_size=32 does not divide over num_heads=4",
+    ),
+    (
+        lambda: ModelConfig(vocab_size=99).padded_vocab_size(100),
+        "model.vocab_size=99 is smaller than the tokenizer's 100; raise it or set it to null",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), WRONG, ids=[message[:60] for _, message in WRONG])
+def test_wrong_values_are_refused(build, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
+
+
+def test_sizes_are_checked_only_where_a_layer_uses_them():
+    ModelConfig(hidden_size=30, mixers=MixerLayoutConfig(pattern=GDN))
+    ModelConfig(hidden_size=36, attention=AttentionConfig(head_dim=8))
+    # The pattern names both, but the only layer is the first of them.
+    ModelConfig(num_layers=1, hidden_size=32, mixers=MixerLayoutConfig(pattern=f"{FULL}, {GLA}"))
+
+
+@given(st.integers(1, 1000), st.integers(1, 200), st.integers(0, 500))
+def test_vocabulary_is_padded_to_the_next_multiple(tokenizer_size, multiple, spare):
+    for wanted, config in (
+        (tokenizer_size, ModelConfig(vocab_multiple=multiple)),
+        (tokenizer_size + spare, ModelConfig(vocab_multiple=multiple, vocab_size=tokenizer_size + spare)),
+    ):
+        padded = config.padded_vocab_size(tokenizer_size)
+        assert padded % multiple == 0 and wanted <= padded < wanted + multiple

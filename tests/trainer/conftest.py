@@ -1,0 +1,130 @@
+"""A prepared dataset of a few standard-library files, and the command line of a tiny run on it."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    from trainer.data.prepare import prepare
+    from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
+
+    output = tmp_path_factory.mktemp("data") / "tiny"
+    source = f"{sysconfig.get_paths()['stdlib']}/json/*.py"
+    prepare(
+        PrepareConfig(
+            source=source,
+            output=str(output),
+            validation=source,
+            test_share=0.0,
+            workers=1,
+            tokenizer=TokenizerConfig(vocab_size=512),
+        )
+    )
+    return output
+
+
+@pytest.fixture
+def tiny_run(tiny_data, tmp_path):
+    """Start `launch/pretrain.py` (or another script) on a 2-layer hybrid; returns a function."""
+
+    def start(run_dir, *overrides, ranks=1, script="launch/pretrain.py", script_arguments=()):
+        arguments = [
+            f"--run.dir={run_dir}",
+            "--run.threads=1",
+            "--model.num_layers=2",
+            "--model.hidden_size=32",
+            "--model.ffn_hidden_size=64",
+            "--model.mixers.pattern=gated_delta_net, full_attention",
+            "--model.gated_delta_net.num_heads=2",
+            "--model.gated_delta_net.head_dim=16",
+            "--model.attention.num_heads=2",
+            "--model.attention.num_kv_heads=1",
+            f"--data.path={tiny_data}",
+            "--train.steps=8",
+            "--train.seq_len=32",
+            "--train.micro_batch_size=2",
+            "--train.global_batch_size=4",
+            "--optim.warmup_steps=2",
+            "--optim.lr=0.01",
+            "--evaluation.every=3",
+            "--evaluation.batches=2",
+            "--evaluation.samples=0",
+            "--checkpoint.every=3",
+            *overrides,
+        ]
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [str(ROOT / script), *script_arguments, *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+def finish(process, timeout=120):
+    """Exit code and output of a started run."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def metrics(run_dir):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def trajectory(run_dir):
+    """(step, loss, gradient norm) of every step, and (step, loss) of every validation: exact floats."""
+    lines = metrics(run_dir)
+    steps = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
+    return steps, [(line["step"], line["loss"], line["bits_per_byte"]) for line in lines if "split" in line]
+
+
+def status(run_dir):
+    """The run's status.json."""
+    return json.loads((Path(run_dir) / "status.json").read_text())
+
+
+def in_process_config(data, run_dir, **train):
+    """The configuration of `tiny_run`, for a run in this process."""
+    from models.config import AttentionConfig, GatedDeltaNetConfig, MixerLayoutConfig, ModelConfig
+    from trainer.config import (
+        CheckpointConfig,
+        DataConfig,
+        EvaluationConfig,
+        LoggingConfig,
+        OptimConfig,
+        PretrainConfig,
+        RunConfig,
+        TrainConfig,
+    )
+
+    sizes = {"steps": 6, "seq_len": 32, "micro_batch_size": 2, "global_batch_size": 4, **train}
+    return PretrainConfig(
+        run=RunConfig(dir=str(run_dir), threads=1),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=32,
+            ffn_hidden_size=64,
+            mixers=MixerLayoutConfig(pattern="gated_delta_net, full_attention"),
+            gated_delta_net=GatedDeltaNetConfig(num_heads=2, head_dim=16),
+            attention=AttentionConfig(num_heads=2, num_kv_heads=1),
+        ),
+        data=DataConfig(path=str(data)),
+        train=TrainConfig(**sizes),
+        optim=OptimConfig(lr=0.01, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=3),
+        evaluation=EvaluationConfig(every=3, batches=2, samples=0),
+        logging=LoggingConfig(tensorboard=False, progress=False),
+    )

@@ -1,0 +1,319 @@
+"""The command line of launch/pretrain.py: one line for every mistake, at once, before torch is imported."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.cli import ConfigError, dotted_keys, dump, from_mapping, guess, make_parser, parse, write_status
+from trainer.config import PretrainConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "launch" / "pretrain.py")
+LIMIT_SECONDS = 3.0
+
+
+@pytest.fixture(scope="module")
+def tripwire(tmp_path_factory):
+    """A folder whose torch and megatron leave a file behind when they are imported, and then fail."""
+    folder = tmp_path_factory.mktemp("tripwire")
+    for name in ("torch", "megatron"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(
+            f"import pathlib\npathlib.Path({str(folder)!r}, 'imported').touch()\nraise SystemExit('tripwire: {name}')\n"
+        )
+    return folder
+
+
+@pytest.fixture
+def command(tripwire, tmp_path):
+    """Run pretrain.py in tmp_path beside the tripwire; give the process and whether the wire was touched."""
+
+    def run(*arguments, **environment):
+        (tripwire / "imported").unlink(missing_ok=True)
+        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        search = os.pathsep.join((str(tripwire), str(ROOT)))
+        result = subprocess.run(
+            [sys.executable, SCRIPT, *arguments],
+            cwd=tmp_path,
+            env=inherited | {"PYTHONPATH": search, "COLUMNS": "200"} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        return result, (tripwire / "imported").exists()
+
+    return run
+
+
+def write(folder, name, values):
+    (folder / name).write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+
+
+MISTAKES = {
+    "unknown option": (["--train.stepz=3"], "unknown key 'train.stepz'; did you mean 'train.steps'?"),
+    "unknown option with a space": (["--optim.leaning_rate", "3"], "unknown key 'optim.leaning_rate'; did you mean"),
+    "option in the wrong group": (["--optim.steps=3"], "unknown key 'optim.steps'; did you mean 'train.steps'?"),
+    "shortened option": (["--optim.warmup=3"], "unknown key 'optim.warmup'; did you mean 'optim.warmup_steps'?"),
+    "unknown key in YAML": (
+        ["--config=unknown_key.yaml"],
+        "unknown key 'train.micro_batchsize'; did you mean 'train.micro_batch_size'?",
+    ),
+    "unknown key deep in YAML": (
+        ["--config=unknown_deep.yaml"],
+        "unknown key 'model.attention.num_kvheads'; did you mean 'model.attention.num_kv_heads'?",
+    ),
+    "unknown group in YAML": (["--config=unknown_group.yaml"], "did you mean 'train"),
+    "wrong type": (["--train.steps=many"], "train.steps: expected int, got many"),
+    "fraction for a number of steps": (["--train.steps=3.5"], "train.steps: expected int, got 3.5"),
+    "wrong type in YAML": (["--config=wrong_type.yaml"], "train.steps: expected int, got many"),
+    "wrong type where null may be": (["--model.vocab_size=many"], "model.vocab_size: expected int or null, got many"),
+    "wrong choice": (["--train.precision=fp8"], "train.precision: expected one of 'fp32', 'bf16', got fp8"),
+    "YAML that is none": (["--config=broken.yaml"], "parsing"),
+    "bad value": (["--optim.lr=-1"], "optim.lr is -1.0: it must be a positive number"),
+    "infinite value": (["--optim.lr=.inf"], "optim.lr is inf: it must be a positive number"),
+    "bad value in YAML": (["--config=bad_value.yaml"], "train.micro_batch_size is 0: it must be positive"),
+    "bad combination": (
+        ["--optim.warmup_steps=200", "--train.steps=100"],
+        "optim.warmup_steps=200 exceeds train.steps=100; lower it",
+    ),
+    "bad combination in the model": (
+        ["--model.hidden_size=260"],
+        "model.hidden_size=260 gives no even head size over model.attention.num_heads=4; set model.attention.head_dim",
+    ),
+    "no such mixer": (["--model.mixers.pattern=mamba"], "model.mixers.pattern: no mixer 'mamba'; choose from"),
+    "missing configuration": (["--config=missing.yaml"], "missing.yaml does not exist; check the path"),
+    "missing data": (["--data.path=missing"], "no token data at missing: missing.bin does not exist; prepare it with"),
+    "missing tokenizer": (["--data.tokenizer=missing.model"], "data.tokenizer: missing.model does not exist"),
+    "missing checkpoint": (["--checkpoint.resume=missing"], "checkpoint.resume: missing is neither auto, never, nor"),
+    "unsupported layout": (
+        ["--parallel.tensor=2"],
+        "parallel.tensor>1 is not supported: the layers are not sharded in this version; use parallel.tensor=1",
+    ),
+    "batch that does not divide": (
+        ["--train.micro_batch_size=3", "--train.global_batch_size=8"],
+        "train.global_batch_size=8 does not divide by train.micro_batch_size=3 times 1 data-parallel ranks; use a",
+    ),
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    write(tmp_path, "unknown_key.yaml", {"train": {"steps": 200, "micro_batchsize": 3}})
+    write(tmp_path, "unknown_deep.yaml", {"model": {"attention": {"num_kvheads": 3}}})
+    write(tmp_path, "unknown_group.yaml", {"trian": {"steps": 5}})
+    write(tmp_path, "wrong_type.yaml", {"train": {"steps": "many"}})
+    write(tmp_path, "bad_value.yaml", {"train": {"micro_batch_size": 0}})
+    write(tmp_path, "broken.yaml", "train: [1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(command, files, arguments, message):
+    result, imported = command(*arguments, "--run.dir=here")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert result.stdout == "" and not imported
+    status = json.loads((files / "here" / "status.json").read_text())
+    assert status == {"state": "config_error", "exit_code": 2, "message": line.removeprefix("error: ")}
+    assert [path.name for path in (files / "here").iterdir()] == ["status.json"]
+
+
+def test_world_sizes_that_do_not_divide(command, tmp_path):
+    batch = ("--train.micro_batch_size=2", "--train.global_batch_size=8", "--run.dir=here")
+    message = "does not divide by train.micro_batch_size=2 times 3 data-parallel ranks; use a multiple of 6"
+    result, imported = command(*batch, WORLD_SIZE="3", RANK="0")
+    assert result.returncode == 2 and message in result.stderr and not imported
+    assert json.loads((tmp_path / "here" / "status.json").read_text())["state"] == "config_error"
+
+
+def test_a_mistake_is_found_within_three_seconds(command):
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        result, _ = command("--train.stepz=3")
+        best = min(best, time.perf_counter() - start)
+        assert result.returncode == 2
+    assert best < LIMIT_SECONDS
+
+
+def test_the_tripwire_is_touched_by_a_run(command):
+    """Or the tests above would prove nothing."""
+    result, imported = command("--run.dir=here")
+    assert imported and result.stderr.strip().endswith("tripwire: torch")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_run_directory_that_cannot_be(command, tmp_path, place):
+    (tmp_path / "file").touch()
+    result, imported = command(f"--run.dir={place}")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith(f"error: run.dir: {place} ") and not imported
+
+
+# --check
+
+
+def test_check_says_so_and_writes_nothing(command, tmp_path):
+    start = time.perf_counter()
+    result, imported = command("--check", "--world-size=4", "--train.global_batch_size=32", "--run.dir=here")
+    seconds = time.perf_counter() - start
+    assert (result.returncode, result.stdout, result.stderr, imported) == (
+        0,
+        "the configuration is valid for 4 ranks\n",
+        "",
+        False,
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert seconds < 20  # a hang, not a speed: the speed is measured above
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size=3"], "does not divide by train.micro_batch_size=8 times 3 data-parallel ranks; use a"),
+        (["--world-size=0"], "--world-size is 0: it must be at least 1"),
+        (["--world-size=-1"], "--world-size is -1: it must be at least 1"),
+        (["--world-size=two"], "world_size: expected int, got two"),
+        (["--parallel.context=2", "--world-size=2"], "parallel.context>1 is not supported: sequences are not sharded"),
+    ],
+)
+def test_check_refuses_and_writes_nothing(command, tmp_path, arguments, message):
+    result, imported = command("--check", *arguments)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: ") and message in line and not imported
+    assert result.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_check_reads_the_world_size_of_torchrun(command):
+    result, _ = command("--check", WORLD_SIZE="3")
+    assert result.returncode == 2 and "times 3 data-parallel ranks" in result.stderr
+
+
+# --help and --print_config
+
+
+def test_help(command):
+    result, imported = command("--help")
+    assert result.returncode == 0 and result.stderr == "" and not imported
+    for key in dotted_keys(PretrainConfig):
+        assert f"--{key} " in result.stdout
+    # The docstrings are the help.
+    assert "Optimizer steps. Raising it later continues the run" in " ".join(result.stdout.split())
+
+
+def test_the_printed_configuration_reads_back_as_itself(command, tmp_path):
+    changes = ("--train.steps=500", "--model.mixers.linear_per_full=3", "--data.blend={stdlib: 2.0}", "--optim.lr=1e-5")
+    printed, imported = command(*changes, "--print_config")
+    assert printed.returncode == 0 and not imported
+    write(tmp_path, "printed.yaml", printed.stdout)
+    again, _ = command("--config=printed.yaml", "--print_config")
+    assert again.stdout == printed.stdout
+    values = yaml.safe_load(printed.stdout)
+    assert values["train"]["steps"] == 500 and values["optim"]["lr"] == 1e-5
+    checked, _ = command("--config=printed.yaml", "--check")
+    assert checked.returncode == 0
+    options = make_parser(PretrainConfig, "")
+    options.add_argument("--check", action="store_true")
+    options.add_argument("--world-size", type=int, default=None)
+    config, _ = parse(PretrainConfig, options, ["--config", str(tmp_path / "printed.yaml")])
+    assert config == parse(PretrainConfig, options, changes)[0]
+
+
+# torchrun
+
+
+def test_all_ranks_together_say_it_once(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+    start = time.perf_counter()
+    result = subprocess.run(
+        [*command, "--train.stepz=3", "--run.dir=here"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    seconds = time.perf_counter() - start
+    errors = [line for line in result.stderr.splitlines() if "unknown key" in line]
+    assert errors == ["error: unknown key 'train.stepz'; did you mean 'train.steps'?"]
+    assert result.returncode != 0 and seconds < 20
+    assert json.loads((tmp_path / "here" / "status.json").read_text())["exit_code"] == 2
+
+
+# In this process
+
+
+def test_later_files_and_options_win(tmp_path):
+    write(tmp_path, "first.yaml", {"train": {"steps": 200, "seed": 1}})
+    write(tmp_path, "second.yaml", {"train": {"seed": 2}})
+    files = [f"--config={tmp_path / name}.yaml" for name in ("first", "second")]
+    parser = make_parser(PretrainConfig, "")
+    config, _ = parse(PretrainConfig, parser, [*files, "--train.seq_len=64"])
+    assert (config.train.steps, config.train.seed, config.train.seq_len) == (200, 2, 64)
+    config, _ = parse(PretrainConfig, parser, [*files[:1], "--train.steps=300"])
+    assert (config.train.steps, config.train.seed) == (300, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(100, 10**9),
+    st.floats(1e-12, 10, allow_nan=False),
+    st.booleans(),
+    st.none() | st.integers(1, 9),
+    st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12),
+)
+def test_a_dump_reads_back_as_the_same_configuration(steps, lr, tied, ratio, prompt):
+    values = {
+        "train": {"steps": steps},
+        "optim": {"lr": lr},
+        "model": {"tie_embeddings": tied, "mixers": {"linear_per_full": ratio}},
+        "evaluation": {"prompt": prompt},
+    }
+    parser = make_parser(PretrainConfig, "")
+    text = dump(parser, parser.parse_object(values), PretrainConfig)
+    assert set(yaml.safe_load(text)) == set(dotted_keys(PretrainConfig)) & set(vars(PretrainConfig()))
+    config = from_mapping(PretrainConfig, yaml.safe_load(text))
+    assert config == from_mapping(PretrainConfig, values)
+    assert (config.train.steps, config.optim.lr, config.model.mixers.linear_per_full) == (steps, lr, ratio)
+    assert config.evaluation.prompt == prompt
+
+
+def test_mappings_are_checked_too():
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        from_mapping(TrainConfig, {"stepz": 3})
+    with pytest.raises(ConfigError, match="train.steps is 0: it must be positive"):
+        from_mapping(TrainConfig, {"steps": 0})
+
+
+def test_keys_are_guessed_from_what_does_not_parse(tmp_path):
+    write(tmp_path, "run.yaml", {"run": {"dir": "in file"}, "unknown": 1})
+    write(tmp_path, "broken.yaml", "run: {dir: [\n")
+    config = f"--config={tmp_path / 'run.yaml'}"
+    assert guess(["--nonsense", "--run.dir=a"], "run.dir") == "a"
+    assert guess(["--run.dir", "b", config], "run.dir") == "b"
+    assert guess([config], "run.dir") == guess(["--config", config.split("=")[1]], "run.dir") == "in file"
+    assert guess([f"--config={tmp_path / 'broken.yaml'}"], "run.dir") is None
+    assert guess(["--run.dir"], "run.dir") in (None, "")
+
+
+def test_only_rank_0_writes_the_status(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    write_status(tmp_path / "here", "done", 0)
+    assert not (tmp_path / "here").exists()
+    monkeypatch.setenv("RANK", "0")
+    write_status(tmp_path / "here", "done", 0, "all is well")
+    status = json.loads((tmp_path / "here" / "status.json").read_text())
+    assert status == {"state": "done", "exit_code": 0, "message": "all is well"}
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        write_status(tmp_path / "file", "done", 0)

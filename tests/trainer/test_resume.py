@@ -1,0 +1,151 @@
+"""A run that is interrupted and resumed equals the uninterrupted one, to the last bit, on one process and on two."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from tests.trainer.conftest import finish, in_process_config, status, trajectory
+
+RANKS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Trajectories of undisturbed runs, by ranks and overrides."""
+    return {}
+
+
+@pytest.fixture
+def reference(uninterrupted, tiny_run, tmp_path):
+    def get(ranks, *overrides):
+        key = (ranks, *overrides)
+        if key not in uninterrupted:
+            code, output = finish(tiny_run(tmp_path / "whole", *overrides, ranks=ranks))
+            assert code == 0, output
+            uninterrupted[key] = trajectory(tmp_path / "whole")
+        return uninterrupted[key]
+
+    return get
+
+
+def wait_for_step(run_dir, step, process, timeout=90):
+    end = time.monotonic() + timeout
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+# Long enough for a signal from outside to arrive on the way.
+LONG = ("--train.steps=150", "--checkpoint.every=0", "--evaluation.every=60")
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_resumed_run_is_the_same(reference, tiny_run, tmp_path, ranks, number):
+    run_dir = tmp_path / "run"
+    process = tiny_run(run_dir, *LONG, ranks=ranks)
+    wait_for_step(run_dir, 2, process)
+    process.send_signal(number)
+    code, output = finish(process)
+    # torchrun turns every failure into 1: status.json tells.
+    assert code == 75 if ranks == 1 else code != 0, output
+    assert status(run_dir) == {"state": "stopped", "exit_code": 75, "message": ""}
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert 2 <= int(saved.name.removeprefix("step_")) < 150
+    code, output = finish(tiny_run(run_dir, *LONG, ranks=ranks))
+    assert code == 0, output
+    assert f"resumed from {saved}" in output
+    assert status(run_dir)["state"] == "done"
+    assert trajectory(run_dir) == reference(ranks, *LONG)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(("where", "victim"), [("writing", 0), ("writing", -1), ("sealing", 0), ("publishing", 0)])
+def test_killed_during_a_save(reference, tiny_run, tmp_path, ranks, where, victim):
+    if ranks == 1 and victim == -1:
+        victim = 0
+    run_dir = tmp_path / "run"
+    arguments = (where, str(victim % ranks), "2")
+    killed = tiny_run(run_dir, ranks=ranks, script="tests/trainer/pretrain_killed.py", script_arguments=arguments)
+    code, output = finish(killed)
+    assert code == (-signal.SIGKILL if ranks == 1 else 1), output
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        ".saving_step_00000006",
+        "step_00000003",
+    ]
+    code, output = finish(tiny_run(run_dir, ranks=ranks))
+    assert code == 0, output
+    assert ".saving_step_00000006 was not finished and is passed over" in output
+    assert "resumed from" in output and "step_00000003" in output
+    assert trajectory(run_dir) == reference(ranks)
+    assert not list((run_dir / "checkpoints").glob(".saving_*"))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(reference, tiny_run, tmp_path, ranks):
+    run_dir = tmp_path / "run"
+    assert finish(tiny_run(run_dir, ranks=ranks))[0] == 0
+    for name in ("step_00000006", "step_00000008"):
+        file = next((run_dir / "checkpoints" / name / "state").glob("*.distcp"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    # By its name the run has finished; a longer one has to look.
+    more = "--train.steps=9"
+    code, output = finish(tiny_run(run_dir, more, ranks=ranks))
+    assert code == 0, output
+    assert "step_00000008 is damaged and passed over" in output
+    assert "step_00000006 is damaged and passed over" in output
+    assert f"resumed from {run_dir}/checkpoints/step_00000003" in output
+    steps, _ = trajectory(run_dir)
+    assert [step for step, _, _ in steps] == list(range(1, 10))
+
+
+def test_stopped_at_any_step(tiny_data, tmp_path, monkeypatch):
+    """Every step of a short run is once the last before a stop."""
+    from dataclasses import replace
+
+    from trainer import pretrain
+    from trainer.loop import Trainer
+
+    config = in_process_config(tiny_data, tmp_path / "whole")
+    assert pretrain.run(config, "") == 0
+    whole = trajectory(tmp_path / "whole")
+    original = Trainer._step
+    for stop in range(config.train.steps):
+        run_dir = tmp_path / f"stop{stop}"
+        stopping = replace(config, run=replace(config.run, dir=str(run_dir)))
+
+        def step(self, stop=stop):
+            result = original(self)
+            if self.progress.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(Trainer, "_step", step)
+        if stop:
+            assert pretrain.run(stopping, "") == 75
+            assert status(run_dir)["state"] == "stopped"
+        monkeypatch.setattr(Trainer, "_step", original)
+        assert pretrain.run(stopping, "") == 0
+        assert trajectory(run_dir) == whole
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches(reference, tiny_run, tmp_path):
+    """Changing the data-parallel size keeps the run: the same batches, losses equal up to rounding."""
+    run_dir = tmp_path / "run"
+    assert finish(tiny_run(run_dir, "--train.steps=3", "--optim.min_lr_ratio=1", ranks=1))[0] == 0
+    code, output = finish(tiny_run(run_dir, "--train.steps=6", "--optim.min_lr_ratio=1", ranks=2))
+    assert code == 0, output
+    whole, _ = reference(1, "--train.steps=6", "--optim.min_lr_ratio=1")
+    steps, _ = trajectory(run_dir)
+    for (step, loss, norm), (step_1, loss_1, norm_1) in zip(steps, whole, strict=True):
+        assert step == step_1
+        assert loss == pytest.approx(loss_1, rel=1e-5)
+        assert norm == pytest.approx(norm_1, rel=1e-4)

@@ -1,0 +1,127 @@
+"""Hugging Face transformers models of the same shape, and our weights in their names.
+
+The dense peer is Qwen2. The hybrid peer is Qwen3-Next with dense feed-forwards; its attention layers are replaced by
+Qwen3's, which have no output gate, so that both sides compute the same function.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.mixers.gated_delta_net import GatedDeltaNet
+from trainer.cli import ConfigError
+
+
+def build_peer(config: ModelConfig, vocab_size: int, max_positions: int) -> nn.Module:
+    """The transformers model that computes what our Decoder of this configuration computes, with random weights.
+
+    Raises:
+        ConfigError: transformers is missing, or would not run its plain torch code.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("the peer is Hugging Face transformers: pip install 'transformers>=5,<6'")
+    shared = {
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.attention.num_heads,
+        "num_key_value_heads": config.attention.num_kv_heads,
+        "head_dim": config.attention_head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": max_positions,
+        "use_cache": False,
+    }
+    rope = {"rope_type": "default", "rope_theta": config.attention.rope_theta}
+    if "gated_delta_net" not in config.layer_mixers():
+        return _qwen2(shared, rope)
+    return _qwen3_next(config, shared, rope)
+
+
+def _qwen2(shared: dict[str, Any], rope: dict[str, Any]) -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**shared, rope_parameters=rope))
+
+
+def _qwen3_next(config: ModelConfig, shared: dict[str, Any], rope: dict[str, Any]) -> nn.Module:
+    for package in ("fla", "causal_conv1d"):
+        if importlib.util.find_spec(package) is not None:
+            raise ConfigError(f"{package} is installed and would replace the torch code of the peer; uninstall it")
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    gdn, mixers = config.gated_delta_net, config.layer_mixers()
+    peer_config = Qwen3NextConfig(
+        **shared,
+        rope_parameters={**rope, "partial_rotary_factor": 1.0},
+        attention_bias=config.attention.qkv_bias,
+        layer_types=["full_attention" if name == "full_attention" else "linear_attention" for name in mixers],
+        linear_num_key_heads=gdn.num_heads,
+        linear_num_value_heads=gdn.value_heads,
+        linear_key_head_dim=gdn.head_dim,
+        linear_value_head_dim=gdn.head_v_dim,
+        linear_conv_kernel_dim=gdn.conv_size,
+        num_experts=0,
+    )
+    peer = Qwen3NextForCausalLM(peer_config)
+    for i, layer in enumerate(peer.model.layers):
+        if layer.block_type == "full_attention":
+            layer.self_attn = Qwen3Attention(peer_config, i)
+    return peer
+
+
+@torch.no_grad()
+def copy_weights(ours: Decoder, peer: nn.Module) -> None:
+    """Overwrite every parameter of the peer with ours."""
+    state = dict(_peer_weights(ours))
+    names = {name for name, _ in peer.named_parameters()}
+    assert names == set(state), f"unmatched parameters: {sorted(names ^ set(state))}"
+    for name, parameter in peer.named_parameters():
+        parameter.copy_(state[name].view_as(parameter))
+
+
+def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
+    yield "model.embed_tokens.weight", ours.embedding.weight
+    if ours.lm_head is not None:
+        yield "lm_head.weight", ours.lm_head.weight
+    # Qwen3-Next stores the weight of a norm less 1.
+    offset = 1.0 if "gated_delta_net" in ours.model_config.layer_mixers() else 0.0
+    yield "model.norm.weight", ours.final_norm.weight - offset
+    for i, layer in enumerate(ours.layers):
+        prefix = f"model.layers.{i}."
+        yield f"{prefix}input_layernorm.weight", layer.mixer_norm.weight - offset
+        yield f"{prefix}post_attention_layernorm.weight", layer.ffn_norm.weight - offset
+        for name, parameter in layer.ffn.named_parameters():
+            yield f"{prefix}mlp.{name}", parameter
+        if isinstance(layer.mixer, GatedDeltaNet):
+            for name, weight in qwen3_next_delta_net(layer.mixer).items():
+                yield f"{prefix}linear_attn.{name}", weight
+        else:
+            for name, parameter in layer.mixer.named_parameters():
+                yield f"{prefix}self_attn.{name}", parameter
+
+
+def qwen3_next_delta_net(mixer: GatedDeltaNet) -> dict[str, Tensor]:
+    """Our gated delta net's parameters as Qwen3-Next packs them: one projection, its rows grouped by key head."""
+
+    def grouped(*projections: nn.Linear) -> Tensor:
+        rows = [projection.weight.unflatten(0, (mixer.num_heads, -1)) for projection in projections]
+        return torch.cat(rows, dim=1).flatten(0, 1)
+
+    convolutions = (mixer.q_conv1d.weight, mixer.k_conv1d.weight, mixer.v_conv1d.weight)
+    return {
+        "in_proj_qkvz.weight": grouped(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj),
+        "in_proj_ba.weight": grouped(mixer.b_proj, mixer.a_proj),
+        "conv1d.weight": torch.cat(convolutions)[:, None],
+        "A_log": mixer.A_log,
+        "dt_bias": mixer.dt_bias,
+        "norm.weight": mixer.o_norm.weight,
+        "out_proj.weight": mixer.o_proj.weight,
+    }

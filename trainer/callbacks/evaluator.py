@@ -1,0 +1,108 @@
+"""Validation in bits per byte, text samples, and the comparison with general-purpose compressors."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from models.generation import generate
+from trainer.callbacks.base import Callback
+from trainer.data.compressors import bits_per_byte_of_compressors
+from trainer.data.dataset import EvaluationStream
+
+if TYPE_CHECKING:
+    from trainer.data.sources import DataSources
+    from trainer.loop import Trainer
+
+_LOGGER = logging.getLogger("spiketrain")
+
+
+class Evaluator(Callback):
+    """Validates every `evaluation.every` steps on a part of the split, and after the last step on all of it.
+
+    Args:
+        sources: With a validation split.
+    """
+
+    def __init__(self, sources: DataSources) -> None:
+        assert sources.validation is not None
+        self.path, self.eod_id = sources.validation, sources.eod_id
+        self.token_bytes = None if sources.tokenizer is None else sources.tokenizer.token_bytes()
+        self._streams: dict[int | None, EvaluationStream] = {}
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Validate if it is time."""
+        evaluation = trainer.config.evaluation
+        if trainer.finished:
+            self._validate(trainer, None)
+            if evaluation.compare_compressors and trainer.engine.rank == 0:
+                self._compare(trainer)
+        elif evaluation.every and trainer.progress.step % evaluation.every == 0:
+            self._validate(trainer, evaluation.batches or None)
+
+    def _stream(self, trainer: Trainer, limit: int | None) -> EvaluationStream:
+        if limit not in self._streams:
+            config, engine = trainer.config, trainer.engine
+            micro = config.train.micro_batch_size
+            self._streams[limit] = EvaluationStream(
+                self.path,
+                config.evaluation.seq_len or config.train.seq_len,
+                micro_batch_size=micro,
+                eod_id=self.eod_id,
+                stride=config.evaluation.stride,
+                document_mask=config.data.document_mask,
+                limit=None if limit is None else limit * micro,
+                rank=engine.data_parallel_rank,
+                world=engine.data_parallel_size,
+            )
+        return self._streams[limit]
+
+    def _validate(self, trainer: Trainer, limit: int | None) -> None:
+        stream = self._stream(trainer, limit)
+        counted = [0.0, 0.0]
+
+        def batches() -> Any:
+            for batch in stream:
+                counted[0] += float(batch.loss_mask.sum())
+                counted[1] += self._bytes(batch.labels, batch.loss_mask)
+                yield batch
+
+        nll = trainer.engine.loss_sum(batches(), len(stream))
+        nll_sum, tokens, text_bytes = trainer.engine.all_reduce([nll, *counted])
+        trainer.samples = self._samples(trainer) if trainer.engine.rank == 0 else []
+        trainer.report_evaluation("validation", nll_sum, tokens, text_bytes)
+
+    def _bytes(self, labels: torch.Tensor, mask: torch.Tensor) -> float:
+        if self.token_bytes is None:
+            return 0.0
+        return float((self.token_bytes[labels.numpy()] * mask.numpy()).sum())
+
+    def _samples(self, trainer: Trainer) -> list[str]:
+        evaluation, tokenizer = trainer.config.evaluation, trainer.tokenizer
+        if tokenizer is None or not evaluation.samples:
+            return []
+        prompt = torch.tensor([tokenizer.encode(evaluation.prompt)] * evaluation.samples, device=trainer.engine.device)
+        # A generator of its own: sampling text must not move the run's random numbers.
+        generator = torch.Generator(trainer.engine.device).manual_seed(trainer.config.train.seed)
+        rows = generate(
+            trainer.engine.model,
+            prompt,
+            evaluation.sample_tokens,
+            temperature=0.8,
+            top_p=0.95,
+            generator=generator,
+            eod_id=tokenizer.eod_id,
+            vocab_size=tokenizer.vocab_size,
+        )
+        return [tokenizer.decode(row) for row in rows]
+
+    def _compare(self, trainer: Trainer) -> None:
+        assert trainer.tokenizer is not None
+        stream = self._stream(trainer, None)
+        ratios = bits_per_byte_of_compressors(trainer.tokenizer.decode(stream.file.tokens.tolist()).encode())
+        for name, value in ratios.items():
+            _LOGGER.info("%s reaches %.4f bits per byte on the same files, concatenated", name, value)
+        for text in trainer.samples:
+            _LOGGER.info("sample:\n%s", text)

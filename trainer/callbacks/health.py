@@ -1,0 +1,43 @@
+"""Stops a run whose numbers have broken down."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from trainer.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row were skipped for a non-finite loss or gradient."""
+
+
+class NonFiniteGuard(Callback):
+    """Counts skipped steps, and gives up after `limit` in a row."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._in_a_row = 0
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Count.
+
+        Raises:
+            TrainingDiverged: on every rank alike.
+        """
+        if not metrics["skipped"]:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        if trainer.engine.rank == 0:
+            logging.getLogger("spiketrain").warning(
+                "step %d skipped: loss %s, gradient norm %s", metrics["step"], metrics["loss"], metrics["grad_norm"]
+            )
+        if self._in_a_row >= self.limit:
+            raise TrainingDiverged(
+                f"{self._in_a_row} steps in a row had a non-finite loss or gradient (train.max_skipped_steps="
+                f"{self.limit}); lower optim.lr, lengthen optim.warmup_steps, or resume from an earlier checkpoint"
+            )

@@ -1,0 +1,109 @@
+"""metrics.jsonl and TensorBoard. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from trainer.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from trainer.loop import Trainer
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of a metrics file that lie after `step`, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+class MetricsFile(Callback):
+    """One JSON object a line: training steps every `every` steps, and every validation."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self._file: IO[str] | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Cut the file back to the step that the run continues from."""
+        if trainer.engine.rank == 0:
+            cut_back(self.path, trainer.progress.step)
+            self._file = self.path.open("a", buffering=1)
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Write the step's line."""
+        if self._file and (metrics["step"] % self.every == 0 or trainer.finished):
+            self._file.write(json.dumps(metrics) + "\n")
+
+    def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Write the validation's line."""
+        if self._file:
+            self._file.write(json.dumps(metrics) + "\n")
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+class TensorBoard(Callback):
+    """Scalars, text samples and hyper-parameters as TensorBoard events."""
+
+    def __init__(self, directory: Path, every: int) -> None:
+        self.directory, self.every = directory, every
+        self._writer: SummaryWriter | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the writer; events after the step that the run continues from are hidden."""
+        if trainer.engine.rank != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.directory), purge_step=trainer.progress.step + 1)
+        self._writer.add_text("config", f"```yaml\n{trainer.config_yaml}\n```", trainer.progress.step)
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Write the step's scalars."""
+        if self._writer and (metrics["step"] % self.every == 0 or trainer.finished):
+            for name, value in metrics.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(f"train/{name}" if "/" not in name else name, value, metrics["step"])
+
+    def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Write the validation's scalars and text samples."""
+        if self._writer is None:
+            return
+        for name in ("loss", "bits_per_byte"):
+            self._writer.add_scalar(f"{metrics['split']}/{name}", metrics[name], metrics["step"])
+        for i, text in enumerate(trainer.samples):
+            self._writer.add_text(f"sample/{i}", f"```\n{text}\n```", metrics["step"])
+        if trainer.finished:
+            self._write_hyper_parameters(trainer, metrics)
+
+    def _write_hyper_parameters(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        assert self._writer is not None and self._writer.file_writer is not None
+        results = {f"final/{name}": metrics[name] for name in ("loss", "bits_per_byte")}
+        for summary in hparams(trainer.hyper_parameters(), results):
+            self._writer.file_writer.add_summary(summary)
+        for name, value in results.items():
+            self._writer.add_scalar(name, value, metrics["step"])
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the writer."""
+        if self._writer:
+            self._writer.close()

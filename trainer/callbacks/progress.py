@@ -1,0 +1,88 @@
+"""A live progress line on a terminal; a plain line every few seconds elsewhere. Rank 0 prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from trainer.callbacks.base import Callback
+from trainer.logs import CONSOLE
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+_PLAIN_SECONDS = 10.0
+_LOGGER = logging.getLogger("spiketrain")
+
+
+class ProgressLine(Callback):
+    """Step, loss, speed and time left."""
+
+    def __init__(self) -> None:
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+        self._began = self._last_plain = time.monotonic()
+        self._first_step = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Show the line."""
+        self._began, self._first_step = time.monotonic(), trainer.progress.step
+        if trainer.engine.rank != 0 or not sys.stderr.isatty():
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._live = Progress(*columns, console=CONSOLE)
+        self._task = self._live.add_task(
+            "train", total=trainer.config.train.steps, completed=trainer.progress.step, status=""
+        )
+        self._live.start()
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Bring the line up to date."""
+        if trainer.engine.rank != 0:
+            return
+        status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics["model_flops_utilization"] is not None:
+            status += f"  {100 * metrics['model_flops_utilization']:.0f} % of peak"
+        if self._live:
+            self._live.update(self._task, completed=metrics["step"], status=status)
+        elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS or trainer.finished:
+            self._last_plain = time.monotonic()
+            taken = metrics["step"] - self._first_step
+            left = (time.monotonic() - self._began) / taken * (trainer.config.train.steps - metrics["step"])
+            _LOGGER.info("step %d/%d  %s  %.0f s left", metrics["step"], trainer.config.train.steps, status, left)
+
+    def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Report a validation."""
+        if trainer.engine.rank == 0:
+            _LOGGER.info(
+                "step %d  %s loss %.4f  %.4f bits per byte",
+                metrics["step"],
+                metrics["split"],
+                metrics["loss"],
+                metrics["bits_per_byte"],
+            )
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Take the line away."""
+        if self._live:
+            self._live.stop()

@@ -1,0 +1,36 @@
+"""SIGTERM and SIGINT stop a run at the next step, saved."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from trainer.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+
+class StopOnSignal(Callback):
+    """Sets trainer.stop_requested; the ranks agree on it between steps, so one signalled rank stops them all."""
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Take the signals over."""
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if not trainer.stop_requested:
+                logging.getLogger("spiketrain").info("%s: stopping after this step", signal.Signals(number).name)
+            trainer.stop_requested = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, request)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

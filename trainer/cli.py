@@ -1,0 +1,194 @@
+"""Command lines: a dataclass becomes options, YAML files and one-line errors. Imports neither torch nor megatron."""
+
+import difflib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+EXIT_CONFIG_ERROR = 2
+EXIT_STOPPED = 75
+
+# torchrun ends the other ranks as soon as one fails. They wait this long for rank 0 to have said why.
+_SECONDS_FOR_RANK_0 = 10.0
+
+# What jsonargparse, PyYAML and the dataclasses raise on bad input.
+_PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
+
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """Bad input. The message is one line that says what is wrong and how to mend it; the program exits with 2."""
+
+
+def rank() -> int:
+    """The rank of this process under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def dotted_keys(config_class: type, prefix: str = "") -> list[str]:
+    """Every configuration key of a nested dataclass, groups included, such as `train` and `train.steps`."""
+    keys: list[str] = []
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        keys.append(prefix + item.name)
+        if is_dataclass(hints[item.name]):
+            keys += dotted_keys(hints[item.name], f"{prefix}{item.name}.")
+    return keys
+
+
+def make_parser(config_class: type, description: str) -> ArgumentParser:
+    """A parser with `--config FILE`, `--print_config` and one dotted option for each field."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be repeated, later ones override")
+    parser.add_class_arguments(config_class, None, as_group=False, sub_configs=True)
+    return parser
+
+
+def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str]) -> tuple[C, Namespace]:
+    """Read files and options into the dataclass.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing file, or a value that the dataclass refuses.
+    """
+    try:
+        namespace = parser.parse_args(list(arguments))
+        return _build(config_class, parser, namespace), namespace
+    except _PARSE_ERRORS as error:
+        raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error
+
+
+def _build(config_class: type[C], parser: ArgumentParser, namespace: Namespace) -> C:
+    values = vars(parser.instantiate(namespace))
+    return config_class(**{item.name: values[item.name] for item in fields(config_class)})  # type: ignore[arg-type]
+
+
+def from_mapping(config_class: type[C], values: dict[str, Any]) -> C:
+    """The dataclass from plain values, as they stand in a YAML file.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    try:
+        parser = make_parser(config_class, "")
+        return _build(config_class, parser, parser.parse_object(values))
+    except _PARSE_ERRORS as error:
+        raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error
+
+
+def dump(parser: ArgumentParser, namespace: Namespace, config_class: type) -> str:
+    """The resolved configuration as YAML that the same parser reads."""
+    kept = Namespace(**{item.name: namespace[item.name] for item in fields(config_class)})
+    return str(parser.dump(kept, skip_none=False, skip_validation=True))
+
+
+def guess(arguments: Sequence[str], key: str) -> str | None:
+    """A key's value on a command line or in its YAML files, also where these do not parse as a whole."""
+    found: Any = None
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+        if name == f"--{key}":
+            return value
+        if name == "--config" and Path(value).is_file():
+            found = _lookup(Path(value), key) or found
+    return str(found) if found else None
+
+
+def _lookup(path: Path, key: str) -> Any:
+    try:
+        node: Any = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _one_line(message: str, known: list[str]) -> str:
+    text = " ".join(message.split())
+    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
+    text = re.sub(r"^config: File does not exist: '?([^']*)'?$", r"--config: \1 does not exist; check the path", text)
+    text = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", text)
+    text = re.sub(r"Expected an? typing.Literal\[(.*?)\]\.", r"expected one of \1,", text)
+    text = re.sub(r"[.,] Got value:", ", got", text)
+    text = re.sub(r"Does not validate .* Union subtypes Subtypes: \[(.*?)\].*Given value: ", _union, text)
+    text = re.sub(r"Group '([^']+)' does not accept option '([^']+)'", r"Key '\1.\2'", text)
+    unknown = re.search(r"unrecognized arguments: --(\S+)|[Oo]ption '([^']+)' is not accepted|Key '([^']+)'", text)
+    if unknown is None:
+        return text
+    key = next(group for group in unknown.groups() if group).split("=")[0]
+    nearest = _nearest(key, known)
+    hint = f"did you mean {nearest!r}?" if nearest else "--help lists the keys"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _union(match: re.Match[str]) -> str:
+    names = re.findall(r"<class '(\w+)'>", match.group(1))
+    return f"expected {' or '.join('null' if name == 'NoneType' else name for name in names)}, got "
+
+
+def _nearest(key: str, known: list[str]) -> str | None:
+    """The known key most like this one: by the whole path, else by its last part."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if close:
+        return close[0]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.7)
+    if leaf:
+        return by_leaf[leaf[0]]
+    group = difflib.get_close_matches(key.split(".")[0], [name for name in known if "." not in name], n=1)
+    return group[0] if group else None
+
+
+def fail(message: str) -> NoReturn:
+    """Say why, once over all ranks, and exit with 2."""
+    if rank() == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SECONDS_FOR_RANK_0)
+    sys.exit(EXIT_CONFIG_ERROR)
+
+
+def write_status(run_dir: str | Path, state: str, exit_code: int, message: str = "") -> None:
+    """Write run_dir/status.json: state is done, stopped, config_error or failed. Rank 0 only."""
+    if rank() != 0:
+        return
+    path = Path(run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        temporary = path / ".status.json.tmp"
+        temporary.write_text(json.dumps({"state": state, "exit_code": exit_code, "message": message}) + "\n")
+        os.replace(temporary, path / "status.json")
+    except OSError:
+        # run.dir may be the very thing that is wrong: a second error must not hide the first.
+        if state != "config_error":
+            raise
+
+
+def entry(main: Callable[[Any], int | None], config_class: type, description: str) -> NoReturn:
+    """Run a command: parse, call `main(config)`, exit with its code (None is 0), 2 for a ConfigError."""
+    parser = make_parser(config_class, description)
+    try:
+        config: Any = parse(config_class, parser, sys.argv[1:])[0]
+        sys.exit(main(config) or 0)
+    except ConfigError as error:
+        fail(str(error))
+
+
+def describe_failure(error: BaseException) -> str:
+    """The last line of a traceback with the place it came from, for status.json."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

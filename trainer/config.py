@@ -1,0 +1,350 @@
+"""The configuration of a pre-training run. Imports neither torch nor megatron."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from models.config import ModelConfig
+from trainer.data.layout import resolve_prefix
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class RunConfig:
+    """Where the run keeps its files.
+
+    Attributes:
+        dir: Run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, run.log, status.json.
+        device: cpu or cuda; auto takes CUDA where there is one.
+        threads: CPU threads for each process; 0 shares the cores evenly among the processes of this machine.
+        deterministic: Ask torch for deterministic algorithms (on CPU the same inputs always give the same numbers).
+    """
+
+    dir: str = "runs/pretrain"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "run.dir is empty; name a directory")
+        _require(self.threads >= 0, f"run.threads={self.threads} must be 0 (automatic) or more")
+
+
+@dataclass
+class DataConfig:
+    """What the model reads.
+
+    Attributes:
+        path: stdlib (the Python standard library's source, prepared on first use), a directory made by
+            launch/prepare_data.py, or the prefix of a Megatron .bin/.idx pair.
+        blend: Several sources with their weights, in place of path.
+        tokenizer: tokenizer.json, SentencePiece .model or a directory with one; null takes the prepared directory's.
+        validation_path: A .bin/.idx prefix for validation; null takes the prepared directory's validation split.
+        document_mask: Keep the documents packed into a sample from seeing each other.
+        cache_dir: Where data.path=stdlib is prepared.
+        vocab_size: Size of the SentencePiece vocabulary that data.path=stdlib learns.
+    """
+
+    path: str = "stdlib"
+    blend: dict[str, float] = field(default_factory=dict)
+    tokenizer: str | None = None
+    validation_path: str | None = None
+    document_mask: bool = True
+    cache_dir: str = "data"
+    vocab_size: int = 4096
+
+    def __post_init__(self) -> None:
+        for source, weight in self.blend.items():
+            _require(weight > 0, f"data.blend: the weight of {source} is {weight}; it must be positive")
+        for source in self.blend or {self.path: 1.0}:
+            if source != "stdlib":
+                resolve_prefix(source)
+        for name in ("tokenizer", "validation_path"):
+            value = getattr(self, name)
+            if value is not None:
+                exists = Path(value).exists() or Path(f"{value}.idx").exists()
+                _require(exists, f"data.{name}: {value} does not exist")
+        _require(
+            self.vocab_size >= 512, f"data.vocab_size={self.vocab_size} must be at least 512 (256 bytes and pieces)"
+        )
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch and numbers of the run.
+
+    Attributes:
+        steps: Optimizer steps. Raising it later continues the run; earlier batches stay as they were.
+        seed: Seed of the initialisation and of the order of the data.
+        precision: fp32, or bf16 (parameters and activations bfloat16; main parameters and gradients float32).
+        seq_len: Tokens in a sample.
+        micro_batch_size: Samples that one rank computes at a time.
+        global_batch_size: Samples in an optimizer step; gradient accumulation follows from it.
+        max_skipped_steps: Stop after this many steps in a row were skipped for a non-finite loss or gradient.
+    """
+
+    steps: int = 1000
+    seed: int = 1234
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seq_len: int = 512
+    micro_batch_size: int = 8
+    global_batch_size: int = 8
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
+            value = getattr(self, name)
+            _require(value > 0, f"train.{name} is {value}: it must be positive")
+        _require(self.seed >= 0, f"train.seed is {self.seed}: it must not be negative")
+
+    def accumulation(self, data_parallel: int) -> int:
+        """Micro-batches that a rank computes for each step.
+
+        Raises:
+            ValueError: the global batch does not divide over ranks and micro-batches.
+        """
+        per_pass = self.micro_batch_size * data_parallel
+        _require(
+            self.global_batch_size % per_pass == 0,
+            f"train.global_batch_size={self.global_batch_size} does not divide by train.micro_batch_size="
+            f"{self.micro_batch_size} times {data_parallel} data-parallel ranks; use a multiple of {per_pass}",
+        )
+        return self.global_batch_size // per_pass
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        lr: Peak learning rate.
+        min_lr_ratio: The schedule ends at lr times this.
+        schedule: cosine, or wsd: warm-up, stable, then a linear decay over the last decay_fraction of the steps.
+        warmup_steps: Steps of linear warm-up.
+        decay_fraction: The decaying part of wsd.
+        weight_decay: Decoupled weight decay of matrices; norms, biases, A_log and dt_bias have none.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Epsilon of Adam.
+        clip_grad: Largest norm of the gradient; 0 turns clipping off.
+    """
+
+    lr: float = 3e-4
+    min_lr_ratio: float = 0.1
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}: it must be a positive number")
+        _require(self.eps > 0, f"optim.eps is {self.eps}: it must be positive")
+        for name in ("warmup_steps", "weight_decay", "clip_grad"):
+            _require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1)")
+        for name in ("min_lr_ratio", "decay_fraction"):
+            _require(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
+
+
+@dataclass
+class EngineConfig:
+    """What drives the step.
+
+    Attributes:
+        name: megatron (mcore's schedules, DDP and distributed optimizer) or deepspeed.
+        zero_stage: What is sharded over data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also parameters.
+        offload: Keep the optimizer's state, or also the parameters, in host memory.
+    """
+
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    zero_stage: Literal[1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+
+
+@dataclass
+class ParallelConfig:
+    """Ranks along each dimension; what is left of the world size is data parallel.
+
+    Attributes:
+        tensor: Tensor-parallel ranks.
+        sequence: Shard the activations between tensor-parallel regions along the sequence.
+        pipeline: Pipeline stages.
+        virtual_pipeline: Model chunks on each pipeline stage (interleaved schedule).
+        expert: Expert-parallel ranks.
+        context: Context-parallel ranks (contiguous shards of the sequence).
+    """
+
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    expert: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "context"):
+            value = getattr(self, name)
+            _require(value >= 1, f"parallel.{name} is {value}: it must be at least 1")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel ranks.
+
+        Raises:
+            ValueError: the world size does not divide.
+        """
+        used = self.tensor * self.pipeline * self.context
+        _require(
+            world_size % used == 0,
+            f"world size {world_size} does not divide by tensor*pipeline*context={used}; start a multiple of {used}",
+        )
+        return world_size // used
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming.
+
+    Attributes:
+        every: Steps between checkpoints; the last step and a stop signal always save. 0 saves only then.
+        keep: Newest checkpoints that stay; 0 keeps all.
+        resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (in a fresh run.dir
+            only), a path continues from that checkpoint.
+    """
+
+    every: int = 500
+    keep: int = 3
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every is {self.every}: it must not be negative")
+        _require(self.keep >= 0, f"checkpoint.keep is {self.keep}: it must not be negative (0 keeps all)")
+        if self.resume not in ("auto", "never"):
+            _require(
+                Path(self.resume).is_dir(),
+                f"checkpoint.resume: {self.resume} is neither auto, never, nor the directory of a checkpoint",
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation in bits per byte.
+
+    Attributes:
+        every: Steps between validations; 0 validates only after the last step.
+        batches: Micro-batches of a validation on the way; 0 takes the whole split.
+        seq_len: Tokens in a window; null takes train.seq_len.
+        stride: New tokens in each window, the rest being context; null takes evaluation.seq_len (no overlap).
+        samples: Text samples written to TensorBoard at each validation.
+        sample_tokens: Tokens in each.
+        prompt: What the samples continue.
+        compare_compressors: After the last step, print what gzip -9 and xz -9 make of the validation files.
+    """
+
+    every: int = 250
+    batches: int = 16
+    seq_len: int | None = None
+    stride: int | None = None
+    samples: int = 1
+    sample_tokens: int = 128
+    prompt: str = "def "
+    compare_compressors: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batches", "samples", "sample_tokens"):
+            _require(getattr(self, name) >= 0, f"evaluation.{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("seq_len", "stride"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"evaluation.{name} is {value}: it must be positive")
+        if self.seq_len is not None and self.stride is not None:
+            _require(
+                self.stride <= self.seq_len,
+                f"evaluation.stride={self.stride} exceeds evaluation.seq_len={self.seq_len}",
+            )
+
+
+@dataclass
+class LoggingConfig:
+    """What is reported.
+
+    Attributes:
+        every: Steps between lines of metrics.jsonl and TensorBoard points.
+        progress: A live progress line on a terminal, plain lines elsewhere.
+        tensorboard: Write TensorBoard events.
+        profile_step: Trace three steps from this one with torch's profiler into run.dir/profile; 0 never.
+    """
+
+    every: int = 1
+    progress: bool = True
+    tensorboard: bool = True
+    profile_step: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"logging.every is {self.every}: it must be at least 1")
+        _require(self.profile_step >= 0, f"logging.profile_step is {self.profile_step}: it must not be negative")
+
+
+@dataclass
+class PretrainConfig:
+    """Everything that defines a pre-training run.
+
+    Attributes:
+        run: Where the run keeps its files.
+        model: The shape of the model.
+        data: What the model reads.
+        train: Length, batch and numbers of the run.
+        optim: Optimizer and schedule.
+        engine: What drives the step.
+        parallel: Ranks along each dimension.
+        checkpoint: Saving and resuming.
+        evaluation: Validation.
+        logging: What is reported.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.optim.warmup_steps <= self.train.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} exceeds train.steps={self.train.steps}; lower it",
+        )
+        window = self.evaluation.seq_len or self.train.seq_len
+        _require(
+            self.evaluation.stride is None or self.evaluation.stride <= window,
+            f"evaluation.stride={self.evaluation.stride} exceeds the evaluation window of {window} tokens",
+        )
+
+    def validate_layout(self, world_size: int) -> None:
+        """Check everything that needs the number of ranks.
+
+        Raises:
+            ValueError: the layout is not supported, or does not fit the world size.
+        """
+        from trainer.combinations import refuse_unsupported
+
+        refuse_unsupported(self)
+        self.train.accumulation(self.parallel.data_parallel(world_size))
+
+
+def world_size_from_environment() -> int:
+    """The number of ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

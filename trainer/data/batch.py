@@ -1,0 +1,104 @@
+"""What a training step receives: tokens, labels, loss mask, positions and document borders.
+
+A sample is a row of T + 1 consecutive tokens of a stream; its first T are inputs and its last T are labels. With
+document masks a micro-batch of B rows is packed into one row of B * T tokens, and `cu_seqlens` holds the borders,
+which attention and recurrences must not look across. Labels do look across: the label of an end-of-document token is
+the first token of the next document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch. Packed, the shapes below have B = 1 and T = rows * seq_len.
+
+    Attributes:
+        tokens: int64 `[B, T]`.
+        labels: int64 `[B, T]`, the token after each of `tokens` in its stream.
+        loss_mask: float32 `[B, T]`, 1 where the label counts. Padding and repeated context have 0.
+        positions: int64 `[B, T]`, from 0 in each document (packed) or in each row.
+        cu_seqlens: int32 `[N + 1]`, the borders of N documents from 0 to T; None where rows are not packed.
+        max_seqlen: tokens of the longest document (packed) or of a row.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on `device`."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        borders = None if self.cu_seqlens is None else move(self.cu_seqlens)
+        return Batch(
+            move(self.tokens), move(self.labels), move(self.loss_mask), move(self.positions), borders, self.max_seqlen
+        )
+
+
+def document_borders(tokens: np.ndarray, eod_id: int) -> np.ndarray:
+    """`cu_seqlens` of packed rows: a document ends after its end-of-document token, and at the end of its row.
+
+    Args:
+        tokens: integers `[B, T]`.
+        eod_id: the end-of-document token.
+
+    Returns:
+        int32 `[N + 1]`, offsets into the flattened tokens.
+    """
+    rows, length = tokens.shape
+    flat = tokens.reshape(-1)
+    starts = np.zeros(flat.size + 1, dtype=bool)
+    starts[1:] = flat == eod_id
+    starts[::length] = True
+    assert starts.size == rows * length + 1
+    return np.flatnonzero(starts).astype(np.int32)
+
+
+def make_batch(
+    samples: np.ndarray, eod_id: int | None, document_mask: bool = True, loss_mask: np.ndarray | None = None
+) -> Batch:
+    """Turn samples into a micro-batch.
+
+    Args:
+        samples: integers `[B, T + 1]`.
+        eod_id: the end-of-document token; needed with `document_mask`.
+        document_mask: pack the rows and mark the borders of documents.
+        loss_mask: float32 `[B, T]`; all ones if left out.
+
+    Raises:
+        ValueError: if `document_mask` is on without an `eod_id`.
+    """
+    if document_mask and eod_id is None:
+        raise ValueError(
+            "document masks need the end-of-document token: set data.tokenizer, or data.document_mask to false"
+        )
+    samples = np.asarray(samples, dtype=np.int64)
+    rows, length = samples.shape[0], samples.shape[1] - 1
+    tokens = np.ascontiguousarray(samples[:, :-1])
+    labels = np.ascontiguousarray(samples[:, 1:])
+    mask = np.ones((rows, length), np.float32) if loss_mask is None else np.ascontiguousarray(loss_mask, np.float32)
+    if not document_mask:
+        positions = np.broadcast_to(np.arange(length), (rows, length)).copy()
+        return _batch((tokens, labels, mask, positions), None, length)
+    assert eod_id is not None
+    borders = document_borders(tokens, eod_id)
+    lengths = np.diff(borders)
+    positions = np.arange(rows * length) - np.repeat(borders[:-1], lengths)
+    packed = tuple(array.reshape(1, -1) for array in (tokens, labels, mask, positions))
+    return _batch(packed, torch.from_numpy(borders), int(lengths.max()))
+
+
+def _batch(arrays: tuple[np.ndarray, ...], cu_seqlens: torch.Tensor | None, max_seqlen: int) -> Batch:
+    tokens, labels, loss_mask, positions = map(torch.from_numpy, arrays)
+    return Batch(tokens, labels, loss_mask, positions, cu_seqlens, max_seqlen)

@@ -1,0 +1,121 @@
+"""Where token files lie and what describes them. Standard library only, to check settings before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.cli import ConfigError
+
+SPLITS = ("train", "validation", "test")
+INFO_NAME = "dataset.json"
+
+
+def read_info(directory: str | Path) -> dict[str, Any] | None:
+    """The `dataset.json` that preparation wrote into `directory`, or None (Megatron's own files have none).
+
+    Raises:
+        ConfigError: if the file is there but is not a JSON object.
+    """
+    path = Path(directory) / INFO_NAME
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}): delete the directory and prepare the data again"
+        ) from error
+    if not isinstance(info, dict):
+        raise ConfigError(f"{path} is not a JSON object: delete the directory and prepare the data again")
+    return info
+
+
+def info_of_prefix(prefix: str | Path) -> dict[str, Any] | None:
+    """The `dataset.json` beside the files of `prefix`, or None."""
+    return read_info(Path(prefix).parent)
+
+
+def resolve_prefix(path: str | Path, split: str = "train") -> Path:
+    """Find the `.bin`/`.idx` pair that `path` means.
+
+    Args:
+        path: a directory that preparation wrote (the pair is `path/SPLIT.bin`), or the prefix of a pair, with or
+            without its suffix, as Megatron's own tools write it.
+        split: which split of a directory; a prefix already is one split.
+
+    Returns:
+        The prefix: the path without `.bin` and `.idx`.
+
+    Raises:
+        ConfigError: if there is no such pair.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in (".bin", ".idx"):
+        path = path.with_suffix("")
+    prefix = path / split if path.is_dir() else path
+    missing = [suffix for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
+    if missing:
+        raise ConfigError(
+            f"no token data at {path}: {prefix}{missing[0]} does not exist; prepare it with "
+            f"`python launch/prepare_data.py --source SOURCE --output {path}`, or give the prefix "
+            "of a Megatron .bin/.idx pair"
+        )
+    return prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Corpora:
+    """What a run knows about its data before it opens it.
+
+    Attributes:
+        prefixes: one `.bin`/`.idx` prefix per source.
+        weights: the share of samples each source gives; they need not sum to 1.
+        eod_id: the end-of-document token, or None where nothing says.
+        vocab_size: of the tokenizer that made the data, or None where nothing says.
+    """
+
+    prefixes: tuple[Path, ...]
+    weights: tuple[float, ...]
+    eod_id: int | None
+    vocab_size: int | None
+
+
+def find_corpora(paths: str | Path | Mapping[str, float], split: str = "train", eod_id: int | None = None) -> Corpora:
+    """Resolve and check the sources of a run, from file names and `dataset.json` alone.
+
+    Args:
+        paths: one directory or prefix, or several with the share of samples each gives.
+        split: which split of prepared directories.
+        eod_id: the end-of-document token where `dataset.json` does not say, as with Megatron's own files.
+
+    Raises:
+        ConfigError: if files are missing, a share is not positive, or sources were made with different tokenizers.
+    """
+    shares = dict(paths) if isinstance(paths, Mapping) else {str(paths): 1.0}
+    if not shares:
+        raise ConfigError("data.path names no data: give a path, or a mapping of paths to weights")
+    for path, weight in shares.items():
+        if not 0 < weight < math.inf:
+            raise ConfigError(
+                f"data.path gives {path} the weight {weight}: weights are positive numbers; drop the source instead"
+            )
+    prefixes = tuple(resolve_prefix(path, split) for path in shares)
+    known: dict[str, set[Any]] = {"eod_id": {eod_id} - {None}, "vocab_size": set(), "tokenizer_sha256": set()}
+    for prefix in prefixes:
+        info = info_of_prefix(prefix) or {}
+        for key, values in known.items():
+            values |= {info[key]} if key in info else set()
+    for key, values in known.items():
+        if len(values) > 1:
+            raise ConfigError(
+                f"the sources {', '.join(map(str, prefixes))} differ in {key} ({', '.join(map(str, sorted(values)))}): "
+                "prepare them with the same tokenizer (--tokenizer.path), and set data.tokenizer to it"
+            )
+    return Corpora(
+        prefixes, tuple(shares.values()), *(next(iter(known[key]), None) for key in ("eod_id", "vocab_size"))
+    )

@@ -1,0 +1,188 @@
+"""Settings of data preparation, and what can be said against them before anything is read. Standard library only."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.cli import ConfigError
+from trainer.data.layout import read_info
+
+# 256 byte pieces, the two special ones, and room for the characters of the sample.
+_SMALLEST_VOCAB = 512
+_LARGEST_VOCAB = 1 << 20
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes tokens: a SentencePiece model learned from the train split, or an existing tokenizer.
+
+    Attributes:
+        kind: Which SentencePiece model to learn.
+        vocab_size: Its number of tokens, the 256 bytes and 2 special ones included.
+        sample_mb: Megabytes of the train split that it is learned from; null is 16 for bpe and 2 for the slower
+            unigram.
+        path: An existing tokenizer.json, SentencePiece .model, or a directory with one; takes the place of the three
+            above.
+        eod: The end-of-document token of an existing tokenizer, such as <|endoftext|>; null looks for a known one.
+    """
+
+    kind: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: int = 4096
+    sample_mb: float | None = None
+    path: str | None = None
+    eod: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _SMALLEST_VOCAB <= self.vocab_size <= _LARGEST_VOCAB:
+            raise ConfigError(
+                f"tokenizer.vocab_size is {self.vocab_size}; choose {_SMALLEST_VOCAB} to {_LARGEST_VOCAB} "
+                "(256 bytes, 2 special tokens and the characters of the corpus take the first few hundred)"
+            )
+        if self.sample_mb is not None and self.sample_mb <= 0:
+            raise ConfigError(f"tokenizer.sample_mb is {self.sample_mb}; it must be positive")
+        if self.path is not None and not Path(self.path).expanduser().exists():
+            raise ConfigError(
+                f"tokenizer.path: {self.path} does not exist; give a tokenizer.json or a SentencePiece .model"
+            )
+        if self.eod is not None and self.path is None:
+            raise ConfigError(
+                "tokenizer.eod belongs to tokenizer.path; a tokenizer learned here has its own end-of-document token"
+            )
+
+
+@dataclass
+class PrepareConfig:
+    """Turn documents into token files that training reads.
+
+    Attributes:
+        source: stdlib; a text file, directory or glob (one document a file); .jsonl, .jsonl.gz or .parquet files;
+            or hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset on the hub or on this disk.
+        output: Directory to write.
+        validation: A source for the validation split; null takes a share of the documents of source.
+        test: A source for the test split; null takes a share of the documents of source.
+        validation_share: Share of the documents of source that become validation, chosen by a hash of their path or
+            row.
+        test_share: The same for test.
+        text_key: Key or column that holds the text in jsonl, parquet and Hugging Face data.
+        max_mb: Take only about this many megabytes from the beginning of source, for try-outs; null takes all.
+        workers: Processes that tokenize; 0 is one for each core.
+        tokenizer: The tokenizer.
+    """
+
+    source: str = "stdlib"
+    output: str = "data/stdlib"
+    validation: str | None = None
+    test: str | None = None
+    validation_share: float = 0.04
+    test_share: float = 0.04
+    text_key: str = "text"
+    max_mb: float | None = None
+    workers: int = 0
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        shares = (self.validation_share, self.test_share)
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise ConfigError(
+                f"validation_share {shares[0]} and test_share {shares[1]} must not be negative, and must "
+                "leave a train split"
+            )
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; give 0 for one a core, or a positive number")
+        if self.max_mb is not None and self.max_mb <= 0:
+            raise ConfigError(f"max_mb is {self.max_mb}; give a positive number, or null for all")
+        for key, source in self.sources():
+            check_source(key, source)
+
+    def sources(self) -> Iterator[tuple[str, str]]:
+        """(key, source) of every source that is given."""
+        for key in ("source", "validation", "test"):
+            source = getattr(self, key)
+            if source is not None:
+                yield key, source
+
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on, flat: not where it is written, nor by how many workers."""
+        values = asdict(self)
+        tokenizer = values.pop("tokenizer")
+        for key in ("output", "workers"):
+            del values[key]
+        for key, source in self.sources():
+            values[key] = source if is_named(source) else os.path.abspath(os.path.expanduser(source))
+        if self.tokenizer.path is not None:
+            path = tokenizer_file(self.tokenizer.path)
+            tokenizer = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "eod": self.tokenizer.eod}
+        return values | {f"tokenizer.{key}": value for key, value in tokenizer.items()}
+
+
+def is_named(source: str) -> bool:
+    """Whether a source is a name and not a path."""
+    return source == "stdlib" or source.startswith("hf:")
+
+
+def check_source(key: str, source: str) -> None:
+    """Refuse a source that names nothing.
+
+    Raises:
+        ConfigError: saying what is missing.
+    """
+    if source == "hf:":
+        raise ConfigError(f"{key}: hf: names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME@SPLIT")
+    if not is_named(source) and not glob.glob(os.path.expanduser(source), recursive=True):
+        raise ConfigError(
+            f"{key}: no file matches {source}; give an existing file, directory or glob, stdlib, or hf:NAME"
+        )
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The model file that a tokenizer's path means: itself, or the one in a directory.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(f"no tokenizer at {path}: give a tokenizer.json, a SentencePiece .model, or a directory with one")
+
+
+def finished(output: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The `dataset.json` of a complete output that was made with these settings; None where nothing is finished.
+
+    Raises:
+        ConfigError: if the output was made with other settings, naming them, or if its files are gone.
+    """
+    info = read_info(output)
+    if info is None:
+        return None
+    refuse_other_settings(output, info.get("settings", {}), settings)
+    for split in info["splits"]:
+        for suffix in (".bin", ".idx"):
+            if not (Path(output) / f"{split}{suffix}").is_file():
+                raise ConfigError(
+                    f"{output} is damaged, {split}{suffix} is missing: delete the directory and prepare the data again"
+                )
+    return info
+
+
+def refuse_other_settings(output: str | Path, had: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to mix data made with different settings.
+
+    Raises:
+        ConfigError: naming the differing keys with both values.
+    """
+    differing = sorted(key for key in had.keys() | wanted.keys() if had.get(key) != wanted.get(key))
+    if differing:
+        changes = ", ".join(f"{key} (there {had.get(key)}, now {wanted.get(key)})" for key in differing)
+        raise ConfigError(
+            f"{output} holds data made with other settings: {changes}; choose another --output, or delete it"
+        )

@@ -1,0 +1,1 @@
+"""Engines: what drives a training step. Importing the package imports none of them."""

@@ -1,0 +1,63 @@
+"""What the training loop asks of an engine. The loop never asks which one it has."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from models.decoder import Decoder
+from trainer.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    Attributes:
+        loss: Mean negative log-likelihood over the global batch, nats per token.
+        grad_norm: L2 norm of the whole gradient before clipping.
+        tokens: Tokens that counted in the loss.
+        skipped: The loss or the gradient was not finite; nothing was updated.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Parameters, optimizer and process groups of one run."""
+
+    model: Decoder
+    device: torch.device
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`."""
+
+    def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
+        """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""
+
+    def all_reduce(self, values: list[float]) -> list[float]:
+        """Sum over the data-parallel ranks, in float64."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable object, on every rank."""
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+
+    def save(self, directory: Path) -> None:
+        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, under this layout or another."""
+
+    def close(self) -> None:
+        """Leave the process groups."""

@@ -1,0 +1,165 @@
+"""megatron-core on a machine without an accelerator, over gloo.
+
+The only place that adapts the library. Nothing here runs where there is a GPU, and every adaptation is bound to the
+version it was written for: another version is refused rather than half adapted. What is adapted, and why:
+
+- `device="cuda"` literals, `torch.cuda.current_device()`, streams and synchronisation: mcore's modules get a view of
+  torch in which those mean the CPU (`_TorchOnCpu`). torch itself is not changed, so the program's other modules, and
+  the hot path, never see it.
+- The optimizers and the clipping of gradients accept tensors by `Tensor.type()`, a string that names CUDA, and the
+  optimizer's checkpoint calls `Tensor.cuda()`: in those calls CPU tensors give the CUDA names and stay where they are
+  (`cpu_tensors_pass_for_cuda`).
+- The checkpoint writer spawns a manager process and forks two writers for each save. Without a GPU to keep busy that
+  only costs seconds, forks under OpenMP, and outlives a killed run: here it writes in the process.
+"""
+
+import importlib
+import queue
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+
+SUPPORTED_VERSION = "0.16.1"
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "empty_like", "zeros_like")
+
+
+def check_version() -> None:
+    """Refuse a megatron-core that this file was not written for.
+
+    Raises:
+        RuntimeError: with the version to install.
+    """
+    from megatron.core import __version__
+
+    if __version__ != SUPPORTED_VERSION:
+        raise RuntimeError(
+            f"megatron-core {__version__} on CPU is not supported: the adaptation was written for {SUPPORTED_VERSION}; "
+            f"pip install megatron-core=={SUPPORTED_VERSION}"
+        )
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "cpu")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _Stream:
+    """A stream of a device that has none: everything has always finished."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, stream: Any) -> None:
+        """Return at once."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
+class _CudaOnCpu(ModuleType):
+    """`torch.cuda` as mcore's modules see it."""
+
+    Stream = _Stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        """The device that mcore allocates on."""
+        return torch.device("cpu")
+
+    def current_stream(self, *args: Any) -> _Stream:
+        """The stream that mcore waits for."""
+        return _Stream()
+
+    default_stream = current_stream
+
+    def stream(self, stream: Any) -> Any:
+        """Enter a stream."""
+        return nullcontext()
+
+    def synchronize(self, *args: Any) -> None:
+        """Wait for the device."""
+
+    def empty_cache(self) -> None:
+        """Free cached device memory."""
+
+
+class _TorchOnCpu(ModuleType):
+    """`torch` as mcore's modules see it."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaOnCpu("torch.cuda")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def adapt() -> None:
+    """Point every loaded megatron.core module at the CPU. Idempotent; call after importing what is used of mcore.
+
+    Raises:
+        RuntimeError: megatron-core's version is another than SUPPORTED_VERSION.
+    """
+    check_version()
+    # dist_checkpointing imports its writers at the first save, which would be after this.
+    for name in ("async_utils", "filesystem_async", "fully_parallel", "state_dict_saver", "torch"):
+        importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{name}")
+    view = _TorchOnCpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = view  # type: ignore[attr-defined]
+    _write_checkpoints_in_process()
+
+
+def _write_checkpoints_in_process() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+
+    def write(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: "queue.Queue[Any]") -> None:
+        written: dict[int, Any] = {}
+        for i, bucket in enumerate(buckets):
+            local: queue.Queue[Any] = queue.Queue()
+            pending: queue.Queue[int] = queue.Queue()
+            pending.put(i)
+            writer.write_preloaded_data(transforms, i, bucket, local, pending, use_fsync=True)
+            outcome = local.get()[1]
+            if isinstance(outcome, Exception):
+                results.put(outcome)
+                return
+            written[i] = outcome
+        results.put(written)
+
+    writer.write_preloaded_data_multiproc = staticmethod(write)
+    filesystem_async._results_queue = queue.Queue()
+
+
+@contextmanager
+def cpu_tensors_pass_for_cuda() -> Iterator[None]:
+    """In here `Tensor.type()` names CPU tensors as CUDA ones, and `Tensor.cuda()` leaves them where they are."""
+    original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original_type  # type: ignore[method-assign]
+        torch.Tensor.cuda = original_cuda  # type: ignore[method-assign]

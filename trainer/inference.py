@@ -1,0 +1,93 @@
+"""Open a checkpoint for generation and evaluation. Imports neither megatron nor deepspeed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.parallel import cast_parameters
+from trainer import checkpoint
+from trainer.cli import ConfigError, from_mapping
+from trainer.data.tokenizer import Tokenizer
+
+_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for use.
+
+    Attributes:
+        model: Parameters as they were trained, in evaluation mode.
+        tokenizer: The checkpoint's; None where the run had none.
+        path: The checkpoint.
+        settings: The run's configuration as plain values.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer | None
+    path: Path
+    settings: dict[str, Any]
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ConfigError: the run had none.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.path} was trained without a tokenizer; name one with --tokenizer")
+        return self.tokenizer
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The newest whole checkpoint of a run directory, or the checkpoint that `path` itself is.
+
+    Raises:
+        ConfigError: there is none, or the one named is damaged.
+    """
+    path = Path(path)
+    if (path / "state").is_dir():
+        reason = checkpoint.damage(path)
+        if reason:
+            raise ConfigError(f"{path} is damaged ({reason}); choose another checkpoint")
+        return path
+    latest, complaints = checkpoint.find_latest(path)
+    if latest is None:
+        detail = f" ({'; '.join(complaints)})" if complaints else ""
+        raise ConfigError(f"{path} holds no usable checkpoint{detail}; give a run directory or a checkpoint in one")
+    return latest
+
+
+def load_model(path: str | Path, device: torch.device, tokenizer: str | None = None) -> LoadedModel:
+    """Load the parameters of a checkpoint, in one process.
+
+    Args:
+        path: A run directory, or one of its checkpoints.
+        device: Where the model goes.
+        tokenizer: Use this one in place of the checkpoint's.
+
+    Raises:
+        ConfigError: no usable checkpoint there.
+    """
+    found = find_checkpoint(path)
+    settings = yaml.safe_load((found / "config.yaml").read_text())
+    reader = FileSystemReader(found / "state")
+    embedding = reader.read_metadata().state_dict_metadata[f"{_PREFIX}embedding.weight"]
+    assert isinstance(embedding, TensorStorageMetadata)
+    decoder = Decoder(from_mapping(ModelConfig, settings["model"]), embedding.size[0])
+    dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32
+    cast_parameters(decoder, dtype)
+    state = {_PREFIX + name: tensor for name, tensor in decoder.state_dict().items()}
+    load(state, storage_reader=reader, no_dist=True)
+    own = found / "tokenizer"
+    chosen = tokenizer or (own if own.is_dir() else None)
+    loaded = Tokenizer.load(chosen) if chosen else None
+    return LoadedModel(decoder.to(device).eval(), loaded, found, settings)

@@ -1,0 +1,153 @@
+"""The training loop: batches in, steps through the engine, callbacks around them."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from models.decoder import flops_per_token
+from trainer.callbacks.base import Callback
+from trainer.checkpoint import Progress
+from trainer.config import PretrainConfig
+from trainer.data.dataset import Sampler
+from trainer.data.tokenizer import Tokenizer
+from trainer.device import peak_memory_bytes
+from trainer.engines.base import Engine
+from trainer.optim import learning_rate
+
+
+class Outcome(Enum):
+    """How the loop ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+
+
+class Trainer:
+    """State of a run that callbacks see.
+
+    Args:
+        config: The run.
+        config_yaml: The same, as it is written down.
+        engine: Steps.
+        sampler: Batches as a function of the step.
+        tokenizer: For text samples and checkpoints; None where the data came without one.
+        callbacks: In the order in which they are called.
+        progress: Where to continue; step 0 for a new run.
+        peak_flops: Matrix-multiplication peak of all ranks together, None if unknown.
+
+    Attributes:
+        stop_requested: Set by anyone, on any rank, to stop after the current step.
+        samples: The newest text samples.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        config_yaml: str,
+        engine: Engine,
+        sampler: Sampler,
+        tokenizer: Tokenizer | None,
+        callbacks: Sequence[Callback],
+        progress: Progress,
+        peak_flops: float | None,
+    ) -> None:
+        self.config, self.config_yaml = config, config_yaml
+        self.engine, self.sampler, self.tokenizer = engine, sampler, tokenizer
+        self.callbacks = list(callbacks)
+        self.progress = progress
+        self.resumed = progress.step > 0
+        self.run_dir = Path(config.run.dir)
+        self.stop_requested = False
+        self.samples: list[str] = []
+        self._peak_flops = peak_flops
+        self._flops_per_token = flops_per_token(engine.model, config.train.seq_len)
+        self._micro_batches = config.train.accumulation(engine.data_parallel_size)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.progress.step >= self.config.train.steps
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or until a stop is asked for."""
+        self._call("on_start")
+        try:
+            while not self.finished:
+                if self._agreed_to_stop():
+                    self._call("on_stop")
+                    return Outcome.STOPPED
+                self._call("on_step", self._step())
+            return Outcome.DONE
+        finally:
+            self._call("on_end")
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def _agreed_to_stop(self) -> bool:
+        return self.engine.all_reduce([float(self.stop_requested)])[0] > 0
+
+    def _step(self) -> dict[str, Any]:
+        config, step = self.config, self.progress.step
+        start = time.perf_counter()
+        batches = self.sampler.micro_batches(
+            step,
+            config.train.micro_batch_size,
+            rank=self.engine.data_parallel_rank,
+            world=self.engine.data_parallel_size,
+        )
+        lr = learning_rate(config.optim, step, config.train.steps)
+        result = self.engine.train_step(iter(batches), self._micro_batches, lr)
+        seconds = time.perf_counter() - start
+        self.progress = replace(
+            self.progress,
+            step=step + 1,
+            tokens=self.progress.tokens + result.tokens,
+            skipped=self.progress.skipped + result.skipped,
+        )
+        flops = self._flops_per_token * result.tokens / seconds
+        return {
+            "step": self.progress.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": result.tokens / seconds,
+            "step_seconds": seconds,
+            "model_flops_utilization": flops / self._peak_flops if self._peak_flops else None,
+            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+            "skipped": result.skipped,
+            "skipped_total": self.progress.skipped,
+        }
+
+    def report_evaluation(self, split: str, nll_sum: float, tokens: float, text_bytes: float) -> dict[str, Any]:
+        """Tell the callbacks of a validation: nats, tokens and bytes of text, summed over all ranks."""
+        metrics = {
+            "step": self.progress.step,
+            "split": split,
+            "loss": nll_sum / max(tokens, 1.0),
+            "bits_per_byte": nll_sum / math.log(2) / max(text_bytes, 1.0),
+        }
+        self._call("on_evaluation", metrics)
+        return metrics
+
+    def hyper_parameters(self) -> dict[str, bool | int | float | str]:
+        """The configuration, flat, for TensorBoard."""
+        flat: dict[str, bool | int | float | str] = {}
+
+        def visit(prefix: str, values: dict[str, Any]) -> None:
+            for name, value in values.items():
+                if isinstance(value, dict):
+                    visit(f"{prefix}{name}.", value)
+                else:
+                    flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
+
+        visit(
+            "", {name: asdict(getattr(self.config, name)) for name in ("model", "data", "train", "optim", "parallel")}
+        )
+        return flat

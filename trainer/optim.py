@@ -1,0 +1,27 @@
+"""The learning rate as a function of the step. Nothing is stored, so nothing can be resumed wrongly."""
+
+import math
+
+from trainer.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of a step.
+
+    Linear warm-up to config.lr over warmup_steps, then the cosine of SGDR (arXiv 1608.03983) down to
+    lr * min_lr_ratio at the last step; or warm-up, stable, linear decay (arXiv 2404.06395).
+
+    Args:
+        config: The schedule.
+        step: Steps already taken, 0 for the first.
+        steps: Steps in the whole run.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    low = config.lr * config.min_lr_ratio
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(steps - 1 - config.warmup_steps, 1)
+        return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    decay_steps = max(round(steps * config.decay_fraction), 1)
+    left = steps - step
+    return low + (config.lr - low) * min(left / decay_steps, 1.0)

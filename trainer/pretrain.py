@@ -1,0 +1,182 @@
+"""One pre-training run: data, model, engine and callbacks, put together and run."""
+
+import logging
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+
+from models.decoder import Decoder, initialize
+from trainer import checkpoint, logs
+from trainer.callbacks.base import Callback
+from trainer.callbacks.checkpointer import Checkpointer
+from trainer.callbacks.evaluator import Evaluator
+from trainer.callbacks.health import NonFiniteGuard, TrainingDiverged
+from trainer.callbacks.metrics import MetricsFile, TensorBoard
+from trainer.callbacks.profiler import Profiler
+from trainer.callbacks.progress import ProgressLine
+from trainer.callbacks.signals import StopOnSignal
+from trainer.checkpoint import Progress
+from trainer.cli import EXIT_STOPPED, ConfigError, describe_failure, rank, write_status
+from trainer.config import PretrainConfig
+from trainer.data.sources import DataSources, find_sources
+from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
+from trainer.engines.base import Engine
+from trainer.loop import Outcome, Trainer
+
+_LOGGER = logging.getLogger("spiketrain")
+
+
+def run(config: PretrainConfig, config_yaml: str) -> int:
+    """Train; return the exit code: 0 done, 75 stopped on request.
+
+    Raises:
+        ConfigError: an input turned out to be unusable.
+    """
+    run_dir = Path(config.run.dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir: {run_dir} cannot be made ({error.strerror}); name another directory") from error
+    logs.configure(run_dir, rank())
+    _exit_on_signal()
+    try:
+        outcome = _train(config, config_yaml)
+    except (ConfigError, SystemExit):
+        raise
+    except TrainingDiverged as error:
+        write_status(run_dir, "failed", 1, str(error))
+        _LOGGER.error("%s", error)
+        return 1
+    except BaseException as error:
+        write_status(run_dir, "failed", 1, describe_failure(error))
+        raise
+    code = 0 if outcome is Outcome.DONE else EXIT_STOPPED
+    write_status(run_dir, outcome.value, code)
+    return code
+
+
+def _exit_on_signal() -> None:
+    """Until the loop takes the signals over there is nothing to save: leave at once, resumable."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(EXIT_STOPPED)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+
+
+def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
+    keep_freed_memory()
+    device = choose_device(config.run.device)
+    threads = configure_threads(config.run.threads)
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    sources = find_sources(config)
+    vocab_size = config.model.padded_vocab_size(sources.vocab_size)
+    decoder = Decoder(config.model, vocab_size)
+    initialize(decoder, config.train.seed)
+    engine = build_engine(config, decoder, device)
+    progress = _resume(config, engine)
+    if rank() == 0:
+        (Path(config.run.dir) / "config.yaml").write_text(config_yaml)
+    _describe(config, engine, threads)
+    trainer = Trainer(
+        config,
+        config_yaml,
+        engine,
+        sources.open_training(config),
+        sources.tokenizer,
+        build_callbacks(config, sources),
+        progress,
+        _total_peak_flops(config, engine),
+    )
+    outcome = trainer.fit()
+    engine.close()
+    return outcome
+
+
+def build_engine(config: PretrainConfig, decoder: Decoder, device: torch.device) -> Engine:
+    """The engine that engine.name asks for; it is imported here, so that the other one need not be installed."""
+    from trainer.engines.megatron import MegatronEngine
+
+    return MegatronEngine(config, decoder, device)
+
+
+def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callback]:
+    """In order: what reports a step comes before what saves it, and what may end the run comes last but for saving."""
+    run_dir, reporting = Path(config.run.dir), config.logging
+    callbacks: list[Callback] = [StopOnSignal(), MetricsFile(run_dir / "metrics.jsonl", reporting.every)]
+    if reporting.tensorboard:
+        callbacks.append(TensorBoard(run_dir / "tensorboard", reporting.every))
+    if reporting.progress:
+        callbacks.append(ProgressLine())
+    if reporting.profile_step:
+        callbacks.append(Profiler(run_dir / "profile", reporting.profile_step))
+    callbacks.append(NonFiniteGuard(config.train.max_skipped_steps))
+    if sources.validation is not None:
+        callbacks.append(Evaluator(sources))
+    callbacks.append(Checkpointer(config.checkpoint.every, config.checkpoint.keep))
+    return callbacks
+
+
+def _resume(config: PretrainConfig, engine: Engine) -> Progress:
+    """Load the checkpoint that checkpoint.resume means, and say which were passed over."""
+    found: tuple[Path | None, list[str]] = (None, [])
+    if engine.rank == 0 and config.checkpoint.resume == "auto":
+        found = checkpoint.find_latest(Path(config.run.dir))
+    elif engine.rank == 0 and config.checkpoint.resume != "never":
+        found = (Path(config.checkpoint.resume), [])
+    path, complaints = engine.broadcast(found)
+    for complaint in complaints if engine.rank == 0 else ():
+        _LOGGER.warning("%s", complaint)
+    if path is None:
+        return Progress()
+    if config.checkpoint.resume != "auto":
+        reason = engine.broadcast(checkpoint.damage(path) if engine.rank == 0 else None)
+        if reason:
+            raise ConfigError(f"checkpoint.resume: {path} is damaged ({reason}); choose another checkpoint")
+    engine.load(path / "state")
+    if engine.rank == 0:
+        _LOGGER.info("resumed from %s", path)
+    return checkpoint.read_progress(path)
+
+
+def _describe(config: PretrainConfig, engine: Engine, threads: int) -> None:
+    if engine.rank != 0:
+        return
+    train = config.train
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    accumulation = train.accumulation(engine.data_parallel_size)
+    _LOGGER.info(
+        "model: %.2f M parameters, %d layers (%s), vocabulary %d",
+        parameters / 1e6,
+        config.model.num_layers,
+        ", ".join(config.model.layer_mixers()),
+        engine.model.vocab_size,
+    )
+    _LOGGER.info(
+        "batch: %d sequences of %d tokens = %d data-parallel x %d micro x %d accumulated; %s on %s, %d threads a rank",
+        train.global_batch_size,
+        train.seq_len,
+        engine.data_parallel_size,
+        train.micro_batch_size,
+        accumulation,
+        train.precision,
+        engine.device,
+        threads,
+    )
+
+
+def _total_peak_flops(config: PretrainConfig, engine: Engine) -> float | None:
+    """Matrix-multiplication peak of all ranks, measured at the same time where it is measured."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    engine.barrier()
+    peak = peak_flops(engine.device, dtype)
+    total = engine.all_reduce([peak or 0.0])[0]
+    if engine.rank == 0 and total:
+        _LOGGER.info("peak of matrix multiplication: %.0f GFLOP/s", total / 1e9)
+    return total or None

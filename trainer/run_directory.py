@@ -1,0 +1,90 @@
+"""What a run directory holds, and whether a configuration may go on in it. Imports neither torch nor megatron."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.cli import ConfigError
+from trainer.config import PretrainConfig
+
+# A run goes on only with the same model, the same data and the same batches.
+_FIXED = ("model", "data", "train.seed", "train.seq_len", "train.global_batch_size", "train.precision")
+# Where stdlib is prepared changes nothing.
+_FREE = ("data.cache_dir",)
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints of a run by name, whole or not, oldest first."""
+    folder = run_dir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _fixed(values: dict[str, Any]) -> dict[str, Any]:
+    def counts(key: str) -> bool:
+        return key not in _FREE and any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
+
+    return {key: value for key, value in _flatten(values).items() if counts(key)}
+
+
+def differing_keys(run_dir: Path, config: PretrainConfig) -> list[str]:
+    """The keys in which the run that run_dir holds differs from `config`, as `key: theirs -> ours`."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return []
+    theirs, ours = _fixed(yaml.safe_load(path.read_text())), _fixed(asdict(config))
+    missing = object()
+    return [
+        f"{key}: {theirs.get(key)} -> {ours.get(key)}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key, missing) != ours.get(key, missing)
+    ]
+
+
+def check(config: PretrainConfig) -> bool:
+    """Decide from names alone whether the run can start or go on; True if it has already finished.
+
+    Raises:
+        ConfigError: going on would lose what is there, or would not be the same run.
+    """
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir: {run_dir} is a file; name a directory")
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"run.dir: {run_dir} cannot be written under {existing}; name another directory")
+    steps = checkpoint_steps(run_dir)
+    if not steps:
+        return False
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"checkpoint.resume=never, but {run_dir} holds checkpoints up to step {steps[-1]}; "
+            "choose another run.dir, or checkpoint.resume=auto to go on"
+        )
+    differing = differing_keys(run_dir, config)
+    if differing:
+        raise ConfigError(
+            f"{run_dir} holds another run ({'; '.join(differing)}); restore these keys, or choose another run.dir"
+        )
+    if config.checkpoint.resume == "auto":
+        return steps[-1] >= config.train.steps
+    source = Path(config.checkpoint.resume).resolve()
+    if source.parent == (run_dir / "checkpoints").resolve() and source.name != f"step_{steps[-1]:08d}":
+        raise ConfigError(
+            f"checkpoint.resume: {run_dir} holds the newer step {steps[-1]}, which going back to {source.name} would "
+            "overwrite; choose another run.dir"
+        )
+    return False
