@@ -10,15 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
+from kernels.matmul import linear
 
 
-class ColumnLinear(nn.Linear):
+class Linear(nn.Linear):
+    """Linear layer through the fastest matrix product of the device. Weight [out, in]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project x [..., in] to [..., out]."""
+        return linear(x, self.weight, self.bias)
+
+
+class ColumnLinear(Linear):
     """Linear layer cut along its outputs (heads, feed-forward channels). Weight [out, in]."""
 
     shard_axes: ClassVar = {"weight": 0, "bias": 0}
 
 
-class RowLinear(nn.Linear):
+class RowLinear(Linear):
     """Linear layer cut along its inputs; it writes into the residual stream. Weight [out, in]."""
 
     shard_axes: ClassVar = {"weight": 1}

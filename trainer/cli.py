@@ -90,7 +90,7 @@ def from_mapping(config_class: type[C], values: dict[str, Any]) -> C:
 def dump(parser: ArgumentParser, namespace: Namespace, config_class: type) -> str:
     """The resolved configuration as YAML that the same parser reads."""
     kept = Namespace(**{item.name: namespace[item.name] for item in fields(config_class)})
-    return str(parser.dump(kept, skip_none=False, skip_validation=True))
+    return str(parser.dump(kept, skip_unset=False, skip_validation=True))
 
 
 def guess(arguments: Sequence[str], key: str) -> str | None:
@@ -140,7 +140,10 @@ def _union(match: re.Match[str]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str | None:
-    """The known key most like this one: by the whole path, else by its last part."""
+    """The known key most like this one: the only one with the same last part, else by the whole path, else by part."""
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    if len(same_leaf) == 1:
+        return same_leaf[0]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     if close:
         return close[0]

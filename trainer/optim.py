@@ -9,7 +9,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Learning rate of a step.
 
     Linear warm-up to config.lr over warmup_steps, then the cosine of SGDR (arXiv 1608.03983) down to
-    lr * min_lr_ratio at the last step; or warm-up, stable, linear decay (arXiv 2404.06395).
+    lr * min_lr_ratio at the last step; or warm-up, stable, linear decay to the same (arXiv 2404.06395).
 
     Args:
         config: The schedule.
@@ -22,6 +22,6 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(steps - 1 - config.warmup_steps, 1)
         return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    decay_steps = max(round(steps * config.decay_fraction), 1)
-    left = steps - step
-    return low + (config.lr - low) * min(left / decay_steps, 1.0)
+    decay_steps = round(steps * config.decay_fraction)
+    left = max(steps - 1 - step, 0)
+    return config.lr if left >= decay_steps else low + (config.lr - low) * left / decay_steps

@@ -82,7 +82,12 @@ def check(config: PretrainConfig) -> bool:
     if config.checkpoint.resume == "auto":
         return steps[-1] >= config.train.steps
     source = Path(config.checkpoint.resume).resolve()
-    if source.parent == (run_dir / "checkpoints").resolve() and source.name != f"step_{steps[-1]:08d}":
+    if source.parent != (run_dir / "checkpoints").resolve():
+        raise ConfigError(
+            f"checkpoint.resume: {run_dir} holds checkpoints of its own up to step {steps[-1]}, which going on from "
+            f"{source} would overwrite; choose another run.dir, or checkpoint.resume=auto to go on"
+        )
+    if source.name != f"step_{steps[-1]:08d}":
         raise ConfigError(
             f"checkpoint.resume: {run_dir} holds the newer step {steps[-1]}, which going back to {source.name} would "
             "overwrite; choose another run.dir"

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kernels.matmul import matmul
+
 IGNORE_LABEL = -100
 
 # A block of tokens costs one pass over the gradient of weight, [V, D] in float32, so it holds at least 512 tokens, and
@@ -97,15 +99,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         tokens = _block_tokens(weight)
-        logits_CV = hidden.new_empty(min(tokens, len(hidden)), len(weight))
         blocks = zip(*(x.split(tokens) for x in (hidden, target_N, scale_N, nll_N)))
         for start, (hidden_CD, target_C, scale_C, nll_C) in zip(range(0, len(hidden), tokens), blocks):
-            logits = torch.mm(hidden_CD, weight.T, out=logits_CV[: len(hidden_CD)])
+            logits = matmul(hidden_CD, weight.T)
             _to_gradient(logits, target_C, scale_C, nll_C, needs_hidden or needs_weight)
             if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[start : start + tokens])
+                grad_hidden[start : start + tokens] = matmul(logits, weight)
             if grad_weight is not None:
-                _accumulate(grad_weight, logits, hidden_CD)
+                # A half-precision product is added up in float32.
+                grad_weight += matmul(logits.T, hidden_CD)
         # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
         nll_N.masked_fill_(scale_N == 0, 0.0)
         loss = torch.dot(nll_N, scale_N)
@@ -149,11 +151,3 @@ def _to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Te
             gradient.scatter_add_(1, target, -scale[:, None])
             if gradient.dtype != logits.dtype:
                 logits.copy_(gradient)
-
-
-def _accumulate(grad_weight_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor) -> None:
-    """grad_weight += grad_logitsᵀ · hidden; half-precision products are added in grad_weight's float32."""
-    if grad_weight_VD.dtype == hidden_CD.dtype:
-        grad_weight_VD.addmm_(grad_logits_CV.T, hidden_CD)
-    else:
-        grad_weight_VD += grad_logits_CV.T @ hidden_CD

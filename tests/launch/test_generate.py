@@ -1,0 +1,60 @@
+"""Sampling from a checkpoint."""
+
+import shutil
+
+import pytest
+
+
+def test_samples_continue_the_prompt_and_depend_on_the_seed_alone(launch, trained):
+    common = ("--checkpoint", str(trained), "--prompt", "import json", "--max_new_tokens", "20")
+    code, first, errors, imported = launch("generate", *common)
+    assert code == 0, errors
+    assert first.startswith("import json")
+    assert len(first) > len("import json\n")
+    assert "checkpoint: " in errors and "step_00000006" in errors
+    assert imported == ["torch"], "neither megatron nor deepspeed is needed"
+    assert launch("generate", *common)[1] == first
+    assert launch("generate", *common, "--seed", "5")[1] != first
+
+
+def test_greedy_ignores_the_seed_and_several_samples_are_several(launch, trained):
+    common = ("--checkpoint", str(trained / "checkpoints" / "step_00000003"), "--max_new_tokens", "8")
+    greedy = [launch("generate", *common, "--temperature", "0", "--seed", seed)[1] for seed in ("1", "2")]
+    assert greedy[0] == greedy[1]
+    code, _, errors, _ = launch("generate", *common, "--samples", "3")
+    assert code == 0
+    assert errors.count("--- sample") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--checkpoint", "nowhere"), "nowhere does not exist"),
+        (("--checkpoint", "RUN", "--top_p", "0"), "top_p is 0.0: it must be in (0, 1]"),
+        (("--checkpoint", "RUN", "--temperature=-1"), "temperature is -1.0"),
+        (("--checkpoint", "RUN", "--samples", "0"), "samples is 0"),
+        (("--checkpoint", "RUN", "--prompt_file", "gone.txt"), "gone.txt does not exist"),
+        (("--checkpoint", "RUN", "--max_tokens", "3"), "did you mean 'max_new_tokens'"),
+    ],
+)
+def test_bad_input_is_one_line_before_torch(launch, trained, arguments, message):
+    arguments = [str(trained) if argument == "RUN" else argument for argument in arguments]
+    code, _, errors, imported = launch("generate", *arguments)
+    assert code == 2
+    assert len(errors.strip().splitlines()) == 1
+    assert message in errors
+    assert imported == []
+
+
+def test_a_directory_without_a_usable_checkpoint(launch, trained, tmp_path):
+    run_dir = tmp_path / "copy"
+    shutil.copytree(trained, run_dir)
+    for path in (run_dir / "checkpoints").iterdir():
+        (path / "config.yaml").write_text("damaged")
+    code, _, errors, _ = launch("generate", "--checkpoint", str(run_dir))
+    assert code == 2
+    assert "holds no usable checkpoint" in errors and "config.yaml does not match its checksum" in errors
+    damaged = run_dir / "checkpoints" / "step_00000006"
+    code, _, errors, _ = launch("generate", "--checkpoint", str(damaged))
+    assert code == 2
+    assert "is damaged (config.yaml does not match its checksum); choose another checkpoint" in errors

@@ -1,0 +1,112 @@
+"""The table of what goes together: each entry refuses what it says, and docs/parallelism.md is the table."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import combinations
+from trainer.combinations import CONFLICTS, FEATURES, TABLE_BEGIN, TABLE_END, as_markdown, refuse_unsupported, rewrite
+from trainer.config import EngineConfig, ParallelConfig, PretrainConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "parallelism.md"
+
+# For every feature, configurations that ask for it.
+ASKING = {
+    "engine.name=megatron": [PretrainConfig()],
+    "engine.name=deepspeed": [PretrainConfig(engine=EngineConfig(name="deepspeed"))],
+    "engine.zero_stage=1": [PretrainConfig()],
+    "engine.zero_stage>1": [PretrainConfig(engine=EngineConfig(zero_stage=stage)) for stage in (2, 3)],
+    "engine.offload": [PretrainConfig(engine=EngineConfig(offload=what)) for what in ("optimizer", "parameters")],
+    "data parallel": [PretrainConfig()],
+    "parallel.tensor>1": [PretrainConfig(parallel=ParallelConfig(tensor=2))],
+    "parallel.sequence": [PretrainConfig(parallel=ParallelConfig(sequence=True))],
+    "parallel.pipeline>1": [
+        PretrainConfig(parallel=ParallelConfig(pipeline=2)),
+        PretrainConfig(parallel=ParallelConfig(virtual_pipeline=2)),
+    ],
+    "parallel.context>1": [PretrainConfig(parallel=ParallelConfig(context=2))],
+    "parallel.expert>1": [PretrainConfig(parallel=ParallelConfig(expert=2))],
+    "train.precision=fp32": [PretrainConfig()],
+    "train.precision=bf16": [PretrainConfig(train=TrainConfig(precision="bf16"))],
+}
+PAIRS = [(feature, config) for feature in FEATURES for config in ASKING.get(feature.name, [])]
+
+
+def test_every_feature_is_here():
+    names = [feature.name for feature in FEATURES]
+    assert len(names) == len(set(names))
+    assert set(names) == set(ASKING)
+    assert {name for pair in CONFLICTS for name in pair} <= set(names)
+
+
+@pytest.mark.parametrize(("feature", "config"), PAIRS, ids=[feature.name for feature, _ in PAIRS])
+def test_what_is_missing_is_refused_and_the_rest_runs(feature, config):
+    assert feature.asked(config)
+    # 8 ranks fit every layout above, so the world size is no reason to refuse.
+    if not feature.missing:
+        config.validate_layout(1)
+        return
+    with pytest.raises(ValueError, match=re.escape(feature.missing)) as error:
+        config.validate_layout(8)
+    assert str(error.value) == f"{feature.name} is not supported: {feature.missing}"
+    assert "; use " in feature.missing
+
+
+def test_a_plain_run_asks_for_nothing_that_is_missing():
+    assert not any(feature.asked(PretrainConfig()) and feature.missing for feature in FEATURES)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_conflicts_are_refused_in_either_order(monkeypatch, turned):
+    pair = ("train.precision=bf16", "data parallel")
+    monkeypatch.setattr(combinations, "CONFLICTS", {pair[::-1] if turned else pair: "for a test; use fp32"})
+    refuse_unsupported(PretrainConfig())
+    with pytest.raises(ValueError, match="is not supported: for a test; use fp32"):
+        refuse_unsupported(PretrainConfig(train=TrainConfig(precision="bf16")))
+    assert "| for a test; use fp32 |" in as_markdown()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro", "batch", "accumulation"), [(1, 8, 8, 1), (1, 2, 8, 4), (4, 2, 8, 1), (2, 2, 12, 3)]
+)
+def test_layouts_that_divide(world_size, micro, batch, accumulation):
+    config = PretrainConfig(train=TrainConfig(micro_batch_size=micro, global_batch_size=batch))
+    config.validate_layout(world_size)
+    assert config.train.accumulation(config.parallel.data_parallel(world_size)) == accumulation
+
+
+def test_layouts_that_do_not_divide():
+    config = PretrainConfig(train=TrainConfig(micro_batch_size=2, global_batch_size=8))
+    with pytest.raises(ValueError, match="times 3 data-parallel ranks; use a multiple of 6"):
+        config.validate_layout(3)
+    message = r"world size 3 does not divide by tensor\*pipeline\*context=2; start a multiple of 2"
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(tensor=2).data_parallel(3)
+    assert ParallelConfig(tensor=2, pipeline=2, context=2).data_parallel(24) == 3
+
+
+def test_the_page_is_the_table():
+    page = PAGE.read_text()
+    assert page.count(TABLE_BEGIN) == page.count(TABLE_END) == 1
+    between = page.split(TABLE_BEGIN)[1].split(TABLE_END)[0]
+    assert between == as_markdown(), "run `python -m trainer.combinations docs/parallelism.md`"
+
+
+def test_the_table_is_one_row_for_each_feature():
+    rows = as_markdown().splitlines()[2:]
+    assert len(rows) == len(FEATURES) + len(CONFLICTS)
+    for row, feature in zip(rows, FEATURES, strict=False):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells == [f"`{feature.name}`", "no" if feature.missing else "yes", feature.missing]
+
+
+def test_the_command_rewrites_the_page(tmp_path):
+    stale = tmp_path / "page.md"
+    stale.write_text(f"before\n{TABLE_BEGIN}old\n{TABLE_END}after\n")
+    subprocess.run([sys.executable, "-m", "trainer.combinations", str(stale)], cwd=ROOT, check=True)
+    expected = f"before\n{TABLE_BEGIN}{as_markdown()}{TABLE_END}after\n"
+    assert stale.read_text() == expected == rewrite(expected)

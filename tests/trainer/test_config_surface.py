@@ -1,0 +1,95 @@
+"""The configuration keys and options, written down: whoever adds, renames or removes one says so here.
+
+Scripts and run directories out there rely on these names. A new key should be one that cannot be derived from others.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.cli import dotted_keys
+from trainer.config import PretrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+KEYS = {
+    "run": "dir device threads deterministic",
+    "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps init_std "
+    "scale_residual_init mixers attention gated_delta_net gated_linear_attention",
+    "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
+    "model.attention": "num_heads num_kv_heads head_dim rope_theta qk_norm qkv_bias window",
+    "model.gated_delta_net": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues",
+    "model.gated_linear_attention": "num_heads expand_k expand_v gate_low_rank gate_normalizer",
+    "data": "path blend tokenizer validation_path document_mask cache_dir vocab_size",
+    "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps",
+    "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
+    "engine": "name zero_stage offload",
+    "parallel": "tensor sequence pipeline virtual_pipeline expert context",
+    "checkpoint": "every keep resume",
+    "evaluation": "every batches seq_len stride samples sample_tokens prompt compare_compressors",
+    "logging": "every progress tensorboard profile_step",
+}
+
+# Of launch/pretrain.py, beside one option for every key above.
+PRETRAIN_OPTIONS = {"--help", "-h", "--config", "--print_config", "--check", "--world-size"}
+
+
+def written_down():
+    groups = [key for key in KEYS if "." not in key]
+    return {*groups, *(f"{group}.{leaf}" for group, leaves in KEYS.items() for leaf in leaves.split())}
+
+
+def test_configuration_keys():
+    keys = dotted_keys(PretrainConfig)
+    assert len(keys) == len(set(keys))
+    assert set(keys) == written_down()
+
+
+def options_of(script: str) -> set[str]:
+    """The option strings of the parser that a script builds."""
+    listing = f"""
+import runpy, sys
+import jsonargparse
+def show(self, *args, **kwargs):
+    strings = [string for action in self._actions for string in action.option_strings]
+    print(*strings, sep="\\n")
+    sys.exit(0)
+jsonargparse.ArgumentParser.parse_args = show
+sys.argv = [{script!r}]
+runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+"""
+    result = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_options_of_pretrain():
+    options = options_of("launch/pretrain.py")
+    assert options == PRETRAIN_OPTIONS | {f"--{key}" for key in written_down()}
+
+
+@pytest.mark.parametrize(
+    ("script", "keys"),
+    [
+        (
+            "launch/generate.py",
+            "checkpoint prompt prompt_file max_new_tokens samples temperature top_p seed tokenizer device",
+        ),
+        (
+            "launch/evaluate.py",
+            "checkpoint data split seq_len stride batch_size compare_compressors tokenizer device json",
+        ),
+    ],
+)
+def test_options_of_the_other_commands(script, keys):
+    assert options_of(script) == {"--help", "-h", "--config", "--print_config"} | {f"--{key}" for key in keys.split()}
+
+
+def test_the_listing_sees_abbreviations_nowhere():
+    """An abbreviation would be a second, unwritten name of an option."""
+    from trainer.cli import make_parser
+
+    parser: argparse.ArgumentParser = make_parser(PretrainConfig, "")
+    assert parser.allow_abbrev is False

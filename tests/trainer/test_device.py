@@ -1,0 +1,146 @@
+"""Device, threads, allocator and peaks."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trainer import device as module
+from trainer.cli import ConfigError
+from trainer.device import (
+    choose_device,
+    configure_threads,
+    keep_freed_memory,
+    measure_matmul,
+    peak_flops,
+    peak_memory_bytes,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "auto"])
+def test_the_cpu_where_there_is_no_gpu(no_gpu, wanted):
+    assert choose_device(wanted) == CPU
+
+
+def test_a_gpu_that_is_not_there(no_gpu):
+    with pytest.raises(
+        ConfigError, match=r"^run\.device=cuda, but torch sees no CUDA device; use run\.device=cpu or auto$"
+    ):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(("wanted", "rank", "expected"), [("auto", "1", 1), ("cuda", "5", 1), ("cuda", "0", 0)])
+def test_each_local_rank_has_a_gpu(monkeypatch, wanted, rank, expected):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert choose_device(wanted) == torch.device("cuda", expected) == chosen[0]
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_there():
+    assert choose_device("auto").type == "cuda"
+    assert peak_memory_bytes(choose_device("auto")) >= 0
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads that were asked of torch, which keeps its own number."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    return asked
+
+
+@pytest.mark.parametrize(("cores", "ranks", "expected"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 4, 1)])
+def test_cores_are_shared_among_the_local_ranks(threads, monkeypatch, cores, ranks, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert configure_threads(0) == expected
+    assert configure_threads(3) == 3
+    assert threads == [expected, 3]
+
+
+def test_one_process_has_every_core(threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert configure_threads(0) == 6
+
+
+def test_threads_are_really_set():
+    code = "import torch; from trainer.device import configure_threads as c; print(c(2), torch.get_num_threads())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["2", "2"]
+
+
+MEASURE = """
+import resource, sys, torch
+from trainer.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(16 << 20)
+before = faults()
+for _ in range(8):
+    torch.ones(16 << 20)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_used_again():
+    """Page faults of allocating 64 MiB eight times over, with the setting and without: 4 kB (or 2 MB) a fault."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    counts = {}
+    for mode in ("keep", "default"):
+        command = [sys.executable, "-c", MEASURE, mode]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        counts[mode] = int(result.stdout)
+    assert counts["keep"] < counts["default"] / 4, counts
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: pytest.fail("must not be opened"))
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_measured_peak_is_positive(dtype):
+    assert 0 < measure_matmul(dtype, size=64, seconds=0.02) < float("inf")
+    assert measure_matmul(dtype, size=64, seconds=0.0) > 0
+
+
+def test_the_peak_of_a_cpu_is_measured(monkeypatch):
+    monkeypatch.setattr(module, "measure_matmul", lambda dtype: {torch.float32: 1.0, torch.bfloat16: 2.0}[dtype])
+    assert (peak_flops(CPU, torch.float32), peak_flops(CPU, torch.bfloat16)) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("Some GPU", None)]
+)
+def test_the_peak_of_a_gpu_is_looked_up(monkeypatch, name, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == expected
+
+
+def test_peak_memory_is_in_bytes():
+    before = peak_memory_bytes(CPU)
+    held = torch.ones(64 << 20)  # 256 MiB
+    grown = peak_memory_bytes(CPU) - before
+    assert held.numel() * 4 < peak_memory_bytes(CPU) < 1 << 45
+    assert grown <= 2 * held.numel() * 4

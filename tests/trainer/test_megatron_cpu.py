@@ -1,0 +1,83 @@
+"""Every adaptation of mcore to the CPU, and that torch itself is left alone."""
+
+import multiprocessing
+import queue
+
+import megatron.core
+import pytest
+import torch
+
+from trainer.engines import megatron_cpu
+
+
+@pytest.fixture(autouse=True)
+def adapted():
+    import trainer.engines.megatron  # noqa: F401  the modules that are adapted
+
+    megatron_cpu.adapt()
+
+
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
+    with pytest.raises(RuntimeError, match=r"0.17.0 on CPU is not supported.*pip install megatron-core==0.16.1"):
+        megatron_cpu.adapt()
+
+
+def test_mcore_allocates_on_the_cpu():
+    from megatron.core.pipeline_parallel import schedules
+
+    view = schedules.torch
+    assert view is not torch
+    assert view.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
+    assert view.tensor([1.0], device="cuda:0").device.type == "cpu"
+    assert torch.zeros(1, device=view.cuda.current_device()).device.type == "cpu"
+    assert not view.cuda.is_available() or torch.cuda.is_available()
+    view.cuda.synchronize()
+    view.cuda.empty_cache()
+    with view.cuda.stream(view.cuda.Stream()):
+        view.cuda.current_stream().wait_stream(view.cuda.default_stream())
+
+
+def test_the_view_is_torch_in_everything_else():
+    from megatron.core.pipeline_parallel import schedules
+
+    assert schedules.torch.Tensor is torch.Tensor
+    assert schedules.torch.nn is torch.nn
+    assert schedules.torch.bfloat16 is torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_torch_itself_still_has_no_cuda():
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1).cuda()
+
+
+def test_cpu_tensors_pass_for_cuda_only_inside():
+    tensor = torch.zeros(2, dtype=torch.bfloat16)
+    with megatron_cpu.cpu_tensors_pass_for_cuda():
+        assert tensor.type() == "torch.cuda.BFloat16Tensor"
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        assert tensor.cuda() is tensor
+        assert tensor.type(torch.float32).dtype == torch.float32
+    assert tensor.type() == "torch.BFloat16Tensor"
+    with pytest.raises(ValueError, match="inside"), megatron_cpu.cpu_tensors_pass_for_cuda():
+        raise ValueError("inside")
+    assert tensor.type() == "torch.BFloat16Tensor"
+
+
+def test_checkpoints_are_written_in_the_process(tmp_path):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    assert isinstance(filesystem_async._get_write_results_queue(), queue.Queue)
+    results = queue.Queue()
+    # A bucket whose file cannot be opened reports its error, as the process's own writer would.
+    bucket = (tmp_path / "no" / "such" / "folder", "key", ([], []))
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc([None], False, 0, [bucket], results)
+    assert isinstance(results.get(), FileNotFoundError)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc(
+        [None], False, 0, [(tmp_path / "empty", "key", ([], []))], results
+    )
+    assert results.get() == {0: []}
+    assert not multiprocessing.active_children()

@@ -1,0 +1,169 @@
+"""Whether a configuration may go on in a run directory, decided from names alone."""
+
+import os
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+
+from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig
+from trainer.cli import ConfigError
+from trainer.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    TrainConfig,
+)
+from trainer.run_directory import check, checkpoint_steps, differing_keys
+
+
+def configuration(run_dir, resume="auto", **parts):
+    train = parts.pop("train", TrainConfig(steps=300))
+    return PretrainConfig(
+        run=RunConfig(dir=str(run_dir)), train=train, checkpoint=CheckpointConfig(resume=resume), **parts
+    )
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of 300 steps that has reached step 200."""
+    folder = tmp_path / "run"
+    for step in (100, 200):
+        (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(configuration(folder))))
+    return folder
+
+
+def test_steps_are_read_from_names(run_dir, tmp_path):
+    folder = run_dir / "checkpoints"
+    for name in (".saving_step_00000300", "step_", "step_last", "notes"):
+        (folder / name).mkdir()
+    (folder / "step_100000000").mkdir()
+    assert checkpoint_steps(run_dir) == [100, 200, 100000000]
+    assert checkpoint_steps(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_fresh_directory(tmp_path, resume):
+    assert check(configuration(tmp_path / "new" / "deeper", resume)) is False
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.jsonl").touch()
+    assert check(configuration(tmp_path, resume)) is False
+
+
+@pytest.mark.parametrize(("steps", "finished"), [(100, True), (200, True), (201, False), (300, False)])
+def test_a_finished_run(run_dir, steps, finished):
+    assert check(configuration(run_dir, train=TrainConfig(steps=steps))) is finished
+
+
+def test_never_does_not_touch_what_is_there(run_dir):
+    with pytest.raises(ConfigError, match=r"checkpoint.resume=never, but .* up to step 200; .* another run\.dir"):
+        check(configuration(run_dir, "never"))
+
+
+CHANGES = {
+    "model.hidden_size: 256 -> 128": {"model": ModelConfig(hidden_size=128)},
+    "model.attention.window: 1024 -> 64": {"model": ModelConfig(attention=AttentionConfig(window=64))},
+    "model.mixers.linear_per_full: None -> 3": {"model": ModelConfig(mixers=MixerLayoutConfig(linear_per_full=3))},
+    "data.document_mask: True -> False": {"data": DataConfig(document_mask=False)},
+    "train.seed: 1234 -> 1": {"train": TrainConfig(seed=1)},
+    "train.seq_len: 512 -> 64": {"train": TrainConfig(seq_len=64)},
+    "train.global_batch_size: 8 -> 16": {"train": TrainConfig(global_batch_size=16)},
+    "train.precision: fp32 -> bf16": {"train": TrainConfig(precision="bf16")},
+}
+
+
+@pytest.mark.parametrize("difference", CHANGES)
+def test_another_run_is_refused_by_its_keys(run_dir, difference):
+    config = configuration(run_dir, **CHANGES[difference])
+    assert differing_keys(run_dir, config) == [difference]
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    assert str(error.value) == (
+        f"{run_dir} holds another run ({difference}); restore these keys, or choose another run.dir"
+    )
+
+
+def test_every_differing_key_is_named(run_dir):
+    config = configuration(run_dir, train=TrainConfig(seed=1, seq_len=64), data=DataConfig(blend={"stdlib": 2.0}))
+    differing = differing_keys(run_dir, config)
+    assert [entry.split(":")[0] for entry in differing] == [
+        "data.blend",
+        "data.blend.stdlib",
+        "train.seed",
+        "train.seq_len",
+    ]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"train": TrainConfig(steps=400, micro_batch_size=4)},
+        {"optim": OptimConfig(lr=1.0, schedule="wsd")},
+        {"logging": LoggingConfig(every=7)},
+        {"data": DataConfig(cache_dir="elsewhere")},
+    ],
+    ids=["length and micro-batch", "optimizer", "logging", "cache"],
+)
+def test_what_may_change(run_dir, parts):
+    assert check(configuration(run_dir, **parts)) is False
+
+
+def test_keys_that_an_older_version_did_not_have(run_dir):
+    values = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del values["model"]["norm_eps"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
+    assert differing_keys(run_dir, configuration(run_dir)) == ["model.norm_eps: None -> 1e-06"]
+
+
+def test_going_back_is_refused(run_dir):
+    checkpoints = run_dir / "checkpoints"
+    assert check(configuration(run_dir, str(checkpoints / "step_00000200"))) is False
+    with pytest.raises(
+        ConfigError, match="holds the newer step 200, which going back to step_00000100 would overwrite"
+    ):
+        check(configuration(run_dir, str(checkpoints / "step_00000100")))
+    # Into a fresh directory it may go back.
+    assert check(configuration(run_dir.parent / "new", str(checkpoints / "step_00000100"))) is False
+
+
+def test_going_back_is_refused_by_any_name_of_the_place(run_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(run_dir)
+    for place in (
+        "run/checkpoints/step_00000100",
+        "link/checkpoints/step_00000100",
+        "run/../run/checkpoints/step_00000100",
+    ):
+        with pytest.raises(ConfigError, match="holds the newer step 200"):
+            check(configuration("run", place))
+
+
+def test_a_checkpoint_of_another_run_does_not_continue_this_one(run_dir, tmp_path):
+    (tmp_path / "other" / "checkpoints" / "step_00000050").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds checkpoints of its own"):
+        check(configuration(run_dir, str(tmp_path / "other" / "checkpoints" / "step_00000050")))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below/that"])
+def test_a_place_that_cannot_be_a_directory(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^run\.dir: .* name a(nother)? directory$"):
+        check(configuration(tmp_path / place))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_place_that_is_not_ours(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match=r"cannot be written under"):
+        check(configuration(tmp_path / "run"))
+
+
+def test_the_check_writes_nothing(run_dir):
+    before = sorted(run_dir.rglob("*"))
+    check(configuration(run_dir))
+    check(replace(configuration(run_dir), logging=LoggingConfig(every=2)))
+    assert sorted(run_dir.rglob("*")) == before
