@@ -1,9 +1,11 @@
 """SwiGLU, silu(gate) · up, the gate of Llama-like feed-forward blocks (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 # Elements per block of rows on the CPU, so that a second operation on a block finds it in the cache.
 _BLOCK_ELEMENTS = 1 << 18
@@ -80,13 +82,13 @@ class _SwiGLU(torch.autograd.Function):
     """`swiglu`: saves its inputs."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return _forward_rows(_rows(gate), _rows(up)).view(gate.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         grad_up = torch.empty_like(up, memory_format=torch.contiguous_format)
@@ -98,14 +100,14 @@ class _SwiGLUPacked(torch.autograd.Function):
     """`swiglu_packed`: saves its input; the gradient is one tensor of the input's shape."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate_NF, up_NF = _rows(gate_up).chunk(2, dim=-1)
         return _forward_rows(gate_NF, up_NF).view(*gate_up.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         _backward_rows(_rows(grad), *_rows(gate_up).chunk(2, dim=-1), *_rows(grad_gate_up).chunk(2, dim=-1))

@@ -17,14 +17,15 @@ import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import resolve
+from kernels.matmul import batched_matmul
 
 # Queries per tile of the banded form, by bytes of an element, and scores per CPU tile, which softmax should find in the
 # cache. Measured on a Zen 5 with 1 MiB of second-level cache; half and double cost 0 to 10 %.
@@ -191,12 +192,12 @@ def _by_document(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, 
         by_length.setdefault(length, []).append(document)
     # split and cat touch every element once in the backward too; slicing would add up full-length gradients.
     q_documents, k_documents, v_documents = (x.split(lengths, dim=1) for x in (q, k, v))
-    outputs: list[Tensor | None] = [None] * len(lengths)
+    outputs: dict[int, Tensor] = {}
     for documents in by_length.values():
         batch = (torch.cat([x[i] for i in documents]) for x in (q_documents, k_documents, v_documents))
         for document, output in zip(documents, dense(*batch).unbind(0)):
             outputs[document] = output
-    return torch.cat(outputs)[None]
+    return torch.cat([outputs[document] for document in range(len(lengths))])[None]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -208,7 +209,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     elif value_dim < key_dim:
         v = F.pad(v, (0, key_dim - value_dim))
     o_BHTV = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         is_causal=q.shape[1] > 1,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
@@ -230,8 +233,8 @@ def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
 
 def _from_key_head(x: Tensor, batch: int) -> Tensor:
     """The inverse of `_by_key_head`."""
-    rows, groups, time, width = x.shape
-    x = x.view(batch, rows // batch, groups, time, width).permute(0, 3, 1, 2, 4)
+    time, width = x.shape[2:]
+    x = x.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4)
     return x.reshape(batch, time, -1, width)
 
 
@@ -249,7 +252,7 @@ class _Tile(NamedTuple):
 
         Rounding the scores themselves to bfloat16 would gain 15 to 40 % and cost up to four times sdpa's error.
         """
-        scores = torch.bmm(q_XCK.to(wide_k_XTK.dtype) * scale, wide_k_XTK[self.rows, self.keys].transpose(1, 2))
+        scores = batched_matmul(q_XCK.to(wide_k_XTK.dtype) * scale, wide_k_XTK[self.rows, self.keys].mT)
         scores_XGCS = scores.unflatten(1, (-1, len(self.future_CC)))
         scores_XGCS[..., -len(self.future_CC) :] += self.future_CC
         if self.expired_CS.shape[1]:
@@ -279,7 +282,7 @@ class _Banded(torch.autograd.Function):
     """`banded`: saves its inputs; the backward computes each tile's probabilities again."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.window, ctx.scale = window, scale
         q_XGTK, _, v_XTV, wide_k_XTK = _tile_operands(q, k, v)
@@ -287,33 +290,35 @@ class _Banded(torch.autograd.Function):
         for tile in _tiles(q_XGTK, wide_k_XTK, window):
             q_XCK = q_XGTK[tile.rows, :, tile.queries].flatten(1, 2)
             p_XCS = tile.probabilities(q_XCK, wide_k_XTK, scale)
-            o_XCV = torch.bmm(p_XCS, v_XTV[tile.rows, tile.keys])
+            o_XCV = batched_matmul(p_XCS, v_XTV[tile.rows, tile.keys])
             o_XGTV[tile.rows, :, tile.queries] = o_XCV.unflatten(1, (q_XGTK.shape[1], -1))
         return _from_key_head(o_XGTV, q.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
         batch = q.shape[0]
         q_XGTK, k_XTK, v_XTV, wide_k_XTK = _tile_operands(q, k, v)
         grad_XGTV = _by_key_head(grad, k.shape[2])
         grad_q = torch.empty_like(q_XGTK)
-        # A key's gradient is a sum over tiles, so it is gathered in the wide dtype.
-        grad_k, grad_v = torch.zeros_like(wide_k_XTK), torch.zeros_like(v_XTV, dtype=wide_k_XTK.dtype)
+        # A key's gradient is a sum over tiles, so it is gathered in the wide dtype; transposed, so that the product has
+        # its transposed factor, which is copied, in the narrow queries and not in the scores.
+        grad_k_XKT = torch.zeros_like(wide_k_XTK.mT, memory_format=torch.contiguous_format)
+        grad_v_XVT = torch.zeros_like(v_XTV.mT, dtype=wide_k_XTK.dtype, memory_format=torch.contiguous_format)
         for tile in _tiles(q_XGTK, wide_k_XTK, ctx.window):
             q_XCK, grad_XCV = (x[tile.rows, :, tile.queries].flatten(1, 2) for x in (q_XGTK, grad_XGTV))
             p_XCS = tile.probabilities(q_XCK, wide_k_XTK, ctx.scale)
-            grad_v[tile.rows, tile.keys] += torch.bmm(p_XCS.transpose(1, 2), grad_XCV)
-            grad_p_XCS = torch.bmm(grad_XCV, v_XTV[tile.rows, tile.keys].transpose(1, 2))
+            grad_v_XVT[tile.rows, :, tile.keys] += batched_matmul(grad_XCV.mT, p_XCS)
+            grad_p_XCS = batched_matmul(grad_XCV, v_XTV[tile.rows, tile.keys].mT)
             grad_scores_XCS = torch.ops.aten._softmax_backward_data(grad_p_XCS, p_XCS, -1, p_XCS.dtype)
-            grad_q_XCK = torch.bmm(grad_scores_XCS, k_XTK[tile.rows, tile.keys])
+            grad_q_XCK = batched_matmul(grad_scores_XCS, k_XTK[tile.rows, tile.keys])
             grad_q[tile.rows, :, tile.queries] = grad_q_XCK.unflatten(1, (q_XGTK.shape[1], -1))
-            grad_k[tile.rows, tile.keys] += torch.bmm(grad_scores_XCS.transpose(1, 2), q_XCK)
+            grad_k_XKT[tile.rows, :, tile.keys] += batched_matmul(q_XCK.mT, grad_scores_XCS)
         return (
             _from_key_head(grad_q.mul_(ctx.scale), batch),
-            _from_key_head(grad_k.mul_(ctx.scale)[:, None].to(k.dtype), batch),
-            _from_key_head(grad_v[:, None].to(v.dtype), batch),
+            _from_key_head(grad_k_XKT.mul_(ctx.scale).mT[:, None].to(k.dtype), batch),
+            _from_key_head(grad_v_XVT.mT[:, None].to(v.dtype), batch),
             None,
             None,
         )

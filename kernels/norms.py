@@ -11,12 +11,12 @@ With n = x · rstd and g the gradient that reaches n, all three share one backwa
 Statistics are float32 (float64 for float64 inputs). Each Function saves its inputs and one number a row.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 Activation = Literal["silu", "sigmoid"]
 
@@ -126,7 +126,7 @@ class _RMSNorm(torch.autograd.Function):
     """`rms_norm`: saves x, weight and rstd [N, 1]."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x_ND = _rows(x)
         rstd_N1 = _inverse_norm(x_ND, eps, x.shape[-1])
         out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
@@ -142,7 +142,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd_N1 = ctx.saved_tensors
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         scale = _widen(weight)
@@ -167,7 +167,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation
+        ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation
     ) -> Tensor:
         x_ND, gate_ND = _rows(x), _rows(gate)
         rstd_N1 = _inverse_norm(x_ND, eps, x.shape[-1])
@@ -184,7 +184,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, gate, weight, rstd_N1 = ctx.saved_tensors
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -216,7 +216,7 @@ class _L2Norm(torch.autograd.Function):
     """`l2_norm`: saves x and the inverse norm [N, 1]."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         x_NK = _rows(x)
         inverse_N1 = _inverse_norm(x_NK, eps, 1)
         out_NK = torch.empty_like(x_NK, memory_format=torch.contiguous_format)
@@ -228,7 +228,7 @@ class _L2Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, inverse_N1 = ctx.saved_tensors
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows = _block_rows(x)

@@ -7,9 +7,11 @@ t · theta^(-2i/K):
     out_2 = x_2 cos + x_1 sin
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 # Elements per block of time on the CPU, so that a block's temporaries stay in the cache; measured on a Zen 5.
 _BLOCK_ELEMENTS = 1 << 17
@@ -89,12 +91,12 @@ class _Rotary(torch.autograd.Function):
     """A rotation; its transpose is the rotation by the negative angle, so nothing of x is saved."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, sin, -1), None, None

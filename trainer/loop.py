@@ -126,12 +126,15 @@ class Trainer:
         }
 
     def report_evaluation(self, split: str, nll_sum: float, tokens: float, text_bytes: float) -> dict[str, Any]:
-        """Tell the callbacks of a validation: nats, tokens and bytes of text, summed over all ranks."""
+        """Tell the callbacks of a validation: nats, tokens and bytes of text, summed over all ranks.
+
+        Without a tokenizer the bytes are not known (0), and bits_per_byte is None.
+        """
         metrics = {
             "step": self.progress.step,
             "split": split,
             "loss": nll_sum / max(tokens, 1.0),
-            "bits_per_byte": nll_sum / math.log(2) / max(text_bytes, 1.0),
+            "bits_per_byte": nll_sum / math.log(2) / text_bytes if text_bytes else None,
         }
         self._call("on_evaluation", metrics)
         return metrics

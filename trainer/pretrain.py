@@ -45,7 +45,10 @@ def run(config: PretrainConfig, config_yaml: str) -> int:
     _exit_on_signal()
     try:
         outcome = _train(config, config_yaml)
-    except (ConfigError, SystemExit):
+    except ConfigError:
+        raise
+    except SystemExit:
+        write_status(run_dir, Outcome.STOPPED.value, EXIT_STOPPED, "stopped before the first step")
         raise
     except TrainingDiverged as error:
         write_status(run_dir, "failed", 1, str(error))

@@ -7,10 +7,12 @@ are: the forward computes both gradients block by block and the backward only sc
 fused_linear_cross_entropy, Hsu et al. 2024, arXiv:2410.10989, section 3.2).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from kernels.matmul import matmul
 
@@ -82,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -118,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, grad_loss: Tensor, _: Tensor
+        ctx: Any, grad_loss: Tensor, _: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # Reading the factor would make a GPU wait; on the CPU it saves a pass over both gradients.

@@ -1,4 +1,4 @@
-"""When callbacks act, with a trainer that only pretends: giving up, stopping on signals, saving; and the loop's calls."""
+"""When callbacks act, with a trainer that pretends: giving up, stopping on signals, saving; and the loop's calls."""
 
 import logging
 import os
@@ -32,14 +32,15 @@ def fake_trainer(step=0, steps=10, rank=0, resumed=False):
 
 
 @pytest.fixture
-def log(caplog):
+def log():
     """The messages of the logger spiketrain, which other tests may have cut off from pytest's."""
-    logger = logging.getLogger("spiketrain")
-    level = logger.level
+    logger, messages = logging.getLogger("spiketrain"), []
+    level, handler = logger.level, logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
     logger.setLevel(logging.INFO)
-    logger.addHandler(caplog.handler)
-    yield lambda: [record.getMessage() for record in caplog.records if record.name == "spiketrain"]
-    logger.removeHandler(caplog.handler)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
     logger.setLevel(level)
 
 
@@ -72,9 +73,9 @@ def test_a_run_gives_up_after_so_many_skips_in_a_row(pattern, limit, gives_up, r
 
 def test_skipped_steps_are_reported_by_rank_0(log):
     skips(".x.x", 3)
-    assert log() == [f"step {step} skipped: loss nan, gradient norm inf" for step in (2, 4)]
+    assert log == [f"step {step} skipped: loss nan, gradient norm inf" for step in (2, 4)]
     skips("xx", 3, rank=1)
-    assert len(log()) == 2
+    assert len(log) == 2
 
 
 # StopOnSignal
@@ -93,7 +94,7 @@ def test_a_signal_asks_to_stop(number, log):
         os.kill(os.getpid(), number)
     finally:
         callback.on_end(trainer)
-    assert log() == [f"{signal.Signals(number).name}: stopping after this step"]
+    assert log == [f"{signal.Signals(number).name}: stopping after this step"]
     assert {each: signal.getsignal(each) for each in before} == before
 
 
@@ -159,9 +160,9 @@ def test_what_was_just_loaded_is_not_saved_again(saved, resumed, expected):
 
 def test_every_rank_saves_and_rank_0_says_so(saved, log):
     take_steps(Checkpointer(5, 3), 1, 10, rank=1)
-    assert saved == [(5, 3), (10, 3)] and log() == []
+    assert saved == [(5, 3), (10, 3)] and log == []
     take_steps(Checkpointer(5, 3), 1, 10)
-    assert log() == ["saved run/5", "saved run/10"]
+    assert log == ["saved run/5", "saved run/10"]
 
 
 # ProgressLine
@@ -178,9 +179,9 @@ def test_progress_in_plain_lines(log, monkeypatch):
         callback.on_step(fake_trainer(step), line)
     callback.on_evaluation(fake_trainer(10), {"step": 10, "split": "validation", "loss": 1.5, "bits_per_byte": 2.0})
     callback.on_end(fake_trainer(10))
-    assert log()[-2].startswith("step 10/10  loss 1.2500  2,048 tokens/s  50 % of peak") and "0 s left" in log()[-2]
-    assert log()[-1] == "step 10  validation loss 1.5000  2.0000 bits per byte"
-    assert 2 < len(log()) < 6  # one every ten seconds and the last, not one a step
+    assert log[-2].startswith("step 10/10  loss 1.2500  2,048 tokens/s  50 % of peak") and "0 s left" in log[-2]
+    assert log[-1] == "step 10  validation loss 1.5000  2.0000 bits per byte"
+    assert 2 < len(log) < 6  # one every ten seconds and the last, not one a step
 
 
 # The loop

@@ -240,6 +240,7 @@ def test_all_ranks_together_say_it_once(tmp_path):
     result = subprocess.run(
         [*command, "--train.stepz=3", "--run.dir=here"],
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -36,8 +36,10 @@ class Evaluator(Callback):
         """Validate if it is time."""
         evaluation = trainer.config.evaluation
         if trainer.finished:
+            if trainer.engine.rank == 0:
+                _LOGGER.info("validating on the whole split: %d micro-batches", len(self._stream(trainer, None)))
             self._validate(trainer, None)
-            if evaluation.compare_compressors and trainer.engine.rank == 0:
+            if evaluation.compare_compressors and trainer.tokenizer and trainer.engine.rank == 0:
                 self._compare(trainer)
         elif evaluation.every and trainer.progress.step % evaluation.every == 0:
             self._validate(trainer, evaluation.batches or None)
@@ -99,7 +101,7 @@ class Evaluator(Callback):
         return [tokenizer.decode(row) for row in rows]
 
     def _compare(self, trainer: Trainer) -> None:
-        assert trainer.tokenizer is not None
+        assert trainer.tokenizer is not None, "on_step asks only where there is one"
         stream = self._stream(trainer, None)
         ratios = bits_per_byte_of_compressors(trainer.tokenizer.decode(stream.file.tokens.tolist()).encode())
         for name, value in ratios.items():

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from trainer.loop import Trainer
 
+_RESULTS = ("loss", "bits_per_byte")
+
 
 def cut_back(path: Path, step: int) -> None:
     """Drop the lines of a metrics file that lie after `step`, and a last line that a crash cut short."""
@@ -86,8 +88,9 @@ class TensorBoard(Callback):
         """Write the validation's scalars and text samples."""
         if self._writer is None:
             return
-        for name in ("loss", "bits_per_byte"):
-            self._writer.add_scalar(f"{metrics['split']}/{name}", metrics[name], metrics["step"])
+        for name in _RESULTS:
+            if metrics[name] is not None:
+                self._writer.add_scalar(f"{metrics['split']}/{name}", metrics[name], metrics["step"])
         for i, text in enumerate(trainer.samples):
             self._writer.add_text(f"sample/{i}", f"```\n{text}\n```", metrics["step"])
         if trainer.finished:
@@ -97,7 +100,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard.summary import hparams
 
         assert self._writer is not None and self._writer.file_writer is not None
-        results = {f"final/{name}": metrics[name] for name in ("loss", "bits_per_byte")}
+        results = {f"final/{name}": metrics[name] for name in _RESULTS if metrics[name] is not None}
         for summary in hparams(trainer.hyper_parameters(), results):
             self._writer.file_writer.add_summary(summary)
         for name, value in results.items():

@@ -35,6 +35,7 @@ class ProgressLine(Callback):
         self._task = TaskID(0)
         self._began = self._last_plain = time.monotonic()
         self._first_step = 0
+        self._training_seconds = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
         """Show the line."""
@@ -58,6 +59,7 @@ class ProgressLine(Callback):
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Bring the line up to date."""
+        self._training_seconds += metrics["step_seconds"]
         if trainer.engine.rank != 0:
             return
         status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
@@ -74,15 +76,13 @@ class ProgressLine(Callback):
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Report a validation."""
         if trainer.engine.rank == 0:
-            _LOGGER.info(
-                "step %d  %s loss %.4f  %.4f bits per byte",
-                metrics["step"],
-                metrics["split"],
-                metrics["loss"],
-                metrics["bits_per_byte"],
-            )
+            in_bytes = "" if metrics["bits_per_byte"] is None else f"  {metrics['bits_per_byte']:.4f} bits per byte"
+            _LOGGER.info("step %d  %s loss %.4f%s", metrics["step"], metrics["split"], metrics["loss"], in_bytes)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Take the line away."""
+        """Take the line away, and say how long the steps took, validation and saving left out."""
         if self._live:
             self._live.stop()
+        if trainer.engine.rank == 0:
+            steps = trainer.progress.step - self._first_step
+            _LOGGER.info("%d steps in %.0f s of training", steps, self._training_seconds)

@@ -90,7 +90,8 @@ class MegatronEngine:
         if self._on_cpu:
             megatron_cpu.adapt()
         _initialize_groups(device)
-        tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed) if not self._on_cpu else None
+        if not self._on_cpu:
+            tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()

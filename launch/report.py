@@ -1,0 +1,87 @@
+"""Draw the training curve of one or more runs from their metrics.jsonl.
+
+python launch/report.py --runs '[runs/laptop]' --output docs/laptop.png
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.cli import ConfigError, entry
+
+
+@dataclass
+class ReportConfig:
+    """What to draw.
+
+    Attributes:
+        runs: Run directories.
+        output: The picture, .png or .svg.
+        baselines: Horizontal lines with their names, in bits per byte, such as '{gzip -9: 1.67}'.
+    """
+
+    runs: list[str] = field(default_factory=lambda: ["runs/laptop"])
+    output: str = "curve.png"
+    baselines: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for run in self.runs:
+            if not (Path(run) / "metrics.jsonl").is_file():
+                raise ConfigError(f"runs: {run}/metrics.jsonl does not exist; give run directories")
+        if Path(self.output).suffix not in (".png", ".svg"):
+            raise ConfigError(f"output: {self.output} must end in .png or .svg")
+
+
+def read_metrics(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of training steps, and those of validations."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "grad_norm" in line], [line for line in lines if "split" in line]
+
+
+def smooth(values: list[float], half_life: float = 20.0) -> list[float]:
+    """Exponential moving average, unbiased from the first value on."""
+    decay = 0.5 ** (1 / half_life)
+    total = weight = 0.0
+    out = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        out.append(total / weight)
+    return out
+
+
+def main(config: ReportConfig) -> None:
+    """Draw training loss and validation bits per byte over tokens."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("matplotlib is not installed; pip install 'spiketrain[dev]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for run in config.runs:
+        steps, evaluations = read_metrics(run)
+        tokens_at = {line["step"]: line["tokens"] / 1e6 for line in steps}
+        tokens = list(tokens_at.values())
+        losses = [line["loss"] for line in steps]
+        (faint,) = left.plot(tokens, losses, linewidth=0.5, alpha=0.3)
+        left.plot(tokens, smooth(losses), color=faint.get_color(), label=Path(run).name)
+        points = [(tokens_at[line["step"]], line["bits_per_byte"]) for line in evaluations if line["step"] in tokens_at]
+        right.plot(*zip(*points, strict=True), marker="o", markersize=3, label=Path(run).name)
+    for name, value in config.baselines.items():
+        right.axhline(value, linestyle="--", linewidth=0.8, color="gray")
+        right.annotate(
+            f"{name} {value:.2f}", (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
+    for axes, label in ((left, "training loss, nats per token"), (right, "validation, bits per byte")):
+        axes.set_xlabel("tokens, millions")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.2)
+        axes.legend(frameon=False)
+    figure.savefig(config.output, dpi=130)
+    print(config.output)
+
+
+if __name__ == "__main__":
+    entry(main, ReportConfig, "Draw the training curve of one or more runs.")
