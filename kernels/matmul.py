@@ -114,7 +114,10 @@ def _onednn_is_faster() -> bool:
 
 
 def _onednn(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
-    """A · b + bias; oneDNN reads b with either stride and copies an `a` that is not contiguous."""
+    """a · b + bias; oneDNN copies an `a` that is not contiguous, and takes b by rows or by columns."""
+    if not (b_KN.is_contiguous() or b_KN.T.is_contiguous()):
+        # Gaps between the rows would send oneDNN to its reference loops, a hundred times slower.
+        b_KN = b_KN.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.T, bias_N, "none", [], "")
 
 

@@ -27,7 +27,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     names = {
         report.nodeid
         for report in skipped
-        if isinstance(report.longrepr, tuple | list) and report.longrepr[2] == f"Skipped: {_NEEDS_GPU}"
+        if isinstance(report.longrepr, tuple) and report.longrepr[2] == f"Skipped: {_NEEDS_GPU}"
     }
     if names:
         terminalreporter.section("needs a GPU, not run here:")

@@ -153,11 +153,11 @@ def test_the_reading_of_pages_sees_mistakes():
 $ torchrun --standalone launch/pretrain.py \\
     --train.stepz 3
 ```
-    --model.mixers.patern 'a, b'
+    --model.mixers.period 'a, b'
 [a](missing.md) [b](https://example.org) [c](README.md#there)
 """
     assert sorted(complaints(page)) == sorted(
-        ["nonsense", "launch/missing.py", "--train.stepz", "--model.mixers.patern", "missing.md"]
+        ["nonsense", "launch/missing.py", "--train.stepz", "--model.mixers.period", "missing.md"]
     )
 
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import (
@@ -42,6 +42,7 @@ spaces = st.sampled_from(["", " ", "  "])
 entries = st.tuples(st.sampled_from(MIXERS), st.integers(1, 12) | st.none())
 
 
+@settings(deadline=None)
 @given(st.lists(entries, min_size=1, max_size=6), st.data())
 def test_pattern_reads_what_was_rendered(parts, data):
     def render(name, count):
@@ -52,6 +53,7 @@ def test_pattern_reads_what_was_rendered(parts, data):
     assert parse_pattern(pattern) == [name for name, count in parts for _ in range(count or 1)]
 
 
+@settings(deadline=None)
 @given(st.text("*, 019", max_size=8).map(lambda text: text.replace("9", FULL)))
 def test_pattern_is_read_or_refused(pattern):
     readable = r" *([a-z_0-9]+) *(\* *0*[1-9][0-9]* *)?"
@@ -78,6 +80,7 @@ def test_ratios_take_the_mixers_they_are_given():
     assert MixerLayoutConfig(full_attention_every=2, linear=GLA, softmax=SLIDING).period() == [GLA, SLIDING]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(MIXERS), min_size=1, max_size=5), st.integers(1, 20))
 def test_the_period_is_repeated_and_cut(period, num_layers):
     config = ModelConfig(num_layers=num_layers, mixers=MixerLayoutConfig(pattern=", ".join(period)))
@@ -199,6 +202,7 @@ def test_sizes_are_checked_only_where_a_layer_uses_them():
     ModelConfig(num_layers=1, hidden_size=32, mixers=MixerLayoutConfig(pattern=f"{FULL}, {GLA}"))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000), st.integers(1, 200), st.integers(0, 500))
 def test_vocabulary_is_padded_to_the_next_multiple(tokenizer_size, multiple, spare):
     for wanted, config in (

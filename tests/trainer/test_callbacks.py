@@ -175,13 +175,15 @@ def test_progress_in_plain_lines(log, monkeypatch):
     callback = ProgressLine()
     callback.on_start(fake_trainer(5, resumed=True))
     for step in range(6, 11):
-        line = {"step": step, "loss": 1.25, "tokens_per_second": 2048.0, "model_flops_utilization": 0.5}
+        line = {"step": step, "loss": 1.25, "tokens_per_second": 2048.0, "step_seconds": 2.0}
+        line["model_flops_utilization"] = 0.5
         callback.on_step(fake_trainer(step), line)
     callback.on_evaluation(fake_trainer(10), {"step": 10, "split": "validation", "loss": 1.5, "bits_per_byte": 2.0})
     callback.on_end(fake_trainer(10))
-    assert log[-2].startswith("step 10/10  loss 1.2500  2,048 tokens/s  50 % of peak") and "0 s left" in log[-2]
-    assert log[-1] == "step 10  validation loss 1.5000  2.0000 bits per byte"
-    assert 2 < len(log) < 6  # one every ten seconds and the last, not one a step
+    assert log[-3].startswith("step 10/10  loss 1.2500  2,048 tokens/s  50 % of peak") and "0 s left" in log[-3]
+    assert log[-2] == "step 10  validation loss 1.5000  2.0000 bits per byte"
+    assert log[-1] == "5 steps in 10 s of training"
+    assert 3 < len(log) < 7  # one every ten seconds and the last, not one a step
 
 
 # The loop

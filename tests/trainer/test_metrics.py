@@ -116,7 +116,7 @@ def test_other_ranks_write_nothing(trainer, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 9)).map(sorted), st.integers(0, 9), st.integers(0, 30))
 def test_cut_back(tmp_path, steps, step, cut_short):
     path = tmp_path / "metrics.jsonl"
@@ -143,7 +143,9 @@ def events(folder):
 
 
 def scalars(folder, name):
-    return {event.step: pytest.approx(event.value) for event in events(folder).Scalars(name)}
+    found = events(folder).Scalars(name)
+    assert len({event.step for event in found}) == len(found), "a step has two values"
+    return {event.step: pytest.approx(event.value) for event in found}
 
 
 def test_events_can_be_read(trainer, tmp_path):

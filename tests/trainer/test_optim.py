@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import OptimConfig
@@ -26,6 +26,7 @@ def rates(config, steps):
     return [learning_rate(config, step, steps) for step in range(steps)]
 
 
+@settings(deadline=None)
 @given(configs, st.integers(1, 200))
 def test_rates_lie_between_zero_and_the_peak(config, steps):
     for step, rate in enumerate(rates(config, steps)):
@@ -35,6 +36,7 @@ def test_rates_lie_between_zero_and_the_peak(config, steps):
             assert rate >= config.lr * config.min_lr_ratio * (1 - 1e-12)
 
 
+@settings(deadline=None)
 @given(configs, st.integers(1, 200))
 def test_rates_rise_in_the_warm_up_and_never_after(config, steps):
     every = rates(config, steps)
@@ -88,6 +90,7 @@ def test_a_run_that_is_all_warm_up(schedule):
     assert rates(OptimConfig(lr=1.0, warmup_steps=4, schedule=schedule), 4) == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
+@settings(deadline=None)
 @given(configs, st.integers(50, 200), st.integers(0, 49), st.integers(1, 100))
 def test_a_longer_run_is_stable_for_longer(config, steps, step, more):
     """Before the decay begins, raising train.steps changes no rate of wsd: what was trained stays the run."""

@@ -1,0 +1,124 @@
+"""One run from end to end: what it leaves behind, and what it does when it is started again."""
+
+import json
+import logging
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.trainer.conftest import finish, in_process_config, metrics, status
+from trainer import pretrain
+from trainer.cli import from_mapping
+from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig
+
+TRAINING_KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "model_flops_utilization",
+    "peak_memory_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_data, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    config = replace(
+        in_process_config(tiny_data, run_dir),
+        evaluation=EvaluationConfig(every=4, batches=2, samples=2, sample_tokens=8, compare_compressors=True),
+        logging=LoggingConfig(profile_step=2),
+    )
+    assert pretrain.run(config, yaml.safe_dump(asdict(config))) == 0
+    return run_dir
+
+
+def test_leaves_what_the_readme_lists(run_dir):
+    names = {path.name for path in run_dir.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "run.log", "status.json", "profile"}
+    assert names == expected
+    assert status(run_dir) == {"state": "done", "exit_code": 0, "message": ""}
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert from_mapping(PretrainConfig, saved).train.steps == 6
+
+
+def test_metrics_have_the_agreed_keys(run_dir):
+    lines = metrics(run_dir)
+    training = [line for line in lines if "grad_norm" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    assert all(line.keys() >= TRAINING_KEYS for line in training)
+    assert [line["tokens"] for line in training] == [128 * step for step in range(1, 7)]
+    assert all(0 < line["model_flops_utilization"] < 1.5 for line in training)
+    validations = [line for line in lines if "split" in line]
+    assert [line.keys() for line in validations] == [{"step", "split", "loss", "bits_per_byte"}] * 2
+    assert [line["step"] for line in validations] == [4, 6]
+
+
+def test_tensorboard_has_scalars_samples_and_the_configuration(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert {"train/loss", "train/lr", "validation/bits_per_byte", "final/bits_per_byte"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert {"config/text_summary", "sample/0/text_summary", "sample/1/text_summary"} <= set(events.Tags()["tensors"])
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_log_tells_what_ran(run_dir):
+    text = (run_dir / "run.log").read_text()
+    for line in (
+        "2 layers (gated_delta_net, full_attention)",
+        "batch: 4 sequences of 32 tokens = 1 data-parallel x 2 micro x 2 accumulated",
+        "peak of matrix multiplication",
+        "gated_delta_rule: backend",
+        "attention: backend",
+        "gzip -9 reaches",
+        "xz -9 reaches",
+        "6 steps in",
+    ):
+        assert line in text
+    choices = [line.split(" ", 2)[2] for line in text.splitlines() if ": backend " in line]
+    assert len(choices) == len(set(choices)), "each choice of a kernel is logged once"
+
+
+def test_the_profile_is_a_trace(run_dir):
+    (trace,) = (run_dir / "profile").iterdir()
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::mm" in names or "aten::addmm" in names
+
+
+def test_a_finished_run_ends_at_once_and_changes_nothing(tiny_run, tmp_path):
+    run_dir = tmp_path / "run"
+    assert finish(tiny_run(run_dir, "--train.steps=2"))[0] == 0
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    code, output = finish(tiny_run(run_dir, "--train.steps=2"))
+    assert code == 0
+    assert output == f"{run_dir} has already reached step 2; raise train.steps to go on\n"
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_another_model_in_the_same_directory_is_refused(tiny_run, tmp_path):
+    run_dir = tmp_path / "run"
+    assert finish(tiny_run(run_dir, "--train.steps=2"))[0] == 0
+    code, output = finish(tiny_run(run_dir, "--train.steps=4", "--model.ffn_hidden_size=96", "--train.seed=7"))
+    assert code == 2
+    assert "model.ffn_hidden_size: 64 -> 96; train.seed: 1234 -> 7" in output
+    assert len(output.splitlines()) == 1
+    assert status(run_dir)["state"] == "config_error"
+
+
+def test_a_crash_is_reported(tiny_data, tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr("trainer.loop.Trainer._step", fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        pretrain.run(in_process_config(tiny_data, tmp_path / "run"), "")
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert "RuntimeError: the disk is on fire (test_pretrain.py:" in status(tmp_path / "run")["message"]
+    logging.getLogger("spiketrain").handlers.clear()
