@@ -29,7 +29,7 @@ from kernels.matmul import batched_matmul
 
 # Queries per tile of the banded form, by bytes of an element, and scores per CPU tile, which softmax should find in the
 # cache. Measured on a Zen 5 with 1 MiB of second-level cache; half and double cost 0 to 10 %.
-_TILE_QUERIES = {8: 64, 4: 64, 2: 128}
+_TILE_QUERIES = {8: 64, 4: 256, 2: 256}
 _TILE_SCORES = 1 << 18
 
 _FLASH_MAX_HEAD_DIM = 256
@@ -263,7 +263,8 @@ class _Tile(NamedTuple):
 def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
     """The tiles that hold every visible score; the last query of a tile is at the position of its last key."""
     rows, groups, queries, _ = q_XGTK.shape
-    block = _TILE_QUERIES[q_XGTK.dtype.itemsize]
+    # A block sees window + block keys a query and needs window of them.
+    block = min(_TILE_QUERIES[q_XGTK.dtype.itemsize], max(64, window // 2))
     for start in range(0, queries, block):
         end = min(start + block, queries)
         count, last = end - start, end + wide_k_XTK.shape[1] - queries

@@ -126,7 +126,7 @@ class OptimConfig:
         lr: Peak learning rate.
         min_lr_ratio: The schedule ends at lr times this.
         schedule: cosine, or wsd: warm-up, stable, then a linear decay over the last decay_fraction of the steps.
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Steps of linear warm-up; a shorter run ends on the way up.
         decay_fraction: The decaying part of wsd.
         weight_decay: Decoupled weight decay of matrices; norms, biases, A_log and dt_bias have none.
         beta1: Decay of the first moment.
@@ -323,10 +323,6 @@ class PretrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            self.optim.warmup_steps <= self.train.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps} exceeds train.steps={self.train.steps}; lower it",
-        )
         window = self.evaluation.seq_len or self.train.seq_len
         _require(
             self.evaluation.stride is None or self.evaluation.stride <= window,

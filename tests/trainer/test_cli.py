@@ -84,8 +84,8 @@ MISTAKES = {
     "infinite value": (["--optim.lr=.inf"], "optim.lr is inf: it must be a positive number"),
     "bad value in YAML": (["--config=bad_value.yaml"], "train.micro_batch_size is 0: it must be positive"),
     "bad combination": (
-        ["--optim.warmup_steps=200", "--train.steps=100"],
-        "optim.warmup_steps=200 exceeds train.steps=100; lower it",
+        ["--evaluation.stride=200", "--train.seq_len=100"],
+        "evaluation.stride=200 exceeds the evaluation window of 100 tokens",
     ),
     "bad combination in the model": (
         ["--model.hidden_size=260"],
