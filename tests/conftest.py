@@ -1,6 +1,8 @@
 """One thread a process, and tests that need a GPU: skipped where there is none, and listed by name."""
 
 import os
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("needs a GPU, not run here:")
         for name in sorted(names):
             terminalreporter.write_line(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset of a few standard-library files."""
+    from trainer.data.prepare import prepare
+    from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
+
+    output = tmp_path_factory.mktemp("data") / "tiny"
+    source = f"{sysconfig.get_paths()['stdlib']}/json/*.py"
+    prepare(
+        PrepareConfig(
+            source=source,
+            output=str(output),
+            validation=source,
+            test_share=0.0,
+            workers=1,
+            tokenizer=TokenizerConfig(vocab_size=512),
+        )
+    )
+    return output

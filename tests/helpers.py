@@ -67,3 +67,19 @@ def pack(documents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 def rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B, T] with their positions, each row one sequence."""
     return tokens, torch.arange(tokens.shape[1]).expand(tokens.shape)
+
+
+# What every training step's line of metrics.jsonl has.
+STEP_KEYS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+    "model_flops_utilization",
+    "peak_memory_bytes",
+    "skipped",
+    "skipped_total",
+}

@@ -5,7 +5,7 @@ import torch
 
 from kernels.attention import attention, attention_reference
 from kernels.linear_attention import gated_delta_rule, gla
-from tests.trainer.conftest import in_process_config, tiny_data, trajectory  # noqa: F401
+from tests.trainer.conftest import in_process_config, trajectory
 from trainer import pretrain
 
 pytestmark = pytest.mark.gpu
@@ -39,7 +39,7 @@ def test_linear_attention_on_the_gpu_equals_the_cpu():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_on_the_gpu_equals_the_one_on_the_cpu(tiny_data, tmp_path, precision):  # noqa: F811
+def test_a_run_on_the_gpu_equals_the_one_on_the_cpu(tiny_data, tmp_path, precision):
     from dataclasses import replace
 
     for device in ("cpu", "cuda"):
@@ -50,7 +50,7 @@ def test_a_run_on_the_gpu_equals_the_one_on_the_cpu(tiny_data, tmp_path, precisi
     assert [loss for _, loss, _ in on_gpu] == pytest.approx([loss for _, loss, _ in on_cpu], rel=tolerance)
 
 
-def test_a_resumed_run_on_the_gpu_goes_on(tiny_data, tmp_path):  # noqa: F811
+def test_a_resumed_run_on_the_gpu_goes_on(tiny_data, tmp_path):
     from dataclasses import replace
 
     config = in_process_config(tiny_data, tmp_path / "run")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.trainer.conftest import in_process_config, tiny_data  # noqa: F401
+from tests.trainer.conftest import in_process_config
 from trainer.cli import ConfigError
 from trainer.config import DataConfig
 from trainer.data.indexed import TokenFile, write_index
@@ -14,7 +14,7 @@ from trainer.data.sources import find_sources
 
 
 @pytest.fixture
-def configure(tiny_data, tmp_path):  # noqa: F811
+def configure(tiny_data, tmp_path):
     base = in_process_config(tiny_data, tmp_path / "run")
     return lambda **data: replace(base, data=DataConfig(**data))
 
@@ -31,14 +31,14 @@ def bare(tmp_path):
     return folder / "text_document"
 
 
-def test_a_prepared_directory_brings_everything(configure, tiny_data):  # noqa: F811
+def test_a_prepared_directory_brings_everything(configure, tiny_data):
     sources = find_sources(configure(path=str(tiny_data)))
     assert sources.tokenizer is not None
     assert (sources.vocab_size, sources.eod_id) == (512, sources.tokenizer.eod_id)
     assert sources.validation == str(tiny_data)
 
 
-def test_bare_megatron_data_needs_a_vocabulary_and_an_end_of_document(configure, bare, tiny_data):  # noqa: F811
+def test_bare_megatron_data_needs_a_vocabulary_and_an_end_of_document(configure, bare, tiny_data):
     config = configure(path=str(bare), document_mask=False)
     with pytest.raises(ConfigError, match=r"set data.tokenizer, or model.vocab_size"):
         find_sources(config)
@@ -53,7 +53,7 @@ def test_bare_megatron_data_needs_a_vocabulary_and_an_end_of_document(configure,
     assert find_sources(named).eod_id is not None
 
 
-def test_a_blend_draws_by_weight(configure, tiny_data, tmp_path):  # noqa: F811
+def test_a_blend_draws_by_weight(configure, tiny_data, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_data, other)
     config = configure(blend={str(tiny_data): 3.0, str(other): 1.0})
@@ -62,7 +62,7 @@ def test_a_blend_draws_by_weight(configure, tiny_data, tmp_path):  # noqa: F811
     assert drawn.count(0) == 300 and drawn.count(1) == 100
 
 
-def test_a_named_validation_set(configure, tiny_data, bare):  # noqa: F811
+def test_a_named_validation_set(configure, tiny_data, bare):
     sources = find_sources(configure(path=str(tiny_data), validation_path=str(bare)))
     assert sources.validation == str(bare)
     assert len(TokenFile(sources.validation).tokens) == 400

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from tests.trainer.conftest import ROOT, in_process_config, tiny_data  # noqa: F401
+from tests.trainer.conftest import ROOT, in_process_config
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_data, tmp_path_factory):  # noqa: F811
+def trained(tiny_data, tmp_path_factory):
     from dataclasses import asdict
 
     import yaml

@@ -1,35 +1,14 @@
-"""A prepared dataset of a few standard-library files, and the command line of a tiny run on it."""
+"""A tiny run on the dataset of `tiny_data`: as a command, and in this process."""
 
 import json
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    from trainer.data.prepare import prepare
-    from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
-
-    output = tmp_path_factory.mktemp("data") / "tiny"
-    source = f"{sysconfig.get_paths()['stdlib']}/json/*.py"
-    prepare(
-        PrepareConfig(
-            source=source,
-            output=str(output),
-            validation=source,
-            test_share=0.0,
-            workers=1,
-            tokenizer=TokenizerConfig(vocab_size=512),
-        )
-    )
-    return output
 
 
 @pytest.fixture

@@ -9,24 +9,13 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from tests.helpers import STEP_KEYS
 from trainer.callbacks.metrics import MetricsFile, TensorBoard, cut_back
 from trainer.checkpoint import Progress
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
 from trainer.loop import Trainer
 
 STEPS = 6
-STEP_KEYS = {
-    "step",
-    "loss",
-    "grad_norm",
-    "lr",
-    "tokens",
-    "tokens_per_second",
-    "step_seconds",
-    "skipped",
-    "skipped_total",
-}
-STEP_KEYS |= {"model_flops_utilization", "peak_memory_bytes"}
 
 
 class FakeEngine:
