@@ -166,9 +166,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     """`gated_rms_norm`: saves x, gate, weight and rstd [N, 1]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation) -> Tensor:
         x_ND, gate_ND = _rows(x), _rows(gate)
         rstd_N1 = _inverse_norm(x_ND, eps, x.shape[-1])
         out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from kernels.matmul import linear
 from kernels.rotary import rotary_tables
 from models.config import SOFTMAX_MIXERS, ModelConfig
 from models.layers import RMSNorm, ShortConvolution, SwiGLU
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
         """
         hidden_TBD = self.hidden_states(tokens, positions, cu_seqlens)
         if labels is None:
-            return nn.functional.linear(hidden_TBD.transpose(0, 1), self.head_weight)
+            return linear(hidden_TBD.transpose(0, 1), self.head_weight)
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.float32)
         hidden_ND = hidden_TBD.transpose(0, 1).flatten(0, 1)

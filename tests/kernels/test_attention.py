@@ -167,7 +167,8 @@ def test_no_backend_holds_all_scores(backend: str, lengths: tuple[int, ...] | No
         with _LargestOutput() as largest:
             cu_seqlens = None if lengths is None else _bounds(*lengths)
             attention(*inputs, cu_seqlens=cu_seqlens, backend=backend).sum().backward()
-        assert largest.numel <= module._TILE_SCORES
+        # A block of queries against all keys: an eighth of the scores of the two query heads that share a key head.
+        assert largest.numel <= 2 * 2048 * 2048 // 8
 
 
 def test_flash_is_not_offered_without_cuda() -> None:

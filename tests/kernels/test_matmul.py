@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from kernels import matmul as module
-from kernels.matmul import linear, linear_reference, matmul
+from kernels.matmul import batched_matmul, linear, linear_reference, matmul
 
 
 def _error(a, b):
+    a, b = a.detach(), b.detach()
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
 
 
@@ -68,3 +69,18 @@ def test_other_dtypes_stay_with_torch(onednn, dtype):
 def test_small_products_stay_with_torch(onednn):
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     assert torch.equal(linear(x, weight), linear_reference(x, weight))
+
+
+@pytest.mark.parametrize("name", ["torch", "reference", "matmul=torch"])
+def test_the_environment_can_ask_for_torch(onednn, monkeypatch, name):
+    monkeypatch.setenv("SPIKETRAIN_BACKEND", name)
+    x, weight = torch.randn(256, 128), torch.randn(128, 128)
+    assert torch.equal(linear(x, weight), linear_reference(x, weight))
+
+
+@pytest.mark.parametrize("matrices", [1, 3])
+@pytest.mark.parametrize("strided", [True, False])
+def test_batched_products_of_views(onednn, matrices, strided):
+    a = torch.randn(matrices, 6, 10)[..., ::2] if strided else torch.randn(matrices, 6, 5)
+    b = torch.randn(matrices, 5, 14)[..., ::2] if strided else torch.randn(matrices, 5, 7)
+    assert _error(batched_matmul(a, b, backend="onednn"), a.double() @ b.double()) < 1e-6

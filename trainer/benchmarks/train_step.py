@@ -55,6 +55,7 @@ class Config:
         rounds: Timed steps of each side.
         warmup: Untimed steps of each side before.
         threads: CPU threads; 0 takes every core.
+        clock: wall, or cpu: the process's CPU time, for one thread on a machine that others use too.
         default_allocator: Leave glibc's allocator as it is, for all sides.
     """
 
@@ -78,12 +79,15 @@ class Config:
     rounds: int = 7
     warmup: int = 2
     threads: int = 0
+    clock: Literal["wall", "cpu"] = "wall"
     default_allocator: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "hybrid_seq_len", "rounds", "warmup", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.clock == "cpu" and self.threads != 1:
+            raise ConfigError("clock=cpu adds up the threads' time, waiting included; use it with --threads 1")
         if importlib.util.find_spec("transformers") is None:
             raise ConfigError("the peer is Hugging Face transformers: pip install 'transformers>=5,<6'")
         self.model("dense")
@@ -137,7 +141,7 @@ def main(config: Config) -> None:
     if config.cases != "dense":
         lines += _measure(config, "hybrid", "fp32")
     allocator = "glibc's default allocator" if config.default_allocator else "freed memory kept, for all sides"
-    report(f"train step, {threads} threads, {allocator}", lines, config.json)
+    report(f"train step, {config.clock} time, {threads} threads, {allocator}", lines, config.json)
 
 
 def _measure(config: Config, case: str, precision: str) -> list[Comparison]:
@@ -154,6 +158,7 @@ def _measure(config: Config, case: str, precision: str) -> list[Comparison]:
         {**sides, "matmul": lambda: peaks.append(measure_matmul(setup.dtype, seconds=0.2))},
         config.rounds,
         config.warmup,
+        time.process_time if config.clock == "cpu" else time.perf_counter,
     )
     setup.engine.close()
     return _compare(setup, {name: seconds[name] for name in sides}, max(peaks))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Block, Decoder
 from models.mixers.gated_delta_net import GatedDeltaNet
 from trainer.cli import ConfigError
 
@@ -95,6 +95,7 @@ def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
     offset = 1.0 if "gated_delta_net" in ours.model_config.layer_mixers() else 0.0
     yield "model.norm.weight", ours.final_norm.weight - offset
     for i, layer in enumerate(ours.layers):
+        assert isinstance(layer, Block)
         prefix = f"model.layers.{i}."
         yield f"{prefix}input_layernorm.weight", layer.mixer_norm.weight - offset
         yield f"{prefix}post_attention_layernorm.weight", layer.ffn_norm.weight - offset
