@@ -2,9 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints.txt
-export OMP_PROC_BIND ?= false
 
-.PHONY: help install pretrain test test-slow lint typecheck format bench coverage clean
+.PHONY: help install pretrain test lint typecheck format bench coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,17 +13,15 @@ install: .venv/.installed  ## create .venv with everything that is run here
 .venv/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: torch, megatron-core and the tools, a few minutes the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 pretrain: install  ## tokenizer, data, training and evaluation of the laptop recipe, about ten minutes on two cores
 	$(BIN)/torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain/laptop.yaml
 
-test: install lint typecheck  ## style, types and all tests but the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
-
-test-slow: install  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+test: install lint typecheck  ## style, types and all tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -42,7 +39,7 @@ bench: install  ## the training step against transformers, side by side
 	$(BIN)/python launch/bench.py train_step
 
 coverage: install  ## which lines the tests reach
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' --cov --cov-report term --cov-report xml
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report term --cov-report xml
 
 clean:  ## remove caches; data, runs and .venv stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage coverage.xml build *.egg-info

@@ -8,12 +8,23 @@ import sys
 from pathlib import Path
 
 from trainer import run_directory
-from trainer.cli import EXIT_CONFIG_ERROR, ConfigError, dump, fail, guess, make_parser, parse, write_status
+from trainer.cli import (
+    EXIT_CONFIG_ERROR,
+    ConfigError,
+    dump,
+    fail,
+    guess,
+    keep_threads_awake,
+    make_parser,
+    parse,
+    write_status,
+)
 from trainer.config import PretrainConfig, world_size_from_environment
 
 
 def main() -> int:
     """Parse, refuse what cannot run, then train; everything before training needs neither torch nor megatron."""
+    keep_threads_awake()
     parser = make_parser(PretrainConfig, "Pre-train a language model.")
     parser.add_argument("--check", action="store_true", help="validate configuration, layout and inputs, then exit")
     parser.add_argument("--world-size", type=int, default=None, help="with --check: the ranks that would be started")

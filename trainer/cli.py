@@ -31,6 +31,15 @@ class ConfigError(ValueError):
     """Bad input. The message is one line that says what is wrong and how to mend it; the program exits with 2."""
 
 
+def keep_threads_awake() -> None:
+    """Have OpenMP's threads spin between parallel regions. OpenMP reads this once, as torch is imported.
+
+    A training step has thousands of short regions, and waking a sleeping thread costs more than many of them: two
+    threads ran the laptop's step at 5,900 tokens/s asleep and at 8,700 awake. A value set by the user stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "active")
+
+
 def rank() -> int:
     """The rank of this process under torchrun; 0 without it."""
     return int(os.environ.get("RANK", "0"))
@@ -182,6 +191,7 @@ def write_status(run_dir: str | Path, state: str, exit_code: int, message: str =
 
 def entry(main: Callable[[Any], int | None], config_class: type, description: str) -> NoReturn:
     """Run a command: parse, call `main(config)`, exit with its code (None is 0), 2 for a ConfigError."""
+    keep_threads_awake()
     parser = make_parser(config_class, description)
     try:
         config: Any = parse(config_class, parser, sys.argv[1:])[0]

@@ -257,7 +257,7 @@ class EvaluationConfig:
     stride: int | None = None
     samples: int = 1
     sample_tokens: int = 128
-    prompt: str = "def "
+    prompt: str = "def"
     compare_compressors: bool = False
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ def keep_freed_memory() -> bool:
         return False
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     libc = ctypes.CDLL(None)
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))
+    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 << 20))
     return all(libc.mallopt(name, value) == 1 for name, value in settings)
 
 

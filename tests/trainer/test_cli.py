@@ -333,3 +333,14 @@ def test_only_rank_0_writes_the_status(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         write_status(tmp_path / "file", "done", 0)
+
+
+def test_openmp_threads_are_kept_awake_unless_the_user_says_otherwise(monkeypatch):
+    from trainer.cli import keep_threads_awake
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    keep_threads_awake()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    keep_threads_awake()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
