@@ -21,7 +21,7 @@ pretrain: install  ## tokenizer, data, training and evaluation of the laptop rec
 	$(BIN)/torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain/laptop.yaml
 
 test: install lint typecheck  ## style, types and all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
 
 lint: install
 	$(BIN)/ruff check .
@@ -39,7 +39,7 @@ bench: install  ## the training step against transformers, side by side
 	$(BIN)/python launch/bench.py train_step
 
 coverage: install  ## which lines the tests reach
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report term --cov-report xml
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs --cov --cov-report term --cov-report xml
 
 clean:  ## remove caches; data, runs and .venv stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage coverage.xml build *.egg-info
