@@ -31,7 +31,7 @@ def rates(config, steps):
 def test_rates_lie_between_zero_and_the_peak(config, steps):
     for step, rate in enumerate(rates(config, steps)):
         assert 0 <= rate <= config.lr * (1 + 1e-12)
-        assert rate > 0 or (config.min_lr_ratio == 0 and step >= config.warmup_steps)
+        assert rate > 0 or (config.lr * config.min_lr_ratio == 0 and step >= config.warmup_steps)
         if step >= config.warmup_steps:
             assert rate >= config.lr * config.min_lr_ratio * (1 - 1e-12)
 

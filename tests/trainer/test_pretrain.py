@@ -8,6 +8,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kernels import backend
 from tests.helpers import STEP_KEYS
 from tests.trainer.conftest import finish, in_process_config, metrics, status
 from trainer import pretrain
@@ -17,6 +18,7 @@ from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig
 
 @pytest.fixture(scope="module")
 def run_dir(tiny_data, tmp_path_factory):
+    backend._logged.clear()  # each choice is logged once a process, and another test may have run in this one
     run_dir = tmp_path_factory.mktemp("run")
     config = replace(
         in_process_config(tiny_data, run_dir),
