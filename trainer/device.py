@@ -53,9 +53,11 @@ def keep_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX. One arena, since those of other threads (gloo's)
+    # give large blocks back whatever the threshold.
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8
     libc = ctypes.CDLL(None)
-    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 << 20))
+    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 << 20), (arena_max, 1))
     return all(libc.mallopt(name, value) == 1 for name, value in settings)
 
 

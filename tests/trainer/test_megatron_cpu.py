@@ -81,3 +81,25 @@ def test_checkpoints_are_written_in_the_process(tmp_path):
     )
     assert results.get() == {0: []}
     assert not multiprocessing.active_children()
+
+
+def test_collectives_are_left_out_only_where_a_rank_is_alone(monkeypatch):
+    calls = []
+    collective = megatron_cpu._SkippedWhereAlone(lambda *args, **kwargs: calls.append((args, kwargs)) or "handle")
+    buffer, part = torch.zeros(3), torch.arange(3.0)
+    for ranks, returned, count in ((1, None, 0), (2, "handle", 1)):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group, ranks=ranks: ranks)
+        assert collective(buffer, part, op="sum", group="dp") == returned
+        assert len(calls) == count
+    assert torch.equal(buffer, part), "one rank's part is the whole"
+    assert calls[0][1] == {"op": "sum", "group": "dp"}
+
+
+def test_mcore_reduces_and_gathers_through_it():
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    megatron_cpu.adapt()
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        adapted = getattr(buffers, name)
+        assert isinstance(adapted, megatron_cpu._SkippedWhereAlone)
+        assert not isinstance(adapted.collective, megatron_cpu._SkippedWhereAlone), "adapted twice"

@@ -122,6 +122,30 @@ def adapt() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
     _write_checkpoints_in_process()
+    _skip_collectives_of_one_rank()
+
+
+class _SkippedWhereAlone:
+    """A collective that sums or joins the ranks' parts, left out where one rank's part is all there is."""
+
+    def __init__(self, collective: Callable[..., Any]) -> None:
+        self.collective = collective
+
+    def __call__(self, output: torch.Tensor, part: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if torch.distributed.get_world_size(group) > 1:
+            return self.collective(output, part, *args, group=group, **kwargs)
+        if output.data_ptr() != part.data_ptr():
+            output.copy_(part)
+        return None
+
+
+def _skip_collectives_of_one_rank() -> None:
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        collective = getattr(buffers, name)
+        if not isinstance(collective, _SkippedWhereAlone):
+            setattr(buffers, name, _SkippedWhereAlone(collective))
 
 
 def _write_checkpoints_in_process() -> None:
