@@ -8,6 +8,9 @@ import pytest
 
 # Several test processes share the cores. torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _NEEDS_GPU = "needs a GPU"
 

@@ -99,17 +99,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N = torch.empty_like(scale_N)
         needs_hidden, needs_weight = (wants_gradients and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_weight = None
         tokens = _block_tokens(weight)
         blocks = zip(*(x.split(tokens) for x in (hidden, target_N, scale_N, nll_N)))
-        for start, (hidden_CD, target_C, scale_C, nll_C) in zip(range(0, len(hidden), tokens), blocks):
+        for start, (hidden_CD, target_C, scale_C, nll_C) in zip(range(0, max(len(hidden), 1), tokens), blocks):
             logits = matmul(hidden_CD, weight.T)
             _to_gradient(logits, target_C, scale_C, nll_C, needs_hidden or needs_weight)
             if grad_hidden is not None:
                 grad_hidden[start : start + tokens] = matmul(logits, weight)
-            if grad_weight is not None:
-                # A half-precision product is added up in float32.
-                grad_weight += matmul(logits.T, hidden_CD)
+            if needs_weight:
+                product_VD = matmul(logits.T, hidden_CD)
+                # Half-precision products are added up in float32.
+                grad_weight = product_VD if grad_weight is None else grad_weight.to(wide).add_(product_VD)
         # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
         nll_N.masked_fill_(scale_N == 0, 0.0)
         loss = torch.dot(nll_N, scale_N)

@@ -5,8 +5,11 @@ Qwen3's, which have no output gate, so that both sides compute the same function
 """
 
 import importlib.util
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ def build_peer(config: ModelConfig, vocab_size: int, max_positions: int) -> nn.M
     """The transformers model that computes what our Decoder of this configuration computes, with random weights.
 
     Raises:
-        ConfigError: transformers is missing, or would not run its plain torch code.
+        ConfigError: transformers is missing.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("the peer is Hugging Face transformers: pip install 'transformers>=5,<6'")
@@ -44,6 +47,13 @@ def build_peer(config: ModelConfig, vocab_size: int, max_positions: int) -> nn.M
     return _qwen3_next(config, shared, rope)
 
 
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """In here imports of transformers' models find neither fla nor causal_conv1d and keep their plain torch code."""
+    with patch.dict(sys.modules, {"fla": None, "causal_conv1d": None}):  # type: ignore[dict-item]
+        yield
+
+
 def _qwen2(shared: dict[str, Any], rope: dict[str, Any]) -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -51,11 +61,9 @@ def _qwen2(shared: dict[str, Any], rope: dict[str, Any]) -> nn.Module:
 
 
 def _qwen3_next(config: ModelConfig, shared: dict[str, Any], rope: dict[str, Any]) -> nn.Module:
-    for package in ("fla", "causal_conv1d"):
-        if importlib.util.find_spec(package) is not None:
-            raise ConfigError(f"{package} is installed and would replace the torch code of the peer; uninstall it")
-    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+    with without_kernels():
+        from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
     gdn, mixers = config.gated_delta_net, config.layer_mixers()
     peer_config = Qwen3NextConfig(
