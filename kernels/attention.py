@@ -274,7 +274,8 @@ def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
         future_CC = hidden[:, :count].triu(1)
         # The last query has lost every key of this end to its window, each query before it one key fewer.
         expired_CS = hidden[:, :expired].tril(expired - count)
-        step = max(1, _TILE_SCORES * torch.get_num_threads() // (groups * count * (last - first))) if q_XGTK.is_cpu else rows
+        row_scores = groups * count * (last - first)
+        step = max(1, _TILE_SCORES * torch.get_num_threads() // row_scores) if q_XGTK.is_cpu else rows
         for row in range(0, rows, step):
             yield _Tile(slice(row, row + step), slice(start, end), slice(first, last), future_CC, expired_CS)
 

@@ -7,7 +7,7 @@ one contiguous slice, whose r-th element continues the r-th sequence, and the sc
 `state[:count]` forward with no indexing. A thousand short documents cost as few steps as one of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -124,38 +124,6 @@ def chunk_layout(bounds: tuple[int, ...], device: torch.device) -> ChunkLayout:
     return ChunkLayout(len(lengths), chunk, first, tuple(spans), order_index, on_device)
 
 
-def decay_levels(until: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Turns decays `[G, C, K]` of single steps into decays over a chunk, by doubling; yields every level on the way.
-
-    Level m cuts the chunk into blocks of 2m tokens, each split in the middle, and yields (m, rows, columns), both
-    `[G, C/2m, m, K]`: `rows` is the decay from the split to a token of the right half (inclusive), `columns` from a
-    token of the left half (exclusive) to the split. rows * columns is the decay between the two, and each pair of
-    tokens of a chunk meets at exactly one level. Everything is a product of numbers <= 1: no overflow at any decay
-    and, unlike exp of a difference of cumulative sums, no loss of precision after a strong decay.
-
-    On entry `until` holds the decays and `after` ones; both change in place, so use a level before the next is made.
-    On exit `until` is the decay from the chunk's start to each token (inclusive), `after` from each (exclusive) to the
-    chunk's end.
-    """
-    groups, chunk, dim = until.shape
-    half = 1
-    while half < chunk:
-        until_blocks = until.view(groups, chunk // (2 * half), 2, half, dim)
-        after_blocks = after.view(groups, chunk // (2 * half), 2, half, dim)
-        yield half, until_blocks[:, :, 1], after_blocks[:, :, 0]
-        after_blocks[:, :, 0] *= until_blocks[:, :, 1, -1:]
-        until_blocks[:, :, 1] *= until_blocks[:, :, 0, -1:]
-        half *= 2
-
-
-def level_blocks(matrix: Tensor, half: int) -> Tensor:
-    """The entries (row in a block's right half, column in its left half) of `[G, C, C]`: a view `[G, C/2m, m, m]`."""
-    groups, chunk, _ = matrix.shape
-    blocks = chunk // (2 * half)
-    right_left = matrix.view(groups, blocks, 2, half, blocks, 2, half)[:, :, 1, :, :, 0]
-    return right_left.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-
-
 @lru_cache(maxsize=1)
 def _cpu_multiplies_bfloat16() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
@@ -182,16 +150,17 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, operands: torch.dtype) -> T
     return total.baddbmm_(a, b) if total.dtype == operands else total.add_(torch.bmm(a, b))
 
 
-def sum_over_spans(d_until: Tensor, d_after: Tensor) -> Tensor:
-    """Gradient of the log decays `[G, C, K]` from those of the log decays over spans within the chunk.
+def scan_states(layout: ChunkLayout, state: Tensor, decay: Tensor, increments: Tensor, reverse: bool = False) -> Tensor:
+    """Runs state = decay * state + increment over the chunk positions, in place; returns the state met by each chunk.
 
-    `d_until` belongs to the decay from the chunk's start to each token (inclusive), which contains the token's own and
-    all before it; `d_after` to that from each token (exclusive) to the end. A token's sum must leave out its own
-    `d_after`, not add and subtract it: under strong decay that is larger than the result by many orders of magnitude.
+    state `[N_sequences, H, K, V]`, decay `[N, H, K, 1]`, increments `[N, H, K, V]`; returns `[N, H, K, V]`.
     """
-    total = d_until.sum(1, keepdim=True)
-    before = torch.sub(d_until, d_after).cumsum(1)
-    return torch.cat((total, total - before[:, :-1]), dim=1)
+    met = torch.empty_like(increments)
+    for first, count in reversed(layout.spans) if reverse else layout.spans:
+        chunks, active = slice(first, first + count), state[:count]
+        met[chunks] = active
+        torch.addcmul(increments[chunks], active, decay[chunks], out=active)
+    return met
 
 
 def check_inputs(

@@ -1,18 +1,22 @@
-"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464, eq. 10): decay the state, then correct its answer to k_t.
+"""The gated delta rule: decay the state, then correct its answer to k_t.
 
-    S  <- exp(log_decay_t) S_{t-1}                  S in R^{K x V}, one decay per head
+    S  <- Diag(exp(log_decay_t)) S_{t-1}            S in R^{K x V}
     u_t = beta_t (v_t - S^T k_t)
     S_t = S + k_t u_t^T
     o_t = scale * S_t^T q_t
 
-Chunked form (the UT transform of arXiv 2406.06484, section 3, with decays). With k' = beta k, Gamma_ij the decay from
-token j (exclusive) to i (inclusive), P_i from the chunk's start to i, R_j from j to its end, S the state at its start:
+One decay per head is Gated DeltaNet (arXiv 2412.06464, eq. 10), one per key channel Kimi Delta Attention (arXiv
+2510.26692, eq. 1).
 
-    A_k = stril(K K'^T * Gamma)      A_q = tril(Q K'^T * Gamma)
+Chunked form (the UT transform of arXiv 2406.06484, section 3, with decays). With k' = beta k, decay(j -> i) from token
+j (exclusive) to i (inclusive), P_i from the chunk's start to i, R_j from j to its end, S the state at its start:
+
+    A_k,ij = sum_c k_ic k'_jc decay_c(j -> i) for j < i      A_q,ij the same of q, for j <= i
     r   = (I + A_k)^-1 (V - (P K) S)                   r_i = u_i / beta_i: what the state got wrong at token i
     O   = (P Q) S + A_q r
     S'  = P_last S + (R K')^T r
 
+With one decay per head A is a product of matrices times Gamma_ij = decay(j -> i); see `_decays` for one per channel.
 Writing the residual r instead of u puts beta into k' alone, so that no step divides by it.
 """
 
@@ -29,12 +33,17 @@ from kernels.linear_attention._chunks import (
     check_inputs,
     chunk_layout,
     compute_dtype,
-    decay_levels,
     implementations,
-    level_blocks,
     operand_dtype,
     product,
     recurrence,
+)
+from kernels.linear_attention._decays import (
+    channel_scores,
+    channel_scores_backward,
+    decay_levels,
+    level_blocks,
+    pairwise_decays,
     sum_over_spans,
 )
 
@@ -51,23 +60,31 @@ def gated_delta_rule_reference(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token; arguments as in `gated_delta_rule`, always returns the final state."""
-    heads, _ = check_inputs(q, k, v, {"log_decay": (log_decay, None), "beta": (beta, None)}, initial_state, cu_seqlens)
+    heads, _ = _check(q, k, v, log_decay, beta, initial_state, cu_seqlens)
 
-    def step(state_BHKV: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BH: Tensor, beta_BH: Tensor) -> Tensor:
-        state_BHKV = log_decay_BH.exp()[..., None, None] * state_BHKV
+    def step(state_BHKV: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BHK: Tensor, beta_BH: Tensor) -> Tensor:
+        state_BHKV = log_decay_BHK.exp()[..., None] * state_BHKV
         error_BHV = v_BHV - torch.einsum("bhkv,bhk->bhv", state_BHKV, k_BHK)
         return state_BHKV + k_BHK[..., None] * (beta_BH[..., None] * error_BHV)[..., None, :]
 
+    # A decay per head is one of width 1, which serves every key channel.
+    log_decay = log_decay if log_decay.dim() == 4 else log_decay[..., None]
     return recurrence(step, q, (k, v, log_decay, beta), heads, scale, initial_state, cu_seqlens)
 
 
-def _pairwise_decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Step decays `[G, C, 1]` to Gamma `[G, C, C]` (zero above the diagonal), P and R `[G, C, 1]`; changes `decay`."""
-    gamma = torch.diag_embed(torch.ones_like(decay[..., 0]))
-    after = torch.ones_like(decay)
-    for half, rows, columns in decay_levels(decay, after):
-        torch.mul(rows, columns.mT, out=level_blocks(gamma, half))
-    return gamma, decay, after
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[int, tuple[int, ...]]:
+    """`check_inputs`, log_decay being [B, T, H] or [B, T, H, K]."""
+    decay_dim = q.shape[-1] if log_decay.dim() == 4 else None
+    per_head = {"log_decay": (log_decay, decay_dim), "beta": (beta, None)}
+    return check_inputs(q, k, v, per_head, initial_state, cu_seqlens)
 
 
 def _unit_lower_inverse(strict: Tensor) -> Tensor:
@@ -103,6 +120,7 @@ class _Chunks:
     """What forward and backward both need of the inputs, as `[G, C, D]` with G = N * heads.
 
     `kq` is k above scale * q `[G, 2C, K]`. What is only ever multiplied is in the dtype `operands`, the rest in `full`.
+    `until` (P) and `after` (R) are `[G, C, 1]`, or `[G, C, K]` with one decay per channel.
     """
 
     def __init__(
@@ -119,38 +137,57 @@ class _Chunks:
         self.full, self.operands = dtypes
 
         def packed(x: Tensor) -> Tensor:
+            x = x if x.dim() == 4 else x[..., None]
             return layout.pack(x, heads, self.full).view(-1, layout.chunk, x.shape[-1])
 
         self.kq = torch.cat((packed(k), packed(q).mul_(scale)), dim=1)
-        self.k = self.kq[:, : layout.chunk]
-        self.beta = packed(beta[..., None])
-        self.gamma, self.until, self.after = _pairwise_decays(packed(log_decay[..., None]).exp_())
-        k_beta = self.k * self.beta
-        self.k_beta = k_beta.to(self.operands)
-        self.k_written = (k_beta * self.after).to(self.operands)
+        self.k, self.q = self.kq[:, : layout.chunk], self.kq[:, layout.chunk :]
+        self.beta = packed(beta)
+        self.k_beta = self.k * self.beta
+        self.decay = packed(log_decay).exp_()
+        self.per_channel = log_decay.dim() == 4
+
+    def scores(self) -> Tensor:
+        """A_k above A_q, `[G, 2C, C]`. Makes `until` and `after`, and Gamma where there is one decay per head."""
+        if self.per_channel:
+            self.until, self.after = self.decay.clone(), torch.ones_like(self.decay)
+            pair = channel_scores([self.k, self.q], self.k_beta, self.until, self.after)
+            pair[1].diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(self.q, self.k_beta))
+            scores = torch.cat(pair, dim=1)
+        else:
+            self.gamma, self.until, self.after = pairwise_decays(self.decay)
+            self.kq_operand, self.k_beta_operand = self.kq.to(self.operands), self.k_beta.to(self.operands)
+            scores = self.product(self.kq_operand, self.k_beta_operand.mT)
+            self.mask(scores)
+        self._apply_decays()
+        return scores
+
+    def decays_alone(self) -> None:
+        """Make `until` and `after` without the scores, with one decay per channel."""
+        self.until, self.after = self.decay.clone(), torch.ones_like(self.decay)
+        for _ in decay_levels(self.until, self.after):
+            pass
+        self._apply_decays()
+
+    def _apply_decays(self) -> None:
+        self.k_written = (self.k_beta * self.after).to(self.operands)
         self.kq_decayed = _stacked(self.kq).mul(self.until[:, None]).view_as(self.kq).to(self.operands)
-        self.kq_operand = self.kq.to(self.operands)
+        # Of the state over the chunk: [G, 1, 1] or [G, K, 1].
+        self.state_decay = self.until[:, -1, :, None]
+
+    def mask(self, scores: Tensor) -> None:
+        """Multiplies both halves of `[G, 2C, C]` by Gamma and clears the diagonal of the first, in place."""
+        pair = _stacked(scores)
+        pair *= self.gamma[:, None]
+        pair[:, 0].diagonal(dim1=1, dim2=2).zero_()
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return product(a, b, self.operands, self.full)
-
-    def scores(self) -> Tensor:
-        """A_k above A_q, `[G, 2C, C]`."""
-        scores = self.product(self.kq_operand, self.k_beta.mT)
-        _mask_scores(scores, self.gamma)
-        return scores
 
 
 def _stacked(x: Tensor) -> Tensor:
     """`[G, 2C, D]` as `[G, 2, C, D]`."""
     return x.view(x.shape[0], 2, -1, x.shape[-1])
-
-
-def _mask_scores(scores: Tensor, gamma: Tensor) -> None:
-    """Multiplies both halves of `[G, 2C, C]` by Gamma and clears the diagonal of the first, in place."""
-    pair = _stacked(scores)
-    pair *= gamma[:, None]
-    pair[:, 0].diagonal(dim1=1, dim2=2).zero_()
 
 
 def _scan(
@@ -164,7 +201,7 @@ def _scan(
     from_state = torch.empty_like(v)
     states = inverse.new_empty(len(v), key_dim, value_dim)
     residual = inverse.new_empty(v.shape)
-    decay = chunks.until[:, -1:]
+    decay = chunks.state_decay
     for first, count in layout.spans:
         here, active = slice(first * heads, (first + count) * heads), state[:count].view(-1, key_dim, value_dim)
         states[here] = active
@@ -191,7 +228,7 @@ def _scan_backward(
     chunk, (key_dim, value_dim) = layout.chunk, d_state.shape[2:]
     d_v = torch.empty_like(d_residual)
     d_after = inverse.new_empty(len(d_v), key_dim, value_dim)
-    decay = chunks.until[:, -1:]
+    decay = chunks.state_decay
     for first, count in reversed(layout.spans):
         here, active = slice(first * heads, (first + count) * heads), d_state[:count].view(-1, key_dim, value_dim)
         d_after[here] = active
@@ -203,18 +240,44 @@ def _scan_backward(
     return d_v, d_after
 
 
-def _decay_gradient(chunks: _Chunks, scores_d_scores: Tensor, d_kq_decayed: Tensor, d_k_written: Tensor) -> Tensor:
-    """The gradient `[G, C, 1]` of log_decay, all but the part through the state's own decay over the chunk.
+def _head_decay_gradients(
+    chunks: _Chunks, scores: Tensor, d_scores: Tensor, d_kq_decayed: Tensor, d_k_written: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of kq and k' through the scores, and of log_decay `[G, C, 1]` but for the state's decay over the chunk.
 
-    `scores_d_scores`, the scores times their gradients `[G, 2C, C]`, is the gradient of log Gamma.
+    Changes `scores` and `d_scores`.
     """
-    d_log_gamma = _stacked(scores_d_scores).sum(1)
+    # The scores times their gradients are the gradient of log Gamma.
+    d_log_gamma = _stacked(scores.mul_(d_scores)).sum(1)
     # The decay from a token to itself is 1 at any log_decay; the sums below would cancel it, but only up to rounding.
     d_log_gamma.diagonal(dim1=1, dim2=2).zero_()
     d_until = _stacked((d_kq_decayed * chunks.kq_decayed).sum(-1, keepdim=True)).sum(1)
     d_after = (d_k_written * chunks.k_written).sum(-1, keepdim=True)
     d_cumulative = d_log_gamma.sum(2, keepdim=True) - d_log_gamma.sum(1)[..., None] + d_until
-    return sum_over_spans(d_cumulative, d_after)
+    chunks.mask(d_scores)
+    d_scores = d_scores.to(chunks.operands)
+    d_kq = chunks.product(d_scores, chunks.k_beta_operand)
+    d_k_beta = chunks.product(d_scores.mT, chunks.kq_operand)
+    return d_kq, d_k_beta, sum_over_spans(d_cumulative, d_after)
+
+
+def _channel_decay_gradients(
+    chunks: _Chunks, d_scores: Tensor, d_kq_decayed: Tensor, d_k_written: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_head_decay_gradients` with one decay per channel; log_decay's is `[G, C, K]`. Uses up `chunks.decay`."""
+    d_pair = [x.squeeze(1) for x in _stacked(d_scores).split(1, dim=1)]
+    (d_k, d_q), d_k_beta = channel_scores_backward(
+        [chunks.k, chunks.q], chunks.k_beta, chunks.decay, torch.ones_like(chunks.decay), d_pair
+    )
+    # Each score moves log_decay between its two tokens: + from the row on, - from the column on. One on the diagonal
+    # moves none, and joins after this.
+    d_cumulative = (chunks.k * d_k).addcmul_(chunks.q, d_q).addcmul_(chunks.k_beta, d_k_beta, value=-1)
+    d_cumulative += _stacked(d_kq_decayed * chunks.kq_decayed).sum(1)
+    diagonal = d_pair[1].diagonal(dim1=1, dim2=2)[..., None]
+    d_q.addcmul_(diagonal, chunks.k_beta)
+    d_k_beta.addcmul_(diagonal, chunks.q)
+    d_log_decay = sum_over_spans(d_cumulative, d_k_written * chunks.k_written)
+    return torch.cat((d_k, d_q), dim=1), d_k_beta, d_log_decay
 
 
 class _ChunkedGatedDeltaRule(torch.autograd.Function):
@@ -242,7 +305,9 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         v_c = layout.pack(v, heads, full).view(-1, chunk, value_dim)
         o, states, residual = _scan(layout, heads, state, chunks, inverse, v_c)
         add_product(o, scores[:, chunk:], residual, chunks.operands)
-        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, inverse, residual, states)
+        # With one decay per head the scores are one product; with one per channel they cost more than their memory.
+        scores_q = scores[:, chunk:].to(chunks.operands, copy=True) if chunks.per_channel else None
+        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, inverse, residual, states, scores_q)
         ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
         o = layout.unpack(o.view(-1, heads, chunk, value_dim), (*v.shape[:2], heads, value_dim), v.dtype)
         return o, layout.unsort_state(state)
@@ -250,29 +315,36 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, beta, initial_state, inverse, residual, states = ctx.saved_tensors
+        q, k, v, log_decay, beta, initial_state, inverse, residual, states, scores_q = ctx.saved_tensors
         scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
         chunk = layout.chunk
         full = compute_dtype(q, k, v, log_decay, beta, initial_state)
         chunks = _Chunks(layout, heads, scale, (full, states.dtype), q, k, log_decay, beta)
-        scores = chunks.scores()
-        d_state = layout.sort_state(d_final, (layout.num_sequences, heads, *states.shape[1:]), scores)
+        scores = None
+        if scores_q is None:
+            scores = chunks.scores()
+            scores_q = scores[:, chunk:]
+        else:
+            chunks.decays_alone()
+        d_state = layout.sort_state(d_final, (layout.num_sequences, heads, *states.shape[1:]), chunks.kq)
         # The gradient of what is read from the state: of (P K) S above that of (P Q) S.
         d_reads = residual.new_empty(residual.shape[0], 2 * chunk, residual.shape[-1])
         d_reads[:, chunk:] = layout.pack(d_o, heads, states.dtype).view_as(residual)
-        d_residual = chunks.product(scores[:, chunk:].mT, d_reads[:, chunk:])
+        d_residual = chunks.product(scores_q.mT, d_reads[:, chunk:])
         d_v, d_after = _scan_backward(layout, heads, d_state, chunks, inverse, d_residual, d_reads)
 
         d_scores = chunks.product(d_reads, residual.mT)
         d_kq_decayed = chunks.product(d_reads, states.mT)
         d_k_written = chunks.product(residual, d_after.mT)
-        d_log_decay = _decay_gradient(chunks, scores.mul_(d_scores), d_kq_decayed, d_k_written)
-        d_log_decay += (d_after * states).sum((1, 2), dtype=full)[:, None, None] * chunks.until[:, -1:]
-        _mask_scores(d_scores, chunks.gamma)
-        d_scores = d_scores.to(chunks.operands)
-        d_k_beta = chunks.product(d_scores.mT, chunks.kq_operand).addcmul_(d_k_written, chunks.after)
-        _stacked(d_kq_decayed).mul_(chunks.until[:, None])
-        d_kq = add_product(d_kq_decayed, d_scores, chunks.k_beta, chunks.operands)
+        if scores is None:
+            d_kq, d_k_beta, d_log_decay = _channel_decay_gradients(chunks, d_scores, d_kq_decayed, d_k_written)
+            d_total = (d_after * states).sum(2, dtype=full)[:, None]
+        else:
+            d_kq, d_k_beta, d_log_decay = _head_decay_gradients(chunks, scores, d_scores, d_kq_decayed, d_k_written)
+            d_total = (d_after * states).sum((1, 2), dtype=full)[:, None, None]
+        d_log_decay.addcmul_(d_total, chunks.until[:, -1:])
+        d_k_beta.addcmul_(d_k_written, chunks.after)
+        _stacked(d_kq).addcmul_(_stacked(d_kq_decayed), chunks.until[:, None])
         d_k = torch.addcmul(d_kq[:, :chunk], d_k_beta, chunks.beta)
         d_q = d_kq[:, chunk:] * scale
         d_beta = torch.linalg.vecdot(d_k_beta, chunks.k)
@@ -301,12 +373,13 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule (arXiv 2412.06464): S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
+    """The gated delta rule: S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
 
     Args:
         q, k: `[B, T, H, K]`, used as given (the recurrence is stable for k of norm <= 1). float32, bfloat16 or float64.
         v: `[B, T, H, V]`.
-        log_decay: `[B, T, H]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
+        log_decay: `[B, T, H]`, or `[B, T, H, K]` for one per key channel (Kimi Delta Attention); natural logarithm,
+            <= 0; float32 is advised beside bfloat16 inputs.
         beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
         scale: multiplies the output; K^-1/2 by default.
         initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
@@ -322,9 +395,7 @@ def gated_delta_rule(
     Raises:
         ValueError: if shapes, heads, `cu_seqlens` or `backend` are not as above.
     """
-    heads, bounds = check_inputs(
-        q, k, v, {"log_decay": (log_decay, None), "beta": (beta, None)}, initial_state, cu_seqlens
-    )
+    heads, bounds = _check(q, k, v, log_decay, beta, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
         if resolve("gated_delta_rule", backend, implementations(q.shape[1])) == "reference":
             o, state = gated_delta_rule_reference(

@@ -28,14 +28,13 @@ from kernels.linear_attention._chunks import (
     check_inputs,
     chunk_layout,
     compute_dtype,
-    decay_levels,
     implementations,
-    level_blocks,
     operand_dtype,
     product,
     recurrence,
-    sum_over_spans,
+    scan_states,
 )
+from kernels.linear_attention._decays import channel_scores, channel_scores_backward, sum_over_spans
 
 
 def gla_reference(
@@ -77,56 +76,6 @@ def _packed(
     return q.mul_(scale), k, v, decay.exp_(), torch.ones_like(decay)
 
 
-def _intra_scores(q: Tensor, k: Tensor, until: Tensor, after: Tensor) -> Tensor:
-    """A `[G, C, C]`, lower triangular. Leaves `until` and `after` as P and R (see `decay_levels`)."""
-    groups, chunk, dim = q.shape
-    scores = q.new_zeros(groups, chunk, chunk)
-    scores.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k))
-    for half, rows, columns in decay_levels(until, after):
-        q_right = (_halves(q, half)[:, :, 1] * rows).view(-1, half, dim)
-        k_left = (_halves(k, half)[:, :, 0] * columns).view(-1, half, dim)
-        level_blocks(scores, half).copy_(torch.bmm(q_right, k_left.mT).view(groups, -1, half, half))
-    return scores
-
-
-def _intra_backward(q: Tensor, k: Tensor, until: Tensor, after: Tensor, d_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k through A without its diagonal. Leaves `until` and `after` as P and R."""
-    dim = q.shape[-1]
-    d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
-    for half, rows, columns in decay_levels(until, after):
-        d_block = level_blocks(d_scores, half).reshape(-1, half, half)
-        q_right = (_halves(q, half)[:, :, 1] * rows).view(-1, half, dim)
-        k_left = (_halves(k, half)[:, :, 0] * columns).view(-1, half, dim)
-        _halves(d_q, half)[:, :, 1].addcmul_(rows, _small_matmul(d_block, k_left).view(rows.shape))
-        _halves(d_k, half)[:, :, 0].addcmul_(columns, _small_matmul(d_block.mT, q_right).view(rows.shape))
-    return d_q, d_k
-
-
-def _halves(x: Tensor, half: int) -> Tensor:
-    return x.view(x.shape[0], -1, 2, half, x.shape[-1])
-
-
-def _small_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a `[n, m, m]` @ b `[n, m, K]`; at m = 1 and 2 torch.bmm's CPU loop is up to ten times slower."""
-    if a.shape[-1] > 2:
-        return torch.bmm(a, b)
-    first = a[:, :, :1] * b[:, :1]
-    return first if a.shape[-1] == 1 else first.addcmul_(a[:, :, 1:], b[:, 1:])
-
-
-def _scan(layout: ChunkLayout, state: Tensor, decay: Tensor, increments: Tensor, reverse: bool = False) -> Tensor:
-    """Runs state = decay * state + increment over the chunk positions, in place; returns the state met by each chunk.
-
-    state `[N_sequences, H, K, V]`, decay `[N, H, K, 1]`, increments `[N, H, K, V]`; returns `[N, H, K, V]`.
-    """
-    met = torch.empty_like(increments)
-    for first, count in reversed(layout.spans) if reverse else layout.spans:
-        chunks, active = slice(first, first + count), state[:count]
-        met[chunks] = active
-        torch.addcmul(increments[chunks], active, decay[chunks], out=active)
-    return met
-
-
 class _ChunkedGLA(torch.autograd.Function):
     """The chunked form. Saves its inputs, A and the state at each chunk's start; the rest is computed again."""
 
@@ -144,10 +93,12 @@ class _ChunkedGLA(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q_c, k_c, v_c, until, after = _packed(layout, heads, scale, q, k, v, log_decay, initial_state)
         key_dim, value_dim, full, operands = q.shape[-1], v.shape[-1], q_c.dtype, v_c.dtype
-        scores = _intra_scores(q_c, k_c, until, after).to(operands)
+        (scores,) = channel_scores([q_c], k_c, until, after)
+        scores.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q_c, k_c))
+        scores = scores.to(operands)
         increments = product(k_c.mul_(after).mT, v_c, operands, full).view(-1, heads, key_dim, value_dim)
         state = layout.sort_state(initial_state, (layout.num_sequences, heads, key_dim, value_dim), q_c)
-        states = _scan(layout, state, until[:, -1].view(-1, heads, key_dim, 1), increments)
+        states = scan_states(layout, state, until[:, -1].view(-1, heads, key_dim, 1), increments)
         states = states.view(-1, key_dim, value_dim).to(operands)
         o = add_product(product(scores, v_c, operands, full), q_c.mul_(until), states, operands)
         ctx.save_for_backward(q, k, v, log_decay, initial_state, scores, states)
@@ -165,7 +116,7 @@ class _ChunkedGLA(torch.autograd.Function):
         full, operands = q_c.dtype, v_c.dtype
         d_o_c = layout.pack(d_o, heads, operands).view_as(v_c)
         d_scores = product(d_o_c, v_c.mT, operands, full)
-        d_q, d_k = _intra_backward(q_c, k_c, until, after, d_scores)
+        (d_q,), d_k = channel_scores_backward([q_c], k_c, until, after, [d_scores])
         # Each score moves log_decay between its two tokens: + from the row on, - from the column on. A score on the
         # diagonal moves none, so the diagonal joins after this; it would cancel, but only up to rounding.
         d_cumulative = (q_c * d_q).addcmul_(k_c, d_k, value=-1)
@@ -177,7 +128,7 @@ class _ChunkedGLA(torch.autograd.Function):
         decay = until[:, -1]
         reads = product((q_c * until).mT, d_o_c, operands, full).view(state_shape)
         d_state = layout.sort_state(d_final, (layout.num_sequences, *state_shape[1:]), q_c)
-        d_after = _scan(layout, d_state, decay.view(*reads.shape[:3], 1), reads, reverse=True).view(states.shape)
+        d_after = scan_states(layout, d_state, decay.view(*reads.shape[:3], 1), reads, reverse=True).view(states.shape)
         d_total = (d_after * states).sum(-1).mul_(decay)
         d_after = d_after.to(operands)
         d_v = add_product(product(scores.mT, d_o_c, operands, full), k_c * after, d_after, operands)

@@ -1,5 +1,6 @@
 """The chunked linear attentions against their token-by-token references, and the properties both must have."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,11 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.linear_attention import gated_delta_rule, gla
+from kernels.linear_attention import delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
 from kernels.linear_attention._chunks import chunk_layout
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
-OPS: dict[str, Op] = {"gla": gla, "gated_delta_rule": gated_delta_rule}
+OPS: dict[str, Op] = {
+    "retention": retention,
+    "gla": gla,
+    "hgrn": hgrn,
+    "hgrn2": hgrn2,
+    "delta_rule": delta_rule,
+    "gated_delta_rule": gated_delta_rule,
+    "kimi_delta_rule": gated_delta_rule,
+}
+DELTA_RULES = ("delta_rule", "gated_delta_rule", "kimi_delta_rule")
+# Which of an op's inputs is v, and which log_decay where every token has one.
+VALUE = {"hgrn": 0, "hgrn2": 1}
+DECAY = {"gla": 3, "hgrn": 1, "hgrn2": 2, "gated_delta_rule": 3, "kimi_delta_rule": 3}
 SETTINGS = settings(max_examples=20, deadline=None, derandomize=True)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
@@ -37,7 +50,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> list[Tensor]:
-    """q, k, v, log_decay (between 0 and -strongest, a third of them 0) and for the delta rule beta; k has unit norm."""
+    """The op's inputs: log_decay between 0 and -strongest, a third of it 0, and k of unit norm."""
     generator = torch.Generator().manual_seed(seed)
     (q_heads, k_heads, v_heads), (key_dim, value_dim) = heads, dims
 
@@ -47,20 +60,35 @@ def make_inputs(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    tensors = [normal(batch, time, q_heads, key_dim), F.normalize(normal(batch, time, k_heads, key_dim), dim=-1)]
-    tensors.append(normal(batch, time, v_heads, value_dim))
-    decay_shape = (batch, time, v_heads, key_dim) if name == "gla" else (batch, time, v_heads)
-    tensors.append(-strongest * (1.5 * uniform(*decay_shape) - 0.5).clamp_min(0))
-    if name == "gated_delta_rule":
-        tensors.append(uniform(batch, time, v_heads))
+    def decay(*shape: int) -> Tensor:
+        return -strongest * (1.5 * uniform(*shape) - 0.5).clamp_min(0)
+
+    q, v = normal(batch, time, q_heads, key_dim), normal(batch, time, v_heads, value_dim)
+    k = F.normalize(normal(batch, time, k_heads, key_dim), dim=-1)
+    per_channel, beta = decay(batch, time, v_heads, key_dim), uniform(batch, time, v_heads)
+    tensors = {
+        "retention": [q, k, v, decay(v_heads)],
+        "gla": [q, k, v, per_channel],
+        "hgrn": [normal(batch, time, key_dim), decay(batch, time, key_dim)],
+        "hgrn2": [q, v, per_channel],
+        "delta_rule": [q, k, v, beta],
+        "gated_delta_rule": [q, k, v, decay(batch, time, v_heads), beta],
+        "kimi_delta_rule": [q, k, v, per_channel, beta],
+    }[name]
     return [x.to(dtype).requires_grad_() for x in tensors]
 
 
 def make_state(
-    sequences: int, heads: int, dims: tuple[int, int] = (16, 8), dtype: torch.dtype = torch.float64
+    name: str, sequences: int, heads: int, dims: tuple[int, int] = (16, 8), dtype: torch.dtype = torch.float64
 ) -> Tensor:
     generator = torch.Generator().manual_seed(sequences)
-    return torch.randn(sequences, heads, *dims, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    shape = (sequences, dims[0]) if name == "hgrn" else (sequences, heads, *dims)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def cut(inputs: list[Tensor], tokens: slice) -> list[Tensor]:
+    """The inputs of some tokens; what is not per token stays whole."""
+    return [x if x.dim() == 1 else x[:, tokens] for x in inputs]
 
 
 def bounds_tensor(lengths: list[int]) -> Tensor:
@@ -118,7 +146,7 @@ def test_chunked_equals_reference(
     seed: int,
 ) -> None:
     inputs = make_inputs(name, batch, time, heads=heads, dims=dims, strongest=strongest, dtype=dtype, seed=seed)
-    state = make_state(batch, max(heads), dims, dtype) if with_state else None
+    state = make_state(name, batch, max(heads), dims, dtype) if with_state else None
     chunked = results(OPS[name], inputs, state, backend="torch")
     assert_same(chunked, results(OPS[name], inputs, state, backend="reference"), TOLERANCE[dtype])
 
@@ -136,7 +164,7 @@ def test_packed_equals_reference(
     name: str, dtype: torch.dtype, lengths: list[int], heads: tuple[int, int, int], strongest: float, with_state: bool
 ) -> None:
     inputs = make_inputs(name, 1, sum(lengths), heads=heads, strongest=strongest, dtype=dtype)
-    state = make_state(len(lengths), max(heads), dtype=dtype) if with_state else None
+    state = make_state(name, len(lengths), max(heads), dtype=dtype) if with_state else None
     cu_seqlens = bounds_tensor(lengths)
     chunked = results(OPS[name], inputs, state, cu_seqlens=cu_seqlens, backend="torch")
     assert_same(
@@ -148,10 +176,11 @@ def test_packed_equals_reference(
 @pytest.mark.parametrize("name", OPS)
 def test_packed_equals_separate(name: str, lengths: list[int]) -> None:
     inputs = make_inputs(name, 1, sum(lengths))
-    state = make_state(len(lengths), 2)
+    state = make_state(name, len(lengths), 2)
     o, final = OPS[name](*inputs, initial_state=state, output_final_state=True, cu_seqlens=bounds_tensor(lengths))
-    pieces = zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
-    for n, (piece, o_n) in enumerate(zip(pieces, o.split(lengths, dim=1), strict=True)):
+    bounds = bounds_tensor(lengths).tolist()
+    for n, o_n in enumerate(o.split(lengths, dim=1)):
+        piece = cut(inputs, slice(bounds[n], bounds[n + 1]))
         expected = OPS[name](*piece, initial_state=state[n : n + 1], output_final_state=True)
         assert_same([o_n, final[n : n + 1]], list(expected), 1e-12)
 
@@ -160,13 +189,14 @@ def test_packed_equals_separate(name: str, lengths: list[int]) -> None:
 @SETTINGS
 @given(time=st.integers(2, 140), fraction=st.floats(0, 1))
 def test_cutting_a_sequence_and_carrying_the_state_changes_nothing(name: str, time: int, fraction: float) -> None:
-    cut = min(max(int(fraction * time), 1), time - 1)
-    inputs, state = make_inputs(name, 2, time), make_state(2, 2)
+    border = min(max(int(fraction * time), 1), time - 1)
+    inputs, state = make_inputs(name, 2, time), make_state(name, 2, 2)
     whole = results(OPS[name], inputs, state)
 
-    def in_two(*inputs: Tensor, initial_state: Tensor, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-        first, middle = OPS[name](*(x[:, :cut] for x in inputs), initial_state=initial_state, output_final_state=True)
-        second, final = OPS[name](*(x[:, cut:] for x in inputs), initial_state=middle, output_final_state=True)
+    def in_two(*tensors: Tensor, initial_state: Tensor, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+        inputs = list(tensors)
+        first, middle = OPS[name](*cut(inputs, slice(0, border)), initial_state=initial_state, output_final_state=True)
+        second, final = OPS[name](*cut(inputs, slice(border, time)), initial_state=middle, output_final_state=True)
         return torch.cat((first, second), dim=1), final
 
     assert_same(results(in_two, inputs, state), whole, 1e-10)
@@ -178,7 +208,7 @@ def test_decoding_token_by_token_equals_the_whole(name: str) -> None:
     whole, final = OPS[name](*inputs, output_final_state=True)
     state, outputs = None, []
     for t in range(20):
-        o, state = OPS[name](*(x[:, t : t + 1] for x in inputs), initial_state=state, output_final_state=True)
+        o, state = OPS[name](*cut(inputs, slice(t, t + 1)), initial_state=state, output_final_state=True)
         outputs.append(o)
     assert_same([torch.cat(outputs, dim=1), state], [whole, final], 1e-5)
 
@@ -190,50 +220,52 @@ def test_a_document_never_influences_another(name: str, lengths: list[int]) -> N
     inputs = [x.detach() for x in make_inputs(name, 1, sum(lengths), dtype=torch.float32)]
     inside = slice(lengths[0], lengths[0] + lengths[1])
     changed = [x.clone() for x in inputs]
-    changed[2][:, inside] = torch.inf  # nothing short of complete separation keeps this out
+    changed[VALUE.get(name, 2)][:, inside] = torch.inf  # nothing short of complete separation keeps this out
     outputs = []
     for values in (inputs, changed):
         tensors = [x.requires_grad_() for x in values]
         o, final = OPS[name](*tensors, output_final_state=True, cu_seqlens=cu_seqlens)
         kept = torch.cat((o[:, : inside.start], o[:, inside.stop :]), dim=1)
         grads = torch.autograd.grad(kept.square().sum(), tensors)
-        grads = [torch.cat((g[:, : inside.start], g[:, inside.stop :]), dim=1) for g in grads]
+        grads = [torch.cat((g[:, : inside.start], g[:, inside.stop :]), dim=1) for g in grads if g.dim() > 1]
         outputs.append([kept, final[0], final[2], *grads])
     for a, b in zip(*outputs, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [*DECAY, "retention"])
 def test_strong_decay_in_every_position_stays_finite_and_exact(name: str) -> None:
     inputs = make_inputs(name, 1, 130, dtype=torch.float32)
-    inputs[3] = torch.full_like(inputs[3], -20.0).requires_grad_()
-    state = make_state(1, 2, dtype=torch.float32)
+    index = DECAY.get(name, 3)
+    inputs[index] = torch.full_like(inputs[index], -20.0).requires_grad_()
+    state = make_state(name, 1, 2, dtype=torch.float32)
     chunked = results(OPS[name], inputs, state, backend="torch")
     assert_same(chunked, results(OPS[name], inputs, state, backend="reference"), 1e-5)
-    inputs[3] = torch.full_like(inputs[3], -torch.inf)
+    inputs[index] = torch.full_like(inputs[index], -torch.inf)
     o, final = OPS[name](*inputs, initial_state=state, output_final_state=True)
     assert o.isfinite().all()
     assert final.isfinite().all()
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", DECAY)
 def test_weak_decay_keeps_its_precision_behind_a_strong_one(name: str) -> None:
     inputs = make_inputs(name, 1, 64, dtype=torch.float32)
-    log_decay = -0.01 * torch.rand_like(inputs[3])
+    log_decay = -0.01 * torch.rand_like(inputs[DECAY[name]])
     log_decay[:, :48] = -20.0
-    inputs[3] = log_decay.requires_grad_()
+    inputs[DECAY[name]] = log_decay.requires_grad_()
     expected = results(OPS[name], [x.detach().double().requires_grad_() for x in inputs], None, backend="reference")
     actual = results(OPS[name], inputs, None, backend="torch")
     assert_same([x.double() for x in actual], expected, 2e-6)
 
 
-def test_delta_rule_with_one_repeated_key_keeps_its_precision() -> None:
-    inputs = make_inputs("gated_delta_rule", 1, 256, dtype=torch.float32)
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kimi_delta_rule"])
+def test_delta_rule_with_one_repeated_key_keeps_its_precision(name: str) -> None:
+    inputs = make_inputs(name, 1, 256, dtype=torch.float32)
     inputs[1] = inputs[1][:, :1].expand_as(inputs[1]).detach().clone().requires_grad_()
-    inputs[3], inputs[4] = (torch.full_like(inputs[3], x).requires_grad_() for x in (0.0, 1.0))
+    inputs[3:] = (torch.full_like(x, value).requires_grad_() for x, value in zip(inputs[3:], (0.0, 1.0)))
     expected = results(gated_delta_rule, [x.detach().double().requires_grad_() for x in inputs], None)
     actual = results(gated_delta_rule, inputs, None)
-    del actual[5], expected[5]  # with beta = 1 the outputs do not depend on log_decay: its gradient is rounding alone
+    del actual[5], expected[5]  # with beta = 1 the outputs do not depend on the decay: its gradient is rounding
     assert_same([x.double() for x in actual], expected, 1e-5)
 
 
@@ -242,8 +274,9 @@ def test_delta_rule_with_one_repeated_key_keeps_its_precision() -> None:
 def test_bfloat16_is_near_float32(name: str, lengths: list[int] | None) -> None:
     cu_seqlens = None if lengths is None else bounds_tensor(lengths)
     inputs = make_inputs(name, 1, 133, dims=(32, 32), strongest=0.2, dtype=torch.float32)
-    narrow = [x.detach().bfloat16().requires_grad_() if i < 3 else x for i, x in enumerate(inputs)]
-    wide = [x.detach().float().requires_grad_() if i < 3 else x for i, x in enumerate(narrow)]
+    narrowed = range(VALUE.get(name, 2) + 1)
+    narrow = [x.detach().bfloat16().requires_grad_() if i in narrowed else x for i, x in enumerate(inputs)]
+    wide = [x.detach().float().requires_grad_() if i in narrowed else x for i, x in enumerate(narrow)]
     actual = results(OPS[name], narrow, None, cu_seqlens=cu_seqlens)
     assert (actual[0].dtype, actual[1].dtype) == (torch.bfloat16, torch.float32)
     expected = results(OPS[name], wide, None, cu_seqlens=cu_seqlens)
@@ -257,28 +290,28 @@ def test_gradcheck(name: str, lengths: list[int] | None) -> None:
     cu_seqlens = None if lengths is None else bounds_tensor(lengths)
     inputs = make_inputs(name, batch, time, heads=(2, 1, 1), dims=(3, 2))
     # Decays of exactly 0 sit on the edge of the domain; the formulas do not mind positive ones this small.
-    state = make_state(sequences, 2, (3, 2))
+    state = make_state(name, sequences, 2, (3, 2))
+
+    op = hgrn if name == "hgrn" else functools.partial(OPS[name], scale=0.7)
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         *inputs, state = tensors
-        return OPS[name](
-            *inputs, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, scale=0.7, backend="torch"
-        )
+        return op(*inputs, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, backend="torch")
 
     assert torch.autograd.gradcheck(run, (*inputs, state), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_inputs_are_left_alone_and_may_be_views(name: str) -> None:
-    inputs, state = make_inputs(name, 2, 64), make_state(2, 2)
+    inputs, state = make_inputs(name, 2, 64), make_state(name, 2, 2)
     expected = results(OPS[name], inputs, state)
-    views = [x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs]
+    views = [x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs]
     before = [x.detach().clone() for x in (*views, state)]
     assert_same(results(OPS[name], views, state), expected, 1e-12)
     assert all(torch.equal(a, b) for a, b in zip((*views, state), before, strict=True))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name in OPS if name != "hgrn"])
 def test_final_state_only_on_request_and_scale_default(name: str) -> None:
     inputs = make_inputs(name, 1, 30)
     o, final = OPS[name](*inputs)
@@ -323,7 +356,63 @@ def test_bad_cu_seqlens_are_refused(bounds: list[int]) -> None:
         gla(*inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
-def test_delta_rule_refuses_a_decay_per_channel() -> None:
-    q, k, v, log_decay, beta = make_inputs("gated_delta_rule", 1, 8)
-    with pytest.raises(ValueError, match=r"log_decay must be \[B, T, H\]"):
-        gated_delta_rule(q, k, v, log_decay[..., None].expand(-1, -1, -1, 16), beta)
+def test_a_decay_of_another_width_than_the_keys_is_refused() -> None:
+    q, k, v, log_decay, beta = make_inputs("kimi_delta_rule", 1, 8)
+    with pytest.raises(ValueError, match=r"log_decay must be \[B, T, H, 16\]"):
+        gated_delta_rule(q, k, v, log_decay[..., :15], beta)
+
+
+@pytest.mark.parametrize("lengths", [[150], [70, 1, 79]])
+def test_a_decay_constant_over_channels_is_one_per_head(lengths: list[int]) -> None:
+    inputs, cu_seqlens = make_inputs("gated_delta_rule", 1, 150), bounds_tensor(lengths)
+    state = make_state("gated_delta_rule", len(lengths), 2)
+
+    def per_channel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: Tensor, **kwargs: object):
+        return gated_delta_rule(q, k, v, log_decay[..., None].expand(-1, -1, -1, 16), *rest, **kwargs)
+
+    expected = results(gated_delta_rule, inputs, state, cu_seqlens=cu_seqlens)
+    assert_same(results(per_channel, inputs, state, cu_seqlens=cu_seqlens), expected, 1e-10)
+
+
+def test_without_decay_kimi_delta_attention_is_the_delta_rule() -> None:
+    q, k, v, log_decay, beta = make_inputs("kimi_delta_rule", 2, 100, strongest=0.0)
+    actual = gated_delta_rule(q, k, v, log_decay, beta, output_final_state=True)
+    assert_same(list(actual), list(delta_rule(q, k, v, beta, output_final_state=True)), 1e-12)
+
+
+def test_retention_is_gated_linear_attention_with_a_fixed_decay() -> None:
+    q, k, v, log_decay = make_inputs("retention", 2, 100)
+    actual = retention(q, k, v, log_decay, output_final_state=True)
+    every = log_decay[None, None, :, None].expand(2, 100, -1, 16)
+    assert_same(list(actual), list(gla(q, k, v, every, output_final_state=True)), 1e-12)
+
+
+def test_retention_refuses_a_decay_per_token() -> None:
+    q, k, v, log_decay = make_inputs("retention", 1, 8)
+    with pytest.raises(ValueError, match=r"log_decay must be \[H\]"):
+        retention(q, k, v, log_decay.expand(1, 8, -1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (2, 8)}, r"x must be a floating-point tensor \[B, T, D\]"),
+        ({"log_decay": (2, 8, 4)}, "log_decay must have x's shape"),
+        ({"initial_state": (2, 4)}, r"initial_state must be \[N, D\]"),
+    ],
+)
+def test_hgrn_refuses_what_does_not_fit(change: dict[str, tuple[int, ...]], message: str) -> None:
+    shapes = {"x": (2, 8, 3), "log_decay": (2, 8, 3)} | change
+    with pytest.raises(ValueError, match=message):
+        hgrn(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("name", ["gla", "hgrn", "kimi_delta_rule"])
+def test_a_very_long_sequence_stays_exact(name: str) -> None:
+    time = 1 << 16
+    inputs = [x.detach() for x in make_inputs(name, 1, time, heads=(1, 1, 1), dims=(4, 4), dtype=torch.float32)]
+    inputs[DECAY[name]] = inputs[DECAY[name]] * 1e-3
+    o, final = OPS[name](*inputs, output_final_state=True)
+    expected, expected_final = OPS[name](*(x.double() for x in inputs), output_final_state=True)
+    assert error(o[:, -64:], expected[:, -64:]) < 2e-5
+    assert error(final, expected_final) < 2e-5

@@ -1,0 +1,108 @@
+"""Products of decays within a chunk, and scores under them: one decay per head, or one per key channel.
+
+Between token j and a later token i of a chunk lies the product of the decays of j + 1 … i. `decay_levels` makes all
+of them from products of numbers <= 1. With one decay per head they are a matrix that scores are multiplied by; with one
+per channel they stand inside the sum over channels, and a score is a product at the one level where its tokens meet.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def decay_levels(until: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Turns decays `[G, C, K]` of single steps into decays over a chunk, by doubling; yields every level on the way.
+
+    Level m cuts the chunk into blocks of 2m tokens, each split in the middle, and yields (m, rows, columns), both
+    `[G, C/2m, m, K]`: `rows` is the decay from the split to a token of the right half (inclusive), `columns` from a
+    token of the left half (exclusive) to the split. rows * columns is the decay between the two, and each pair of
+    tokens of a chunk meets at exactly one level. Everything is a product of numbers <= 1: no overflow at any decay
+    and, unlike exp of a difference of cumulative sums, no loss of precision after a strong decay.
+
+    On entry `until` holds the decays and `after` ones; both change in place, so use a level before the next is made.
+    On exit `until` is the decay from the chunk's start to each token (inclusive), `after` from each (exclusive) to the
+    chunk's end.
+    """
+    groups, chunk, dim = until.shape
+    half = 1
+    while half < chunk:
+        until_blocks = until.view(groups, chunk // (2 * half), 2, half, dim)
+        after_blocks = after.view(groups, chunk // (2 * half), 2, half, dim)
+        yield half, until_blocks[:, :, 1], after_blocks[:, :, 0]
+        after_blocks[:, :, 0] *= until_blocks[:, :, 1, -1:]
+        until_blocks[:, :, 1] *= until_blocks[:, :, 0, -1:]
+        half *= 2
+
+
+def level_blocks(matrix: Tensor, half: int) -> Tensor:
+    """The entries (row in a block's right half, column in its left half) of `[G, C, C]`: a view `[G, C/2m, m, m]`."""
+    groups, chunk, _ = matrix.shape
+    blocks = chunk // (2 * half)
+    right_left = matrix.view(groups, blocks, 2, half, blocks, 2, half)[:, :, 1, :, :, 0]
+    return right_left.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def sum_over_spans(d_until: Tensor, d_after: Tensor) -> Tensor:
+    """Gradient of the log decays `[G, C, K]` from those of the log decays over spans within the chunk.
+
+    `d_until` belongs to the decay from the chunk's start to each token (inclusive), which contains the token's own and
+    all before it; `d_after` to that from each token (exclusive) to the end. A token's sum must leave out its own
+    `d_after`, not add and subtract it: under strong decay that is larger than the result by many orders of magnitude.
+    """
+    total = d_until.sum(1, keepdim=True)
+    before = torch.sub(d_until, d_after).cumsum(1)
+    return torch.cat((total, total - before[:, :-1]), dim=1)
+
+
+def pairwise_decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Step decays `[G, C, 1]` to Gamma `[G, C, C]` (zero above the diagonal), P and R `[G, C, 1]`; changes `decay`."""
+    gamma = torch.diag_embed(torch.ones_like(decay[..., 0]))
+    after = torch.ones_like(decay)
+    for half, rows, columns in decay_levels(decay, after):
+        torch.mul(rows, columns.mT, out=level_blocks(gamma, half))
+    return gamma, decay, after
+
+
+def channel_scores(rows: Sequence[Tensor], columns: Tensor, until: Tensor, after: Tensor) -> list[Tensor]:
+    """For each x `[G, C, K]` of `rows` the strictly lower sum_c x_ic columns_jc decay_c(j -> i) `[G, C, C]`.
+
+    Takes `until` and `after` as `decay_levels` does, and leaves them as P and R.
+    """
+    groups, chunk, dim = columns.shape
+    scores = [columns.new_zeros(groups, chunk, chunk) for _ in rows]
+    for half, row_decay, column_decay in decay_levels(until, after):
+        left = (_halves(columns, half)[:, :, 0] * column_decay).view(-1, half, dim)
+        for x, x_scores in zip(rows, scores):
+            right = (_halves(x, half)[:, :, 1] * row_decay).view(-1, half, dim)
+            level_blocks(x_scores, half).copy_(torch.bmm(right, left.mT).view(groups, -1, half, half))
+    return scores
+
+
+def channel_scores_backward(
+    rows: Sequence[Tensor], columns: Tensor, until: Tensor, after: Tensor, d_scores: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of `rows` and `columns` through `channel_scores`. Leaves `until` and `after` as P and R."""
+    dim = columns.shape[-1]
+    d_rows, d_columns = [torch.zeros_like(x) for x in rows], torch.zeros_like(columns)
+    for half, row_decay, column_decay in decay_levels(until, after):
+        left = (_halves(columns, half)[:, :, 0] * column_decay).view(-1, half, dim)
+        for x, d_x, d_x_scores in zip(rows, d_rows, d_scores):
+            d_block = level_blocks(d_x_scores, half).reshape(-1, half, half)
+            right = (_halves(x, half)[:, :, 1] * row_decay).view(-1, half, dim)
+            _halves(d_x, half)[:, :, 1].addcmul_(row_decay, _small_matmul(d_block, left).view(row_decay.shape))
+            d_left = _small_matmul(d_block.mT, right).view(row_decay.shape)
+            _halves(d_columns, half)[:, :, 0].addcmul_(column_decay, d_left)
+    return d_rows, d_columns
+
+
+def _halves(x: Tensor, half: int) -> Tensor:
+    return x.view(x.shape[0], -1, 2, half, x.shape[-1])
+
+
+def _small_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a `[n, m, m]` @ b `[n, m, K]`; at m = 1 and 2 torch.bmm's CPU loop is up to ten times slower."""
+    if a.shape[-1] > 2:
+        return torch.bmm(a, b)
+    first = a[:, :, :1] * b[:, :1]
+    return first if a.shape[-1] == 1 else first.addcmul_(a[:, :, 1:], b[:, 1:])

@@ -1,0 +1,72 @@
+"""The delta rule (DeltaNet, arXiv 2406.06484, eq. 2): the gated delta rule without decay.
+
+u_t = beta_t (v_t - S_{t-1}^T k_t)
+S_t = S_{t-1} + k_t u_t^T                       S in R^{K x V}
+o_t = scale * S_t^T q_t
+"""
+
+from torch import Tensor
+
+from kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
+
+
+def delta_rule_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token; arguments as in `delta_rule`, always returns the final state."""
+    return gated_delta_rule_reference(
+        q, k, v, _no_decay(beta), beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
+
+
+def _no_decay(beta: Tensor) -> Tensor:
+    # One head of it serves all: a divisor of any number of heads.
+    return beta.new_zeros(*beta.shape[:2], 1) if beta.dim() == 3 else beta.new_zeros(beta.shape)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """The delta rule (arXiv 2406.06484): S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
+
+    Args:
+        q, k: `[B, T, H, K]`, used as given (the recurrence is stable for k of norm <= 1). float32, bfloat16 or float64.
+        v: `[B, T, H, V]`.
+        beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
+        scale, initial_state, output_final_state, cu_seqlens: as in `gated_delta_rule`, numbers of heads too.
+        backend: as in `gated_delta_rule`, by whose name it is logged and set in the environment.
+
+    Returns:
+        o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` or None.
+
+    Raises:
+        ValueError: as `gated_delta_rule`.
+    """
+    return gated_delta_rule(
+        q,
+        k,
+        v,
+        _no_decay(beta),
+        beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )

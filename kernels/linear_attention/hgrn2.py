@@ -1,0 +1,63 @@
+"""HGRN2 (Qin et al. 2024, arXiv 2404.07904, eq. 7): gated linear attention whose key is what its decay forgets.
+
+S_t = Diag(a_t) S_{t-1} + (1 - a_t) v_t^T       a_t = exp(log_decay_t), S in R^{K x V}
+o_t = scale * S_t^T q_t
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.linear_attention.gla import gla, gla_reference
+
+
+def hgrn2_reference(
+    q: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token; arguments as in `hgrn2`, always returns the final state."""
+    k = 1 - log_decay.exp()
+    return gla_reference(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def hgrn2(
+    q: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`gla` with k = 1 - exp(log_decay), at no loss of precision where the decay is near 1.
+
+    Args:
+        q: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        log_decay: `[B, T, H, K]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
+        scale, initial_state, output_final_state, cu_seqlens: as in `gla`, numbers of heads too.
+        backend: as in `gla`, by whose name it is logged and set in the environment.
+
+    Returns:
+        o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` or None.
+
+    Raises:
+        ValueError: as `gla`.
+    """
+    return gla(
+        q,
+        -torch.expm1(log_decay).to(q.dtype),
+        v,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
