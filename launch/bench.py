@@ -12,6 +12,7 @@ from trainer.cli import entry, fail
 # Each is trainer/benchmarks/NAME.py with a dataclass `Config`, a `DESCRIPTION` and `main(config)`.
 BENCHMARKS = {
     "train_step": "a whole optimizer step against Hugging Face transformers, dense and hybrid",
+    "linear_attention": "forward and backward of every linear attention against transformers, fla-core and SDPA",
 }
 
 
@@ -21,7 +22,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print("usage: bench.py NAME [--json FILE] [options; NAME --help lists them]\n")
         for known, description in BENCHMARKS.items():
-            print(f"  {known:<12} {description}")
+            print(f"  {known:<17} {description}")
         return
     if name not in BENCHMARKS:
         fail(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")

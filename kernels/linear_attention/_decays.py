@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+# Elements per tensor and block of chunks on the CPU. Measured on a Zen 5 with 1 MiB of second-level cache a core.
+_BLOCK_ELEMENTS = 1 << 18
+
 
 def decay_levels(until: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Turns decays `[G, C, K]` of single steps into decays over a chunk, by doubling; yields every level on the way.
@@ -64,27 +67,39 @@ def pairwise_decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gamma, decay, after
 
 
-def channel_scores(rows: Sequence[Tensor], columns: Tensor, until: Tensor, after: Tensor) -> list[Tensor]:
-    """For each x `[G, C, K]` of `rows` the strictly lower sum_c x_ic columns_jc decay_c(j -> i) `[G, C, C]`.
+def block_groups(x_GCK: Tensor) -> int:
+    """Chunks whose temporaries fit the CPU's cache together; all of them where there is none to keep them in."""
+    return max(1, _BLOCK_ELEMENTS // x_GCK[0].numel()) if x_GCK.is_cpu else len(x_GCK)
+
+
+def channel_scores(
+    rows: Sequence[Tensor], columns: Tensor, until: Tensor, after: Tensor, scores: Sequence[Tensor]
+) -> None:
+    """For each x `[G, C, K]` of `rows` write sum_c x_ic columns_jc decay_c(j -> i), for j < i, to its `[G, C, C]`.
 
     Takes `until` and `after` as `decay_levels` does, and leaves them as P and R.
     """
-    groups, chunk, dim = columns.shape
-    scores = [columns.new_zeros(groups, chunk, chunk) for _ in rows]
+    groups, _, dim = columns.shape
     for half, row_decay, column_decay in decay_levels(until, after):
         left = (_halves(columns, half)[:, :, 0] * column_decay).view(-1, half, dim)
         for x, x_scores in zip(rows, scores):
             right = (_halves(x, half)[:, :, 1] * row_decay).view(-1, half, dim)
             level_blocks(x_scores, half).copy_(torch.bmm(right, left.mT).view(groups, -1, half, half))
-    return scores
 
 
 def channel_scores_backward(
-    rows: Sequence[Tensor], columns: Tensor, until: Tensor, after: Tensor, d_scores: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of `rows` and `columns` through `channel_scores`. Leaves `until` and `after` as P and R."""
+    rows: Sequence[Tensor],
+    columns: Tensor,
+    until: Tensor,
+    after: Tensor,
+    d_scores: Sequence[Tensor],
+    d_rows: Sequence[Tensor],
+    d_columns: Tensor,
+) -> None:
+    """Write the gradients of `rows` and `columns` through `channel_scores`. Leaves `until` and `after` as P and R."""
     dim = columns.shape[-1]
-    d_rows, d_columns = [torch.zeros_like(x) for x in rows], torch.zeros_like(columns)
+    for d_x in (*d_rows, d_columns):
+        d_x.zero_()
     for half, row_decay, column_decay in decay_levels(until, after):
         left = (_halves(columns, half)[:, :, 0] * column_decay).view(-1, half, dim)
         for x, d_x, d_x_scores in zip(rows, d_rows, d_scores):
@@ -93,7 +108,6 @@ def channel_scores_backward(
             _halves(d_x, half)[:, :, 1].addcmul_(row_decay, _small_matmul(d_block, left).view(row_decay.shape))
             d_left = _small_matmul(d_block.mT, right).view(row_decay.shape)
             _halves(d_columns, half)[:, :, 0].addcmul_(column_decay, d_left)
-    return d_rows, d_columns
 
 
 def _halves(x: Tensor, half: int) -> Tensor:

@@ -39,6 +39,7 @@ from kernels.linear_attention._chunks import (
     recurrence,
 )
 from kernels.linear_attention._decays import (
+    block_groups,
     channel_scores,
     channel_scores_backward,
     decay_levels,
@@ -151,9 +152,14 @@ class _Chunks:
         """A_k above A_q, `[G, 2C, C]`. Makes `until` and `after`, and Gamma where there is one decay per head."""
         if self.per_channel:
             self.until, self.after = self.decay.clone(), torch.ones_like(self.decay)
-            pair = channel_scores([self.k, self.q], self.k_beta, self.until, self.after)
-            pair[1].diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(self.q, self.k_beta))
-            scores = torch.cat(pair, dim=1)
+            scores = self.kq.new_zeros(*self.kq.shape[:2], self.k.shape[1])
+            groups = block_groups(self.k)
+            for kq, k_beta, until, after, block in zip(
+                *(x.split(groups) for x in (self.kq, self.k_beta, self.until, self.after, scores))
+            ):
+                (k, q), pair = _stacked(kq).unbind(1), _stacked(block).unbind(1)
+                channel_scores([k, q], k_beta, until, after, pair)
+                pair[1].diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k_beta))
         else:
             self.gamma, self.until, self.after = pairwise_decays(self.decay)
             self.kq_operand, self.k_beta_operand = self.kq.to(self.operands), self.k_beta.to(self.operands)
@@ -165,8 +171,10 @@ class _Chunks:
     def decays_alone(self) -> None:
         """Make `until` and `after` without the scores, with one decay per channel."""
         self.until, self.after = self.decay.clone(), torch.ones_like(self.decay)
-        for _ in decay_levels(self.until, self.after):
-            pass
+        groups = block_groups(self.k)
+        for until, after in zip(self.until.split(groups), self.after.split(groups)):
+            for _ in decay_levels(until, after):
+                pass
         self._apply_decays()
 
     def _apply_decays(self) -> None:
@@ -265,19 +273,40 @@ def _channel_decay_gradients(
     chunks: _Chunks, d_scores: Tensor, d_kq_decayed: Tensor, d_k_written: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_head_decay_gradients` with one decay per channel; log_decay's is `[G, C, K]`. Uses up `chunks.decay`."""
-    d_pair = [x.squeeze(1) for x in _stacked(d_scores).split(1, dim=1)]
-    (d_k, d_q), d_k_beta = channel_scores_backward(
-        [chunks.k, chunks.q], chunks.k_beta, chunks.decay, torch.ones_like(chunks.decay), d_pair
-    )
+    d_kq, d_k_beta, d_log_decay = (torch.empty_like(x) for x in (chunks.kq, chunks.k_beta, chunks.decay))
+    tensors = (chunks.kq, chunks.k_beta, chunks.decay, chunks.kq_decayed, chunks.k_written)
+    gradients = (d_scores, d_kq_decayed, d_k_written, d_kq, d_k_beta, d_log_decay)
+    groups = block_groups(chunks.k_beta)
+    for block in zip(*(x.split(groups) for x in tensors + gradients)):
+        _channel_decay_gradients_of_block(*block)
+    return d_kq, d_k_beta, d_log_decay
+
+
+def _channel_decay_gradients_of_block(
+    kq: Tensor,
+    k_beta: Tensor,
+    decay: Tensor,
+    kq_decayed: Tensor,
+    k_written: Tensor,
+    d_scores: Tensor,
+    d_kq_decayed: Tensor,
+    d_k_written: Tensor,
+    d_kq: Tensor,
+    d_k_beta: Tensor,
+    d_log_decay: Tensor,
+) -> None:
+    """Write the last three."""
+    (k, q), pair, d_pair = (_stacked(x).unbind(1) for x in (kq, d_kq, d_scores))
+    channel_scores_backward([k, q], k_beta, decay, torch.ones_like(decay), d_pair, pair, d_k_beta)
     # Each score moves log_decay between its two tokens: + from the row on, - from the column on. One on the diagonal
     # moves none, and joins after this.
-    d_cumulative = (chunks.k * d_k).addcmul_(chunks.q, d_q).addcmul_(chunks.k_beta, d_k_beta, value=-1)
-    d_cumulative += _stacked(d_kq_decayed * chunks.kq_decayed).sum(1)
+    d_cumulative = (k * pair[0]).addcmul_(q, pair[1]).addcmul_(k_beta, d_k_beta, value=-1)
+    for d_read, read in zip(_stacked(d_kq_decayed).unbind(1), _stacked(kq_decayed).unbind(1)):
+        d_cumulative.addcmul_(d_read, read.to(d_read.dtype))
     diagonal = d_pair[1].diagonal(dim1=1, dim2=2)[..., None]
-    d_q.addcmul_(diagonal, chunks.k_beta)
-    d_k_beta.addcmul_(diagonal, chunks.q)
-    d_log_decay = sum_over_spans(d_cumulative, d_k_written * chunks.k_written)
-    return torch.cat((d_k, d_q), dim=1), d_k_beta, d_log_decay
+    pair[1].addcmul_(diagonal, k_beta)
+    d_k_beta.addcmul_(diagonal, q)
+    d_log_decay.copy_(sum_over_spans(d_cumulative, d_k_written * k_written))
 
 
 class _ChunkedGatedDeltaRule(torch.autograd.Function):

@@ -34,7 +34,7 @@ from kernels.linear_attention._chunks import (
     recurrence,
     scan_states,
 )
-from kernels.linear_attention._decays import channel_scores, channel_scores_backward, sum_over_spans
+from kernels.linear_attention._decays import block_groups, channel_scores, channel_scores_backward, sum_over_spans
 
 
 def gla_reference(
@@ -76,6 +76,16 @@ def _packed(
     return q.mul_(scale), k, v, decay.exp_(), torch.ones_like(decay)
 
 
+def _scores(q: Tensor, k: Tensor, until: Tensor, after: Tensor) -> Tensor:
+    """A `[G, C, C]`, lower triangular. Leaves `until` and `after` as P and R."""
+    scores = q.new_zeros(*q.shape[:2], q.shape[1])
+    groups = block_groups(q)
+    for q_b, k_b, until_b, after_b, scores_b in zip(*(x.split(groups) for x in (q, k, until, after, scores))):
+        channel_scores([q_b], k_b, until_b, after_b, [scores_b])
+        scores_b.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q_b, k_b))
+    return scores
+
+
 class _ChunkedGLA(torch.autograd.Function):
     """The chunked form. Saves its inputs, A and the state at each chunk's start; the rest is computed again."""
 
@@ -93,9 +103,7 @@ class _ChunkedGLA(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q_c, k_c, v_c, until, after = _packed(layout, heads, scale, q, k, v, log_decay, initial_state)
         key_dim, value_dim, full, operands = q.shape[-1], v.shape[-1], q_c.dtype, v_c.dtype
-        (scores,) = channel_scores([q_c], k_c, until, after)
-        scores.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q_c, k_c))
-        scores = scores.to(operands)
+        scores = _scores(q_c, k_c, until, after).to(operands)
         increments = product(k_c.mul_(after).mT, v_c, operands, full).view(-1, heads, key_dim, value_dim)
         state = layout.sort_state(initial_state, (layout.num_sequences, heads, key_dim, value_dim), q_c)
         states = scan_states(layout, state, until[:, -1].view(-1, heads, key_dim, 1), increments)
@@ -116,7 +124,12 @@ class _ChunkedGLA(torch.autograd.Function):
         full, operands = q_c.dtype, v_c.dtype
         d_o_c = layout.pack(d_o, heads, operands).view_as(v_c)
         d_scores = product(d_o_c, v_c.mT, operands, full)
-        (d_q,), d_k = channel_scores_backward([q_c], k_c, until, after, [d_scores])
+        d_q, d_k = torch.empty_like(q_c), torch.empty_like(k_c)
+        groups = block_groups(q_c)
+        for q_b, k_b, until_b, after_b, *d_b in zip(
+            *(x.split(groups) for x in (q_c, k_c, until, after, d_scores, d_q, d_k))
+        ):
+            channel_scores_backward([q_b], k_b, until_b, after_b, d_b[:1], d_b[1:2], d_b[2])
         # Each score moves log_decay between its two tokens: + from the row on, - from the column on. A score on the
         # diagonal moves none, so the diagonal joins after this; it would cancel, but only up to rounding.
         d_cumulative = (q_c * d_q).addcmul_(k_c, d_k, value=-1)

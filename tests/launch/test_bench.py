@@ -53,6 +53,23 @@ def test_train_step_writes_its_fields(tmp_path):
     assert "dense fp32, transformers eager" in done.stdout
 
 
+def test_linear_attention_writes_its_fields(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("fla")
+    path = tmp_path / "result.json"
+    sizes = {"seq_lens": "[64]", "naive_seq_len": 8, "scaling_seq_lens": "[32,64]", "window_seq_len": 64, "window": 16}
+    sizes |= {"mixer_seq_len": 32, "heads": 2, "head_dim": 16, "rounds": 1, "warmup": 0, "threads": 1}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    done = _bench("linear_attention", *options, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(path.read_text())
+    cases = [line["case"].split(",")[1].split(" T=")[0].strip() for line in lines]
+    peers = ["transformers' fallback", "our gated_delta_rule", *["SDPA"] * 7, *["fla-core naive"] * 5]
+    assert cases == [*peers, *["growth from 32 to 64"] * 7, "SDPA with a mask", "Qwen3-Next's"]
+    timed = [line for line in lines if line["unit"] == "s"]
+    assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in timed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -61,6 +78,8 @@ def test_train_step_writes_its_fields(tmp_path):
         (["train_step", "--roundz", "3"], "rounds"),
         (["train_step", "--hidden_size=-1"], "hidden_size"),
         (["train_step", "--clock=cpu"], "--threads 1"),
+        (["linear_attention", "--seq_lens", "[0]"], "seq_lens"),
+        (["linear_attention", "--parts", "[sdap]"], "parts"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, expected):

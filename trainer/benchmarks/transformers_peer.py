@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +49,16 @@ def build_peer(config: ModelConfig, vocab_size: int, max_positions: int) -> nn.M
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """In here imports of transformers' models find neither fla nor causal_conv1d and keep their plain torch code."""
-    with patch.dict(sys.modules, {"fla": None, "causal_conv1d": None}):  # type: ignore[dict-item]
+    hidden = ("fla", "causal_conv1d")
+    before = {name: sys.modules[name] for name in hidden if name in sys.modules}
+    # What is imported in here must stay: a second import of a compiled module would abort.
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
         yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def _qwen2(shared: dict[str, Any], rope: dict[str, Any]) -> nn.Module:
