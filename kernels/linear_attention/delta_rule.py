@@ -5,6 +5,7 @@ S_t = S_{t-1} + k_t u_t^T                       S in R^{K x V}
 o_t = scale * S_t^T q_t
 """
 
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
@@ -41,6 +42,7 @@ def delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The delta rule (arXiv 2406.06484): S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
@@ -49,7 +51,7 @@ def delta_rule(
         q, k: `[B, T, H, K]`, used as given (the recurrence is stable for k of norm <= 1). float32, bfloat16 or float64.
         v: `[B, T, H, V]`.
         beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
-        scale, initial_state, output_final_state, cu_seqlens: as in `gated_delta_rule`, numbers of heads too.
+        scale, initial_state, output_final_state, cu_seqlens, group: as in `gated_delta_rule`, numbers of heads too.
         backend: as in `gated_delta_rule`, by whose name it is logged and set in the environment.
 
     Returns:
@@ -68,5 +70,6 @@ def delta_rule(
         initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
+        group=group,
         backend=backend,
     )

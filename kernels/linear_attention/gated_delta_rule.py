@@ -20,9 +20,12 @@ With one decay per head A is a product of matrices times Gamma_ij = decay(j -> i
 Writing the residual r instead of u puts beta into k' alone, so that no step divides by it.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -47,6 +50,7 @@ from kernels.linear_attention._decays import (
     pairwise_decays,
     sum_over_spans,
 )
+from kernels.linear_attention._sharded import run_sharded
 
 
 def gated_delta_rule_reference(
@@ -389,6 +393,24 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         return *grads, d_initial, None, None, None
 
 
+def _summarize(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """What these tokens do to a state (see `_sharded`): a matrix `[B, H, K, K]` and what they leave behind.
+
+    The rule acts on each column of the state alone. Columns that begin as the identity and are taught nothing, v = 0,
+    end as the matrix; those that begin as zeros end as what is left behind.
+    """
+    heads, dtype = max(x.shape[2] for x in (q, k, v, log_decay, beta)), compute_dtype(q, k, v, log_decay, beta)
+    key_dim, value_dim = k.shape[-1], v.shape[-1]
+    taught = F.pad(v.repeat_interleave(heads // v.shape[2], dim=2), (0, key_dim))
+    start = F.pad(torch.eye(key_dim, dtype=dtype, device=k.device), (value_dim, 0))
+    start = start.expand(k.shape[0], heads, -1, -1)
+    _, state = gated_delta_rule(
+        k, k, taught, log_decay, beta, initial_state=start, output_final_state=True, backend=backend
+    )
+    assert state is not None
+    return state[..., value_dim:], state[..., :value_dim]
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -400,6 +422,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule: S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
@@ -414,6 +437,8 @@ def gated_delta_rule(
         initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
+        group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
+            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
         backend: auto, reference (token by token) or torch (chunked).
 
     Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
@@ -424,6 +449,10 @@ def gated_delta_rule(
     Raises:
         ValueError: if shapes, heads, `cu_seqlens` or `backend` are not as above.
     """
+    if group is not None:
+        one_rank, inputs = partial(gated_delta_rule, scale=scale, backend=backend), (q, k, v, log_decay, beta)
+        summarize = partial(_summarize, backend=backend)
+        return run_sharded(one_rank, summarize, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = _check(q, k, v, log_decay, beta, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
         if resolve("gated_delta_rule", backend, implementations(q.shape[1])) == "reference":

@@ -15,9 +15,11 @@ both factors <= 1, and a level of the tree is one batched matrix product. The de
 below by one multiplication, so the whole chunk needs one exp per element and nothing can overflow at any decay.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -35,6 +37,7 @@ from kernels.linear_attention._chunks import (
     scan_states,
 )
 from kernels.linear_attention._decays import block_groups, channel_scores, channel_scores_backward, sum_over_spans
+from kernels.linear_attention._sharded import decays_after, run_sharded
 
 
 def gla_reference(
@@ -161,6 +164,14 @@ class _ChunkedGLA(torch.autograd.Function):
         return *grads, d_initial, None, None, None
 
 
+def summarize_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """What these tokens do to a state (see `_sharded`): decays `[B, H, K, 1]` and sum_j decay_j k_j v_j^T."""
+    dtype, heads = compute_dtype(q, k, v, log_decay), max(x.shape[2] for x in (q, k, v, log_decay))
+    k, v, log_decay = (x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v, log_decay))
+    decays = decays_after(log_decay)
+    return decays[:, 0, :, :, None], torch.einsum("bthk,bthv->bhkv", k * decays[:, 1:], v)
+
+
 def gla(
     q: Tensor,
     k: Tensor,
@@ -171,6 +182,7 @@ def gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention (arXiv 2312.06635): S <- Diag(exp(log_decay)) S + k v^T, o = scale * S^T q.
@@ -183,6 +195,8 @@ def gla(
         initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
+        group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
+            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
         backend: auto, reference (token by token) or torch (chunked).
 
     Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
@@ -193,6 +207,10 @@ def gla(
     Raises:
         ValueError: if shapes, heads, `cu_seqlens` or `backend` are not as above.
     """
+    if group is not None:
+        one_rank = partial(gla, scale=scale, backend=backend)
+        inputs = (q, k, v, log_decay)
+        return run_sharded(one_rank, summarize_gla, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay, q.shape[-1])}, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
         if resolve("gla", backend, implementations(q.shape[1])) == "reference":

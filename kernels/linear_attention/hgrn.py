@@ -7,10 +7,12 @@ of their decays; then the state is carried from chunk to chunk, and what it adds
 chunk's start, is added everywhere at once. Products of numbers <= 1 only, so nothing overflows.
 """
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,6 +24,7 @@ from kernels.linear_attention._chunks import (
     implementations,
     sequence_bounds,
 )
+from kernels.linear_attention._sharded import decays_after, run_sharded
 
 
 def hgrn_reference(
@@ -120,6 +123,13 @@ class _ChunkedHGRN(torch.autograd.Function):
         return _unpacked(layout, d_x_NCD, d_h), d_log_decay, d_initial, None
 
 
+def _summarize(x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """What these tokens do to a state (see `_sharded`): decays and what they leave behind, both `[B, D]`."""
+    dtype = compute_dtype(x, log_decay)
+    decays = decays_after(log_decay.to(dtype))
+    return decays[:, 0], (x.to(dtype) * decays[:, 1:]).sum(1)
+
+
 def hgrn(
     x: Tensor,
     log_decay: Tensor,
@@ -127,6 +137,7 @@ def hgrn(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """HGRN's recurrence (arXiv 2311.04823): h_t = exp(log_decay_t) h_{t-1} + x_t.
@@ -137,6 +148,8 @@ def hgrn(
         initial_state: `[B, D]`, float32 (float64 beside float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, D]`.
+        group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
+            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
         backend: auto, reference (token by token) or torch (chunked).
 
     Returns:
@@ -145,6 +158,9 @@ def hgrn(
     Raises:
         ValueError: if shapes, `cu_seqlens` or `backend` are not as above.
     """
+    if group is not None:
+        one_rank, inputs = partial(hgrn, backend=backend), (x, log_decay)
+        return run_sharded(one_rank, _summarize, inputs, group, initial_state, output_final_state, cu_seqlens)
     bounds = _check(x, log_decay, initial_state, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):
         if resolve("hgrn", backend, implementations(x.shape[1])) == "reference":

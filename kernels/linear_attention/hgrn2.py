@@ -5,6 +5,7 @@ o_t = scale * S_t^T q_t
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels.linear_attention.gla import gla, gla_reference
@@ -33,6 +34,7 @@ def hgrn2(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """`gla` with k = 1 - exp(log_decay), at no loss of precision where the decay is near 1.
@@ -41,7 +43,7 @@ def hgrn2(
         q: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
         log_decay: `[B, T, H, K]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
-        scale, initial_state, output_final_state, cu_seqlens: as in `gla`, numbers of heads too.
+        scale, initial_state, output_final_state, cu_seqlens, group: as in `gla`, numbers of heads too.
         backend: as in `gla`, by whose name it is logged and set in the environment.
 
     Returns:
@@ -59,5 +61,6 @@ def hgrn2(
         initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
+        group=group,
         backend=backend,
     )

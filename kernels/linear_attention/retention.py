@@ -12,9 +12,11 @@ i, R_j from j to its end, S the state at its start:
 The kernel takes a decay for every token, [B, T, H], so that it knows nothing of where a sequence ends within a chunk.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,6 +34,8 @@ from kernels.linear_attention._chunks import (
     scan_states,
 )
 from kernels.linear_attention._decays import pairwise_decays, sum_over_spans
+from kernels.linear_attention._sharded import run_sharded
+from kernels.linear_attention.gla import summarize_gla
 
 
 def retention_reference(
@@ -148,6 +152,11 @@ def _decays(layout: ChunkLayout, heads: int, log_decay: Tensor, dtype: torch.dty
     return pairwise_decays(layout.pack(log_decay[..., None], heads, dtype).exp_().view(-1, layout.chunk, 1))
 
 
+def _summarize(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """`summarize_gla` with one decay per head."""
+    return summarize_gla(q, k, v, _every_token(q, log_decay)[..., None])
+
+
 def retention(
     q: Tensor,
     k: Tensor,
@@ -158,6 +167,7 @@ def retention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Retention (arXiv 2307.08621): S <- exp(log_decay) S + k v^T, o = scale * S^T q.
@@ -170,6 +180,8 @@ def retention(
         initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
+        group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
+            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
         backend: auto, reference (token by token) or torch (chunked).
 
     Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
@@ -180,6 +192,10 @@ def retention(
     Raises:
         ValueError: if shapes, heads, `cu_seqlens` or `backend` are not as above.
     """
+    if group is not None:
+        one_rank = partial(retention, log_decay=log_decay, scale=scale, backend=backend)
+        summarize = partial(_summarize, log_decay=log_decay)
+        return run_sharded(one_rank, summarize, (q, k, v), group, initial_state, output_final_state, cu_seqlens)
     log_decay_BTH = _every_token(q, log_decay)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay_BTH, None)}, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):

@@ -1,0 +1,49 @@
+"""Linear attention over 2 and 4 ranks equals one rank: outputs, final states and every gradient."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.linear_attention import _sharded
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one(world: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.kernels.sharded_ranks"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], cwd=ROOT, stderr=subprocess.PIPE)
+        for rank in range(world)
+    ]
+    errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
+    failed = [error for process, error in zip(ranks, errors) if process.returncode]
+    assert not failed, "\n".join(failed)
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, bounds: list[int], time: int, rank: int, world: int) -> _sharded.Shard:
+    monkeypatch.setattr(_sharded.dist, "get_rank", lambda _: rank)
+    monkeypatch.setattr(_sharded.dist, "get_world_size", lambda _: world)
+    return _sharded.cut_documents(torch.tensor(bounds, dtype=torch.int32), 1, time, None)
+
+
+def test_documents_are_cut_at_the_borders_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (cut(monkeypatch, [0, 3, 4, 9, 12], 4, rank, 3) for rank in range(3))
+    assert first == _sharded.Shard((0, 3, 4), (0, 1), 4, continues=False, leaves=False)
+    assert second == _sharded.Shard((0, 4), (2,), 4, continues=False, leaves=True)
+    assert third == _sharded.Shard((0, 1, 4), (2, 3), 4, continues=True, leaves=False)
+
+
+def test_bounds_that_do_not_cover_every_rank_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="from 0 to T = 12"):
+        cut(monkeypatch, [0, 3, 4], 4, 0, 3)
+
+
+def test_decays_after_strong_ones_are_exact() -> None:
+    log_decay = torch.tensor([[-1e4, -0.5, -torch.inf, -0.25, -0.125]])
+    expected = torch.tensor([[0.0, 0.0, 0.0, -0.375, -0.125, 0.0]]).exp()
+    expected[0, :3] = 0
+    assert torch.equal(_sharded.decays_after(log_decay), expected)
