@@ -5,11 +5,25 @@ Nothing here imports torch: a bad configuration must be reported before torch is
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-SOFTMAX_MIXERS = ("full_attention", "sliding_window_attention")
-LINEAR_MIXERS = ("gated_delta_net", "gated_linear_attention")
+SoftmaxMixer = Literal["full_attention", "sliding_window_attention"]
+LinearMixer = Literal[
+    "gated_delta_net",
+    "gated_linear_attention",
+    "retention",
+    "hgrn",
+    "hgrn2",
+    "delta_net",
+    "kimi_delta_attention",
+    "spikingbrain_gla",
+    "spikingbrain_tied_gla",
+]
+SOFTMAX_MIXERS: tuple[str, ...] = get_args(SoftmaxMixer)
+LINEAR_MIXERS: tuple[str, ...] = get_args(LinearMixer)
 MIXERS = SOFTMAX_MIXERS + LINEAR_MIXERS
+# Their decays are bounded from below, more so the higher the layer.
+LOWER_BOUNDED_MIXERS = ("hgrn", "hgrn2")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -21,6 +35,13 @@ def _require_positive(prefix: str, owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         _require(value > 0, f"{prefix}.{name} is {value}: it must be positive")
+
+
+def _whole_value_size(prefix: str, head_dim: int, expand_v: float) -> None:
+    _require(
+        (head_dim * expand_v).is_integer(),
+        f"{prefix}: head_dim={head_dim} times expand_v={expand_v} is not a whole number",
+    )
 
 
 def parse_pattern(pattern: str, prefix: str = "model.mixers.pattern") -> list[str]:
@@ -58,8 +79,8 @@ class MixerLayoutConfig:
     pattern: str | None = None
     linear_per_full: int | None = None
     full_attention_every: int | None = None
-    linear: Literal["gated_delta_net", "gated_linear_attention"] = "gated_delta_net"
-    softmax: Literal["full_attention", "sliding_window_attention"] = "full_attention"
+    linear: LinearMixer = "gated_delta_net"
+    softmax: SoftmaxMixer = "full_attention"
 
     def __post_init__(self) -> None:
         given = [n for n in ("pattern", "linear_per_full", "full_attention_every") if getattr(self, n) is not None]
@@ -122,7 +143,37 @@ class AttentionConfig:
 
 
 @dataclass
-class GatedDeltaNetConfig:
+class _GroupedDeltaConfig:
+    """What delta-rule mixers share whose value heads are a multiple of their query and key heads."""
+
+    num_heads: int = 4
+    num_v_heads: int | None = None
+    head_dim: int = 64
+    expand_v: float = 1.0
+    conv_size: int = 4
+    allow_negative_eigenvalues: bool = False
+
+    def _check_heads(self, prefix: str) -> None:
+        _require_positive(prefix, self, "num_heads", "head_dim", "expand_v", "conv_size")
+        _require(
+            self.value_heads > 0 and self.value_heads % self.num_heads == 0,
+            f"{prefix}.num_v_heads={self.value_heads} must be a multiple of num_heads={self.num_heads}",
+        )
+        _whole_value_size(prefix, self.head_dim, self.expand_v)
+
+    @property
+    def value_heads(self) -> int:
+        """Value heads, the default resolved."""
+        return self.num_heads if self.num_v_heads is None else self.num_v_heads
+
+    @property
+    def head_v_dim(self) -> int:
+        """Value size of a head."""
+        return int(self.head_dim * self.expand_v)
+
+
+@dataclass
+class GatedDeltaNetConfig(_GroupedDeltaConfig):
     """Gated delta net (arXiv 2412.06464).
 
     Attributes:
@@ -134,34 +185,8 @@ class GatedDeltaNetConfig:
         allow_negative_eigenvalues: Double beta, so that the transition's eigenvalues reach -1.
     """
 
-    num_heads: int = 4
-    num_v_heads: int | None = None
-    head_dim: int = 64
-    expand_v: float = 1.0
-    conv_size: int = 4
-    allow_negative_eigenvalues: bool = False
-
     def __post_init__(self) -> None:
-        _require_positive("model.gated_delta_net", self, "num_heads", "head_dim", "expand_v", "conv_size")
-        v_heads = self.value_heads
-        _require(
-            v_heads > 0 and v_heads % self.num_heads == 0,
-            f"model.gated_delta_net.num_v_heads={v_heads} must be a multiple of num_heads={self.num_heads}",
-        )
-        _require(
-            (self.head_dim * self.expand_v).is_integer(),
-            f"model.gated_delta_net: head_dim={self.head_dim} times expand_v={self.expand_v} is not a whole number",
-        )
-
-    @property
-    def value_heads(self) -> int:
-        """Value heads, the default resolved."""
-        return self.num_heads if self.num_v_heads is None else self.num_v_heads
-
-    @property
-    def head_v_dim(self) -> int:
-        """Value size of a head."""
-        return int(self.head_dim * self.expand_v)
+        self._check_heads("model.gated_delta_net")
 
 
 @dataclass
@@ -188,6 +213,124 @@ class GatedLinearAttentionConfig:
 
 
 @dataclass
+class RetentionConfig:
+    """Retention (arXiv 2307.08621).
+
+    Attributes:
+        num_heads: Heads; head h decays by 1 - 2 ** (-5 - h) a token.
+        expand_k: Total key size over hidden_size.
+        expand_v: Total value size over hidden_size.
+        rope_theta: Base of the rotary embedding of queries and keys.
+    """
+
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        _require_positive("model.retention", self, "num_heads", "expand_k", "expand_v", "rope_theta")
+
+
+@dataclass
+class HGRN2Config:
+    """HGRN2 (arXiv 2404.07904).
+
+    Attributes:
+        head_dim: Size of a head, of its keys and of its values: the factor by which the state outgrows HGRN's.
+    """
+
+    head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        _require_positive("model.hgrn2", self, "head_dim")
+
+
+@dataclass
+class DeltaNetConfig:
+    """Delta net (arXiv 2406.06484).
+
+    Attributes:
+        num_heads: Heads.
+        head_dim: Key size of a head.
+        expand_v: Value size of a head over its key size.
+        conv_size: Width of the causal short convolution on q, k and v.
+        allow_negative_eigenvalues: Double beta, so that the transition's eigenvalues reach -1.
+        output_gate: Multiply the normalised output by silu of a projection of the input.
+    """
+
+    num_heads: int = 4
+    head_dim: int = 64
+    expand_v: float = 1.0
+    conv_size: int = 4
+    allow_negative_eigenvalues: bool = False
+    output_gate: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive("model.delta_net", self, "num_heads", "head_dim", "expand_v", "conv_size")
+        _whole_value_size("model.delta_net", self.head_dim, self.expand_v)
+
+    @property
+    def head_v_dim(self) -> int:
+        """Value size of a head."""
+        return int(self.head_dim * self.expand_v)
+
+
+@dataclass
+class KimiDeltaAttentionConfig(_GroupedDeltaConfig):
+    """Kimi delta attention (arXiv 2510.26692): the gated delta net with a decay for every key channel.
+
+    Attributes:
+        num_heads: Query and key heads.
+        num_v_heads: Value heads, a multiple of num_heads; equal to it when null.
+        head_dim: Key size of a head.
+        expand_v: Value size of a head over its key size.
+        conv_size: Width of the causal short convolution on q, k and v.
+        allow_negative_eigenvalues: Double beta, so that the transition's eigenvalues reach -1.
+        gate: How the decay is made: "softplus" is unbounded, "bounded" keeps its logarithm above min_log_decay.
+        min_log_decay: Log decay of one token that the bounded gate cannot reach.
+    """
+
+    gate: Literal["softplus", "bounded"] = "softplus"
+    min_log_decay: float = -5.0
+
+    def __post_init__(self) -> None:
+        prefix = "model.kimi_delta_attention"
+        self._check_heads(prefix)
+        _require(self.gate in ("softplus", "bounded"), f"{prefix}.gate={self.gate!r} must be softplus or bounded")
+        _require(self.min_log_decay < 0, f"{prefix}.min_log_decay is {self.min_log_decay}: it must be negative")
+
+
+@dataclass
+class SpikingBrainGLAConfig:
+    """SpikingBrain's linear attention (arXiv 2509.05276), of the 7B and, with a tied gate, of the 76B model.
+
+    Attributes:
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads; a divisor of num_heads (grouped-query attention).
+        head_dim: Size of a head.
+        qkv_bias: Biases on the query, key and value projections.
+        gate_low_rank: Rank of the projection that makes the per-channel decay; the tied gate has none.
+        gate_normalizer: The decay is sigmoid(a) ** (1 / gate_normalizer); not so for the tied gate.
+    """
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    qkv_bias: bool = True
+    gate_low_rank: int = 16
+    gate_normalizer: float = 16.0
+
+    def __post_init__(self) -> None:
+        names = ("num_heads", "num_kv_heads", "head_dim", "gate_low_rank", "gate_normalizer")
+        _require_positive("model.spikingbrain_gla", self, *names)
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.spikingbrain_gla.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
+        )
+
+
+@dataclass
 class ModelConfig:
     """A decoder: embedding, pre-norm blocks of a mixer and a SwiGLU feed-forward, final norm, head.
 
@@ -205,6 +348,11 @@ class ModelConfig:
         attention: Softmax attention.
         gated_delta_net: Gated delta net.
         gated_linear_attention: Gated linear attention.
+        retention: Retention.
+        hgrn2: HGRN2; HGRN has nothing to set.
+        delta_net: Delta net.
+        kimi_delta_attention: Kimi delta attention.
+        spikingbrain_gla: SpikingBrain's linear attention, with its own gate or the tied one.
     """
 
     num_layers: int = 8
@@ -220,6 +368,11 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     gated_delta_net: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
     gated_linear_attention: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    hgrn2: HGRN2Config = field(default_factory=HGRN2Config)
+    delta_net: DeltaNetConfig = field(default_factory=DeltaNetConfig)
+    kimi_delta_attention: KimiDeltaAttentionConfig = field(default_factory=KimiDeltaAttentionConfig)
+    spikingbrain_gla: SpikingBrainGLAConfig = field(default_factory=SpikingBrainGLAConfig)
 
     def __post_init__(self) -> None:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_multiple", "norm_eps", "init_std")
@@ -233,18 +386,54 @@ class ModelConfig:
                 f"model.attention.num_heads={self.attention.num_heads}; set model.attention.head_dim",
             )
         if "gated_linear_attention" in used:
-            gla = self.gated_linear_attention
-            for name, expand in (("expand_k", gla.expand_k), ("expand_v", gla.expand_v)):
-                _require(
-                    (self.hidden_size * expand / gla.num_heads).is_integer(),
-                    f"model.gated_linear_attention.{name}={expand} times model.hidden_size={self.hidden_size} "
-                    f"does not divide over num_heads={gla.num_heads}",
-                )
+            self._require_whole_heads("gated_linear_attention", self.gated_linear_attention)
+        if "retention" in used:
+            self._require_whole_heads("retention", self.retention)
+            key_dim = self.state_shape("retention")[1]
+            _require(
+                key_dim % 2 == 0,
+                f"model.retention: expand_k={self.retention.expand_k} times model.hidden_size={self.hidden_size} over "
+                f"num_heads={self.retention.num_heads} gives an odd head size, {key_dim} (rotary pairs)",
+            )
+        if "hgrn2" in used:
+            _require(
+                self.hidden_size % self.hgrn2.head_dim == 0,
+                f"model.hgrn2.head_dim={self.hgrn2.head_dim} does not divide model.hidden_size={self.hidden_size}",
+            )
+
+    def _require_whole_heads(self, mixer: str, config: GatedLinearAttentionConfig | RetentionConfig) -> None:
+        for name, expand in (("expand_k", config.expand_k), ("expand_v", config.expand_v)):
+            _require(
+                (self.hidden_size * expand / config.num_heads).is_integer(),
+                f"model.{mixer}.{name}={expand} times model.hidden_size={self.hidden_size} "
+                f"does not divide over num_heads={config.num_heads}",
+            )
 
     def layer_mixers(self) -> list[str]:
         """The mixer's name for each layer."""
         period = self.mixers.period()
         return [period[i % len(period)] for i in range(self.num_layers)]
+
+    def state_shape(self, mixer: str) -> tuple[int, int, int]:
+        """(heads, key size, value size) of the state that a linear mixer carries; HGRN's is a vector, (1, 1, size)."""
+        match mixer:
+            case "gated_linear_attention" | "retention":
+                wide = self.gated_linear_attention if mixer == "gated_linear_attention" else self.retention
+                heads, size = wide.num_heads, self.hidden_size
+                return heads, int(size * wide.expand_k) // heads, int(size * wide.expand_v) // heads
+            case "hgrn":
+                return 1, 1, self.hidden_size
+            case "hgrn2":
+                return self.hidden_size // self.hgrn2.head_dim, self.hgrn2.head_dim, self.hgrn2.head_dim
+            case "delta_net":
+                return self.delta_net.num_heads, self.delta_net.head_dim, self.delta_net.head_v_dim
+            case "gated_delta_net" | "kimi_delta_attention":
+                delta = self.gated_delta_net if mixer == "gated_delta_net" else self.kimi_delta_attention
+                return delta.value_heads, delta.head_dim, delta.head_v_dim
+            case "spikingbrain_gla" | "spikingbrain_tied_gla":
+                spiking = self.spikingbrain_gla
+                return spiking.num_heads, spiking.head_dim, spiking.head_dim
+        raise ValueError(f"{mixer!r} carries no state; choose from {', '.join(LINEAR_MIXERS)}")
 
     @property
     def attention_head_dim(self) -> int:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from kernels.matmul import linear
 from kernels.rotary import rotary_tables
-from models.config import SOFTMAX_MIXERS, ModelConfig
+from models.config import LOWER_BOUNDED_MIXERS, SOFTMAX_MIXERS, ModelConfig
 from models.layers import RMSNorm, ShortConvolution, SwiGLU
 from models.mixers import build_mixer
-from models.mixers.base import LayerCache, SequenceInfo
-from models.mixers.gated_delta_net import GatedDeltaNet
+from models.mixers.base import LayerCache, Mixer, SequenceInfo
+from models.mixers.hgrn import layer_bounds
 from models.parallel import ColumnLinear, RowLinear, VocabEmbedding, vocabulary_loss
 
 
@@ -46,12 +46,16 @@ class Decoder(nn.Module):
         self.model_config = config
         self.vocab_size = vocab_size
         self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers())
+        blocks = [Block(config, mixer) for mixer in config.layer_mixers()]
+        self._rotary = [block.mixer.rotary for block in blocks]
+        self.layers = nn.ModuleList(blocks)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else ColumnLinear(config.hidden_size, vocab_size, bias=False)
-        self._rotates = config.attention.rope_theta is not None and bool(
-            set(config.layer_mixers()) & set(SOFTMAX_MIXERS)
-        )
+        # One parameter for all layers, of every kind: their bounds come from a softmax over the depth. The first layer
+        # has no bound.
+        self.lower_bounds: nn.Parameter | None = None
+        if set(config.layer_mixers()[1:]) & set(LOWER_BOUNDED_MIXERS):
+            self.lower_bounds = nn.Parameter(torch.empty(config.num_layers, config.hidden_size))
 
     @property
     def head_weight(self) -> Tensor:
@@ -76,10 +80,10 @@ class Decoder(nn.Module):
         Returns:
             [T, B, D].
         """
-        info = self._sequence_info(positions, cu_seqlens)
+        infos = self._layer_infos(positions, cu_seqlens)
         x = self.embedding(tokens.transpose(0, 1))
         for i, layer in enumerate(self.layers):
-            x = layer(x, info, None if caches is None else caches[i])
+            x = layer(x, infos[i], None if caches is None else caches[i])
         return self.final_norm(x)
 
     def forward(
@@ -102,13 +106,15 @@ class Decoder(nn.Module):
         hidden_ND = hidden_TBD.transpose(0, 1).flatten(0, 1)
         return vocabulary_loss(hidden_ND, self.head_weight, labels.flatten(), loss_mask.flatten())
 
-    def _sequence_info(self, positions: Tensor, cu_seqlens: Tensor | None) -> SequenceInfo:
-        if not self._rotates:
-            return SequenceInfo(cu_seqlens=cu_seqlens)
-        theta = self.model_config.attention.rope_theta
-        assert theta is not None
-        cos, sin = rotary_tables(positions, self.model_config.attention_head_dim, theta)
-        return SequenceInfo(cos, sin, cu_seqlens)
+    def _layer_infos(self, positions: Tensor, cu_seqlens: Tensor | None) -> list[SequenceInfo]:
+        """What each layer is told of the micro-batch; layers that rotate alike share their tables."""
+        tables = {rotary: rotary_tables(positions, *rotary) for rotary in set(self._rotary) if rotary is not None}
+        bounds = [None] * len(self._rotary) if self.lower_bounds is None else layer_bounds(self.lower_bounds)
+        infos = []
+        for rotary, bound in zip(self._rotary, bounds, strict=True):
+            cos, sin = (None, None) if rotary is None else tables[rotary]
+            infos.append(SequenceInfo(cos, sin, cu_seqlens, bound))
+        return infos
 
 
 def initialize(model: Decoder, seed: int) -> None:
@@ -116,13 +122,12 @@ def initialize(model: Decoder, seed: int) -> None:
 
     So a parameter starts the same whatever the layout of ranks and whatever other layers exist. Matrices are normal
     with std `init_std`, those that write into the residual stream smaller (GPT-2's rule) where the configuration says
-    so; short convolutions are uniform in +-width^-0.5 (torch's rule); biases are 0 and norms 1.
+    so; short convolutions are uniform in +-width^-0.5 (torch's rule); biases are 0 and norms 1. What makes the decays
+    is drawn by the mixers themselves (`initialize_decay`); HGRN's lower bounds start evenly spaced over the depth.
     """
     config = model.model_config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std
     for path, module in model.named_modules():
-        if isinstance(module, GatedDeltaNet):
-            module.initialize_decay(_generator(seed, f"{path}.decay"))
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
@@ -137,6 +142,12 @@ def initialize(model: Decoder, seed: int) -> None:
             nn.init.zeros_(module.bias)
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+    # After the rest, of which some is drawn anew here.
+    for path, module in model.named_modules():
+        if isinstance(module, Mixer):
+            module.initialize_decay(_generator(seed, f"{path}.decay"))
+    if model.lower_bounds is not None:
+        nn.init.zeros_(model.lower_bounds)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -145,15 +156,21 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def no_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Norms, biases, A_log and dt_bias are not decayed: everything below two dimensions."""
-    return parameter.dim() < 2
+    """Norms, biases, A_log and dt_bias are not decayed: everything below two dimensions; lower bounds neither."""
+    return parameter.dim() < 2 or name.rsplit(".", 1)[-1] == "lower_bounds"
 
 
 def matmul_parameters(model: Decoder) -> Iterator[Tensor]:
-    """The weights that every token is multiplied with: all matrices but a lookup-only embedding."""
+    """The weights that every token is multiplied with: all matrices but lower bounds and a lookup-only embedding."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and (name != "embedding.weight" or model.lm_head is None):
+        lookup = name == "lower_bounds" or (name == "embedding.weight" and model.lm_head is not None)
+        if parameter.dim() == 2 and not lookup:
             yield parameter
+
+
+# Products with the state per token: written and read for q; the delta rule reads it for k too. HGRN's vector is only
+# updated, what follows being elementwise.
+_STATE_PRODUCTS = {"hgrn": 1, "delta_net": 3, "gated_delta_net": 3, "kimi_delta_attention": 3}
 
 
 def flops_per_token(model: Decoder, seq_len: int) -> float:
@@ -170,11 +187,6 @@ def flops_per_token(model: Decoder, seq_len: int) -> float:
             # Full attention sees (T + 1) / 2 keys on average; a window of w costs w less its start, w^2 / 2T.
             seen = keys - keys * (keys - 1) / (2 * seq_len)
             total += 12.0 * config.attention.num_heads * config.attention_head_dim * seen
-        elif mixer == "gated_delta_net":
-            gdn = config.gated_delta_net
-            total += 18.0 * gdn.value_heads * gdn.head_dim * gdn.head_v_dim
         else:
-            gla = config.gated_linear_attention
-            key_size, value_size = config.hidden_size * gla.expand_k, config.hidden_size * gla.expand_v
-            total += 12.0 * key_size * value_size / gla.num_heads
+            total += 6.0 * _STATE_PRODUCTS.get(mixer, 2) * math.prod(config.state_shape(mixer))
     return total

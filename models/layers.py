@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.activations import swiglu
-from kernels.norms import gated_rms_norm, rms_norm
+from kernels.norms import Activation, gated_rms_norm, rms_norm
 from models.config import ModelConfig
 from models.parallel import ColumnLinear, RowLinear
 
@@ -23,11 +23,15 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm whose output is multiplied by silu(gate): the output gate of the linear mixers."""
+    """RMSNorm whose output is multiplied by silu or sigmoid of a gate: the output gate of the linear mixers."""
+
+    def __init__(self, size: int, eps: float, activation: Activation = "silu") -> None:
+        super().__init__(size, eps)
+        self.activation: Activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise and gate x, both [..., size]."""
-        return gated_rms_norm(x, gate, self.weight, self.eps)
+        return gated_rms_norm(x, gate, self.weight, self.eps, self.activation)
 
 
 class ShortConvolution(nn.Module):

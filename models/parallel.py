@@ -64,7 +64,7 @@ def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
 
 def keep_float32(name: str) -> bool:
     """Parameters that stay float32 in bf16 training: the decays, whose small changes bfloat16 would lose."""
-    return name.rsplit(".", 1)[-1] in ("A_log", "dt_bias")
+    return name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "lower_bounds")
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:

@@ -7,10 +7,15 @@ from torch import Tensor
 
 from models.config import (
     AttentionConfig,
+    DeltaNetConfig,
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
+    HGRN2Config,
+    KimiDeltaAttentionConfig,
     MixerLayoutConfig,
     ModelConfig,
+    RetentionConfig,
+    SpikingBrainGLAConfig,
 )
 from models.decoder import Decoder, initialize
 
@@ -23,6 +28,11 @@ def tiny_model_config(pattern: str | None = None, **changes: Any) -> ModelConfig
         "attention": {"num_heads": 4, "num_kv_heads": 2, "window": 5},
         "gated_delta_net": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5},
         "gated_linear_attention": {"num_heads": 2, "gate_low_rank": 4},
+        "retention": {"num_heads": 2, "expand_v": 1.5},
+        "hgrn2": {"head_dim": 8},
+        "delta_net": {"num_heads": 2, "head_dim": 8, "expand_v": 1.5},
+        "kimi_delta_attention": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5},
+        "spikingbrain_gla": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "gate_low_rank": 4},
     }
     top: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "init_std": 0.2}
     for name, value in changes.items():
@@ -36,18 +46,23 @@ def tiny_model_config(pattern: str | None = None, **changes: Any) -> ModelConfig
         attention=AttentionConfig(**parts["attention"]),
         gated_delta_net=GatedDeltaNetConfig(**parts["gated_delta_net"]),
         gated_linear_attention=GatedLinearAttentionConfig(**parts["gated_linear_attention"]),
+        retention=RetentionConfig(**parts["retention"]),
+        hgrn2=HGRN2Config(**parts["hgrn2"]),
+        delta_net=DeltaNetConfig(**parts["delta_net"]),
+        kimi_delta_attention=KimiDeltaAttentionConfig(**parts["kimi_delta_attention"]),
+        spikingbrain_gla=SpikingBrainGLAConfig(**parts["spikingbrain_gla"]),
         **top,
     )
 
 
 def tiny_decoder(pattern: str | None = None, seed: int = 0, **changes: Any) -> Decoder:
-    """The model of `tiny_model_config`, initialised; biases too are drawn, so that a test can see them."""
+    """The model of `tiny_model_config`, initialised; biases and lower bounds are drawn too, for tests to see them."""
     model = Decoder(tiny_model_config(pattern, **changes), VOCABULARY)
     initialize(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
+            if name.endswith((".bias", "lower_bounds")):
                 parameter.normal_(generator=generator)
     return model
 

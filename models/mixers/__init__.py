@@ -2,15 +2,27 @@
 
 from models.config import ModelConfig
 from models.mixers.base import Mixer
+from models.mixers.delta_net import DeltaNet
 from models.mixers.gated_delta_net import GatedDeltaNet
 from models.mixers.gated_linear_attention import GatedLinearAttention
+from models.mixers.hgrn import HGRN, HGRN2
+from models.mixers.kimi_delta_attention import KimiDeltaAttention
+from models.mixers.retention import Retention
 from models.mixers.softmax import FullAttention, SlidingWindowAttention
+from models.mixers.spikingbrain_gla import SpikingBrainGLA, SpikingBrainTiedGLA
 
 _MIXERS: dict[str, type[Mixer]] = {
     "full_attention": FullAttention,
     "sliding_window_attention": SlidingWindowAttention,
     "gated_delta_net": GatedDeltaNet,
     "gated_linear_attention": GatedLinearAttention,
+    "retention": Retention,
+    "hgrn": HGRN,
+    "hgrn2": HGRN2,
+    "delta_net": DeltaNet,
+    "kimi_delta_attention": KimiDeltaAttention,
+    "spikingbrain_gla": SpikingBrainGLA,
+    "spikingbrain_tied_gla": SpikingBrainTiedGLA,
 }
 
 

@@ -1,23 +1,30 @@
-"""What every token mixer takes and gives."""
+"""What every token mixer takes and gives, and the steps that several of them share."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+
+from kernels.convolution import causal_conv1d
 
 
 @dataclass(frozen=True)
 class SequenceInfo:
-    """What the mixers need to know of a micro-batch beside its activations.
+    """What a layer needs to know of a micro-batch beside its activations.
 
     Attributes:
-        cos: Rotary cosines, one row per token; None where no layer rotates.
+        cos: Rotary cosines, one row per token; None where the layer does not rotate.
         sin: Rotary sines.
         cu_seqlens: Borders of the packed documents, int32 [N+1]; None where every row is one sequence.
+        lower_bound: Bound of the layer's decays from below, float32 [D] in (0, 1); None for 0.
     """
 
     cos: Tensor | None = None
     sin: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    lower_bound: Tensor | None = None
 
 
 @dataclass
@@ -36,7 +43,15 @@ class Mixer(nn.Module):
     """A token mixer: `forward(x [T, B, D], info, cache=None) -> [T, B, D]`, causal, documents kept apart.
 
     With a cache, x continues the sequences whose state the cache holds, and the cache is brought up to date.
+
+    Attributes:
+        rotary: (head size, base) of the rotary embedding whose cosines and sines `info` shall hold; None for none.
     """
+
+    rotary: tuple[int, float] | None = None
+
+    def initialize_decay(self, generator: torch.Generator) -> None:
+        """Draw what makes the decays, where the source gives it another start than the rest; nothing by default."""
 
 
 def split_heads(x_TBD: Tensor, num_heads: int) -> Tensor:
@@ -47,3 +62,42 @@ def split_heads(x_TBD: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x_BTHK: Tensor) -> Tensor:
     """[B, T, H, K] as [T, B, H*K], for the projection back into the residual stream."""
     return x_BTHK.transpose(0, 1).flatten(-2)
+
+
+def run_recurrence(
+    kernel: Callable[..., tuple[Tensor, Tensor | None]],
+    *inputs: Tensor,
+    info: SequenceInfo,
+    cache: LayerCache | None,
+) -> Tensor:
+    """The output of a linear-attention kernel whose state, if there is a cache, comes from it and goes back to it."""
+    o, state = kernel(
+        *inputs,
+        initial_state=None if cache is None else cache.tensors.get("state"),
+        output_final_state=cache is not None,
+        cu_seqlens=info.cu_seqlens,
+    )
+    if cache is not None:
+        cache.keep("state", state)
+    return o
+
+
+def run_convolution(x_TBD: Tensor, weight: Tensor, name: str, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
+    """Pass x [T, B, D] through a short convolution with SiLU; the cache keeps its last inputs as `name`."""
+    y, state = causal_conv1d(
+        x_TBD.transpose(0, 1),
+        weight,
+        initial_state=None if cache is None else cache.tensors.get(name),
+        output_final_state=cache is not None,
+        cu_seqlens=info.cu_seqlens,
+    )
+    if cache is not None:
+        cache.keep(name, state)
+    return y.transpose(0, 1)
+
+
+def draw_dt_bias(size: int, generator: torch.Generator) -> Tensor:
+    """Inverse softplus of steps dt, log-uniform in [1e-3, 1e-1]: float32 [size] (Mamba's start, arXiv 2312.00752)."""
+    low, high = math.log(1e-3), math.log(1e-1)
+    dt = torch.empty(size).uniform_(low, high, generator=generator).exp_().clamp_(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))

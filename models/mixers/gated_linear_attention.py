@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from kernels.linear_attention import gla
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
-from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, split_heads
+from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
 from models.parallel import ColumnLinear, RowLinear
 
 
@@ -36,16 +36,7 @@ class GatedLinearAttention(Mixer):
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
         log_decay = F.logsigmoid(self.gk_proj(x).float()) / self.gate_normalizer
-        o, state = gla(
-            split_heads(self.q_proj(x), self.num_heads),
-            split_heads(self.k_proj(x), self.num_heads),
-            split_heads(self.v_proj(x), self.num_heads),
-            split_heads(log_decay, self.num_heads),
-            initial_state=None if cache is None else cache.tensors.get("state"),
-            output_final_state=cache is not None,
-            cu_seqlens=info.cu_seqlens,
-        )
-        if cache is not None:
-            cache.keep("state", state)
+        inputs = (split_heads(y, self.num_heads) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x), log_decay))
+        o = run_recurrence(gla, *inputs, info=info, cache=cache)
         gate = split_heads(self.g_proj(x), self.num_heads)
         return self.o_proj(merge_heads(self.g_norm(o, gate)))

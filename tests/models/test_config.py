@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 
 from models.config import (
     LINEAR_MIXERS,
+    LOWER_BOUNDED_MIXERS,
     MIXERS,
     SOFTMAX_MIXERS,
     AttentionConfig,
+    DeltaNetConfig,
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
+    HGRN2Config,
+    KimiDeltaAttentionConfig,
     MixerLayoutConfig,
     ModelConfig,
+    RetentionConfig,
+    SpikingBrainGLAConfig,
     parse_pattern,
 )
 
@@ -23,7 +29,10 @@ GDN, GLA, FULL, SLIDING = "gated_delta_net", "gated_linear_attention", "full_att
 
 def test_every_mixer_has_a_kind():
     assert {FULL, SLIDING} == set(SOFTMAX_MIXERS)
-    assert {GDN, GLA} == set(LINEAR_MIXERS)
+    others = {"retention", "hgrn", "hgrn2", "delta_net", "kimi_delta_attention"}
+    assert {GDN, GLA, "spikingbrain_gla", "spikingbrain_tied_gla"} | others == set(LINEAR_MIXERS)
+    assert set(MIXERS) == set(SOFTMAX_MIXERS) | set(LINEAR_MIXERS)
+    assert set(LOWER_BOUNDED_MIXERS) < set(LINEAR_MIXERS)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +106,34 @@ def test_resolved_defaults():
     assert GatedDeltaNetConfig(num_heads=3).value_heads == 3
     gdn = GatedDeltaNetConfig(num_heads=2, num_v_heads=6, head_dim=8, expand_v=1.5)
     assert (gdn.value_heads, gdn.head_v_dim) == (6, 12)
+    kda = KimiDeltaAttentionConfig(num_heads=2, head_dim=8, expand_v=2.0)
+    assert (kda.value_heads, kda.head_v_dim) == (2, 16)
+    assert DeltaNetConfig(head_dim=8, expand_v=0.5).head_v_dim == 4
+
+
+@pytest.mark.parametrize(
+    ("mixer", "shape"),
+    [
+        ("gated_delta_net", (6, 8, 12)),
+        ("gated_linear_attention", (4, 32, 64)),
+        ("retention", (4, 64, 128)),
+        ("hgrn", (1, 1, 256)),
+        ("hgrn2", (4, 64, 64)),
+        ("delta_net", (3, 16, 8)),
+        ("kimi_delta_attention", (4, 64, 64)),
+        ("spikingbrain_gla", (8, 40, 40)),
+        ("spikingbrain_tied_gla", (8, 40, 40)),
+    ],
+)
+def test_shapes_of_states(mixer, shape):
+    config = ModelConfig(
+        hidden_size=256,
+        gated_delta_net=GatedDeltaNetConfig(num_heads=2, num_v_heads=6, head_dim=8, expand_v=1.5),
+        hgrn2=HGRN2Config(head_dim=64),
+        delta_net=DeltaNetConfig(num_heads=3, head_dim=16, expand_v=0.5),
+        spikingbrain_gla=SpikingBrainGLAConfig(num_heads=8, num_kv_heads=2, head_dim=40),
+    )
+    assert config.state_shape(mixer) == shape
 
 
 def pattern(text):
@@ -160,6 +197,70 @@ WRONG = [
             f"model.gated_linear_attention.{name} is 0: it must be positive",
         )
         for name in ("num_heads", "expand_k", "expand_v", "gate_low_rank", "gate_normalizer")
+    ),
+    *(
+        (lambda name=name: RetentionConfig(**{name: 0}), f"model.retention.{name} is 0: it must be positive")
+        for name in ("num_heads", "expand_k", "expand_v", "rope_theta")
+    ),
+    (lambda: HGRN2Config(head_dim=0), "model.hgrn2.head_dim is 0: it must be positive"),
+    *(
+        (lambda name=name: DeltaNetConfig(**{name: 0}), f"model.delta_net.{name} is 0: it must be positive")
+        for name in ("num_heads", "head_dim", "expand_v", "conv_size")
+    ),
+    (
+        lambda: DeltaNetConfig(head_dim=9, expand_v=1.5),
+        "model.delta_net: head_dim=9 times expand_v=1.5 is not a whole number",
+    ),
+    *(
+        (
+            lambda name=name: KimiDeltaAttentionConfig(**{name: 0}),
+            f"model.kimi_delta_attention.{name} is 0: it must be positive",
+        )
+        for name in ("num_heads", "head_dim", "expand_v", "conv_size")
+    ),
+    (
+        lambda: KimiDeltaAttentionConfig(num_heads=2, num_v_heads=3),
+        "model.kimi_delta_attention.num_v_heads=3 must be a multiple of num_heads=2",
+    ),
+    (
+        lambda: KimiDeltaAttentionConfig(head_dim=9, expand_v=1.5),
+        "model.kimi_delta_attention: head_dim=9 times expand_v=1.5 is not a whole number",
+    ),
+    (
+        lambda: KimiDeltaAttentionConfig(gate="hard"),
+        "model.kimi_delta_attention.gate='hard' must be softplus or bounded",
+    ),
+    (
+        lambda: KimiDeltaAttentionConfig(min_log_decay=0.0),
+        "model.kimi_delta_attention.min_log_decay is 0.0: it must be negative",
+    ),
+    *(
+        (
+            lambda name=name: SpikingBrainGLAConfig(**{name: 0}),
+            f"model.spikingbrain_gla.{name} is 0: it must be positive",
+        )
+        for name in ("num_heads", "num_kv_heads", "head_dim", "gate_low_rank", "gate_normalizer")
+    ),
+    (
+        lambda: SpikingBrainGLAConfig(num_heads=4, num_kv_heads=3),
+        "model.spikingbrain_gla.num_kv_heads=3 does not divide num_heads=4",
+    ),
+    (
+        model(hidden_size=30, mixers=MixerLayoutConfig(pattern="retention")),
+        "model.retention.expand_k=1.0 times model.hidden_size=30 does not divide over num_heads=4",
+    ),
+    (
+        model(hidden_size=36, mixers=MixerLayoutConfig(pattern="retention")),
+        "model.retention: expand_k=1.0 times model.hidden_size=36 over num_heads=4 gives an odd head size, 9 "
+        "(rotary pairs)",
+    ),
+    (
+        model(hidden_size=192, mixers=MixerLayoutConfig(pattern="hgrn2")),
+        "model.hgrn2.head_dim=128 does not divide model.hidden_size=192",
+    ),
+    (
+        lambda: ModelConfig().state_shape("full_attention"),
+        f"'full_attention' carries no state; choose from {', '.join(LINEAR_MIXERS)}",
     ),
     *(
         (model(**{name: 0}), f"model.{name} is 0: it must be positive")

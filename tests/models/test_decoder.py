@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import MIXERS
+from models.config import LINEAR_MIXERS, MIXERS
 from models.decoder import Decoder, flops_per_token, initialize, no_weight_decay
 from models.generation import stream_tokens
 from models.layers import RMSNorm, ShortConvolution
@@ -20,7 +20,7 @@ from models.parallel import RowLinear, cast_parameters
 from tests.helpers import VOCABULARY, draw_tokens, pack, rows, tiny_decoder, tiny_model_config
 
 HYBRID = ", ".join(MIXERS)
-LAYOUTS = {**{name: (name, 2) for name in MIXERS}, "hybrid": (HYBRID, 4)}
+LAYOUTS = {**{name: (name, 2) for name in MIXERS}, "hybrid": (HYBRID, len(MIXERS))}
 # Longer and shorter than a chunk of linear attention, a window and a convolution.
 LENGTHS = (70, 1, 3, 130, 20)
 
@@ -59,6 +59,24 @@ def test_packed_documents_are_as_run_alone(model):
     packed = model(*pack(documents()))[0].split(LENGTHS)
     for ours, document in zip(packed, documents(), strict=True):
         assert close(ours, model(*rows(document[None]))[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_gradients_of_a_packed_document_are_as_run_alone(layout, chosen):
+    """The loss of one of several documents gives every parameter the gradient that the document gives on its own."""
+    pattern, layers = LAYOUTS[layout]
+    model, parts = tiny_decoder(pattern, num_layers=layers, tie_embeddings=False), documents()[:4]
+    labels = [draw_tokens(len(part), seed=7) for part in parts]
+    mask = torch.cat([torch.full((len(part),), float(i == chosen)) for i, part in enumerate(parts)])[None]
+    packed, _ = model(*pack(parts), torch.cat(labels)[None], mask)
+    alone, _ = model(*rows(parts[chosen][None]), labels=labels[chosen][None])
+    assert close(packed.detach(), alone.detach())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for name, ours, expected in zip(
+        names, torch.autograd.grad(packed, parameters), torch.autograd.grad(alone, parameters), strict=True
+    ):
+        assert (ours - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
 
 
 @torch.no_grad()
@@ -152,7 +170,7 @@ def test_the_cache_of_a_window_is_bounded(window):
     assert all(cache.tensors["k"].untyped_storage().nbytes() <= bytes_of_window for cache in caches)
 
 
-@pytest.mark.parametrize("mixer", ["gated_delta_net", "gated_linear_attention"])
+@pytest.mark.parametrize("mixer", LINEAR_MIXERS)
 @torch.no_grad()
 def test_the_state_of_a_linear_layer_does_not_grow(mixer):
     model = tiny_decoder(mixer)
@@ -174,15 +192,16 @@ def initialized(pattern, seed=0, **changes):
 
 
 def test_a_seed_gives_the_same_parameters():
-    first, same, other = (initialized(HYBRID, seed, num_layers=4).state_dict() for seed in (3, 3, 4))
+    first, same, other = (initialized(HYBRID, seed, num_layers=len(MIXERS)).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], same[name]) for name in first)
     drawn = {name for name, value in first.items() if value.dim() > 1 or name.endswith(("A_log", "dt_bias"))}
+    drawn -= {"lower_bounds"}
     assert {name for name in first if not torch.equal(first[name], other[name])} == drawn
     assert len({tuple(first[name].flatten()[:2].tolist()) for name in drawn}) == len(drawn)
 
 
 def test_initialization_does_not_depend_on_what_was_there_before():
-    expected = initialized(HYBRID, num_layers=4, attention__qkv_bias=True, attention__qk_norm=True)
+    expected = initialized(HYBRID, num_layers=len(MIXERS), attention__qkv_bias=True, attention__qk_norm=True)
     model = Decoder(expected.model_config, VOCABULARY)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -203,28 +222,37 @@ def test_parameters_do_not_depend_on_other_layers(mixer):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_standard_deviations(scaled):
-    changes = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 192, "init_std": 0.05, "tie_embeddings": False}
+    depth = len(MIXERS)
+    changes = {"num_layers": depth, "hidden_size": 256, "ffn_hidden_size": 192, "init_std": 0.05}
     gdn = {"gated_delta_net__num_heads": 16, "gated_delta_net__num_v_heads": 16, "gated_delta_net__head_dim": 16}
-    model = initialized(HYBRID, scale_residual_init=scaled, attention__head_dim=32, **changes, **gdn)
+    model = initialized(
+        HYBRID, scale_residual_init=scaled, tie_embeddings=False, attention__head_dim=32, **changes, **gdn
+    )
     seen = 0
+    # SpikingBrain's gate has a start of its own, see test_mixers.py.
+    own = {*model.layers[MIXERS.index("spikingbrain_gla")].mixer.gk_proj}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear | nn.Embedding):
-            expected = 0.05 / math.sqrt(8) if scaled and isinstance(module, RowLinear) else 0.05
+        if isinstance(module, nn.Linear | nn.Embedding) and module not in own:
+            expected = 0.05 / math.sqrt(2 * depth) if scaled and isinstance(module, RowLinear) else 0.05
             # Five standard errors of a standard deviation.
             assert abs(weight.std() - expected) < 5 * expected / math.sqrt(2 * weight.numel())
             assert abs(weight.mean()) < 5 * expected / math.sqrt(weight.numel())
             seen += 1
-    assert seen == 2 + 4 * 3 + 2 * 4 + (3 + 2 + 1 + 1) + (3 + 1 + 2 + 1)
+    linear = {"gated_delta_net": 7, "gated_linear_attention": 7, "retention": 5, "hgrn": 4, "hgrn2": 4, "delta_net": 5}
+    linear |= {"kimi_delta_attention": 9, "spikingbrain_gla": 4, "spikingbrain_tied_gla": 4}
+    assert seen == 2 + depth * 3 + 2 * 4 + sum(linear[name] for name in LINEAR_MIXERS)
 
 
 def test_norms_are_one_biases_zero_and_convolutions_uniform():
-    model = initialized(HYBRID, num_layers=4, attention__qkv_bias=True, attention__qk_norm=True)
+    model = initialized(HYBRID, num_layers=len(MIXERS), attention__qkv_bias=True, attention__qk_norm=True)
     norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
     biases = [value for name, value in model.named_parameters() if name.endswith(".bias")]
     convolutions = [module.weight for module in model.modules() if isinstance(module, ShortConvolution)]
-    # A block has two norms, the decoder one; two layers normalise q and k, two their output. GLA's gate has a bias.
-    assert (len(norms), len(biases), len(convolutions)) == (1 + 8 + 4 + 2, 2 * 3 + 1, 3)
+    # A block has two norms, the decoder one; softmax layers normalise q and k, linear ones their output. The gates of
+    # GLA, of KDA's output and of SpikingBrain have a bias, as have four layers' q, k and v; three convolve them.
+    found = len(norms), len(biases), len(convolutions)
+    assert found == (1 + 2 * len(MIXERS) + 4 + len(LINEAR_MIXERS), 3 + 4 * 3, 3 * 3)
     assert all((module.weight == 1).all() for module in norms)
     assert all((bias == 0).all() for bias in biases)
     for weight in convolutions:
@@ -242,7 +270,8 @@ def test_decays_of_a_gated_delta_net():
 
 
 def all_options(tied=False):
-    return tiny_decoder(HYBRID, num_layers=4, tie_embeddings=tied, attention__qkv_bias=True, attention__qk_norm=True)
+    options = {"attention__qkv_bias": True, "attention__qk_norm": True}
+    return tiny_decoder(HYBRID, num_layers=len(MIXERS), tie_embeddings=tied, **options)
 
 
 def test_what_weight_decay_leaves_out():
@@ -250,9 +279,9 @@ def test_what_weight_decay_leaves_out():
     for name, parameter in all_options().named_parameters():
         (undecayed if no_weight_decay(name, parameter) else decayed).add(name)
     leaves = {name.split(".")[-1] for name in undecayed}
-    assert leaves == {"weight", "bias", "A_log", "dt_bias"}
+    assert leaves == {"weight", "bias", "A_log", "dt_bias", "lower_bounds"}
     assert all("norm" in name for name in undecayed if name.endswith(".weight"))
-    assert not any("norm" in name or name.endswith((".bias", "A_log", "dt_bias")) for name in decayed)
+    assert not any("norm" in name or name.endswith((".bias", "A_log", "dt_bias", "lower_bounds")) for name in decayed)
     assert {"embedding.weight", "lm_head.weight", "layers.2.mixer.q_conv1d.weight"} <= decayed
 
 
@@ -261,7 +290,9 @@ def test_decays_stay_float32():
     cast_parameters(model, torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert kept == {"layers.2.mixer.A_log", "layers.2.mixer.dt_bias"}
+    layers = [MIXERS.index(name) for name in ("gated_delta_net", "kimi_delta_attention")]
+    decays = {f"layers.{i}.mixer.{name}" for i in layers for name in ("A_log", "dt_bias")}
+    assert kept == decays | {"lower_bounds"}
     assert {dtype for name, dtype in dtypes.items() if name not in kept} == {torch.bfloat16}
 
 
@@ -363,6 +394,11 @@ def test_rotary_positions_are_relative(theta):
     [
         ("gated_delta_net", {"gated_delta_net__allow_negative_eigenvalues": True}),
         ("gated_linear_attention", {"gated_linear_attention__gate_normalizer": 2.0}),
+        ("retention", {"retention__rope_theta": 10.0}),
+        ("delta_net", {"delta_net__allow_negative_eigenvalues": True}),
+        ("kimi_delta_attention", {"kimi_delta_attention__gate": "bounded"}),
+        ("kimi_delta_attention", {"kimi_delta_attention__allow_negative_eigenvalues": True}),
+        ("spikingbrain_gla", {"spikingbrain_gla__gate_normalizer": 2.0}),
         ("sliding_window_attention", {"attention__window": 9}),
         ("full_attention", {"attention__rope_theta": 100.0}),
         ("full_attention", {"norm_eps": 0.1}),
@@ -410,9 +446,13 @@ def test_flops_of_a_window_count_the_keys_that_are_seen(window):
     assert flops_per_token(full, length) - flops_per_token(sliding, length) == pytest.approx(difference)
 
 
-@pytest.mark.parametrize(("mixer", "products"), [("gated_delta_net", 3), ("gated_linear_attention", 2)])
-def test_flops_of_linear_attention(monkeypatch, mixer, products):
+PRODUCTS = {"hgrn": 1, "delta_net": 3, "gated_delta_net": 3, "kimi_delta_attention": 3}
+
+
+@pytest.mark.parametrize("mixer", LINEAR_MIXERS)
+def test_flops_of_linear_attention(monkeypatch, mixer):
     """The matrices as torch counts them, and the state: read for q, written, and for the delta rule read for k."""
+    products = PRODUCTS.get(mixer, 2)
     monkeypatch.setenv("SPIKETRAIN_BACKEND", "reference")
     model, length = tiny_decoder(mixer), 16
     caches = [LayerCache() for _ in model.layers]

@@ -18,11 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "run": "dir device threads deterministic",
     "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps init_std "
-    "scale_residual_init mixers attention gated_delta_net gated_linear_attention",
+    "scale_residual_init mixers attention gated_delta_net gated_linear_attention retention hgrn2 delta_net "
+    "kimi_delta_attention spikingbrain_gla",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
     "model.attention": "num_heads num_kv_heads head_dim rope_theta qk_norm qkv_bias window",
     "model.gated_delta_net": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues",
     "model.gated_linear_attention": "num_heads expand_k expand_v gate_low_rank gate_normalizer",
+    "model.retention": "num_heads expand_k expand_v rope_theta",
+    "model.hgrn2": "head_dim",
+    "model.delta_net": "num_heads head_dim expand_v conv_size allow_negative_eigenvalues output_gate",
+    "model.kimi_delta_attention": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues gate "
+    "min_log_decay",
+    "model.spikingbrain_gla": "num_heads num_kv_heads head_dim qkv_bias gate_low_rank gate_normalizer",
     "data": "path blend tokenizer validation_path document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps",
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",

@@ -1,0 +1,73 @@
+"""Kimi delta attention (Kimi team 2025, arXiv 2510.26692): the gated delta net with a decay for every key channel."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.linear_attention import gated_delta_rule
+from models.config import ModelConfig
+from models.layers import GatedRMSNorm
+from models.mixers.base import LayerCache, SequenceInfo, draw_dt_bias, merge_heads, run_recurrence, split_heads
+from models.mixers.delta_net import DeltaRuleMixer
+from models.parallel import ColumnLinear, Linear
+
+
+class KimiDeltaAttention(DeltaRuleMixer):
+    """S_t = (I - b_t k_t k_t^T) Diag(a_t) S_(t-1) + b_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K),  S in R^(K x V).
+
+    a_t per value head and key channel, from f_t = W_2 W_1 x_t of low rank, is one of
+
+        softplus:  log a_t = -exp(A_log) softplus(f_t + dt_bias)                       Kimi Linear's
+        bounded:   log a_t = min_log_decay sigmoid(exp(A_log) (f_t + dt_bias))         Kimi K3's
+
+    with one A_log for a head and one dt_bias for a channel. The bounded form keeps the decay over 16 tokens within
+    what bfloat16 products can hold. q, k, v pass a short convolution with SiLU, q and k are L2-normalised; the output
+    is RMS-normalised per head and gated by a sigmoid of a low-rank projection.
+    """
+
+    # Decays are cut over tensor-parallel ranks with the heads they belong to.
+    shard_axes: ClassVar = {"A_log": 0, "dt_bias": 0}
+
+    def __init__(self, config: ModelConfig) -> None:
+        kda, d_model = config.kimi_delta_attention, config.hidden_size
+        super().__init__(d_model, kda, kda.value_heads)
+        self.gate, self.min_log_decay = kda.gate, kda.min_log_decay
+        # The bottlenecks are whole on every tensor-parallel rank; the expansions are cut with the heads.
+        rank, decays = kda.head_v_dim, self.num_v_heads * kda.head_dim
+        self.f_proj = nn.Sequential(Linear(d_model, rank, bias=False), ColumnLinear(rank, decays, bias=False))
+        self.g_proj = nn.Sequential(
+            Linear(d_model, rank, bias=False), ColumnLinear(rank, self.num_v_heads * kda.head_v_dim)
+        )
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.empty(decays))
+        self.o_norm = GatedRMSNorm(kda.head_v_dim, config.norm_eps, activation="sigmoid")
+
+    def initialize_decay(self, generator: torch.Generator) -> None:
+        """A ~ U(1, 16), or 1 for the bounded gate; dt log-uniform in [1e-3, 1e-1], dt_bias its inverse softplus.
+
+        No source gives dt_bias for the bounded gate; this one starts it at decays of about exp(-5 dt).
+        """
+        a = torch.ones(self.num_v_heads)
+        if self.gate == "softplus":
+            a.uniform_(1, 16, generator=generator)
+        with torch.no_grad():
+            self.A_log.copy_(a.log())
+            self.dt_bias.copy_(draw_dt_bias(self.dt_bias.numel(), generator))
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
+        """Mix x [T, B, D]."""
+        q, k, v = self.queries_keys_values(x, info, cache)
+        inputs = q, k, v, self._log_decay(x), self.beta(x)
+        o = run_recurrence(gated_delta_rule, *inputs, info=info, cache=cache)
+        gate = split_heads(self.g_proj(x), self.num_v_heads)
+        return self.o_proj(merge_heads(self.o_norm(o, gate)))
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        """The log a_t, float32 [B, T, HV, K]."""
+        steps = split_heads(self.f_proj(x).float() + self.dt_bias.float(), self.num_v_heads)
+        rate_H1 = self.A_log.float().exp()[:, None]
+        if self.gate == "bounded":
+            return self.min_log_decay * torch.sigmoid(rate_H1 * steps)
+        return -rate_H1 * F.softplus(steps)

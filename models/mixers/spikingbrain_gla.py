@@ -1,0 +1,77 @@
+"""SpikingBrain's linear attention (Pan et al. 2025, arXiv 2509.05276): grouped-query GLA with non-negative q and k.
+
+Converted from softmax attention: projections with biases and grouped queries are the base model's, and a norm of the
+output takes the place of the softmax's denominator. No rotary embedding, no convolution, no output gate.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.linear_attention import gla, hgrn2
+from models.config import ModelConfig
+from models.layers import RMSNorm
+from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
+from models.parallel import ColumnLinear, Linear, RowLinear
+
+
+class _ConvertedAttention(Mixer):
+    """The projections of the attention that was converted, and the norm that is put behind them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        spiking, d_model = config.spikingbrain_gla, config.hidden_size
+        self.num_heads, self.num_kv_heads = spiking.num_heads, spiking.num_kv_heads
+        query_size, key_size = spiking.num_heads * spiking.head_dim, spiking.num_kv_heads * spiking.head_dim
+        self.q_proj = ColumnLinear(d_model, query_size, bias=spiking.qkv_bias)
+        self.k_proj = ColumnLinear(d_model, key_size, bias=spiking.qkv_bias)
+        self.v_proj = ColumnLinear(d_model, key_size, bias=spiking.qkv_bias)
+        self.g_norm = RMSNorm(spiking.head_dim, config.norm_eps)
+        self.o_proj = RowLinear(query_size, d_model, bias=False)
+
+
+class SpikingBrainGLA(_ConvertedAttention):
+    """S_t = Diag(a_t) S_(t-1) + relu(k_t) v_t^T,  o_t = RMSNorm(S_t^T relu(q_t) / sqrt(K)) per head: the 7B model's.
+
+    a_t = sigmoid(W_2 W_1 x_t + b) ** (1/16) per key and value head and channel; query heads share it in groups.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        spiking = config.spikingbrain_gla
+        self.gate_normalizer = spiking.gate_normalizer
+        # The bottleneck is whole on every tensor-parallel rank; the expansion is cut with the heads.
+        rank, key_size = spiking.gate_low_rank, spiking.num_kv_heads * spiking.head_dim
+        self.gk_proj = nn.Sequential(Linear(config.hidden_size, rank, bias=False), ColumnLinear(rank, key_size))
+
+    def initialize_decay(self, generator: torch.Generator) -> None:
+        """Xavier-uniform with gain 2^-2.5, as the authors' code has it for what conversion adds."""
+        for matrix in (self.gk_proj[0].weight, self.gk_proj[1].weight):
+            nn.init.xavier_uniform_(matrix, gain=2**-2.5, generator=generator)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
+        """Mix x [T, B, D]."""
+        q = split_heads(F.relu(self.q_proj(x)), self.num_heads)
+        k = split_heads(F.relu(self.k_proj(x)), self.num_kv_heads)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        log_decay = F.logsigmoid(self.gk_proj(x).float()) / self.gate_normalizer
+        o = run_recurrence(gla, q, k, v, split_heads(log_decay, self.num_kv_heads), info=info, cache=cache)
+        return self.o_proj(merge_heads(self.g_norm(o)))
+
+
+class SpikingBrainTiedGLA(_ConvertedAttention):
+    """S_t = Diag(1 - k_t) S_(t-1) + k_t v_t^T,  o_t = RMSNorm(S_t^T q_t / sqrt(K)) per head: the 76B model's.
+
+    q_t = sigmoid(W_q x_t + b), k_t = sigmoid(W_k x_t + b): the key is what the decay makes room for, so the gate needs
+    no parameters. The report gives the tied gate, the sigmoids and a norm of the output; that biases, groups, scale
+    and the norm per head are the 7B model's is unverified, for neither code nor weights of the 76B model are public.
+    """
+
+    def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
+        """Mix x [T, B, D]."""
+        q = split_heads(self.q_proj(x).sigmoid(), self.num_heads)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        # log(1 - sigmoid(k)), without the rounding of 1 - k.
+        log_decay = split_heads(F.logsigmoid(-self.k_proj(x).float()), self.num_kv_heads)
+        o = run_recurrence(hgrn2, q, v, log_decay, info=info, cache=cache)
+        return self.o_proj(merge_heads(self.g_norm(o)))
