@@ -45,7 +45,9 @@ def differing_keys(run_dir: Path, config: PretrainConfig) -> list[str]:
     path = run_dir / "config.yaml"
     if not path.exists():
         return []
-    theirs, ours = _fixed(yaml.safe_load(path.read_text())), _fixed(asdict(config))
+    # A key that did not exist when the run began stands at its default.
+    theirs = _fixed(asdict(PretrainConfig())) | _fixed(yaml.safe_load(path.read_text()))
+    ours = _fixed(asdict(config))
     missing = object()
     return [
         f"{key}: {theirs.get(key)} -> {ours.get(key)}"

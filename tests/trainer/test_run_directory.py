@@ -112,11 +112,14 @@ def test_what_may_change(run_dir, parts):
     assert check(configuration(run_dir, **parts)) is False
 
 
-def test_keys_that_an_older_version_did_not_have(run_dir):
+def test_keys_that_an_older_version_did_not_have_stand_at_their_defaults(run_dir):
     values = yaml.safe_load((run_dir / "config.yaml").read_text())
     del values["model"]["norm_eps"]
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
-    assert differing_keys(run_dir, configuration(run_dir)) == ["model.norm_eps: None -> 1e-06"]
+    ours = configuration(run_dir)
+    assert differing_keys(run_dir, ours) == []
+    ours.model.norm_eps = 1e-5
+    assert differing_keys(run_dir, ours) == ["model.norm_eps: 1e-06 -> 1e-05"]
 
 
 def test_going_back_is_refused(run_dir):
