@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import resolve
+from kernels.triton import implementations
+
 # Elements per block of rows on the CPU, so that a second operation on a block finds it in the cache.
 _BLOCK_ELEMENTS = 1 << 18
+
+_BACKENDS = ("torch", "reference")
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -16,35 +21,50 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) · up.
 
     Args:
         gate, up: [..., F], the same shape and floating dtype.
+        backend: auto, reference, torch or triton.
 
     Returns:
         [..., F] in their dtype. The backward keeps gate and up only, and computes silu(gate) again.
 
     Raises:
-        ValueError: shapes or dtypes differ.
+        ValueError: shapes or dtypes differ, or the backend cannot serve these inputs.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(
             f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree"
         )
+    choice = resolve("swiglu", backend, implementations(_BACKENDS, gate, up))
+    if choice == "reference":
+        return swiglu_reference(gate, up)
+    if choice == "triton":
+        from kernels.triton import activations  # here, for machines without triton
+
+        return activations.swiglu(gate, up)
     return _SwiGLU.apply(gate, up)
 
 
-def swiglu_packed(gate_up: Tensor) -> Tensor:
+def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(gate) · up of one tensor [..., 2F] that holds gate and then up, as a fused projection writes it.
 
     Against `swiglu` on the two halves this saves the copies that join their gradients.
 
     Raises:
-        ValueError: the last dimension is odd.
+        ValueError: the last dimension is odd, or the backend (as in `swiglu`) cannot serve gate_up.
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu_packed: the last dimension holds gate and up, but {gate_up.shape[-1]} is odd")
+    choice = resolve("swiglu_packed", backend, implementations(_BACKENDS, gate_up))
+    if choice == "reference":
+        return swiglu_reference(*gate_up.chunk(2, dim=-1))
+    if choice == "triton":
+        from kernels.triton import activations
+
+        return activations.swiglu_packed(gate_up)
     return _SwiGLUPacked.apply(gate_up)
 
 

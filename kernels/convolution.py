@@ -9,18 +9,21 @@ sequences are shifted as one long one; the first W - 1 rows of each, where that 
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import resolve
 from kernels.linear_attention._chunks import implementations, sequence_bounds
+from kernels.linear_attention._sharded import all_gather, begins_here, cut_documents, run_from, state_of_last
+from kernels.triton import implementations as with_triton
 
 SLAB_ELEMENTS = 1 << 17  # buffers of 512 KiB: measured best of 2^15 .. 2^18 with 1 MiB of L2 cache
 
@@ -212,6 +215,34 @@ class _CausalConv(torch.autograd.Function):
         return d_x, d_taps.t().to(weight.dtype), d_state, None, None
 
 
+def _over_ranks(
+    one_rank: Callable[..., tuple[Tensor, Tensor | None]],
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: Tensor | None,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor | None]:
+    """`causal_conv1d` where each rank's first tokens see the last ones of the rank before."""
+    batch, time, dim = x.shape
+    past = weight.shape[1] - 1
+    if time < past or past == 0:
+        raise ValueError(
+            f"over ranks a convolution of width {past + 1} needs a width >= 2 and as many tokens, got {time}"
+        )
+    shard = None if cu_seqlens is None else cut_documents(cu_seqlens, batch, time, group)
+    tail = (x if shard is None else x[:, shard.bounds[-2] :]).transpose(1, 2)
+    before = tail.new_zeros(batch, dim, past)
+    if initial_state is not None and begins_here(shard, group):
+        before = state_of_last(initial_state, shard).to(x.dtype)
+    tails = all_gather(torch.cat((before, tail), dim=-1)[..., -past:], group)
+    rank = dist.get_rank(group)
+    # The first rank's zeros hang in the graph: it must take part in the backward exchange.
+    entering = tails[rank - 1] if rank else tails[:0].sum(0)
+    return run_from(one_rank, [x], entering, shard, group, initial_state, output_final_state)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -220,6 +251,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal depthwise convolution without bias, then SiLU (the short convolution of arXiv 2412.06464, section 3.4).
@@ -231,7 +263,10 @@ def causal_conv1d(
         initial_state: `[N, D, W-1]`, the inputs before each sequence, the latest last; zeros by default.
         output_final_state: whether to return the last W - 1 inputs of each sequence, else None.
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; otherwise N = B.
-        backend: auto, reference or torch.
+        group: the ranks that hold consecutive, equal parts of the sequence, of at least W - 1 tokens; `cu_seqlens` and
+            states are then those of the whole, the same on every rank, and the gradients of weight and initial_state
+            are this rank's share. Only the last W - 1 inputs of each rank travel.
+        backend: auto, reference, torch or triton.
 
     Returns:
         y `[B, T, D]` and the final state `[N, D, W-1]` or None, both in x's dtype.
@@ -239,13 +274,22 @@ def causal_conv1d(
     Raises:
         ValueError: if shapes, `activation`, `cu_seqlens` or `backend` are not as above.
     """
+    if group is not None:
+        one_rank = partial(causal_conv1d, weight=weight, activation=activation, backend=backend)
+        return _over_ranks(one_rank, x, weight, initial_state, output_final_state, cu_seqlens, group)
     bounds = _check_inputs(x, weight, activation, initial_state, cu_seqlens)
     batch, time, dim = x.shape
-    if resolve("causal_conv1d", backend, implementations(time)) == "reference":
+    available = with_triton(implementations(time), x, weight, initial_state)
+    choice = resolve("causal_conv1d", backend, available)
+    if choice == "reference":
         y, state = causal_conv1d_reference(
             x, weight, activation=activation, initial_state=initial_state, cu_seqlens=cu_seqlens
         )
         return y, state if output_final_state else None
+    if choice == "triton":
+        from kernels.triton import convolution  # here, for machines without triton
+
+        return convolution.causal_conv1d(x, weight, activation, initial_state, output_final_state, bounds)
     rows = x.reshape(batch * time, dim)
     past = weight.shape[1] - 1
     state_NWD = x.new_zeros(len(bounds) - 1, past, dim) if initial_state is None else initial_state.transpose(1, 2)

@@ -18,11 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import resolve
+from kernels.triton import implementations
+
 Activation = Literal["silu", "sigmoid"]
 
 # Elements per block of rows on the CPU: few enough for a block's temporaries to stay in the cache and their memory to
 # be used again, enough to hide the calls. Measured on a Zen 5: a quarter or eight times as many cost 10 to 40 %.
 _BLOCK_ELEMENTS = 1 << 18
+
+_BACKENDS = ("torch", "reference")
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,25 +53,35 @@ def l2_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
     """X · (mean(x²) + eps)^(-1/2) · weight over the last dimension.
 
     Args:
         x: [..., D], floating.
         weight: [D]; its dtype may differ from x's.
         eps: added to the mean square.
+        backend: auto, reference, torch or triton.
 
     Returns:
         [..., D] in x's dtype.
 
     Raises:
-        ValueError: weight is not [D].
+        ValueError: weight is not [D], or the backend cannot serve these inputs.
     """
     _check_weight("rms_norm", x, weight)
+    choice = resolve("rms_norm", backend, implementations(_BACKENDS, x, weight))
+    if choice == "reference":
+        return rms_norm_reference(x, weight, eps)
+    if choice == "triton":
+        from kernels.triton import norms  # here, for machines without triton
+
+        return norms.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu") -> Tensor:
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu", *, backend: str = "auto"
+) -> Tensor:
     """rms_norm(x, weight, eps) · activation(gate).
 
     Args:
@@ -74,23 +89,51 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
         weight: [D]; its dtype may differ from x's.
         eps: added to the mean square.
         activation: "silu" or "sigmoid".
+        backend: auto, reference, torch or triton.
 
     Returns:
         [..., D] in x's dtype.
 
     Raises:
-        ValueError: weight is not [D], gate's shape differs from x's, or the activation is unknown.
+        ValueError: weight is not [D], gate's shape differs from x's, the activation is unknown, or the backend cannot
+            serve these inputs.
     """
     _check_weight("gated_rms_norm", x, weight)
     if gate.shape != x.shape:
         raise ValueError(f"gated_rms_norm: gate {tuple(gate.shape)} must have x's shape {tuple(x.shape)}")
     if activation not in ("silu", "sigmoid"):
         raise ValueError(f"gated_rms_norm: activation must be silu or sigmoid, not {activation!r}")
+    choice = resolve("gated_rms_norm", backend, implementations(_BACKENDS, x, gate, weight))
+    if choice == "reference":
+        return gated_rms_norm_reference(x, gate, weight, eps, activation)
+    if choice == "triton":
+        from kernels.triton import norms
+
+        return norms.gated_rms_norm(x, gate, weight, eps, activation)
     return _GatedRMSNorm.apply(x, gate, weight, eps, activation)
 
 
-def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """X · (sum(x²) + eps)^(-1/2) over the last dimension; [..., K] floating, the result in x's dtype."""
+def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """X · (sum(x²) + eps)^(-1/2) over the last dimension.
+
+    Args:
+        x: [..., K], floating.
+        eps: added to the sum of squares.
+        backend: auto, reference, torch or triton.
+
+    Returns:
+        [..., K] in x's dtype.
+
+    Raises:
+        ValueError: the backend cannot serve x.
+    """
+    choice = resolve("l2_norm", backend, implementations(_BACKENDS, x))
+    if choice == "reference":
+        return l2_norm_reference(x, eps)
+    if choice == "triton":
+        from kernels.triton import norms
+
+        return norms.l2_norm(x, eps)
     return _L2Norm.apply(x, eps)
 
 

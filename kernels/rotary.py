@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import resolve
+from kernels.triton import implementations
+
 # Elements per block of time on the CPU, so that a block's temporaries stay in the cache; measured on a Zen 5.
 _BLOCK_ELEMENTS = 1 << 17
 
@@ -47,24 +50,32 @@ def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> Tensor:
     """Turn every head of x by its position's angles.
 
     Args:
         x: [B, T, H, K], floating, any strides.
         cos, sin: [T, K/2] or [B, T, K/2] from `rotary_tables`; no gradient flows to them.
+        backend: auto, reference, torch or triton.
 
     Returns:
         [B, T, H, K] in x's dtype, contiguous.
 
     Raises:
-        ValueError: the tables do not fit x.
+        ValueError: the tables do not fit x, or the backend cannot serve these inputs.
     """
     if x.dim() != 4 or cos.shape != sin.shape or cos.shape[-2:] != (x.shape[1], x.shape[3] // 2) or x.shape[3] % 2:
         raise ValueError(
             f"apply_rotary: x {tuple(x.shape)} as [B, T, H, K] needs tables [T, K/2] or [B, T, K/2], "
             f"not cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
         )
+    choice = resolve("apply_rotary", backend, implementations(("torch", "reference"), x, cos, sin))
+    if choice == "reference":
+        return apply_rotary_reference(x, cos, sin)
+    if choice == "triton":
+        from kernels.triton import rotary  # here, for machines without triton
+
+        return rotary.apply_rotary(x, cos, sin)
     return _Rotary.apply(x, cos, sin)
 
 

@@ -64,10 +64,6 @@ class Shard:
     continues: bool
     leaves: bool
 
-    def cu_seqlens(self, device: torch.device) -> Tensor:
-        """The local bounds as int32 `[pieces + 1]`."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=device)
-
 
 def cut_documents(cu_seqlens: Tensor, batch: int, time: int, group: dist.ProcessGroup) -> Shard:
     """The shard of this rank, which holds `time` tokens as every rank does; ValueError for a wrong `cu_seqlens`."""
@@ -100,22 +96,43 @@ def run_sharded(
         cu_seqlens: bounds of the documents in the whole row.
     """
     batch, time = inputs[0].shape[:2]
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
     shard = None if cu_seqlens is None else cut_documents(cu_seqlens, batch, time, group)
     last = inputs if shard is None else [x[:, shard.bounds[-2] :] for x in inputs]
     transition, contribution = summarize(*last)
-    begins_here = rank == 0 if shard is None else len(shard.documents) > 1 or not shard.continues
-    if begins_here:
+    if begins_here(shard, group):
         if initial_state is not None:
-            own = initial_state if shard is None else initial_state[shard.documents[-1] :][:1]
-            contribution = contribution + _apply(transition, own)
+            contribution = contribution + _apply(transition, state_of_last(initial_state, shard))
         transition = torch.zeros_like(transition)
-    state = _entering(transition, contribution, group)
+    entering = _entering(transition, contribution, group)
+    return run_from(op, inputs, entering, shard, group, initial_state, output_final_state)
 
+
+def begins_here(shard: Shard | None, group: dist.ProcessGroup) -> bool:
+    """Whether the last piece began on this rank."""
+    return dist.get_rank(group) == 0 if shard is None else len(shard.documents) > 1 or not shard.continues
+
+
+def state_of_last(initial_state: Tensor, shard: Shard | None) -> Tensor:
+    """The initial state of the last piece's document, or of all rows."""
+    return initial_state if shard is None else initial_state[shard.documents[-1] :][:1]
+
+
+def run_from(
+    op: Callable[..., tuple[Tensor, Tensor | None]],
+    inputs: Sequence[Tensor],
+    entering: Tensor,
+    shard: Shard | None,
+    group: dist.ProcessGroup,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The second half of `run_sharded`: `op` on this rank's tokens, from the state that enters it."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
     if shard is None:
-        local_state, local_bounds = state if rank > 0 or initial_state is None else state + initial_state, None
+        local_state, local_bounds = entering if rank > 0 or initial_state is None else entering + initial_state, None
     else:
-        local_state, local_bounds = _local_states(shard, state, initial_state), shard.cu_seqlens(inputs[0].device)
+        local_state = _local_states(shard, entering, initial_state)
+        local_bounds = torch.tensor(shard.bounds, dtype=torch.int32, device=entering.device)
     o, final = op(*inputs, initial_state=local_state, output_final_state=output_final_state, cu_seqlens=local_bounds)
     if final is None:
         return o, None
@@ -123,9 +140,8 @@ def run_sharded(
         ended = final if rank == world - 1 else torch.zeros_like(final) + final[:0].sum(0)
     else:
         count = len(shard.documents) - shard.leaves
-        ended = final.new_zeros(shard.num_documents, *final.shape[1:])
         documents = torch.tensor(shard.documents[:count], dtype=torch.int64, device=final.device)
-        ended = ended.index_add(0, documents, final[:count])
+        ended = final.new_zeros(shard.num_documents, *final.shape[1:]).index_add(0, documents, final[:count])
     return o, all_gather(ended, group).sum(0)
 
 

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import resolve
 from kernels.matmul import matmul
+from kernels.triton import implementations
 
 IGNORE_LABEL = -100
 
@@ -24,6 +26,8 @@ _LOGITS_BYTES = 64 << 20
 _MIN_TOKENS = 512
 _MAX_TOKENS = 1024
 _SOFTMAX_ELEMENTS = 1 << 17
+# Rows of the gradient of weight whose product exists at once, beside their sum: an eighth of a vocabulary of 256k.
+_PRODUCT_ROWS = 1 << 15
 
 
 def linear_cross_entropy_reference(
@@ -39,7 +43,12 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the tokens' negative log-likelihoods under softmax(hidden · weightᵀ).
 
@@ -48,6 +57,7 @@ def linear_cross_entropy(
         weight: [V, D] in hidden's dtype; the (perhaps tied) output embedding.
         labels: int64 [N]; a token whose label is -100 counts nothing.
         token_weights: float32 [N] or None for ones; a token whose weight is 0 counts nothing.
+        backend: auto, reference, torch or triton, of which the last two differ in the softmax alone.
 
     Returns:
         (loss_sum, nll): a float32 scalar, differentiable in hidden and weight, and the unweighted losses, float32 [N]
@@ -55,14 +65,18 @@ def linear_cross_entropy(
         by the token count.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other.
+        ValueError: shapes or dtypes do not fit each other, or the backend cannot serve these inputs.
 
     Logits come from a matmul in hidden's dtype and are float32 after it. The largest temporary holds the logits of one
     block of tokens; the gradient of weight is summed in float32.
     """
     _check(hidden, weight, labels, token_weights)
+    available = implementations(("torch", "reference"), hidden, weight, labels, token_weights)
+    choice = resolve("linear_cross_entropy", backend, available)
+    if choice == "reference":
+        return linear_cross_entropy_reference(hidden, weight, labels, token_weights)
     # Inside a Function grad mode is always off and needs_input_grad ignores it, so the answer is taken along.
-    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled(), choice)
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None) -> None:
@@ -90,6 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         token_weights: Tensor | None,
         wants_gradients: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scale_N = (labels != IGNORE_LABEL).to(wide)
@@ -99,18 +114,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N = torch.empty_like(scale_N)
         needs_hidden, needs_weight = (wants_gradients and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = None
+        # Without a token there is no block to write it.
+        new_weight = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_weight = new_weight(weight, dtype=wide) if needs_weight else None
+        to_gradient = _to_gradient
+        if backend == "triton":
+            from kernels.triton import losses  # here, for machines without triton
+
+            to_gradient = losses.to_gradient
         tokens = _block_tokens(weight)
         blocks = zip(*(x.split(tokens) for x in (hidden, target_N, scale_N, nll_N)))
-        for start, (hidden_CD, target_C, scale_C, nll_C) in zip(range(0, max(len(hidden), 1), tokens), blocks):
+        for start, (hidden_CD, target_C, scale_C, nll_C) in zip(range(0, len(hidden), tokens), blocks):
             logits = matmul(hidden_CD, weight.T)
-            _to_gradient(logits, target_C, scale_C, nll_C, needs_hidden or needs_weight)
+            to_gradient(logits, target_C, scale_C, nll_C, needs_hidden or needs_weight)
             if grad_hidden is not None:
                 grad_hidden[start : start + tokens] = matmul(logits, weight)
-            if needs_weight:
-                product_VD = matmul(logits.T, hidden_CD)
+            if grad_weight is not None:
                 # Half-precision products are added up in float32.
-                grad_weight = product_VD if grad_weight is None else grad_weight.to(wide).add_(product_VD)
+                add = Tensor.copy_ if start == 0 else Tensor.add_
+                for logits_CR, grad_RD in zip(logits.split(_PRODUCT_ROWS, dim=1), grad_weight.split(_PRODUCT_ROWS)):
+                    add(grad_RD, matmul(logits_CR.T, hidden_CD))
         # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
         nll_N.masked_fill_(scale_N == 0, 0.0)
         loss = torch.dot(nll_N, scale_N)
@@ -120,14 +143,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # Reading the factor would make a GPU wait; on the CPU it saves a pass over both gradients.
         if grad_loss.is_cpu and grad_loss.item() == 1.0:
-            return grad_hidden, grad_weight, None, None, None
+            return grad_hidden, grad_weight, None, None, None, None
         return (
             None if grad_hidden is None else grad_hidden * grad_loss,
             None if grad_weight is None else grad_weight * grad_loss,
+            None,
             None,
             None,
             None,

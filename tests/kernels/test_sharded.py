@@ -1,4 +1,4 @@
-"""Linear attention over 2 and 4 ranks equals one rank: outputs, final states and every gradient."""
+"""Linear attention and short convolutions over 2 and 4 ranks equal one rank: outputs, states and every gradient."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.convolution import causal_conv1d
 from kernels.linear_attention import _sharded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,3 +48,8 @@ def test_decays_after_strong_ones_are_exact() -> None:
     expected = torch.tensor([[0.0, 0.0, 0.0, -0.375, -0.125, 0.0]]).exp()
     expected[0, :3] = 0
     assert torch.equal(_sharded.decays_after(log_decay), expected)
+
+
+def test_a_convolution_needs_as_many_tokens_on_each_rank_as_it_looks_back() -> None:
+    with pytest.raises(ValueError, match="a convolution of width 4 needs"):
+        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), group=object())  # type: ignore[arg-type]

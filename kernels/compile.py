@@ -1,0 +1,320 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and report what it takes of one.
+
+    python -m kernels.compile --all
+    python -m kernels.compile --target sm_90 --target gfx942 --head-dim 128 --dtype bf16 --json kernels.json
+
+Each module in kernels/triton/ that has `specs(target, head_dim, dtype)` names its kernels as it would launch them. The
+table has, for each: registers of a thread, bytes spilled to memory, shared memory beside the target's limit, matrix
+instructions, and the bytes and FLOPs of the stated problem. The numbers come from the machine code: NVIDIA's through
+cuobjdump, AMD's from the assembly's own notes.
+
+Exit codes: 0; 1 if a kernel does not compile, spills, wants more shared memory than there is, or multiplies matrices
+without a matrix instruction; 2 for wrong arguments or a machine that cannot compile.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+import argparse
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+HEAD_DIMS = (64, 128, 256)
+DTYPES = ("bf16", "fp32")
+
+_NVIDIA_MATRIX = re.compile(r"^\s*(?:@!?%p\d+ )?(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", re.MULTILINE)
+_AMD_MATRIX = re.compile(r"^\s*v_mfma_\w+", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel for one target. `error` is the compiler's last line if it failed; the resources are then 0."""
+
+    target: str
+    head_dim: int
+    dtype: str
+    module: str
+    kernel: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    matrix_instructions: int
+    multiplies: bool
+    bytes: float
+    flops: float
+    error: str = ""
+
+    def problems(self) -> list[str]:
+        """What makes the kernel unfit for the target."""
+        if self.error:
+            return [f"does not compile: {self.error}"]
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"wants {self.shared_bytes} bytes of shared memory of {self.shared_limit}")
+        if self.multiplies and not self.matrix_instructions:
+            found.append("multiplies matrices without a matrix instruction")
+        return found
+
+
+class MachineError(Exception):
+    """No kernel can be compiled on the machine as it is; the message says why and how to mend it."""
+
+
+def kernel_modules() -> list[str]:
+    """The names of the modules in kernels/triton/ that have `specs`."""
+    package = import_module("kernels.triton")
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return [name for name in names if hasattr(import_module(f"kernels.triton.{name}"), "specs")]
+
+
+def compile_spec(module: str, spec: Any, target: str, head_dim: int, dtype: str, error: str = "") -> Report:
+    """Compile one `KernelSpec` and read its resources; never raises for what the compiler says.
+
+    With `error`, it is known not to compile, and this only reports it.
+    """
+    from triton.errors import TritonError  # here: --help and wrong arguments need no triton
+
+    from kernels.triton.launch import SHARED_BYTES
+
+    resources = {"registers": 0, "spilled_bytes": 0, "shared_bytes": 0, "matrix_instructions": 0}
+    try:
+        if not error:
+            resources = _resources(_compile(spec, target), target)
+    # The passes behind the front end raise RuntimeError and its like.
+    except (TritonError, RuntimeError, ValueError, AssertionError, subprocess.CalledProcessError) as failure:
+        lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+        error = lines[-1] if lines else type(failure).__name__
+    return Report(
+        target=target,
+        head_dim=head_dim,
+        dtype=dtype,
+        module=module,
+        kernel=spec.name,
+        num_warps=spec.num_warps,
+        num_stages=spec.num_stages,
+        shared_limit=SHARED_BYTES[target],
+        multiplies=spec.multiplies,
+        bytes=spec.bytes,
+        flops=spec.flops,
+        error=error,
+        **resources,
+    )
+
+
+def _compile(spec: Any, target: str) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    unknown = [name for name in (*spec.signature, *spec.constexprs) if name not in spec.fn.arg_names]
+    missing = [name for name in spec.fn.arg_names if name not in spec.signature and name not in spec.constexprs]
+    if unknown or missing:
+        raise ValueError(f"its specification lacks {missing} and has {unknown}, which the kernel does not take")
+    signature, attributes = {}, {}
+    for index, name in enumerate(spec.fn.arg_names):
+        kind, _, multiple = spec.signature.get(name, "constexpr").partition(":")
+        signature[name] = kind
+        # What a launch finds out about its arguments: the allocator aligns pointers to more than 16 bytes.
+        if kind.startswith("*") or multiple == "16":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(spec.fn, signature, dict(spec.constexprs), attributes)
+    return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
+
+
+def _resources(compiled: Any, target: str) -> dict[str, int]:
+    if target.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s*(\d+)", assembly)
+        scratch = _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
+        spilled = max(scratch, 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", assembly))
+        instructions = len(_AMD_MATRIX.findall(assembly))
+    else:
+        usage = _resource_usage(compiled.asm["cubin"])
+        registers, spilled = _number(r"\bREG:(\d+)", usage), _number(r"\bSTACK:(\d+)", usage)
+        instructions = len(_NVIDIA_MATRIX.findall(compiled.asm["ptx"]))
+    return {
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_instructions": instructions,
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output has no {pattern}")
+    return int(found.group(1))
+
+
+def _resource_usage(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(_cuobjdump()), "--dump-resource-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _cuobjdump() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _check_machine(targets: Iterable[str]) -> None:
+    """Raises MachineError where nothing could be compiled."""
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
+        raise MachineError("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
+    try:
+        import_module("triton")
+    except ImportError as error:
+        raise MachineError(f"triton cannot be imported ({error}): pip install 'triton>=3.7,<3.10'") from error
+    if any(target.startswith("sm_") for target in targets) and not _cuobjdump().exists():
+        raise MachineError(f"triton has no cuobjdump at {_cuobjdump()}: choose AMD targets, or another build of triton")
+
+
+Task = tuple[str, int, str, int, str]
+
+
+def _tasks(targets: list[str], head_dims: list[int], dtypes: list[str]) -> list[Task]:
+    """(module, place in its `specs`, target, head_dim, dtype) of all there is to compile."""
+    modules = kernel_modules()
+    return [
+        (module, index, target, head_dim, dtype)
+        for target in targets
+        for head_dim in head_dims
+        for dtype in dtypes
+        for module in modules
+        for index in range(len(import_module(f"kernels.triton.{module}").specs(target, head_dim, dtype)))
+    ]
+
+
+def _run(task: Task, error: str = "") -> Report:
+    module, index, target, head_dim, dtype = task
+    spec = import_module(f"kernels.triton.{module}").specs(target, head_dim, dtype)[index]
+    return compile_spec(module, spec, target, head_dim, dtype, error)
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    # Processes of their own, not forks: the compiler keeps threads.
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _run_alone(task: Task) -> Report:
+    """`_run` in a process of its own, whose death is the kernel's fault."""
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_run, task).result()
+        except BrokenProcessPool:
+            return _run(task, "the compiler's process died")
+
+
+def compile_all(targets: list[str], head_dims: list[int], dtypes: list[str], jobs: int) -> list[Report]:
+    """Compile everything in `jobs` processes; progress goes to standard error, reports come in a fixed order."""
+    tasks = _tasks(targets, head_dims, dtypes)
+    reports: dict[Task, Report] = {}
+
+    def note(task: Task, report: Report) -> None:
+        reports[task] = report
+        # One line that counts on a terminal; in a file, a few.
+        if sys.stderr.isatty():
+            print(f"\r{len(reports)}/{len(tasks)} kernels", end="", file=sys.stderr, flush=True)
+        elif len(reports) % 50 == 0 or len(reports) == len(tasks):
+            print(f"{len(reports)}/{len(tasks)} kernels", file=sys.stderr, flush=True)
+
+    with _pool(jobs) as pool:
+        futures = {pool.submit(_run, task): task for task in tasks}
+        for future in as_completed(futures):
+            # A compiler that aborts takes the whole pool along; what it left is done one by one, to find the culprit.
+            if not isinstance(future.exception(), BrokenProcessPool):
+                note(futures[future], future.result())
+    for task in tasks:
+        if task not in reports:
+            note(task, _run_alone(task))
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return [reports[task] for task in tasks]
+
+
+def table(reports: Iterable[Report]) -> str:
+    """The reports as lines of aligned columns."""
+    rows = [
+        ["target", "K", "dtype", "kernel", "warps", "registers", "spilled", "shared/limit", "matrix", "MB", "GFLOP", ""]
+    ]
+    for report in reports:
+        shared = f"{report.shared_bytes}/{report.shared_limit}"
+        numbers = [report.num_warps, report.registers, report.spilled_bytes, shared, report.matrix_instructions]
+        analytic = [f"{report.bytes / 1e6:.1f}", f"{report.flops / 1e9:.2f}", "; ".join(report.problems())]
+        row = [report.target, report.head_dim, report.dtype, f"{report.module}.{report.kernel}", *numbers, *analytic]
+        rows.append([str(cell) for cell in row])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [header not in ("target", "dtype", "kernel", "") for header in rows[0]]
+    return "\n".join(
+        "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric)).rstrip()
+        for row in rows
+    )
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m kernels.compile", description="Compile all Triton kernels without a GPU."
+    )
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--target", action="append", choices=TARGETS, help="may be given several times")
+    choice.add_argument("--all", action="store_true", help="every target")
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here as well")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile at once")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no directory {options.json.parent}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    options = _parse(arguments)
+    # Triton 3.9 warns of a default that is going to change; this is what launches have until then.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    targets = list(TARGETS) if options.all else options.target
+    try:
+        _check_machine(targets)
+    except MachineError as error:
+        print(f"kernels.compile: {error}", file=sys.stderr)
+        return 2
+    reports = compile_all(targets, options.head_dim, options.dtype, options.jobs)
+    print(table(reports))
+    if options.json is not None:
+        found = [asdict(report) | {"problems": report.problems()} for report in reports]
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    unfit = [report for report in reports if report.problems()]
+    for report in unfit:
+        where = f"{report.target}, head size {report.head_dim}, {report.dtype}"
+        print(f"{report.module}.{report.kernel} ({where}): {'; '.join(report.problems())}", file=sys.stderr)
+    return 1 if unfit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
