@@ -51,6 +51,7 @@ from kernels.linear_attention._decays import (
     sum_over_spans,
 )
 from kernels.linear_attention._sharded import run_sharded
+from kernels.triton import implementations as with_triton
 
 
 def gated_delta_rule_reference(
@@ -439,7 +440,7 @@ def gated_delta_rule(
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
         group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
             the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
-        backend: auto, reference (token by token) or torch (chunked).
+        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
     Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
 
@@ -455,12 +456,18 @@ def gated_delta_rule(
         return run_sharded(one_rank, summarize, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = _check(q, k, v, log_decay, beta, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        if resolve("gated_delta_rule", backend, implementations(q.shape[1])) == "reference":
+        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, beta, initial_state)
+        choice = resolve("gated_delta_rule", backend, available)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if choice == "reference":
             o, state = gated_delta_rule_reference(
                 q, k, v, log_decay, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
             )
+        elif choice == "triton":
+            from kernels.triton.delta_rule import chunk_delta_rule  # here, for machines without triton
+
+            o, state = chunk_delta_rule(q, k, v, log_decay, beta, initial_state, scale, cu_seqlens)
         else:
             layout = chunk_layout(bounds, q.device)
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
             o, state = _ChunkedGatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, scale, layout, heads)
     return o, state if output_final_state else None

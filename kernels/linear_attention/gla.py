@@ -38,6 +38,7 @@ from kernels.linear_attention._chunks import (
 )
 from kernels.linear_attention._decays import block_groups, channel_scores, channel_scores_backward, sum_over_spans
 from kernels.linear_attention._sharded import decays_after, run_sharded
+from kernels.triton import implementations as with_triton
 
 
 def gla_reference(
@@ -197,7 +198,7 @@ def gla(
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
         group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
             the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
-        backend: auto, reference (token by token) or torch (chunked).
+        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
     Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
 
@@ -213,12 +214,18 @@ def gla(
         return run_sharded(one_rank, summarize_gla, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay, q.shape[-1])}, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        if resolve("gla", backend, implementations(q.shape[1])) == "reference":
+        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state)
+        choice = resolve("gla", backend, available)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if choice == "reference":
             o, state = gla_reference(
                 q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
             )
+        elif choice == "triton":
+            from kernels.triton.gla import chunk_gla  # here, for machines without triton
+
+            o, state = chunk_gla(q, k, v, log_decay, initial_state, scale, cu_seqlens)
         else:
             layout = chunk_layout(bounds, q.device)
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
             o, state = _ChunkedGLA.apply(q, k, v, log_decay, initial_state, scale, layout, heads)
     return o, state if output_final_state else None

@@ -25,6 +25,7 @@ from kernels.linear_attention._chunks import (
     sequence_bounds,
 )
 from kernels.linear_attention._sharded import decays_after, run_sharded
+from kernels.triton import implementations as with_triton
 
 
 def hgrn_reference(
@@ -150,7 +151,7 @@ def hgrn(
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, D]`.
         group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
             the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
-        backend: auto, reference (token by token) or torch (chunked).
+        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
     Returns:
         h `[B, T, D]` in x's dtype, and the final state `[B, D]` in float32 (float64 if any input is) or None.
@@ -163,8 +164,13 @@ def hgrn(
         return run_sharded(one_rank, _summarize, inputs, group, initial_state, output_final_state, cu_seqlens)
     bounds = _check(x, log_decay, initial_state, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):
-        if resolve("hgrn", backend, implementations(x.shape[1])) == "reference":
+        choice = resolve("hgrn", backend, with_triton(implementations(x.shape[1]), x, log_decay, initial_state))
+        if choice == "reference":
             h, state = hgrn_reference(x, log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        elif choice == "triton":
+            from kernels.triton.hgrn import scan_hgrn  # here, for machines without triton
+
+            h, state = scan_hgrn(x, log_decay, initial_state, cu_seqlens)
         else:
             h, state = _ChunkedHGRN.apply(x, log_decay, initial_state, chunk_layout(bounds, x.device))
     return h, state if output_final_state else None

@@ -36,6 +36,7 @@ from kernels.linear_attention._chunks import (
 from kernels.linear_attention._decays import pairwise_decays, sum_over_spans
 from kernels.linear_attention._sharded import run_sharded
 from kernels.linear_attention.gla import summarize_gla
+from kernels.triton import implementations as with_triton
 
 
 def retention_reference(
@@ -182,7 +183,7 @@ def retention(
         cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, H, K, V]`.
         group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
             the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
-        backend: auto, reference (token by token) or torch (chunked).
+        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
     Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
 
@@ -199,12 +200,18 @@ def retention(
     log_decay_BTH = _every_token(q, log_decay)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay_BTH, None)}, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        if resolve("retention", backend, implementations(q.shape[1])) == "reference":
+        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state)
+        choice = resolve("retention", backend, available)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if choice == "reference":
             o, state = retention_reference(
                 q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
             )
+        elif choice == "triton":
+            from kernels.triton.gla import chunk_gla  # here, for machines without triton
+
+            o, state = chunk_gla(q, k, v, log_decay_BTH, initial_state, scale, cu_seqlens)
         else:
             layout = chunk_layout(bounds, q.device)
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
             o, state = _ChunkedRetention.apply(q, k, v, log_decay_BTH, initial_state, scale, layout, heads)
     return o, state if output_final_state else None
