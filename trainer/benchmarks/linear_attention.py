@@ -42,9 +42,10 @@ class Config:
         mixer_seq_len: Tokens of the mixer comparison.
         heads: Heads.
         head_dim: Key and value size of each.
-        rounds: Timed calls of each side; one where a call takes more than ten seconds.
+        rounds: Timed calls of each side; one of the naive forms and of SDPA with a mask.
         warmup: Untimed calls of each side before.
         threads: CPU threads; 0 takes every core.
+        default_allocator: Leave glibc's allocator as it is, for all sides.
     """
 
     json: str | None = None
@@ -62,6 +63,7 @@ class Config:
     rounds: int = 5
     warmup: int = 2
     threads: int = 0
+    default_allocator: bool = False
 
     def __post_init__(self) -> None:
         for name in ("naive_seq_len", "window_seq_len", "window", "mixer_seq_len", "heads", "head_dim", "rounds"):
@@ -82,7 +84,8 @@ def main(config: Config) -> None:
     from trainer.device import configure_threads, keep_freed_memory
 
     warnings.filterwarnings("ignore")
-    keep_freed_memory()
+    if not config.default_allocator:
+        keep_freed_memory()
     threads = configure_threads(config.threads)
     parts = {
         "fallback": _against_fallback,
@@ -94,7 +97,8 @@ def main(config: Config) -> None:
     }
     lines = [line for name, measure in parts.items() if name in config.parts for line in measure(config)]
     shape = f"{config.heads} heads of {config.head_dim}, float32"
-    report(f"linear attention, forward and backward, {shape}, {threads} threads", lines, config.json)
+    allocator = "glibc's default allocator" if config.default_allocator else "freed memory kept"
+    report(f"linear attention, forward and backward, {shape}, {threads} threads, {allocator}", lines, config.json)
 
 
 def _medians(config: Config, sides: Mapping[str, Step], slow: bool = False) -> dict[str, float]:
@@ -177,7 +181,7 @@ def _against_fallback(config: Config) -> list[Comparison]:
         x = _inputs(config, time)
         sides = {name: _ours(name, x) for name in ("gated_delta_rule", "kimi_delta_rule")}
         sides["fallback"] = _step(torch_chunk_gated_delta_rule, _arguments("gated_delta_rule", x))
-        seconds = _medians(config, sides, slow=time > 8192)
+        seconds = _medians(config, sides)
         ours, peer = seconds["gated_delta_rule"], seconds["fallback"]
         flops = time * config.heads * gated_delta_rule_flops(CHUNK, config.head_dim, config.head_dim)
         peak = measure_matmul(torch.float32)
