@@ -3,16 +3,20 @@
     matmul(a, b) = a · b     batched_matmul(a, b) = a_x · b_x for every x     linear(x, W, bias) = x · Wᵀ + bias
 
 torch multiplies float32 matrices on a CPU with MKL, which does not use AVX-512 on AMD's processors: 104 GFLOP/s on a
-core of a Zen 5. oneDNN, which torch ships as well but calls for bfloat16 only, reaches 180 to 240. Both add in float32.
+core of a Zen 5. oneDNN, which torch ships as well, reaches 180 to 240. Torch calls it for float32 only where it may
+round operands to bfloat16, which oneDNN does where the processor has matrix units for that (AMX); where it has none,
+the permission changes the library and not one digit. Both add in float32.
 
 Backends:
     torch      torch.mm, on every device and for every dtype; also by the name of reference
-    onednn     float32 matrices on an AMD processor with AVX-512
+    onednn     float32 matrices on an AMD processor with AVX-512 and without AMX
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +28,9 @@ from kernels.backend import resolve
 # Multiplications of the smallest product that oneDNN's longer set-up pays for: torch 7 µs and oneDNN 15 at 64³, 41 and
 # 30 at 128³.
 _MIN_ONEDNN_SIZE = 1 << 20
+
+
+_Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
 def matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
@@ -40,9 +47,10 @@ def matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: the backend cannot serve these inputs.
     """
     size = a.shape[0] * b.numel()
-    if _choose(a, backend, size) == "onednn":
-        return _onednn(a, b)
-    return torch.mm(a, b)
+    if _choose(a, backend, size) == "torch":
+        return torch.mm(a, b)
+    with through_onednn():
+        return torch.mm(a, b)
 
 
 def batched_matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
@@ -60,12 +68,8 @@ def batched_matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if _choose(a, backend, a.shape[1] * b.shape[1] * b.shape[2]) == "torch":
         return torch.bmm(a, b)
-    if len(a) == 1:
-        return _onednn(a[0], b[0])[None]
-    out = a.new_empty(len(a), a.shape[1], b.shape[2])
-    for a_MK, b_KN, out_MN in zip(a, b, out):
-        out_MN.copy_(_onednn(a_MK, b_KN))
-    return out
+    with through_onednn():
+        return torch.bmm(a, b)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -104,32 +108,68 @@ def _choose(x: Tensor, backend: str, size: int) -> str:
     return "onednn" if resolve("matmul", backend, available) == "onednn" else "torch"
 
 
+@contextmanager
+def _float32_precision(allowed: str) -> Iterator[None]:
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = allowed
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def through_onednn() -> AbstractContextManager[None]:
+    """In here torch multiplies float32 matrices on the CPU through oneDNN."""
+    return _float32_precision("bf16")
+
+
+def through_mkl() -> AbstractContextManager[None]:
+    """In here torch multiplies float32 matrices on the CPU as it does by default: for batches of tiny products."""
+    return _float32_precision("ieee")
+
+
+def fastest_products(x: Tensor) -> AbstractContextManager[None]:
+    """In here torch multiplies float32 matrices by what `matmul` would choose for large ones on x's device."""
+    if x.is_cpu and _onednn_is_faster() and resolve("matmul", "auto", ("onednn", "torch", "reference")) == "onednn":
+        return through_onednn()
+    return nullcontext()
+
+
+def with_fastest_products(backward: _Backward) -> _Backward:
+    """An autograd Function's backward, `fastest_products` of its first gradient around it."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
+        with fastest_products(grad):
+            return backward(ctx, grad, *grads)
+
+    return call  # type: ignore[return-value]
+
+
 @functools.cache
 def _onednn_is_faster() -> bool:
-    """An AMD processor with AVX-512 under Linux, and a torch with the operation by which torch.compile calls oneDNN."""
+    """An AMD processor with AVX-512 under Linux on which oneDNN keeps float32's digits."""
     cpu_info = Path("/proc/cpuinfo")
     return (
         cpu_info.is_file()
         and "AuthenticAMD" in cpu_info.read_text()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.backends.mkldnn, "matmul")
+        and not torch.cpu.get_capabilities().get("amx_tile", True)
+        and _keeps_digits()
     )
 
 
-def _onednn(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Compute a · b + bias. oneDNN copies a left factor stored by columns, and takes a right one either way."""
-    if bias_N is None and not a_MK.is_contiguous() and b_KN.shape[1] < a_MK.shape[0]:
-        # As (bᵀ · aᵀ)ᵀ the narrower factor is copied: 177 to 210 GFLOP/s for the gradient of a [1408, 512] weight.
-        return _onednn_product(b_KN.T, a_MK.T, None).T
-    return _onednn_product(a_MK, b_KN, bias_N)
-
-
-def _onednn_product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None) -> Tensor:
-    if not (b_KN.is_contiguous() or b_KN.T.is_contiguous()):
-        # Gaps between the rows would send oneDNN to its reference loops, a hundred times slower.
-        b_KN = b_KN.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.T, bias_N, "none", [], "")
+def _keeps_digits() -> bool:
+    """Whether a product through oneDNN is a float32 one: it has the last word over what is known of the processor."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(128, 128, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    with through_onednn():
+        rounded = a @ b
+    return bool((rounded - exact).norm() < 1e-6 * exact.norm())
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -138,7 +178,8 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], -1)
+        with through_onednn():
+            return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -146,8 +187,9 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_MN = grad.reshape(-1, grad.shape[-1])
-        return (
-            _onednn(grad_MN, weight).view(x.shape) if needs_x else None,
-            _onednn(grad_MN.T, x.reshape(-1, x.shape[-1])) if needs_weight else None,
-            grad_MN.sum(0) if needs_bias else None,
-        )
+        with through_onednn():
+            return (
+                torch.mm(grad_MN, weight).view(x.shape) if needs_x else None,
+                torch.mm(grad_MN.T, x.reshape(-1, x.shape[-1])) if needs_weight else None,
+                grad_MN.sum(0) if needs_bias else None,
+            )

@@ -51,6 +51,7 @@ from kernels.linear_attention._decays import (
     sum_over_spans,
 )
 from kernels.linear_attention._sharded import run_sharded
+from kernels.matmul import fastest_products, with_fastest_products
 from kernels.triton import implementations as with_triton
 
 
@@ -348,6 +349,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, beta, initial_state, inverse, residual, states, scores_q = ctx.saved_tensors
         scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
@@ -455,7 +457,7 @@ def gated_delta_rule(
         summarize = partial(_summarize, backend=backend)
         return run_sharded(one_rank, summarize, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = _check(q, k, v, log_decay, beta, initial_state, cu_seqlens)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), fastest_products(q):
         available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, beta, initial_state)
         choice = resolve("gated_delta_rule", backend, available)
         scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -38,6 +38,7 @@ from kernels.linear_attention._chunks import (
 )
 from kernels.linear_attention._decays import block_groups, channel_scores, channel_scores_backward, sum_over_spans
 from kernels.linear_attention._sharded import decays_after, run_sharded
+from kernels.matmul import fastest_products, with_fastest_products
 from kernels.triton import implementations as with_triton
 
 
@@ -121,6 +122,7 @@ class _ChunkedGLA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state, scores, states = ctx.saved_tensors
         scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
@@ -213,7 +215,7 @@ def gla(
         inputs = (q, k, v, log_decay)
         return run_sharded(one_rank, summarize_gla, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay, q.shape[-1])}, initial_state, cu_seqlens)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), fastest_products(q):
         available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state)
         choice = resolve("gla", backend, available)
         scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -36,6 +36,7 @@ from kernels.linear_attention._chunks import (
 from kernels.linear_attention._decays import pairwise_decays, sum_over_spans
 from kernels.linear_attention._sharded import run_sharded
 from kernels.linear_attention.gla import summarize_gla
+from kernels.matmul import fastest_products, with_fastest_products
 from kernels.triton import implementations as with_triton
 
 
@@ -100,6 +101,7 @@ class _ChunkedRetention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, initial_state, states = ctx.saved_tensors
         scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
@@ -199,7 +201,7 @@ def retention(
         return run_sharded(one_rank, summarize, (q, k, v), group, initial_state, output_final_state, cu_seqlens)
     log_decay_BTH = _every_token(q, log_decay)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay_BTH, None)}, initial_state, cu_seqlens)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), fastest_products(q):
         available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state)
         choice = resolve("retention", backend, available)
         scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -17,6 +17,8 @@ def onednn(monkeypatch):
     """The backend wherever torch has the operation, whatever the processor."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
+    if not module._keeps_digits():
+        pytest.skip("oneDNN would round float32 to bfloat16 on this processor")
     monkeypatch.setattr(module, "_onednn_is_faster", lambda: True)
 
 
@@ -84,3 +86,37 @@ def test_batched_products_of_views(onednn, matrices, strided):
     a = torch.randn(matrices, 6, 10)[..., ::2] if strided else torch.randn(matrices, 6, 5)
     b = torch.randn(matrices, 5, 14)[..., ::2] if strided else torch.randn(matrices, 5, 7)
     assert _error(batched_matmul(a, b, backend="onednn"), a.double() @ b.double()) < 1e-6
+
+
+def _setting():
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+def test_the_permission_to_round_is_taken_back(onednn):
+    before = _setting()
+    with module.fastest_products(torch.zeros(1)):
+        assert _setting() == "bf16"
+        with module.through_mkl():
+            assert _setting() == "ieee"
+        assert _setting() == "bf16"
+    assert _setting() == before
+    with pytest.raises(ValueError, match="inside"), module.through_onednn():
+        raise ValueError("inside")
+    assert _setting() == before
+
+
+def test_the_environment_keeps_torch_as_it_is(onednn, monkeypatch):
+    before = _setting()
+    monkeypatch.setenv("SPIKETRAIN_BACKEND", "matmul=torch")
+    with module.fastest_products(torch.zeros(1)):
+        assert _setting() == before
+
+
+def test_a_library_that_rounds_is_found_out(monkeypatch):
+    product = torch.Tensor.__matmul__
+
+    def rounded(a, b):
+        return product(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not module._keeps_digits()
