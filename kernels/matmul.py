@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,8 @@ def _choose(x: Tensor, backend: str, size: int) -> str:
 
 @contextmanager
 def _float32_precision(allowed: str) -> Iterator[None]:
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    mkldnn: Any = torch.backends.mkldnn
+    setting = mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = allowed
     try:
@@ -144,7 +145,7 @@ def with_fastest_products(backward: _Backward) -> _Backward:
         with fastest_products(grad):
             return backward(ctx, grad, *grads)
 
-    return call  # type: ignore[return-value]
+    return cast(_Backward, call)
 
 
 @functools.cache

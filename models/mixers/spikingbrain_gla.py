@@ -46,8 +46,9 @@ class SpikingBrainGLA(_ConvertedAttention):
 
     def initialize_decay(self, generator: torch.Generator) -> None:
         """Xavier-uniform with gain 2^-2.5, as the authors' code has it for what conversion adds."""
-        for matrix in (self.gk_proj[0].weight, self.gk_proj[1].weight):
-            nn.init.xavier_uniform_(matrix, gain=2**-2.5, generator=generator)  # type: ignore[arg-type]
+        for layer in self.gk_proj:
+            assert isinstance(layer, nn.Linear)
+            nn.init.xavier_uniform_(layer.weight, gain=2**-2.5, generator=generator)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""

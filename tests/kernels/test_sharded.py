@@ -52,4 +52,4 @@ def test_decays_after_strong_ones_are_exact() -> None:
 
 def test_a_convolution_needs_as_many_tokens_on_each_rank_as_it_looks_back() -> None:
     with pytest.raises(ValueError, match="a convolution of width 4 needs"):
-        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), group=object())  # type: ignore[arg-type]
+        causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 4), group=object())

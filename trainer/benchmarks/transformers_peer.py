@@ -52,7 +52,8 @@ def without_kernels() -> Iterator[None]:
     hidden = ("fla", "causal_conv1d")
     before = {name: sys.modules[name] for name in hidden if name in sys.modules}
     # What is imported in here must stay: a second import of a compiled module would abort.
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(hidden))
     try:
         yield
     finally:

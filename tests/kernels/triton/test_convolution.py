@@ -109,7 +109,10 @@ def test_a_document_never_influences_another() -> None:
 
 def test_views_and_repeatable_gradients() -> None:
     inputs = [random(6, 50, 2, seed=1), random(4, 6, seed=2)]
-    run = lambda x, w: runs("triton")(x.permute(2, 1, 0), w.t(), None)  # noqa: E731
+
+    def run(x, w):
+        return runs("triton")(x.permute(2, 1, 0), w.t(), None)
+
     assert_matches(run, lambda x, w: runs("reference")(x.permute(2, 1, 0), w.t(), None), inputs)
     for a, b in zip(results(run, inputs), results(run, inputs), strict=True):
         assert torch.equal(a, b)

@@ -77,7 +77,10 @@ def test_views_and_an_expanded_gradient() -> None:
 def test_programs_that_walk_over_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_norms, "_BACKWARD_PROGRAMS", 2)
     inputs = [random(150, 64, seed=3), random(64, seed=4)]  # five blocks of 32 rows for two programs
-    run = lambda x, w: [norms.rms_norm(x, w, 1e-5, backend="triton")]  # noqa: E731
+
+    def run(x, w):
+        return [norms.rms_norm(x, w, 1e-5, backend="triton")]
+
     assert_matches(run, lambda x, w: [norms.rms_norm_reference(x, w, 1e-5)], inputs)
     for a, b in zip(results(run, inputs), results(run, inputs), strict=True):
         assert torch.equal(a, b)
