@@ -20,10 +20,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.attention_sharded import attention_sharded
 from kernels.backend import resolve
 from kernels.matmul import batched_matmul
 
@@ -70,6 +72,7 @@ def attention(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal softmax attention.
@@ -80,6 +83,9 @@ def attention(
         window: keys that a query sees, itself included; None for all.
         cu_seqlens: int32 [N + 1], the bounds of packed documents that do not see each other; needs B = 1 and Tq = Tk.
         scale: factor of the scores, K^(-1/2) if None.
+        group: the ranks that hold consecutive, equal parts of the sequence; needs Tq = Tk. window may span several of
+            them, and cu_seqlens is that of the whole row, the same on every rank. Without a window heads travel, with
+            one the keys and values that it reaches: `kernels.attention_sharded`.
         backend: "auto" or one of the module's backends. flash and sdpa are offered where they serve the inputs.
 
     Returns:
@@ -89,6 +95,8 @@ def attention(
         ValueError: shapes, dtypes, window or cu_seqlens do not fit, or the backend cannot serve these inputs.
     """
     _check(q, k, v, window, cu_seqlens)
+    if group is not None:
+        return _over_ranks(q, k, v, window, cu_seqlens, scale, group, backend)
     lengths = None if cu_seqlens is None else _document_lengths(cu_seqlens, q.shape[1])
     longest = k.shape[1] if lengths is None else max(lengths, default=0)
     if window is not None and cu_seqlens is None:
@@ -108,6 +116,29 @@ def attention(
     else:
         dense = functools.partial(_banded, window=window, scale=scale)
     return dense(q, k, v) if lengths is None else _by_document(dense, q, k, v, lengths)
+
+
+def _over_ranks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    group: dist.ProcessGroup,
+    backend: str,
+) -> Tensor:
+    """`attention` where every rank holds a part of the row; all errors come before the first message."""
+    time, row = q.shape[1], q.shape[1] * dist.get_world_size(group)
+    if time != k.shape[1] or time == 0:
+        raise ValueError(f"attention: over ranks Tq = Tk > 0, not {time} and {k.shape[1]}")
+    lengths = [row] if cu_seqlens is None else _document_lengths(cu_seqlens, row)
+    if window is not None and window >= row:
+        window = None
+    # Chosen here, for the same on every rank: which tokens lie before a rank's own decides what could serve it.
+    choice = resolve("attention", backend, _available(q, k, v, window))
+    one_rank = functools.partial(attention, scale=scale, backend=choice)
+    return attention_sharded(one_rank, q, k, v, window, cu_seqlens, lengths, group)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> None:

@@ -8,7 +8,7 @@ one contiguous slice, whose r-th element continues the r-th sequence, and the sc
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -17,67 +17,105 @@ from torch import Tensor
 
 CHUNK = 64  # measured: 32 and 128 are slower at K = V = 64 and 128, for 8 x 512 and 1 x 4096 tokens
 SMALLEST_CHUNK = 16
+# Of one tensor in a segment (see `segments`). Measured on a Zen 5 with 1 MiB of second-level cache a core.
+_SEGMENT_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkIndex:
-    """The token in each slot of each chunk `[N, C]` (0 where there is none), and the (chunk, slot) pairs behind it.
+    """Where the tokens of sequences that are not a whole number of chunks lie.
 
-    `chunk_of_token` and `slot_of_token` are `[T]`; `padded_chunk` and `padded_slot` list the slots without a token.
+    `token_of_slot` `[N, C]` holds the token in each slot of each chunk, 0 where `padding` `[N, C]` says that there is
+    none. `slots` and `tokens` `[T]` are the pairs of flat slot and token without the padding, by slot; those of chunk n
+    begin at `starts[n]`.
     """
 
     token_of_slot: Tensor
-    chunk_of_token: Tensor
-    slot_of_token: Tensor
-    padded_chunk: Tensor
-    padded_slot: Tensor
+    padding: Tensor
+    slots: Tensor
+    tokens: Tensor
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkLayout:
-    """Where each token of `[B, T]` lies among `num_chunks` chunks of `chunk` tokens.
+    """Where each token of `[B, T]` lies among chunks of `chunk` tokens: all of them, or those of a `segment`.
 
-    `spans` holds (first chunk, count) of each chunk position. `order` lists the sequences from longest to shortest, or
-    is None when they are in order already. `index` is None when every sequence is the same whole number of chunks: the
-    layout is then a transposition.
+    `spans` holds (first chunk, count) of each chunk position, `first_position` and `first_chunk` what a segment leaves
+    out before it. `order` lists the sequences from longest to shortest, or is None when they are in order already.
+    `index` is None when every sequence is the same whole number of chunks: the layout is then a transposition.
     """
 
     num_sequences: int
     chunk: int
-    num_chunks: int
     spans: tuple[tuple[int, int], ...]
     order: Tensor | None
     index: ChunkIndex | None
+    first_position: int = 0
+    first_chunk: int = 0
 
-    def pack(self, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """`x` `[B, T, H', D]` as a new `[N, heads, C, D]`: each head repeated `heads / H'` times, padding zero."""
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all sequences."""
+        first, count = self.spans[-1]
+        return first + count
+
+    def segments(self, elements: int, on_cpu: bool) -> list["ChunkLayout"]:
+        """Consecutive chunk positions, each with as many as the CPU's cache holds; one segment on other devices.
+
+        `elements` are those of a chunk's tensors over all heads. What is computed of a segment is used, and its memory
+        free again, before the next one begins.
+        """
+        if not on_cpu:
+            return [self]
+        limit = max(1, _SEGMENT_ELEMENTS // elements)
+        segments, position = [], 0
+        while position < len(self.spans):
+            first = self.spans[position][0]
+            end = position + 1
+            while end < len(self.spans) and sum(self.spans[end]) - first <= limit:
+                end += 1
+            spans = tuple((start - first, count) for start, count in self.spans[position:end])
+            segments.append(replace(self, spans=spans, first_position=position, first_chunk=first))
+            position = end
+        return segments
+
+    def pack(self, x: Tensor, heads: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """`x` `[B, T, H', D]` as `[N * heads, C, D]`, in `out` if given: heads repeated to `heads`, padding zero."""
         own_heads, dim = x.shape[2:]
-        repeat = heads // own_heads
+        count = self.num_chunks
+        packed = x.new_empty(count * heads, self.chunk, dim, dtype=dtype) if out is None else out
+        shape = (count, own_heads, heads // own_heads, self.chunk, dim)
         if self.index is None:
-            x = x.reshape(self.num_sequences, len(self.spans), self.chunk, own_heads, 1, dim).permute(1, 0, 3, 4, 2, 5)
-            x = x.expand(-1, -1, -1, repeat, -1, -1)
-            packed = torch.empty(x.shape, dtype=dtype, device=x.device)
-            return packed.copy_(x).view(self.num_chunks, heads, self.chunk, dim)
-        source_head = torch.arange(heads, device=x.device) // repeat
-        rows = self.index.token_of_slot[:, None, :] * own_heads + source_head[:, None]
-        packed = x.reshape(-1, dim).index_select(0, rows.view(-1)).to(dtype).view(*rows.shape, dim)
-        packed[self.index.padded_chunk, :, self.index.padded_slot] = 0
+            end = self.first_position + len(self.spans)
+            x = x.reshape(self.num_sequences, -1, self.chunk, own_heads, 1, dim)[:, self.first_position : end]
+            positions = (len(self.spans), self.num_sequences, *shape[1:])
+            packed.view(positions).copy_(x.permute(1, 0, 3, 4, 2, 5))
+            return packed
+        here = slice(self.first_chunk, self.first_chunk + count)
+        tokens = self.index.token_of_slot[here].reshape(-1)
+        x = x.reshape(-1, own_heads * dim).index_select(0, tokens).view(count, self.chunk, own_heads, 1, dim)
+        packed.view(shape).copy_(x.permute(0, 2, 3, 1, 4))
+        packed.view(shape).masked_fill_(self.index.padding[here, None, None, :, None], 0)
         return packed
 
-    def unpack(self, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The inverse of `pack` and its transpose: `[N, H, C, D]` to `shape` `[B, T, H', D]`, repeated heads summed."""
-        heads, dim = packed.shape[1], packed.shape[-1]
-        batch, time, own_heads = shape[:3]
+    def unpack(self, packed: Tensor, x: Tensor) -> Tensor:
+        """The inverse of `pack` and its transpose: `[N * H, C, D]` into `x` `[B, T, H', D]`, repeated heads summed."""
+        own_heads, dim = x.shape[2:]
+        count = self.num_chunks
+        packed = packed.reshape(count, own_heads, -1, self.chunk, dim)
+        packed = packed.sum(2) if packed.shape[2] > 1 else packed[:, :, 0]
         if self.index is None:
-            x = packed.view(len(self.spans), self.num_sequences, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
-        else:
-            head = torch.arange(heads, device=packed.device)
-            groups = self.index.chunk_of_token[:, None] * heads + head
-            rows = groups * self.chunk + self.index.slot_of_token[:, None]
-            x = packed.reshape(-1, dim).index_select(0, rows.view(-1))
-        if own_heads != heads:
-            x = x.reshape(batch, time, own_heads, heads // own_heads, dim).sum(3)
-        return x.reshape(shape).to(dtype)
+            end = self.first_position + len(self.spans)
+            packed = packed.view(len(self.spans), self.num_sequences, own_heads, self.chunk, dim)
+            chunks = x.view(self.num_sequences, -1, self.chunk, own_heads, dim)
+            chunks[:, self.first_position : end] = packed.permute(1, 0, 3, 2, 4)
+            return x
+        here = slice(self.index.starts[self.first_chunk], self.index.starts[self.first_chunk + count])
+        slots = self.index.slots[here] - self.first_chunk * self.chunk
+        rows = packed.transpose(1, 2).reshape(-1, own_heads * dim).index_select(0, slots).to(x.dtype)
+        x.view(-1, own_heads * dim).index_copy_(0, self.index.tokens[here], rows)
+        return x
 
     def sort_state(self, state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A fresh copy of `state` `[B, H, K, V]` in the layout's order and `like`'s dtype; zeros for None."""
@@ -110,18 +148,20 @@ def chunk_layout(bounds: tuple[int, ...], device: torch.device) -> ChunkLayout:
     in_order = order == list(range(len(order)))
     order_index = None if in_order else torch.tensor(order, device=device)
     if min(lengths) == longest and longest % chunk == 0:
-        return ChunkLayout(len(lengths), chunk, first, tuple(spans), order_index, None)
+        return ChunkLayout(len(lengths), chunk, tuple(spans), order_index, None)
 
-    starts = [bounds[order[rank]] + position * chunk for position, (_, n) in enumerate(spans) for rank in range(n)]
+    first_tokens = [
+        bounds[order[rank]] + position * chunk for position, (_, n) in enumerate(spans) for rank in range(n)
+    ]
     ends = [bounds[order[rank] + 1] for _, n in spans for rank in range(n)]
-    token = torch.tensor(starts)[:, None] + torch.arange(chunk)
-    valid = token < torch.tensor(ends)[:, None]
-    chunk_index, slot_index = valid.nonzero(as_tuple=True)
-    by_token = token[valid].argsort()
-    padded_chunk, padded_slot = (~valid).nonzero(as_tuple=True)
-    index = (token.masked_fill(~valid, 0), chunk_index[by_token], slot_index[by_token], padded_chunk, padded_slot)
-    on_device = ChunkIndex(*(x.to(device) for x in index))
-    return ChunkLayout(len(lengths), chunk, first, tuple(spans), order_index, on_device)
+    token = torch.tensor(first_tokens)[:, None] + torch.arange(chunk)
+    padding = token >= torch.tensor(ends)[:, None]
+    slots = padding.logical_not().flatten().nonzero()[:, 0]
+    starts = (0, *padding.logical_not().sum(1).cumsum(0).tolist())
+    tensors = (token.masked_fill(padding, 0), padding, slots, token.flatten()[slots])
+    token_of_slot, padding, slots, tokens = (x.to(device) for x in tensors)
+    index = ChunkIndex(token_of_slot, padding, slots, tokens, starts)
+    return ChunkLayout(len(lengths), chunk, tuple(spans), order_index, index)
 
 
 @lru_cache(maxsize=1)

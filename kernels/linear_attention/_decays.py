@@ -5,7 +5,7 @@ of them from products of numbers <= 1. With one decay per head they are a matrix
 per channel they stand inside the sum over channels, and a score is a product at the one level where its tokens meet.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -44,11 +44,10 @@ def decay_levels(until: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Te
 
 
 def level_blocks(matrix: Tensor, half: int) -> Tensor:
-    """The entries (row in a block's right half, column in its left half) of `[G, C, C]`: a view `[G, C/2m, m, m]`."""
-    groups, chunk, _ = matrix.shape
-    blocks = chunk // (2 * half)
-    right_left = matrix.view(groups, blocks, 2, half, blocks, 2, half)[:, :, 1, :, :, 0]
-    return right_left.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    """The entries (row in a block's right half, column in its left half) of `[…, C, C]`: a view `[…, C/2m, m, m]`."""
+    blocks = matrix.shape[-1] // (2 * half)
+    right_left = matrix.unflatten(-1, (blocks, 2, half)).unflatten(-4, (blocks, 2, half))[..., 1, :, :, 0, :]
+    return right_left.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def sum_over_spans(d_until: Tensor, d_after: Tensor) -> Tensor:
@@ -77,54 +76,61 @@ def block_groups(x_GCK: Tensor) -> int:
     return max(1, _BLOCK_ELEMENTS // x_GCK[0].numel()) if x_GCK.is_cpu else len(x_GCK)
 
 
-def channel_scores(
-    rows: Sequence[Tensor], columns: Tensor, until: Tensor, after: Tensor, scores: Sequence[Tensor]
-) -> None:
-    """For each x `[G, C, K]` of `rows` write sum_c x_ic columns_jc decay_c(j -> i), for j < i, to its `[G, C, C]`.
+def channel_scores(rows: Tensor, columns: Tensor, until: Tensor, after: Tensor, scores: Tensor) -> None:
+    """Write sum_c x_ic columns_jc decay_c(j -> i), for j < i, of each x `[G, C, K]` in `rows` `[G, R, C, K]`.
 
-    Takes `until` and `after` as `decay_levels` does, and leaves them as P and R.
+    `scores` is `[G, R, C, C]`; its other entries stay. Takes `until` and `after` as `decay_levels` does, and leaves
+    them as P and R.
     """
-    groups, _, dim = columns.shape
     for half, row_decay, column_decay in decay_levels(until, after):
-        left = (_halves(columns, half)[:, :, 0] * column_decay).view(-1, half, dim)
-        for x, x_scores in zip(rows, scores):
-            right = (_halves(x, half)[:, :, 1] * row_decay).view(-1, half, dim)
-            with through_mkl() if half <= _TINY else nullcontext():
-                products = torch.bmm(right, left.mT)
-            level_blocks(x_scores, half).copy_(products.view(groups, -1, half, half))
+        left, right = _level_factors(rows, columns, half, row_decay, column_decay)
+        blocks = level_blocks(scores, half).transpose(1, 2)
+        blocks.copy_(_small_matmul(right, left.mT).view(blocks.shape))
 
 
 def channel_scores_backward(
-    rows: Sequence[Tensor],
+    rows: Tensor,
     columns: Tensor,
     until: Tensor,
     after: Tensor,
-    d_scores: Sequence[Tensor],
-    d_rows: Sequence[Tensor],
+    d_scores: Tensor,
+    d_rows: Tensor,
     d_columns: Tensor,
 ) -> None:
     """Write the gradients of `rows` and `columns` through `channel_scores`. Leaves `until` and `after` as P and R."""
-    dim = columns.shape[-1]
-    for d_x in (*d_rows, d_columns):
-        d_x.zero_()
+    d_rows.zero_()
+    d_columns.zero_()
     for half, row_decay, column_decay in decay_levels(until, after):
-        left = (_halves(columns, half)[:, :, 0] * column_decay).view(-1, half, dim)
-        for x, d_x, d_x_scores in zip(rows, d_rows, d_scores):
-            d_block = level_blocks(d_x_scores, half).reshape(-1, half, half)
-            right = (_halves(x, half)[:, :, 1] * row_decay).view(-1, half, dim)
-            _halves(d_x, half)[:, :, 1].addcmul_(row_decay, _small_matmul(d_block, left).view(row_decay.shape))
-            d_left = _small_matmul(d_block.mT, right).view(row_decay.shape)
-            _halves(d_columns, half)[:, :, 0].addcmul_(column_decay, d_left)
+        left, right = _level_factors(rows, columns, half, row_decay, column_decay)
+        d_blocks = level_blocks(d_scores, half).transpose(1, 2).reshape(len(left), -1, half)
+        d_right = _small_matmul(d_blocks, left).view(*row_decay.shape[:2], -1, *row_decay.shape[2:])
+        _halves(d_rows, half)[..., 1, :, :].addcmul_(row_decay[:, None], d_right.transpose(1, 2))
+        d_left = _small_matmul(d_blocks.mT, right).view(column_decay.shape)
+        _halves(d_columns, half)[..., 0, :, :].addcmul_(column_decay, d_left)
+
+
+def _level_factors(
+    rows: Tensor, columns: Tensor, half: int, row_decay: Tensor, column_decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Columns and rows on their two sides of the level's splits, decayed to there: `[X, m, K]` and `[X, R * m, K]`."""
+    groups, kinds, _, dim = rows.shape
+    left = (_halves(columns, half)[..., 0, :, :] * column_decay).view(-1, half, dim)
+    # One product for all kinds of rows.
+    right = rows.new_empty(groups, row_decay.shape[1], kinds, half, dim)
+    torch.mul(_halves(rows, half)[..., 1, :, :].transpose(1, 2), row_decay[:, :, None], out=right)
+    return left, right.view(-1, kinds * half, dim)
 
 
 def _halves(x: Tensor, half: int) -> Tensor:
-    return x.view(x.shape[0], -1, 2, half, x.shape[-1])
+    """`[…, C, K]` as `[…, C/2m, 2, m, K]`."""
+    return x.unflatten(-2, (-1, 2, half))
 
 
 def _small_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a `[n, m, m]` @ b `[n, m, K]`; at m = 1 and 2 torch.bmm's CPU loop is up to ten times slower."""
-    if a.shape[-1] > 2:
-        with through_mkl() if a.shape[-1] <= _TINY else nullcontext():
+    """Batched a `[X, M, N]` @ b `[X, N, K]`; sums of few products torch.bmm's CPU loop adds up to ten times slower."""
+    terms = a.shape[-1]
+    if terms > 2:
+        with through_mkl() if min(terms, a.shape[1], b.shape[2]) <= _TINY else nullcontext():
             return torch.bmm(a, b)
     first = a[:, :, :1] * b[:, :1]
-    return first if a.shape[-1] == 1 else first.addcmul_(a[:, :, 1:], b[:, 1:])
+    return first if terms == 1 else first.addcmul_(a[:, :, 1:], b[:, 1:])

@@ -12,12 +12,14 @@ Chunked form (the UT transform of arXiv 2406.06484, section 3, with decays). Wit
 j (exclusive) to i (inclusive), P_i from the chunk's start to i, R_j from j to its end, S the state at its start:
 
     A_k,ij = sum_c k_ic k'_jc decay_c(j -> i) for j < i      A_q,ij the same of q, for j <= i
-    r   = (I + A_k)^-1 (V - (P K) S)                   r_i = u_i / beta_i: what the state got wrong at token i
+    r   = T V - (T P K) S,  T = (I + A_k)^-1           r_i = u_i / beta_i: what the state got wrong at token i
     O   = (P Q) S + A_q r
     S'  = P_last S + (R K')^T r
 
 With one decay per head A is a product of matrices times Gamma_ij = decay(j -> i); see `_decays` for one per channel.
-Writing the residual r instead of u puts beta into k' alone, so that no step divides by it.
+Writing the residual r instead of u puts beta into k' alone, so that no step divides by it. T V and T P K are products
+for many chunks at once, so that the scan over the chunks has two: r, and S'. On a CPU what is computed of a segment of
+chunks stays in its cache until it is used up.
 """
 
 from functools import partial
@@ -51,7 +53,7 @@ from kernels.linear_attention._decays import (
     sum_over_spans,
 )
 from kernels.linear_attention._sharded import run_sharded
-from kernels.matmul import fastest_products, with_fastest_products
+from kernels.matmul import fastest_products, through_mkl, with_fastest_products
 from kernels.triton import implementations as with_triton
 
 
@@ -124,7 +126,7 @@ def _diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
 
 
 class _Chunks:
-    """What forward and backward both need of the inputs, as `[G, C, D]` with G = N * heads.
+    """What forward and backward both need of the inputs of a segment, as `[G, C, D]` with G = N * heads.
 
     `kq` is k above scale * q `[G, 2C, K]`. What is only ever multiplied is in the dtype `operands`, the rest in `full`.
     `until` (P) and `after` (R) are `[G, C, 1]`, or `[G, C, K]` with one decay per channel.
@@ -142,17 +144,15 @@ class _Chunks:
         beta: Tensor,
     ) -> None:
         self.full, self.operands = dtypes
-
-        def packed(x: Tensor) -> Tensor:
-            x = x if x.dim() == 4 else x[..., None]
-            return layout.pack(x, heads, self.full).view(-1, layout.chunk, x.shape[-1])
-
-        self.kq = torch.cat((packed(k), packed(q).mul_(scale)), dim=1)
-        self.k, self.q = self.kq[:, : layout.chunk], self.kq[:, layout.chunk :]
-        self.beta = packed(beta)
+        chunk, groups = layout.chunk, layout.num_chunks * heads
+        self.kq = q.new_empty(groups, 2 * chunk, q.shape[-1], dtype=self.full)
+        self.k, self.q = self.kq[:, :chunk], self.kq[:, chunk:]
+        layout.pack(k, heads, self.full, out=self.k)
+        layout.pack(q, heads, self.full, out=self.q).mul_(scale)
+        self.beta = layout.pack(beta[..., None], heads, self.full)
         self.k_beta = self.k * self.beta
-        self.decay = packed(log_decay).exp_()
         self.per_channel = log_decay.dim() == 4
+        self.decay = layout.pack(log_decay if self.per_channel else log_decay[..., None], heads, self.full).exp_()
 
     def scores(self) -> Tensor:
         """A_k above A_q, `[G, 2C, C]`. Makes `until` and `after`, and Gamma where there is one decay per head."""
@@ -163,9 +163,9 @@ class _Chunks:
             for kq, k_beta, until, after, block in zip(
                 *(x.split(groups) for x in (self.kq, self.k_beta, self.until, self.after, scores))
             ):
-                (k, q), pair = _stacked(kq).unbind(1), _stacked(block).unbind(1)
-                channel_scores([k, q], k_beta, until, after, pair)
-                pair[1].diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k_beta))
+                pair = _stacked(block)
+                channel_scores(_stacked(kq), k_beta, until, after, pair)
+                pair[:, 1].diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(_stacked(kq)[:, 1], k_beta))
         else:
             self.gamma, self.until, self.after = pairwise_decays(self.decay)
             self.kq_operand, self.k_beta_operand = self.kq.to(self.operands), self.k_beta.to(self.operands)
@@ -195,6 +195,10 @@ class _Chunks:
         pair *= self.gamma[:, None]
         pair[:, 0].diagonal(dim1=1, dim2=2).zero_()
 
+    def forgetting(self, inverse: Tensor) -> Tensor:
+        """-T P K `[G, C, K]`: how the state at a chunk's start enters its residuals."""
+        return torch.bmm(inverse, _stacked(self.kq_decayed)[:, 0]).neg_()
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return product(a, b, self.operands, self.full)
 
@@ -206,24 +210,21 @@ def _stacked(x: Tensor) -> Tensor:
 
 def _scan(
     layout: ChunkLayout, heads: int, state: Tensor, chunks: _Chunks, inverse: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs `state` `[N_sequences, H, K, V]` over the chunks in place; turns `v` into v - (P K) S.
+) -> tuple[Tensor, Tensor]:
+    """Runs `state` `[N_sequences, H, K, V]` over the chunks in place.
 
-    Returns (P Q) S `[G, C, V]`, the state at each chunk's start `[G, K, V]` and the residual r `[G, C, V]`.
+    Returns the state at each chunk's start `[G, K, V]` and the residual r `[G, C, V]`.
     """
-    chunk, (key_dim, value_dim) = layout.chunk, state.shape[2:]
-    from_state = torch.empty_like(v)
+    key_dim, value_dim = state.shape[2:]
     states = inverse.new_empty(len(v), key_dim, value_dim)
-    residual = inverse.new_empty(v.shape)
-    decay = chunks.state_decay
+    residual = chunks.product(inverse, v)
+    forgetting, decay = chunks.forgetting(inverse), chunks.state_decay
     for first, count in layout.spans:
         here, active = slice(first * heads, (first + count) * heads), state[:count].view(-1, key_dim, value_dim)
         states[here] = active
-        read = torch.bmm(chunks.kq_decayed[here], states[here])
-        from_state[here] = read[:, chunk:]
-        torch.bmm(inverse[here], v[here].sub_(read[:, :chunk]).to(inverse.dtype), out=residual[here])
-        add_product(active.mul_(decay[here]), chunks.k_written[here].mT, residual[here], inverse.dtype)
-    return from_state, states, residual
+        r = add_product(residual[here], forgetting[here], states[here], chunks.operands)
+        add_product(active.mul_(decay[here]), chunks.k_written[here].mT, r, chunks.operands)
+    return states, residual
 
 
 def _scan_backward(
@@ -233,25 +234,23 @@ def _scan_backward(
     chunks: _Chunks,
     inverse: Tensor,
     d_residual: Tensor,
-    d_reads: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Runs `d_state` back over the chunks in place; adds to `d_residual` and fills the first half of `d_reads`.
+    d_o: Tensor,
+) -> Tensor:
+    """Runs `d_state` back over the chunks in place, completing `d_residual`.
 
-    Returns the gradient of v `[G, C, V]` and that of the state after each chunk `[G, K, V]`.
+    Returns the gradient of the state after each chunk `[G, K, V]`.
     """
-    chunk, (key_dim, value_dim) = layout.chunk, d_state.shape[2:]
-    d_v = torch.empty_like(d_residual)
-    d_after = inverse.new_empty(len(d_v), key_dim, value_dim)
-    decay = chunks.state_decay
+    key_dim, value_dim = d_state.shape[2:]
+    d_after = inverse.new_empty(len(d_residual), key_dim, value_dim)
+    read = chunks.product(_stacked(chunks.kq_decayed)[:, 1].mT, d_o)
+    forgetting, decay = chunks.forgetting(inverse), chunks.state_decay
     for first, count in reversed(layout.spans):
         here, active = slice(first * heads, (first + count) * heads), d_state[:count].view(-1, key_dim, value_dim)
         d_after[here] = active
-        d_r = add_product(d_residual[here], chunks.k_written[here], d_after[here], inverse.dtype)
-        d_v_here = torch.bmm(inverse[here].mT, d_r.to(inverse.dtype))
-        d_v[here] = d_v_here
-        torch.neg(d_v_here, out=d_reads[here, :chunk])
-        add_product(active.mul_(decay[here]), chunks.kq_decayed[here].mT, d_reads[here], inverse.dtype)
-    return d_v, d_after
+        d_r = add_product(d_residual[here], chunks.k_written[here], d_after[here], chunks.operands)
+        torch.addcmul(read[here], active, decay[here], out=active)
+        add_product(active, forgetting[here].mT, d_r, chunks.operands)
+    return d_after
 
 
 def _head_decay_gradients(
@@ -302,8 +301,10 @@ def _channel_decay_gradients_of_block(
     d_log_decay: Tensor,
 ) -> None:
     """Write the last three."""
+    channel_scores_backward(
+        _stacked(kq), k_beta, decay, torch.ones_like(decay), _stacked(d_scores), _stacked(d_kq), d_k_beta
+    )
     (k, q), pair, d_pair = (_stacked(x).unbind(1) for x in (kq, d_kq, d_scores))
-    channel_scores_backward([k, q], k_beta, decay, torch.ones_like(decay), d_pair, pair, d_k_beta)
     # Each score moves log_decay between its two tokens: + from the row on, - from the column on. One on the diagonal
     # moves none, and joins after this.
     d_cumulative = (k * pair[0]).addcmul_(q, pair[1]).addcmul_(k_beta, d_k_beta, value=-1)
@@ -316,7 +317,10 @@ def _channel_decay_gradients_of_block(
 
 
 class _ChunkedGatedDeltaRule(torch.autograd.Function):
-    """The chunked form. Saves its inputs, the inverse, r and each chunk's first state; the rest is computed again."""
+    """The chunked form, by segments. Saves its inputs and of each chunk the inverse, r and the state at its start.
+
+    With one decay per channel A_q, too; with one per head it is one product. The rest is computed again.
+    """
 
     @staticmethod
     def forward(
@@ -333,67 +337,88 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         chunk, key_dim, value_dim = layout.chunk, q.shape[-1], v.shape[-1]
         full = compute_dtype(q, k, v, log_decay, beta, initial_state)
-        chunks = _Chunks(layout, heads, scale, (full, operand_dtype(q, k, v, full)), q, k, log_decay, beta)
-        scores = chunks.scores()
-        inverse = _unit_lower_inverse(scores[:, :chunk]).to(chunks.operands)
-        state = layout.sort_state(initial_state, (layout.num_sequences, heads, key_dim, value_dim), scores)
-        v_c = layout.pack(v, heads, full).view(-1, chunk, value_dim)
-        o, states, residual = _scan(layout, heads, state, chunks, inverse, v_c)
-        add_product(o, scores[:, chunk:], residual, chunks.operands)
-        # With one decay per head the scores are one product; with one per channel they cost more than their memory.
-        scores_q = scores[:, chunk:].to(chunks.operands, copy=True) if chunks.per_channel else None
-        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, inverse, residual, states, scores_q)
-        ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
-        o = layout.unpack(o.view(-1, heads, chunk, value_dim), (*v.shape[:2], heads, value_dim), v.dtype)
+        dtypes = full, operand_dtype(q, k, v, full)
+        o = v.new_empty(*v.shape[:2], heads, value_dim)
+        state_shape = (layout.num_sequences, heads, key_dim, value_dim)
+        state = layout.sort_state(initial_state, state_shape, v.new_empty((), dtype=full))
+        ctx.segments = layout.segments(heads * chunk * max(key_dim, value_dim), q.is_cpu)
+        saved: list[Tensor | None] = []
+        for segment in ctx.segments:
+            chunks = _Chunks(segment, heads, scale, dtypes, q, k, log_decay, beta)
+            scores = chunks.scores()
+            with through_mkl():  # the inverse's products are small
+                inverse = _unit_lower_inverse(scores[:, :chunk]).to(chunks.operands)
+            states, residual = _scan(segment, heads, state, chunks, inverse, segment.pack(v, heads, full))
+            o_c = chunks.product(_stacked(chunks.kq_decayed)[:, 1], states)
+            residual = residual.to(chunks.operands)
+            segment.unpack(add_product(o_c, scores[:, chunk:], residual, chunks.operands), o)
+            scores_q = scores[:, chunk:].to(chunks.operands, copy=True) if chunks.per_channel else None
+            saved += inverse, residual, states, scores_q
+        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, *saved)
+        ctx.scale, ctx.layout, ctx.heads, ctx.dtypes = scale, layout, heads, dtypes
         return o, layout.unsort_state(state)
 
     @staticmethod
     @once_differentiable
     @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, beta, initial_state, inverse, residual, states, scores_q = ctx.saved_tensors
+        q, k, v, log_decay, beta, initial_state, *saved = ctx.saved_tensors
         scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
-        chunk = layout.chunk
-        full = compute_dtype(q, k, v, log_decay, beta, initial_state)
-        chunks = _Chunks(layout, heads, scale, (full, states.dtype), q, k, log_decay, beta)
-        scores = None
-        if scores_q is None:
-            scores = chunks.scores()
-            scores_q = scores[:, chunk:]
-        else:
-            chunks.decays_alone()
-        d_state = layout.sort_state(d_final, (layout.num_sequences, heads, *states.shape[1:]), chunks.kq)
-        # The gradient of what is read from the state: of (P K) S above that of (P Q) S.
-        d_reads = residual.new_empty(residual.shape[0], 2 * chunk, residual.shape[-1])
-        d_reads[:, chunk:] = layout.pack(d_o, heads, states.dtype).view_as(residual)
-        d_residual = chunks.product(scores_q.mT, d_reads[:, chunk:])
-        d_v, d_after = _scan_backward(layout, heads, d_state, chunks, inverse, d_residual, d_reads)
-
-        d_scores = chunks.product(d_reads, residual.mT)
-        d_kq_decayed = chunks.product(d_reads, states.mT)
-        d_k_written = chunks.product(residual, d_after.mT)
-        if scores is None:
-            d_kq, d_k_beta, d_log_decay = _channel_decay_gradients(chunks, d_scores, d_kq_decayed, d_k_written)
-            d_total = (d_after * states).sum(2, dtype=full)[:, None]
-        else:
-            d_kq, d_k_beta, d_log_decay = _head_decay_gradients(chunks, scores, d_scores, d_kq_decayed, d_k_written)
-            d_total = (d_after * states).sum((1, 2), dtype=full)[:, None, None]
-        d_log_decay.addcmul_(d_total, chunks.until[:, -1:])
-        d_k_beta.addcmul_(d_k_written, chunks.after)
-        _stacked(d_kq).addcmul_(_stacked(d_kq_decayed), chunks.until[:, None])
-        d_k = torch.addcmul(d_kq[:, :chunk], d_k_beta, chunks.beta)
-        d_q = d_kq[:, chunk:] * scale
-        d_beta = torch.linalg.vecdot(d_k_beta, chunks.k)
-
-        def unpacked(x: Tensor, like: Tensor) -> Tensor:
-            shape = like.shape if like.dim() == 4 else (*like.shape, 1)
-            return layout.unpack(x.view(-1, heads, chunk, shape[-1]), shape, like.dtype).view(like.shape)
-
-        grads = [
-            unpacked(x, like) for x, like in ((d_q, q), (d_k, k), (d_v, v), (d_log_decay, log_decay), (d_beta, beta))
-        ]
+        state_shape = (layout.num_sequences, heads, q.shape[-1], v.shape[-1])
+        d_state = layout.sort_state(d_final, state_shape, v.new_empty((), dtype=ctx.dtypes[0]))
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay, beta)]
+        for number, segment in reversed(list(enumerate(ctx.segments))):
+            chunks = _Chunks(segment, heads, scale, ctx.dtypes, q, k, log_decay, beta)
+            packed_grads = _segment_backward(segment, heads, d_state, chunks, d_o, *saved[4 * number : 4 * number + 4])
+            packed_grads[0].mul_(scale)
+            for packed, grad in zip(packed_grads, grads, strict=True):
+                segment.unpack(packed, grad if grad.dim() == 4 else grad[..., None])
         d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
         return *grads, d_initial, None, None, None
+
+
+def _segment_backward(
+    layout: ChunkLayout,
+    heads: int,
+    d_state: Tensor,
+    chunks: _Chunks,
+    d_o: Tensor,
+    inverse: Tensor,
+    residual: Tensor,
+    states: Tensor,
+    scores_q: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of scale * q, k, v, log_decay and beta, `[G, C, D]`; runs `d_state` back over the segment in place."""
+    chunk = layout.chunk
+    if scores_q is None:
+        scores = chunks.scores()
+        scores_q = scores[:, chunk:]
+    else:
+        chunks.decays_alone()
+    # The gradient of what is read from the state: of (P K) S above that of (P Q) S.
+    d_reads = residual.new_empty(residual.shape[0], 2 * chunk, residual.shape[-1])
+    d_o_c = layout.pack(d_o, heads, d_reads.dtype, out=d_reads[:, chunk:])
+    d_residual = chunks.product(scores_q.mT, d_o_c)
+    d_after = _scan_backward(layout, heads, d_state, chunks, inverse, d_residual, d_o_c)
+    d_v = chunks.product(inverse.mT, d_residual)
+    d_reads[:, :chunk].copy_(d_v).neg_()
+
+    d_scores = chunks.product(d_reads, residual.mT)
+    d_kq_decayed = chunks.product(d_reads, states.mT)
+    d_k_written = chunks.product(residual, d_after.mT)
+    if chunks.per_channel:
+        d_kq, d_k_beta, d_log_decay = _channel_decay_gradients(chunks, d_scores, d_kq_decayed, d_k_written)
+        d_total = (d_after * states).sum(2, dtype=chunks.full)[:, None]
+    else:
+        d_kq, d_k_beta, d_log_decay = _head_decay_gradients(chunks, scores, d_scores, d_kq_decayed, d_k_written)
+        d_total = (d_after * states).sum((1, 2), dtype=chunks.full)[:, None, None]
+    d_log_decay.addcmul_(d_total, chunks.until[:, -1:])
+    d_k_beta.addcmul_(d_k_written, chunks.after)
+    _stacked(d_kq).addcmul_(_stacked(d_kq_decayed), chunks.until[:, None])
+    d_k, d_q = _stacked(d_kq).unbind(1)
+    d_k.addcmul_(d_k_beta, chunks.beta)
+    d_beta = torch.linalg.vecdot(d_k_beta, chunks.k)[..., None]
+    return d_q, d_k, d_v, d_log_decay, d_beta
 
 
 def _summarize(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -74,10 +74,7 @@ def _packed(
     """Packs scale * q, k, v (in the operands' dtype), the decays, and ones like them: `[G, C, D]`, G = N * heads."""
     dtype = compute_dtype(q, k, v, log_decay, initial_state)
     dtypes = dtype, dtype, operand_dtype(q, k, v, dtype), dtype
-    q, k, v, decay = (
-        layout.pack(x, heads, x_dtype).view(-1, layout.chunk, x.shape[-1])
-        for x, x_dtype in zip((q, k, v, log_decay), dtypes, strict=True)
-    )
+    q, k, v, decay = (layout.pack(x, heads, x_dtype) for x, x_dtype in zip((q, k, v, log_decay), dtypes, strict=True))
     return q.mul_(scale), k, v, decay.exp_(), torch.ones_like(decay)
 
 
@@ -86,7 +83,7 @@ def _scores(q: Tensor, k: Tensor, until: Tensor, after: Tensor) -> Tensor:
     scores = q.new_zeros(*q.shape[:2], q.shape[1])
     groups = block_groups(q)
     for q_b, k_b, until_b, after_b, scores_b in zip(*(x.split(groups) for x in (q, k, until, after, scores))):
-        channel_scores([q_b], k_b, until_b, after_b, [scores_b])
+        channel_scores(q_b[:, None], k_b, until_b, after_b, scores_b[:, None])
         scores_b.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q_b, k_b))
     return scores
 
@@ -116,8 +113,7 @@ class _ChunkedGLA(torch.autograd.Function):
         o = add_product(product(scores, v_c, operands, full), q_c.mul_(until), states, operands)
         ctx.save_for_backward(q, k, v, log_decay, initial_state, scores, states)
         ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
-        o_shape = (*v.shape[:2], heads, value_dim)
-        o = layout.unpack(o.view(-1, heads, layout.chunk, value_dim), o_shape, v.dtype)
+        o = layout.unpack(o, v.new_empty(*v.shape[:2], heads, value_dim))
         return o, layout.unsort_state(state)
 
     @staticmethod
@@ -128,14 +124,14 @@ class _ChunkedGLA(torch.autograd.Function):
         scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
         q_c, k_c, v_c, until, after = _packed(layout, heads, scale, q, k, v, log_decay, initial_state)
         full, operands = q_c.dtype, v_c.dtype
-        d_o_c = layout.pack(d_o, heads, operands).view_as(v_c)
+        d_o_c = layout.pack(d_o, heads, operands)
         d_scores = product(d_o_c, v_c.mT, operands, full)
         d_q, d_k = torch.empty_like(q_c), torch.empty_like(k_c)
         groups = block_groups(q_c)
-        for q_b, k_b, until_b, after_b, *d_b in zip(
+        for q_b, k_b, until_b, after_b, d_scores_b, d_q_b, d_k_b in zip(
             *(x.split(groups) for x in (q_c, k_c, until, after, d_scores, d_q, d_k))
         ):
-            channel_scores_backward([q_b], k_b, until_b, after_b, d_b[:1], d_b[1:2], d_b[2])
+            channel_scores_backward(q_b[:, None], k_b, until_b, after_b, d_scores_b[:, None], d_q_b[:, None], d_k_b)
         # Each score moves log_decay between its two tokens: + from the row on, - from the column on. A score on the
         # diagonal moves none, so the diagonal joins after this; it would cancel, but only up to rounding.
         d_cumulative = (q_c * d_q).addcmul_(k_c, d_k, value=-1)
@@ -160,7 +156,7 @@ class _ChunkedGLA(torch.autograd.Function):
         d_k += d_k_inter
 
         def unpacked(x: Tensor, like: Tensor) -> Tensor:
-            return layout.unpack(x.view(-1, heads, layout.chunk, x.shape[-1]), like.shape, like.dtype)
+            return layout.unpack(x, torch.empty(like.shape, dtype=like.dtype, device=like.device))
 
         d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
         grads = unpacked(d_q, q), unpacked(d_k, k), unpacked(d_v, v), unpacked(d_log_decay, log_decay)

@@ -62,12 +62,12 @@ def _check(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlen
 
 def _packed(layout: ChunkLayout, x: Tensor, dtype: torch.dtype) -> Tensor:
     """`[B, T, D]` as `[N, C, D]`."""
-    return layout.pack(x[:, :, None], 1, dtype)[:, 0]
+    return layout.pack(x[:, :, None], 1, dtype)
 
 
 def _unpacked(layout: ChunkLayout, x_NCD: Tensor, like: Tensor) -> Tensor:
     """`[N, C, D]` as `like`, `[B, T, D]`."""
-    return layout.unpack(x_NCD[:, None], (*like.shape[:2], 1, like.shape[2]), like.dtype).view(like.shape)
+    return layout.unpack(x_NCD, like.new_empty(*like.shape[:2], 1, like.shape[2]))[:, :, 0]
 
 
 def _scan(

@@ -95,8 +95,7 @@ class _ChunkedRetention(torch.autograd.Function):
         o = add_product(product(scores, v_c, operands, full), q_c * until, states, operands)
         ctx.save_for_backward(q, k, v, log_decay, initial_state, states)
         ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
-        o_shape = (*v.shape[:2], heads, value_dim)
-        o = layout.unpack(o.view(-1, heads, layout.chunk, value_dim), o_shape, v.dtype)
+        o = layout.unpack(o, v.new_empty(*v.shape[:2], heads, value_dim))
         return o, layout.unsort_state(state)
 
     @staticmethod
@@ -108,7 +107,7 @@ class _ChunkedRetention(torch.autograd.Function):
         full, operands = compute_dtype(q, k, v, log_decay, initial_state), states.dtype
         q_c, k_c, v_c = _packed(layout, heads, scale, operands, q, k, v)
         gamma, until, after = _decays(layout, heads, log_decay, full)
-        d_o_c = layout.pack(d_o, heads, operands).view_as(v_c)
+        d_o_c = layout.pack(d_o, heads, operands)
         state_shape = (-1, heads, *states.shape[1:])
 
         decay = until[:, -1:]
@@ -134,7 +133,7 @@ class _ChunkedRetention(torch.autograd.Function):
         d_k = add_product(d_k_inter, d_scores.mT, q_c, operands)
 
         def unpacked(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            return layout.unpack(x.view(-1, heads, layout.chunk, x.shape[-1]), shape, dtype)
+            return layout.unpack(x, torch.empty(shape, dtype=dtype, device=x.device))
 
         d_decay = unpacked(d_log_decay, torch.Size((*log_decay.shape, 1)), log_decay.dtype)[..., 0]
         d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
@@ -146,13 +145,13 @@ def _packed(
     layout: ChunkLayout, heads: int, scale: float, operands: torch.dtype, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, ...]:
     """Q times scale, k and v as `[G, C, D]`, G = N * heads, in the operands' dtype."""
-    q, k, v = (layout.pack(x, heads, operands).view(-1, layout.chunk, x.shape[-1]) for x in (q, k, v))
+    q, k, v = (layout.pack(x, heads, operands) for x in (q, k, v))
     return q.mul_(scale), k, v
 
 
 def _decays(layout: ChunkLayout, heads: int, log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Gamma `[G, C, C]`, P and R `[G, C, 1]`."""
-    return pairwise_decays(layout.pack(log_decay[..., None], heads, dtype).exp_().view(-1, layout.chunk, 1))
+    return pairwise_decays(layout.pack(log_decay[..., None], heads, dtype).exp_())
 
 
 def _summarize(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:

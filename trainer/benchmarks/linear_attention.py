@@ -45,7 +45,7 @@ class Config:
         rounds: Timed calls of each side; one of the naive forms and of SDPA with a mask.
         warmup: Untimed calls of each side before.
         threads: CPU threads; 0 takes every core.
-        default_allocator: Leave glibc's allocator as it is, for all sides.
+        keep_freed_memory: Have the C library keep freed memory, as training does, for all sides.
     """
 
     json: str | None = None
@@ -63,7 +63,7 @@ class Config:
     rounds: int = 5
     warmup: int = 2
     threads: int = 0
-    default_allocator: bool = False
+    keep_freed_memory: bool = False
 
     def __post_init__(self) -> None:
         for name in ("naive_seq_len", "window_seq_len", "window", "mixer_seq_len", "heads", "head_dim", "rounds"):
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
     from trainer.device import configure_threads, keep_freed_memory
 
     warnings.filterwarnings("ignore")
-    if not config.default_allocator:
+    if config.keep_freed_memory:
         keep_freed_memory()
     threads = configure_threads(config.threads)
     parts = {
@@ -97,7 +97,7 @@ def main(config: Config) -> None:
     }
     lines = [line for name, measure in parts.items() if name in config.parts for line in measure(config)]
     shape = f"{config.heads} heads of {config.head_dim}, float32"
-    allocator = "glibc's default allocator" if config.default_allocator else "freed memory kept"
+    allocator = "freed memory kept" if config.keep_freed_memory else "the C library's default allocator"
     report(f"linear attention, forward and backward, {shape}, {threads} threads, {allocator}", lines, config.json)
 
 
@@ -160,10 +160,11 @@ def _ours(variant: str, x: "dict[str, Tensor]") -> Step:
 def gated_delta_rule_flops(chunk: int, key_dim: int, value_dim: int) -> float:
     """FLOPs of the matrix products for one token of one head, forward and backward, the inverse's left out.
 
-    Forward: scores 4CK, reads 4KV, residual 2CV, writes 2KV, outputs 2CV. Backward: the scores again 4CK, gradients of
-    the residual 4CV and 2KV, of the state 4KV, of the scores 4CV, of the decayed factors 6KV, of q, k and beta 8CK.
+    Forward: scores 4CK, the inverse's 2CK and 2CV, residual, writes and reads 2KV each, outputs 2CV. Backward: scores
+    and the inverse's 6CK again, gradients of the residual 2CV and 2KV, of the state 4KV, of v 2CV, of the scores 4CV,
+    of the decayed factors 6KV, of q, k and beta 8CK.
     """
-    return 16.0 * chunk * key_dim + 18.0 * key_dim * value_dim + 12.0 * chunk * value_dim
+    return 20.0 * chunk * key_dim + 18.0 * key_dim * value_dim + 12.0 * chunk * value_dim
 
 
 def _against_fallback(config: Config) -> list[Comparison]:

@@ -1,0 +1,203 @@
+"""Softmax attention on sequences cut over the ranks of a process group: each rank holds consecutive tokens.
+
+Without a window every query may see every key. The ranks exchange heads for tokens (DeepSpeed-Ulysses, arXiv
+2309.14509): [B, T/P, H, K] on each of P ranks becomes [B, T, H/P, K], each rank attends with its heads over the whole
+row, and the outputs travel back. A rank gets the key heads that its query heads read, and no others.
+
+With a window a query sees the window − 1 keys before it and no more. Each rank attends with its own queries over its
+own keys behind a halo: those of the last window − 1 tokens before its part that lie in its first token's document,
+from as many ranks as they span. What travels grows with the window, not with T.
+
+Each form is a chain of all-to-alls of known sizes, a node each in the graph of every rank, whatever it sends or
+receives: the ranks' backward passes meet in the same order.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of a vector whose consecutive parts go to the ranks in order; backward sends every part back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(x, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    y = x.new_empty(sum(received))
+    dist.all_to_all_single(y, x.contiguous(), received, sent, group=group)
+    return y
+
+
+def attention_sharded(
+    one_rank: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    lengths: Sequence[int],
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`one_rank` on tokens that are cut over the ranks of `group`.
+
+    Args:
+        one_rank: `(q, k, v, window=, cu_seqlens=) -> o` on one rank.
+        q, k, v: this rank's tokens, [B, T, H, K], [B, T, Hkv, K] and [B, T, Hkv, V], of the same T on every rank.
+        window: keys that a query sees, itself included, fewer than the row has; None for all.
+        cu_seqlens: bounds of the documents in the whole row, None if it is one.
+        lengths: of those documents, without empty ones; their sum is T times the number of ranks.
+        group: the ranks, in the order of the tokens.
+
+    Returns:
+        o: [B, T, H, V] of this rank's tokens.
+    """
+    if window is None:
+        return _over_heads(one_rank, q, k, v, cu_seqlens, group)
+    return _over_halos(one_rank, q, k, v, window, cu_seqlens, lengths, group)
+
+
+def split_heads(heads: int, key_heads: int, world: int) -> list[tuple[range, range]]:
+    """Each rank's query heads, as even as they divide, and the key heads that these read; none where ranks abound."""
+    bounds = [rank * heads // world for rank in range(world + 1)]
+    groups = heads // key_heads
+    return [
+        (range(first, end), range(first // groups, (end - 1) // groups + 1) if end > first else range(0))
+        for first, end in pairwise(bounds)
+    ]
+
+
+def _over_heads(
+    one_rank: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Full attention: every rank sees the whole row in some of the heads."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    batch, time, heads, key_dim = q.shape
+    key_heads, value_dim = v.shape[2:]
+    split = split_heads(heads, key_heads, world)
+    query_counts, key_counts = [len(queries) for queries, _ in split], [len(keys) for _, keys in split]
+    if sum(key_counts) > key_heads:
+        sent_heads = torch.tensor([head for _, keys in split for head in keys], device=k.device)
+        k, v = k.index_select(2, sent_heads), v.index_select(2, sent_heads)
+    # split and cat touch every element once in the backward too; slicing would add up full-length gradients.
+    by_rank = zip(q.split(query_counts, dim=2), k.split(key_counts, dim=2), v.split(key_counts, dim=2))
+    parts = [torch.cat([x.flatten(2) for x in part], dim=2).flatten() for part in by_rank]
+    sizes = [len(part) for part in parts]
+    whole = _Exchange.apply(torch.cat(parts), sizes, [sizes[rank]] * world, group)
+
+    queries, keys = split[rank]
+    row = world * time
+    widths = [len(queries) * key_dim, len(keys) * key_dim, len(keys) * value_dim]
+    whole_BTX = whole.view(world, batch, time, sum(widths)).transpose(0, 1).reshape(batch, row, sum(widths))
+    q_BTX, k_BTX, v_BTX = whole_BTX.split(widths, dim=2)
+    q, k = q_BTX.view(batch, row, len(queries), key_dim), k_BTX.view(batch, row, len(keys), key_dim)
+    v = v_BTX.view(batch, row, len(keys), value_dim)
+    # Without a head there is nothing to attend to, but v hangs in the graph: this rank, too, must send its part back.
+    o = one_rank(q, *_read_by(queries, keys, heads // key_heads, k, v), cu_seqlens=cu_seqlens) if queries else v
+
+    o_PBTX = o.reshape(batch, world, time, len(queries) * value_dim).transpose(0, 1)
+    received = [batch * time * count * value_dim for count in query_counts]
+    back = _Exchange.apply(o_PBTX.flatten(), [received[rank]] * world, received, group)
+    o_by_rank = [x.view(batch, time, count, value_dim) for x, count in zip(back.split(received), query_counts)]
+    return torch.cat(o_by_rank, dim=2)
+
+
+def _read_by(queries: range, keys: range, groups: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The key heads `keys`, repeated for each query head where these do not share them evenly."""
+    read = [head // groups - keys.start for head in queries]
+    if read == [i * len(keys) // len(queries) for i in range(len(queries))] and len(queries) % len(keys) == 0:
+        return k, v
+    repeated = torch.tensor(read, device=k.device)
+    return k.index_select(2, repeated), v.index_select(2, repeated)
+
+
+def halo_lengths(time: int, world: int, window: int, bounds: Sequence[int]) -> list[int]:
+    """How many tokens before its own each rank's queries see, in a row whose documents lie between `bounds`."""
+    starts = (rank * time for rank in range(world))
+    return [min(window - 1, start - bounds[bisect_right(bounds, start) - 1]) for start in starts]
+
+
+def sent_lengths(halos: Sequence[int], time: int, sender: int) -> list[int]:
+    """How many of its last tokens a rank sends to each rank, so that every rank gets its halo."""
+    return [
+        min(max(halo - (receiver - sender - 1) * time, 0), time) if receiver > sender else 0
+        for receiver, halo in enumerate(halos)
+    ]
+
+
+def _over_halos(
+    one_rank: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    cu_seqlens: Tensor | None,
+    lengths: Sequence[int],
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Attention in a window: every rank attends with its own queries."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    time = q.shape[1]
+    bounds = list(accumulate(lengths, initial=0))
+    halos = halo_lengths(time, world, window, bounds)
+    # The same on every rank: either all of them take part or none.
+    if any(halos):
+        k, v = _behind_halo(k, v, halos, group)
+    if cu_seqlens is None:
+        return one_rank(q, k, v, window=window)
+    start, end = rank * time, (rank + 1) * time
+    cuts = [start, *(bound for bound in bounds if start < bound < end), end]
+    # Only the first document can have begun before: its queries are the last of its positions. The others are whole
+    # here up to this rank's end, where causal attention may cut them.
+    first, rest = cuts[1] - start, end - cuts[1]
+    q_first, q_rest = q.split([first, rest], dim=1)
+    (k_first, k_rest), (v_first, v_rest) = (x.split([halos[rank] + first, rest], dim=1) for x in (k, v))
+    o_first = one_rank(q_first, k_first, v_first, window=window)
+    if rest == 0:
+        return o_first
+    rest_bounds = torch.tensor([cut - cuts[1] for cut in cuts[1:]], dtype=torch.int32, device=cu_seqlens.device)
+    return torch.cat((o_first, one_rank(q_rest, k_rest, v_rest, window=window, cu_seqlens=rest_bounds)), dim=1)
+
+
+def _behind_halo(k: Tensor, v: Tensor, halos: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """K and v of this rank behind those of its halo."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    batch, time, key_heads, key_dim = k.shape
+    value_dim = v.shape[3]
+    sent = sent_lengths(halos, time, rank)
+    received = [sent_lengths(halos, time, sender)[rank] for sender in range(world)]
+    longest = max(sent)
+    tail_BTX = torch.cat([x[:, time - longest :].flatten(2) for x in (k, v)], dim=2)
+    token_size = batch * tail_BTX.shape[2]
+    # A rank that sends nothing has an empty message that hangs in the graph: it waits in the backward exchange too.
+    parts = [tail_BTX[:, longest - length :].flatten() for length in sent if length] or [tail_BTX.flatten()]
+    sizes = [length * token_size for length in received]
+    halo = _Exchange.apply(torch.cat(parts), [length * token_size for length in sent], sizes, group)
+    pieces = [
+        x.view(batch, length, tail_BTX.shape[2]).split([key_heads * key_dim, key_heads * value_dim], dim=2)
+        for x, length in zip(halo.split(sizes), received)
+    ]
+    before_k, before_v = zip(*pieces)
+    return (
+        torch.cat([*(x.unflatten(2, (key_heads, key_dim)) for x in before_k), k], dim=1),
+        torch.cat([*(x.unflatten(2, (key_heads, value_dim)) for x in before_v), v], dim=1),
+    )
