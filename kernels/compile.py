@@ -2,14 +2,17 @@
 
     python -m kernels.compile --all
     python -m kernels.compile --target sm_90 --target gfx942 --head-dim 128 --dtype bf16 --json kernels.json
+    python -m kernels.compile --target sm_90 --kernel gla.scan
+    python -m kernels.compile --peer fla
 
 Each module in kernels/triton/ that has `specs(target, head_dim, dtype)` names its kernels as it would launch them. The
 table has, for each: registers of a thread, bytes spilled to memory, shared memory beside the target's limit, matrix
 instructions, and the bytes and FLOPs of the stated problem. The numbers come from the machine code: NVIDIA's through
-cuobjdump, AMD's from the assembly's own notes.
+cuobjdump, AMD's from the assembly's own notes. `--peer fla` does the same with flash-linear-attention's kernels, as far
+as it can be compared (see kernels/compile_fla.py).
 
 Exit codes: 0; 1 if a kernel does not compile, spills, wants more shared memory than there is, or multiplies matrices
-without a matrix instruction; 2 for wrong arguments or a machine that cannot compile.
+without a matrix instruction (a peer's are reported only); 2 for wrong arguments or a machine that cannot compile.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -23,7 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -34,6 +37,9 @@ from typing import Any
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bf16", "fp32")
+PEERS = ("fla",)
+
+NO_RESOURCES = {"registers": 0, "spilled_bytes": 0, "shared_bytes": 0, "matrix_instructions": 0}
 
 _NVIDIA_MATRIX = re.compile(r"^\s*(?:@!?%p\d+ )?(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", re.MULTILINE)
 _AMD_MATRIX = re.compile(r"^\s*v_mfma_\w+", re.MULTILINE)
@@ -90,18 +96,12 @@ def compile_spec(module: str, spec: Any, target: str, head_dim: int, dtype: str,
 
     With `error`, it is known not to compile, and this only reports it.
     """
-    from triton.errors import TritonError  # here: --help and wrong arguments need no triton
+    from kernels.triton.launch import SHARED_BYTES  # here: --help and wrong arguments need no triton
 
-    from kernels.triton.launch import SHARED_BYTES
-
-    resources = {"registers": 0, "spilled_bytes": 0, "shared_bytes": 0, "matrix_instructions": 0}
-    try:
-        if not error:
-            resources = _resources(_compile(spec, target), target)
-    # The passes behind the front end raise RuntimeError and its like.
-    except (TritonError, RuntimeError, ValueError, AssertionError, subprocess.CalledProcessError) as failure:
-        lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-        error = lines[-1] if lines else type(failure).__name__
+    if error:
+        found = dict(NO_RESOURCES)
+    else:
+        _, found, error = try_to_compile(lambda: _compile(spec, target), target)
     return Report(
         target=target,
         head_dim=head_dim,
@@ -115,8 +115,21 @@ def compile_spec(module: str, spec: Any, target: str, head_dim: int, dtype: str,
         bytes=spec.bytes,
         flops=spec.flops,
         error=error,
-        **resources,
+        **found,
     )
+
+
+def try_to_compile(compile_kernel: Callable[[], Any], target: str) -> tuple[Any, dict[str, int], str]:
+    """What `compile_kernel` returns and its resources; if it fails, None, zeros and the compiler's last line."""
+    from triton.errors import TritonError
+
+    try:
+        compiled = compile_kernel()
+        return compiled, _resources(compiled, target), ""
+    # The passes behind the front end raise RuntimeError and its like.
+    except (TritonError, RuntimeError, ValueError, AssertionError, subprocess.CalledProcessError) as failure:
+        lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+        return None, dict(NO_RESOURCES), lines[-1] if lines else type(failure).__name__
 
 
 def _compile(spec: Any, target: str) -> Any:
@@ -180,7 +193,7 @@ def _cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def _check_machine(targets: Iterable[str]) -> None:
+def check_machine(targets: Iterable[str]) -> None:
     """Raises MachineError where nothing could be compiled."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
         raise MachineError("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
@@ -195,8 +208,8 @@ def _check_machine(targets: Iterable[str]) -> None:
 Task = tuple[str, int, str, int, str]
 
 
-def _tasks(targets: list[str], head_dims: list[int], dtypes: list[str]) -> list[Task]:
-    """(module, place in its `specs`, target, head_dim, dtype) of all there is to compile."""
+def _tasks(targets: list[str], head_dims: list[int], dtypes: list[str], name: str) -> list[Task]:
+    """(module, place in its `specs`, target, head_dim, dtype) of all that `name` is a part of."""
     modules = kernel_modules()
     return [
         (module, index, target, head_dim, dtype)
@@ -204,7 +217,8 @@ def _tasks(targets: list[str], head_dims: list[int], dtypes: list[str]) -> list[
         for head_dim in head_dims
         for dtype in dtypes
         for module in modules
-        for index in range(len(import_module(f"kernels.triton.{module}").specs(target, head_dim, dtype)))
+        for index, spec in enumerate(import_module(f"kernels.triton.{module}").specs(target, head_dim, dtype))
+        if name in f"{module}.{spec.name}"
     ]
 
 
@@ -228,9 +242,12 @@ def _run_alone(task: Task) -> Report:
             return _run(task, "the compiler's process died")
 
 
-def compile_all(targets: list[str], head_dims: list[int], dtypes: list[str], jobs: int) -> list[Report]:
-    """Compile everything in `jobs` processes; progress goes to standard error, reports come in a fixed order."""
-    tasks = _tasks(targets, head_dims, dtypes)
+def compile_all(targets: list[str], head_dims: list[int], dtypes: list[str], jobs: int, name: str = "") -> list[Report]:
+    """Compile what `name` is a part of in `jobs` processes, all by default.
+
+    Progress goes to standard error, reports come in a fixed order.
+    """
+    tasks = _tasks(targets, head_dims, dtypes, name)
     reports: dict[Task, Report] = {}
 
     def note(task: Task, report: Report) -> None:
@@ -266,8 +283,13 @@ def table(reports: Iterable[Report]) -> str:
         analytic = [f"{report.bytes / 1e6:.1f}", f"{report.flops / 1e9:.2f}", "; ".join(report.problems())]
         row = [report.target, report.head_dim, report.dtype, f"{report.module}.{report.kernel}", *numbers, *analytic]
         rows.append([str(cell) for cell in row])
+    return aligned(rows, ("target", "dtype", "kernel", ""))
+
+
+def aligned(rows: Sequence[Sequence[str]], words: Iterable[str]) -> str:
+    """Rows, headers first, as lines of columns; those headed by one of `words` to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numeric = [header not in ("target", "dtype", "kernel", "") for header in rows[0]]
+    numeric = [header not in words for header in rows[0]]
     return "\n".join(
         "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric)).rstrip()
         for row in rows
@@ -278,14 +300,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m kernels.compile", description="Compile all Triton kernels without a GPU."
     )
-    choice = parser.add_mutually_exclusive_group(required=True)
+    choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--target", action="append", choices=TARGETS, help="may be given several times")
     choice.add_argument("--all", action="store_true", help="every target")
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, default=list(HEAD_DIMS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, help="all; of a peer's kernels, 128")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all; of a peer's kernels, bf16 only")
+    parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels with this in their name")
+    parser.add_argument("--peer", choices=PEERS, help="another project's kernels, for sm_90 unless a target is given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here as well")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile at once")
     options = parser.parse_args(arguments)
+    if not (options.target or options.all or options.peer):
+        parser.error("choose targets, with --target or --all")
+    if options.peer and (options.all or any(target.startswith("gfx") for target in options.target or ())):
+        parser.error("--peer: only NVIDIA's targets, as --target sm_90")
+    if options.peer and options.dtype not in (None, ["bf16"]):
+        parser.error("--peer: only --dtype bf16; fla's delta rule takes no float32")
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     if options.json is not None and not options.json.parent.is_dir():
@@ -293,22 +323,33 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def write_json(file: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write `rows` to the file of --json, if there is one."""
+    if file is not None:
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parse(arguments)
     # Triton 3.9 warns of a default that is going to change; this is what launches have until then.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if options.peer:
+        # The module itself, even where this one is run as __main__ and so is another than the one that it imports.
+        return int(import_module("kernels.compile_fla").main(options))
     targets = list(TARGETS) if options.all else options.target
     try:
-        _check_machine(targets)
+        check_machine(targets)
     except MachineError as error:
         print(f"kernels.compile: {error}", file=sys.stderr)
         return 2
-    reports = compile_all(targets, options.head_dim, options.dtype, options.jobs)
+    head_dims, dtypes = options.head_dim or list(HEAD_DIMS), options.dtype or list(DTYPES)
+    reports = compile_all(targets, head_dims, dtypes, options.jobs, options.kernel)
+    if not reports:
+        print(f"kernels.compile: no kernel has {options.kernel!r} in its name", file=sys.stderr)
+        return 2
     print(table(reports))
-    if options.json is not None:
-        found = [asdict(report) | {"problems": report.problems()} for report in reports]
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(options.json, [asdict(report) | {"problems": report.problems()} for report in reports])
     unfit = [report for report in reports if report.problems()]
     for report in unfit:
         where = f"{report.target}, head size {report.head_dim}, {report.dtype}"

@@ -13,16 +13,26 @@ from kernels.linear_attention import _sharded
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_equal_one(world: int, tmp_path: Path) -> None:
+def run_ranks(world: int, what: str, folder: Path) -> None:
     command = [sys.executable, "-m", "tests.kernels.sharded_ranks"]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], cwd=ROOT, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder / "store"), what], cwd=ROOT, stderr=subprocess.PIPE
+        )
         for rank in range(world)
     ]
     errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
     failed = [error for process, error in zip(ranks, errors) if process.returncode]
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one(world: int, tmp_path: Path) -> None:
+    run_ranks(world, "results", tmp_path)
+
+
+def test_what_travels_has_the_size_of_states_whatever_the_length(tmp_path: Path) -> None:
+    run_ranks(3, "traffic", tmp_path)
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, bounds: list[int], time: int, rank: int, world: int) -> _sharded.Shard:

@@ -170,8 +170,29 @@ except ValueError as error:
     assert "asks for 'triton', which does not exist for these inputs" in finished.stdout
 
 
+def test_one_kernel_by_its_name() -> None:
+    arguments = ["--target", "sm_90", "--head-dim", "64", "--dtype", "bf16", "--kernel"]
+    finished = run(*arguments, "rotary.rotary_forward")
+    assert finished.returncode == 0, finished.stderr
+    (line,) = finished.stdout.splitlines()[1:]
+    assert line.split()[:4] == ["sm_90", "64", "bf16", "rotary.rotary_forward"]
+    finished = run(*arguments, "no_such_kernel")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "kernels.compile: no kernel has 'no_such_kernel' in its name\n"
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["--all", "--target", "sm_90"], ["--target", "sm_75"], ["--all", "--jobs", "0"]]
+    "arguments",
+    [
+        [],
+        ["--all", "--target", "sm_90"],
+        ["--target", "sm_75"],
+        ["--all", "--jobs", "0"],
+        ["--peer", "fla", "--all"],
+        ["--peer", "fla", "--target", "gfx942"],
+        ["--peer", "fla", "--dtype", "bf16", "fp32"],
+        ["--peer", "liger"],
+    ],
 )
 def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
