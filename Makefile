@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: help install pretrain test lint typecheck format bench coverage clean
+.PHONY: help install pretrain test test-parity test-slurm lint typecheck format bench coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,14 @@ pretrain: install  ## tokenizer, data, training and evaluation of the laptop rec
 	$(BIN)/torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain/laptop.yaml
 
 test: install lint typecheck  ## style, types and all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "not slow" --ignore tests/slurm
+
+test-parity: install  ## every parallel layout against one process, with times
+	$(BIN)/python -m pytest tests/parity -rs --durations 0
+
+test-slurm: install  ## jobs on a SLURM cluster of two nodes on this machine; installs SLURM (apt-get, as root)
+	bash tests/slurm/install.sh
+	$(BIN)/python -m pytest tests/slurm -rs
 
 lint: install
 	$(BIN)/ruff check .
@@ -39,7 +46,7 @@ bench: install  ## the training step against transformers, side by side
 	$(BIN)/python launch/bench.py train_step
 
 coverage: install  ## which lines the tests reach
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rs --cov --cov-report term --cov-report xml
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs --ignore tests/slurm --cov --cov-report term --cov-report xml
 
 clean:  ## remove caches; data, runs and .venv stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage coverage.xml build *.egg-info

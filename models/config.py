@@ -24,6 +24,8 @@ LINEAR_MIXERS: tuple[str, ...] = get_args(LinearMixer)
 MIXERS = SOFTMAX_MIXERS + LINEAR_MIXERS
 # Their decays are bounded from below, more so the higher the layer.
 LOWER_BOUNDED_MIXERS = ("hgrn", "hgrn2")
+# The part of the configuration that a mixer reads, where it does not bear the mixer's name.
+_SECTIONS = dict.fromkeys(SOFTMAX_MIXERS, "attention") | {"spikingbrain_tied_gla": "spikingbrain_gla"}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -413,6 +415,23 @@ class ModelConfig:
         """The mixer's name for each layer."""
         period = self.mixers.period()
         return [period[i % len(period)] for i in range(self.num_layers)]
+
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        """What tensor-parallel ranks share evenly, by its key: heads, channels and rows of the embedding."""
+        sizes = {"ffn_hidden_size": self.ffn_hidden_size, "vocab_multiple": self.vocab_multiple}
+        for mixer in self.layer_mixers():
+            match mixer:
+                case "hgrn":
+                    sizes["hidden_size"] = self.hidden_size
+                case "hgrn2":
+                    sizes["hidden_size / model.hgrn2.head_dim"] = self.state_shape(mixer)[0]
+                case _:
+                    section = _SECTIONS.get(mixer, mixer)
+                    config = getattr(self, section)
+                    sizes[f"{section}.num_heads"] = config.num_heads
+                    if hasattr(config, "num_kv_heads"):
+                        sizes[f"{section}.num_kv_heads"] = config.num_kv_heads
+        return {f"model.{name}": size for name, size in sizes.items()}
 
     def state_shape(self, mixer: str) -> tuple[int, int, int]:
         """(heads, key size, value size) of the state that a linear mixer carries; HGRN's is a vector, (1, 1, size)."""

@@ -14,11 +14,13 @@ from models.layers import RMSNorm, ShortConvolution, SwiGLU
 from models.mixers import build_mixer
 from models.mixers.base import LayerCache, Mixer, SequenceInfo
 from models.mixers.hgrn import layer_bounds
-from models.parallel import ColumnLinear, RowLinear, VocabEmbedding, vocabulary_loss
+from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, VocabEmbedding, enter_region, vocabulary_loss
 
 
 class Block(nn.Module):
     """x = x + mixer(norm(x)); x = x + ffn(norm(x))."""
+
+    groups: Groups = WHOLE
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
@@ -29,38 +31,66 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D]."""
-        x = x + self.mixer(self.mixer_norm(x), info, cache)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
+        return x + self.ffn(enter_region(self.ffn_norm(x), self.groups))
 
 
 class Decoder(nn.Module):
-    """A language model over a vocabulary of `vocab_size` rows.
+    """A language model over a vocabulary of `vocab_size` rows, or consecutive layers of one: a pipeline stage.
 
     Args:
-        config: The shape.
+        config: The shape of the whole.
         vocab_size: Rows of the embedding, padding included.
+        layers: The layers to build, a range of all; the first brings the embedding, the last the norm and the head.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    groups: Groups = WHOLE
+
+    def __init__(self, config: ModelConfig, vocab_size: int, layers: range | None = None) -> None:
         super().__init__()
+        layers = range(config.num_layers) if layers is None else layers
         self.model_config = config
         self.vocab_size = vocab_size
-        self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
-        blocks = [Block(config, mixer) for mixer in config.layer_mixers()]
-        self._rotary = [block.mixer.rotary for block in blocks]
-        self.layers = nn.ModuleList(blocks)
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else ColumnLinear(config.hidden_size, vocab_size, bias=False)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
+        self.embedding: VocabEmbedding | None = None
+        if self.is_first or (self.is_last and config.tie_embeddings):
+            self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
+        mixers = config.layer_mixers()
+        blocks = {str(i): Block(config, mixers[i]) for i in layers}
+        self._rotary = [block.mixer.rotary for block in blocks.values()]
+        self.layers = nn.ModuleDict(blocks)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.is_last else None
+        self.lm_head: ColumnLinear | None = None
+        if self.is_last and not config.tie_embeddings:
+            self.lm_head = ColumnLinear(config.hidden_size, vocab_size, bias=False)
         # One parameter for all layers, of every kind: their bounds come from a softmax over the depth. The first layer
         # has no bound.
         self.lower_bounds: nn.Parameter | None = None
-        if set(config.layer_mixers()[1:]) & set(LOWER_BOUNDED_MIXERS):
+        bounded = [i for i in range(1, config.num_layers) if mixers[i] in LOWER_BOUNDED_MIXERS]
+        if set(bounded) & set(layers):
             self.lower_bounds = nn.Parameter(torch.empty(config.num_layers, config.hidden_size))
+        self._first_bounded = bounded[0] if bounded else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank can run the model alone."""
+        return self.is_first and self.is_last and self.groups == WHOLE
+
+    def copies(self) -> frozenset[str]:
+        """The parameters that an earlier stage has, too: a tied head, and lower bounds."""
+        names = set()
+        if self.embedding is not None and not self.is_first:
+            names.add("embedding.weight")
+        if self.lower_bounds is not None and str(self._first_bounded) not in self.layers:
+            names.add("lower_bounds")
+        return frozenset(names)
 
     @property
     def head_weight(self) -> Tensor:
         """The output projection [V, D]."""
-        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        head = self.embedding if self.lm_head is None else self.lm_head
+        assert head is not None and self.is_last, "the last stage has a head"
+        return head.weight
 
     def hidden_states(
         self,
@@ -68,23 +98,30 @@ class Decoder(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor | None = None,
         caches: list[LayerCache] | None = None,
+        entering: Tensor | None = None,
     ) -> Tensor:
-        """Run embedding, blocks and final norm.
+        """Run embedding, blocks and final norm, as far as this stage has them.
 
         Args:
-            tokens: Token ids, int64 [B, T].
+            tokens: Token ids, int64 [B, T]; read by the first stage. With context parallelism T is this rank's part.
             positions: Position of each token in its document, int64 [B, T].
-            cu_seqlens: Borders of packed documents, int32 [N+1], with B = 1.
+            cu_seqlens: Borders of packed documents, int32 [N+1], with B = 1; of the whole row.
             caches: One cache per layer, to continue sequences.
+            entering: What the stage before gives, for any stage but the first.
 
         Returns:
-            [T, B, D].
+            [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
         """
         infos = self._layer_infos(positions, cu_seqlens)
-        x = self.embedding(tokens.transpose(0, 1))
-        for i, layer in enumerate(self.layers):
+        if self.is_first:
+            assert self.embedding is not None, "the first stage has an embedding"
+            x = self.embedding(tokens.transpose(0, 1))
+        else:
+            assert entering is not None, "a later stage takes what the one before it gives"
+            x = entering
+        for i, layer in enumerate(self.layers.values()):
             x = layer(x, infos[i], None if caches is None else caches[i])
-        return self.final_norm(x)
+        return x if self.final_norm is None else self.final_norm(x)
 
     def forward(
         self,
@@ -93,28 +130,38 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        entering: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, T, V], or with labels (int64 [B, T]) what `vocabulary_loss` gives: (sum in nats, per token [B*T]).
 
         loss_mask is float32 [B, T], all ones when left out. Per-token values are in the order of labels.flatten().
+        A stage but the last gives what the next takes, as `hidden_states`.
         """
-        hidden_TBD = self.hidden_states(tokens, positions, cu_seqlens)
+        hidden_TBD = self.hidden_states(tokens, positions, cu_seqlens, entering=entering)
+        if not self.is_last:
+            return hidden_TBD
         if labels is None:
+            assert self.groups.tensor is None, "logits are cut over tensor-parallel ranks: ask for the loss"
             return linear(hidden_TBD.transpose(0, 1), self.head_weight)
         if loss_mask is None:
             loss_mask = torch.ones_like(labels, dtype=torch.float32)
-        hidden_ND = hidden_TBD.transpose(0, 1).flatten(0, 1)
-        return vocabulary_loss(hidden_ND, self.head_weight, labels.flatten(), loss_mask.flatten())
+        return vocabulary_loss(hidden_TBD, self.head_weight, labels, loss_mask, self.groups)
 
     def _layer_infos(self, positions: Tensor, cu_seqlens: Tensor | None) -> list[SequenceInfo]:
         """What each layer is told of the micro-batch; layers that rotate alike share their tables."""
         tables = {rotary: rotary_tables(positions, *rotary) for rotary in set(self._rotary) if rotary is not None}
-        bounds = [None] * len(self._rotary) if self.lower_bounds is None else layer_bounds(self.lower_bounds)
+        bounds = {} if self.lower_bounds is None else dict(enumerate(layer_bounds(self.lower_bounds)))
         infos = []
-        for rotary, bound in zip(self._rotary, bounds, strict=True):
+        for layer, rotary in zip(self.layers, self._rotary, strict=True):
             cos, sin = (None, None) if rotary is None else tables[rotary]
-            infos.append(SequenceInfo(cos, sin, cu_seqlens, bound))
+            infos.append(SequenceInfo(cos, sin, cu_seqlens, bounds.get(int(layer)), self.groups.context))
         return infos
+
+
+def shapes(config: ModelConfig, vocab_size: int) -> Decoder:
+    """The whole model without memory for its parameters (on the meta device): to count with."""
+    with torch.device("meta"):
+        return Decoder(config, vocab_size)
 
 
 def initialize(model: Decoder, seed: int) -> None:

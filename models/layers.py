@@ -1,12 +1,16 @@
 """What blocks are made of beside mixers: norms and the feed-forward."""
 
+from typing import ClassVar
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.activations import swiglu
 from kernels.norms import Activation, gated_rms_norm, rms_norm
 from models.config import ModelConfig
-from models.parallel import ColumnLinear, RowLinear
+from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, sum_over
 
 
 class RMSNorm(nn.Module):
@@ -34,8 +38,44 @@ class GatedRMSNorm(RMSNorm):
         return gated_rms_norm(x, gate, self.weight, self.eps, self.activation)
 
 
+class FullWidthRMSNorm(RMSNorm):
+    """RMSNorm over all heads together, whose channels are cut over tensor-parallel ranks with them."""
+
+    shard_axes: ClassVar = {"weight": 0}
+    groups: Groups = WHOLE
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., size], or this rank's channels of it."""
+        if self.groups.tensor is None:
+            return super().forward(x)
+        return _norm_of_part(x, self.weight, self.eps, self.groups).to(x.dtype)
+
+
+class FullWidthGatedRMSNorm(GatedRMSNorm):
+    """GatedRMSNorm over all heads together, cut as FullWidthRMSNorm; the gate is silu."""
+
+    shard_axes: ClassVar = {"weight": 0}
+    groups: Groups = WHOLE
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise and gate x, both [..., size], or this rank's channels of it."""
+        if self.groups.tensor is None:
+            return super().forward(x, gate)
+        normed = _norm_of_part(x, self.weight, self.eps, self.groups)
+        return (normed * F.silu(gate.to(normed.dtype))).to(x.dtype)
+
+
+def _norm_of_part(x: Tensor, weight: Tensor, eps: float, groups: Groups) -> Tensor:
+    """RMSNorm of a vector of which this rank has a part, in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = sum_over(wide.square().mean(-1, keepdim=True), groups.tensor) / dist.get_world_size(groups.tensor)
+    return wide * torch.rsqrt(mean_square + eps) * weight.to(wide.dtype)
+
+
 class ShortConvolution(nn.Module):
     """Weight of a causal depthwise convolution [channels, width]; without bias, followed by SiLU."""
+
+    shard_axes: ClassVar = {"weight": 0}
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

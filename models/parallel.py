@@ -1,16 +1,116 @@
-"""The layers that model parallelism cuts, and how their parameters are named to a distributed checkpoint.
+"""How a model is cut over ranks: its layers' weights, the sequence between them, and their names in a checkpoint.
 
-The only file in models/ that knows Megatron, and it imports it only to describe a checkpoint: one process is plain
-PyTorch. Each class says along which dimension its weight is cut; with one tensor-parallel rank the cut is the whole.
+The only file in models/ that knows Megatron, and it imports it only where there is something to exchange or a
+checkpoint to describe: one process is plain PyTorch. Each class says along which dimension its weights are cut; models
+are built and initialised whole, layer by layer, and `cut` then leaves each rank its part.
+
+A block's mixer and feed-forward are tensor-parallel regions (arXiv 1909.08053). What enters is the same on every rank,
+what leaves is summed over them; inside, each rank has its heads and channels. With sequence parallelism (arXiv
+2205.05198) the residual stream between regions is cut along the sequence: it is gathered where it enters, and
+reduce-scattered where it leaves.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.embedding import sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The ranks over which a model is cut; None where one rank has the whole.
+
+    Attributes:
+        tensor: Ranks that share heads, feed-forward channels and the vocabulary.
+        context: Ranks that hold consecutive, equal parts of every sequence.
+        sequence: Cut the residual stream over `tensor`, too.
+    """
+
+    tensor: dist.ProcessGroup | None = None
+    context: dist.ProcessGroup | None = None
+    sequence: bool = False
+
+
+WHOLE = Groups()
+
+
+class _Enter(torch.autograd.Function):
+    """Pass x on; backward sums over ranks. mcore 0.16.1's own leaves a gradient that is not contiguous unsummed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad, ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    """The sum of x over ranks; backward gives each the gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def enter_region(x: Tensor, groups: Groups) -> Tensor:
+    """The residual stream x [T, B, D], or [T/P, B, D] with sequence parallelism, as a region takes it: [T, B, D].
+
+    What the region does to it is only this rank's share of its gradient: backward sums the shares.
+    """
+    if groups.tensor is None:
+        return x
+    if groups.sequence:
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        return gather_from_sequence_parallel_region(x, group=groups.tensor)
+    return _Enter.apply(x, groups.tensor)
+
+
+def leave_region(x: Tensor, groups: Groups) -> Tensor:
+    """The sum over ranks of their shares x [T, B, D], cut along the sequence with sequence parallelism."""
+    if groups.tensor is None:
+        return x
+    if groups.sequence:
+        from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
+
+        return reduce_scatter_to_sequence_parallel_region(x, group=groups.tensor)
+    return _Leave.apply(x, groups.tensor)
+
+
+def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of every rank's x, of which every rank goes on to make a different use: backward sums, too."""
+    if group is None:
+        return x
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(x, group=group)  # type: ignore[no-any-return]
+
+
+def local_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
+    """The part of x that this rank has, x being cut evenly along `dim`: a view."""
+    if group is None:
+        return x
+    size = x.shape[dim] // dist.get_world_size(group)
+    return x.narrow(dim, dist.get_rank(group) * size, size)
 
 
 class Linear(nn.Linear):
@@ -22,35 +122,96 @@ class Linear(nn.Linear):
 
 
 class ColumnLinear(Linear):
-    """Linear layer cut along its outputs (heads, feed-forward channels). Weight [out, in]."""
+    """Linear layer cut along its outputs (heads, feed-forward channels), within a region. Weight [out, in]."""
 
     shard_axes: ClassVar = {"weight": 0, "bias": 0}
 
 
 class RowLinear(Linear):
-    """Linear layer cut along its inputs; it writes into the residual stream. Weight [out, in]."""
+    """Linear layer cut along its inputs; it ends a region and writes into the residual stream. Weight [out, in]."""
 
     shard_axes: ClassVar = {"weight": 1}
+    groups: Groups = WHOLE
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project x [T, B, in] to the residual stream [T, B, out]."""
+        return leave_region(super().forward(x), self.groups)
 
 
 class VocabEmbedding(nn.Embedding):
     """Embedding cut along the vocabulary. Weight [V, D]."""
 
     shard_axes: ClassVar = {"weight": 0}
+    groups: Groups = WHOLE
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The residual stream [T, B, D] of token ids [T, B]."""
+        if self.groups.tensor is None:
+            return super().forward(tokens)
+        return leave_region(sharded_embedding(tokens, self.weight, self.groups.tensor), self.groups)
 
 
-def vocabulary_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, mask_N: Tensor) -> tuple[Tensor, Tensor]:
+def vocabulary_loss(
+    hidden_TBD: Tensor, weight_VD: Tensor, labels_BT: Tensor, mask_BT: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of the next token over the vocabulary, without ever holding all logits.
 
     Returns:
         The sum over tokens of mask times negative log-likelihood (nats, differentiable), and the negative
-        log-likelihoods [N] (float32, detached).
+        log-likelihoods [B*T] (float32, detached).
     """
-    return linear_cross_entropy(hidden_ND, weight_VD, labels_N, mask_N)
+    hidden_ND = enter_region(hidden_TBD, groups).transpose(0, 1).flatten(0, 1)
+    return linear_cross_entropy(hidden_ND, weight_VD, labels_BT.flatten(), mask_BT.flatten(), group=groups.tensor)
 
 
-def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """Describe a module's parameters to mcore's dist_checkpointing: global shape, this rank's part, who writes it."""
+def cut(model: nn.Module, groups: Groups) -> None:
+    """Leave this rank its part of an initialised model, and tell the layers who has the others."""
+    for module in model.modules():
+        if hasattr(module, "groups"):
+            vars(module)["groups"] = groups
+        if groups.tensor is None:
+            continue
+        ranks = dist.get_world_size(groups.tensor)
+        for name in getattr(module, "head_counts", ()):
+            if hasattr(module, name):
+                setattr(module, name, getattr(module, name) // ranks)
+        for name, axis in getattr(module, "shard_axes", {}).items():
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.data = local_part(parameter.data, groups.tensor, axis).clone()
+
+
+def sharded_parameters(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """The parameters that are cut over tensor-parallel ranks, each with the dimension."""
+    return [
+        (parameter, axis)
+        for module in model.modules()
+        for name, axis in getattr(module, "shard_axes", {}).items()
+        if (parameter := module._parameters.get(name)) is not None
+    ]
+
+
+def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
+    """The parameters that every tensor-parallel rank holds whole, but of whose gradient each has only a share.
+
+    They are those inside regions, where a rank has its own heads, and lower bounds, of which it reads its own channels;
+    with sequence parallelism all, for a rank then has only its own tokens between regions.
+    """
+    if groups.tensor is None:
+        return []
+    sharded = {id(parameter) for parameter, _ in sharded_parameters(model)}
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in sharded and (groups.sequence or {"mixer", "ffn", "lower_bounds"} & set(name.split(".")))
+    ]
+
+
+def sharded_state_dict(module: nn.Module, prefix: str = "", copies: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Describe a module's parameters to mcore's dist_checkpointing: global shape, this rank's part, who writes it.
+
+    Those that `copies` names are read, but written by another pipeline stage.
+    """
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     sharded: dict[str, Any] = {}
@@ -59,6 +220,9 @@ def sharded_state_dict(module: nn.Module, prefix: str = "") -> dict[str, Any]:
         if own:
             path = f"{prefix}{name}." if name else prefix
             sharded |= make_sharded_tensors_for_checkpoint(own, path, getattr(child, "shard_axes", {}))
+    for name in copies:
+        tensor = sharded[prefix + name]
+        tensor.replica_id = (1, *tensor.replica_id[1:])
     return sharded
 
 

@@ -28,43 +28,19 @@ class Feature:
 
 FEATURES = (
     Feature("engine.name=megatron", lambda c: c.engine.name == "megatron"),
-    Feature(
-        "engine.name=deepspeed",
-        lambda c: c.engine.name == "deepspeed",
-        "the DeepSpeed engine is not part of this version; use engine.name=megatron",
-    ),
+    Feature("engine.name=deepspeed", lambda c: c.engine.name == "deepspeed"),
+    Feature("engine.zero_stage=0", lambda c: c.engine.zero_stage == 0),
     Feature("engine.zero_stage=1", lambda c: c.engine.zero_stage == 1),
-    Feature(
-        "engine.zero_stage>1",
-        lambda c: c.engine.zero_stage > 1,
-        "the megatron engine shards the optimizer's state only; use engine.zero_stage=1",
-    ),
-    Feature(
-        "engine.offload",
-        lambda c: c.engine.offload != "none",
-        "the megatron engine keeps everything on the device; use engine.offload=none",
-    ),
+    Feature("engine.zero_stage=2", lambda c: c.engine.zero_stage == 2),
+    Feature("engine.zero_stage=3", lambda c: c.engine.zero_stage == 3),
+    Feature("engine.offload=optimizer", lambda c: c.engine.offload == "optimizer"),
+    Feature("engine.offload=parameters", lambda c: c.engine.offload == "parameters"),
     Feature("data parallel", lambda c: True),
-    Feature(
-        "parallel.tensor>1",
-        lambda c: c.parallel.tensor > 1,
-        "the layers are not sharded in this version; use parallel.tensor=1",
-    ),
-    Feature(
-        "parallel.sequence",
-        lambda c: c.parallel.sequence,
-        "it needs tensor parallel, which this version does not have; use parallel.sequence=false",
-    ),
-    Feature(
-        "parallel.pipeline>1",
-        lambda c: c.parallel.pipeline > 1 or c.parallel.virtual_pipeline > 1,
-        "the model is one stage in this version; use parallel.pipeline=1 and parallel.virtual_pipeline=1",
-    ),
-    Feature(
-        "parallel.context>1",
-        lambda c: c.parallel.context > 1,
-        "sequences are not sharded in this version; use parallel.context=1",
-    ),
+    Feature("parallel.tensor>1", lambda c: c.parallel.tensor > 1),
+    Feature("parallel.sequence", lambda c: c.parallel.sequence),
+    Feature("parallel.pipeline>1", lambda c: c.parallel.pipeline > 1),
+    Feature("parallel.virtual_pipeline>1", lambda c: c.parallel.virtual_pipeline > 1),
+    Feature("parallel.context>1", lambda c: c.parallel.context > 1),
     Feature(
         "parallel.expert>1",
         lambda c: c.parallel.expert > 1,
@@ -75,7 +51,31 @@ FEATURES = (
 )
 
 # Pairs that exist on their own but not together, with the reason.
-CONFLICTS: dict[tuple[str, str], str] = {}
+_MEGATRON_STAGE = "its distributed optimizer is ZeRO 1; use engine.zero_stage=1, or engine.name=deepspeed"
+_MEGATRON_OFFLOAD = "it keeps everything on the device; use engine.offload=none, or engine.name=deepspeed"
+_NOTHING_TO_OFFLOAD = "ZeRO offloads what it shards; use engine.zero_stage=1 or more, or engine.offload=none"
+_PARAMETERS_NOT_SHARDED = "only ZeRO 3 shards parameters; use engine.zero_stage=3, or engine.offload=optimizer"
+_DATA_PARALLEL_ALONE = "this engine is data parallel only; use engine.name=megatron"
+CONFLICTS: dict[tuple[str, str], str] = {
+    ("engine.name=megatron", "engine.zero_stage=0"): _MEGATRON_STAGE,
+    ("engine.name=megatron", "engine.zero_stage=2"): _MEGATRON_STAGE,
+    ("engine.name=megatron", "engine.zero_stage=3"): _MEGATRON_STAGE,
+    ("engine.name=megatron", "engine.offload=optimizer"): _MEGATRON_OFFLOAD,
+    ("engine.name=megatron", "engine.offload=parameters"): _MEGATRON_OFFLOAD,
+    ("engine.zero_stage=0", "engine.offload=optimizer"): _NOTHING_TO_OFFLOAD,
+    ("engine.zero_stage=0", "engine.offload=parameters"): _PARAMETERS_NOT_SHARDED,
+    ("engine.zero_stage=1", "engine.offload=parameters"): _PARAMETERS_NOT_SHARDED,
+    ("engine.zero_stage=2", "engine.offload=parameters"): _PARAMETERS_NOT_SHARDED,
+    ("engine.zero_stage=0", "train.precision=bf16"): (
+        "DeepSpeed would add up gradients and updates in bfloat16; use engine.zero_stage=1, or train.precision=fp32"
+    ),
+    ("engine.name=deepspeed", "parallel.tensor>1"): _DATA_PARALLEL_ALONE,
+    ("engine.name=deepspeed", "parallel.sequence"): _DATA_PARALLEL_ALONE,
+    ("engine.name=deepspeed", "parallel.pipeline>1"): _DATA_PARALLEL_ALONE,
+    ("engine.name=deepspeed", "parallel.virtual_pipeline>1"): _DATA_PARALLEL_ALONE,
+    ("engine.name=deepspeed", "parallel.context>1"): _DATA_PARALLEL_ALONE,
+    ("engine.name=deepspeed", "parallel.expert>1"): _DATA_PARALLEL_ALONE,
+}
 
 
 def refuse_unsupported(config: PretrainConfig) -> None:

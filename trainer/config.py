@@ -1,5 +1,6 @@
 """The configuration of a pre-training run. Imports neither torch nor megatron."""
 
+import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -162,13 +163,14 @@ class EngineConfig:
     """What drives the step.
 
     Attributes:
-        name: megatron (mcore's schedules, DDP and distributed optimizer) or deepspeed.
-        zero_stage: What is sharded over data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also parameters.
-        offload: Keep the optimizer's state, or also the parameters, in host memory.
+        name: megatron (mcore's schedules, DDP and distributed optimizer) or deepspeed (ZeRO).
+        zero_stage: What is sharded over data-parallel ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
+            parameters. megatron has 1.
+        offload: Keep the optimizer's state (ZeRO 1 and up), or also the parameters (ZeRO 3), in host memory; deepspeed.
     """
 
     name: Literal["megatron", "deepspeed"] = "megatron"
-    zero_stage: Literal[1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "parameters"] = "none"
 
 
@@ -181,6 +183,8 @@ class ParallelConfig:
         sequence: Shard the activations between tensor-parallel regions along the sequence.
         pipeline: Pipeline stages.
         virtual_pipeline: Model chunks on each pipeline stage (interleaved schedule).
+        pipeline_layers: Layers of each stage, from the first to the last (of each chunk, pipeline * virtual_pipeline
+            of them); null shares them evenly, earlier stages taking what is left over.
         expert: Expert-parallel ranks.
         context: Context-parallel ranks (contiguous shards of the sequence).
     """
@@ -189,6 +193,7 @@ class ParallelConfig:
     sequence: bool = False
     pipeline: int = 1
     virtual_pipeline: int = 1
+    pipeline_layers: list[int] | None = None
     expert: int = 1
     context: int = 1
 
@@ -196,6 +201,27 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "context"):
             value = getattr(self, name)
             _require(value >= 1, f"parallel.{name} is {value}: it must be at least 1")
+
+    def stage_layers(self, num_layers: int) -> list[range]:
+        """The layers of each stage; of each chunk where a rank has several, chunk i being rank i mod `pipeline`'s.
+
+        Raises:
+            ValueError: there are fewer layers than stages, or `pipeline_layers` does not add up.
+        """
+        stages = self.pipeline * self.virtual_pipeline
+        _require(
+            num_layers >= stages,
+            f"parallel.pipeline={self.pipeline} times parallel.virtual_pipeline={self.virtual_pipeline} makes {stages} "
+            f"stages of {num_layers} layers; use at most {num_layers} stages",
+        )
+        sizes = self.pipeline_layers
+        if sizes is None:
+            sizes = [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
+        _require(
+            len(sizes) == stages and sum(sizes) == num_layers and min(sizes) >= 1,
+            f"parallel.pipeline_layers={sizes} must be {stages} positive numbers that add up to {num_layers} layers",
+        )
+        return [range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel ranks.
@@ -338,7 +364,36 @@ class PretrainConfig:
         from trainer.combinations import refuse_unsupported
 
         refuse_unsupported(self)
-        self.train.accumulation(self.parallel.data_parallel(world_size))
+        parallel = self.parallel
+        accumulation = self.train.accumulation(parallel.data_parallel(world_size))
+        for name, size in self.model.tensor_parallel_sizes().items() if parallel.tensor > 1 else ():
+            _require(
+                size % parallel.tensor == 0,
+                f"{name}={size} does not divide by parallel.tensor={parallel.tensor}; use a divisor of {size}",
+            )
+        _require(
+            parallel.tensor > 1 or not parallel.sequence,
+            "parallel.sequence cuts over the tensor-parallel ranks, of which there is one; use parallel.tensor=2 or "
+            "more, or parallel.sequence=false",
+        )
+        parallel.stage_layers(self.model.num_layers)
+        _require(
+            parallel.pipeline > 1 or parallel.virtual_pipeline == 1,
+            "parallel.virtual_pipeline interleaves pipeline stages, of which there is one; use parallel.pipeline=2 or "
+            "more, or parallel.virtual_pipeline=1",
+        )
+        _require(
+            parallel.virtual_pipeline == 1 or accumulation % parallel.pipeline == 0,
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a multiple of parallel.pipeline="
+            f"{parallel.pipeline} micro-batches a step, not {accumulation}; change train.global_batch_size",
+        )
+        pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
+        for name, seq_len in (("train", self.train.seq_len), ("evaluation", self.evaluation.seq_len)):
+            _require(
+                (seq_len or 0) % pieces == 0,
+                f"{name}.seq_len={seq_len} does not divide over {pieces} ranks that share a sequence (parallel.context"
+                f"={parallel.context}, parallel.sequence={str(parallel.sequence).lower()}); use a multiple of {pieces}",
+            )
 
 
 def world_size_from_environment() -> int:

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from models.decoder import flops_per_token
+from models.decoder import flops_per_token, shapes
 from trainer.callbacks.base import Callback
 from trainer.checkpoint import Progress
 from trainer.config import PretrainConfig
@@ -64,7 +64,7 @@ class Trainer:
         self.stop_requested = False
         self.samples: list[str] = []
         self._peak_flops = peak_flops
-        self._flops_per_token = flops_per_token(engine.model, config.train.seq_len)
+        self._flops_per_token = flops_per_token(shapes(config.model, engine.model.vocab_size), config.train.seq_len)
         self._micro_batches = config.train.accumulation(engine.data_parallel_size)
 
     @property

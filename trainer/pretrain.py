@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from models.decoder import Decoder, initialize
+from models.decoder import Decoder, initialize, shapes
 from trainer import checkpoint, logs
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
@@ -80,9 +80,7 @@ def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
         torch.use_deterministic_algorithms(True)
     sources = find_sources(config)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
-    decoder = Decoder(config.model, vocab_size)
-    initialize(decoder, config.train.seed)
-    engine = build_engine(config, decoder, device)
+    engine = build_engine(config, vocab_size, device)
     progress = _resume(config, engine)
     if rank() == 0:
         (Path(config.run.dir) / "config.yaml").write_text(config_yaml)
@@ -102,11 +100,17 @@ def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
     return outcome
 
 
-def build_engine(config: PretrainConfig, decoder: Decoder, device: torch.device) -> Engine:
+def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) -> Engine:
     """The engine that engine.name asks for; it is imported here, so that the other one need not be installed."""
+    if config.engine.name == "deepspeed":
+        from trainer.engines.deepspeed import DeepSpeedEngine
+
+        decoder = Decoder(config.model, vocab_size)
+        initialize(decoder, config.train.seed)
+        return DeepSpeedEngine(config, decoder, device)
     from trainer.engines.megatron import MegatronEngine
 
-    return MegatronEngine(config, decoder, device)
+    return MegatronEngine(config, vocab_size, device)
 
 
 def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callback]:
@@ -152,7 +156,7 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int) -> None:
     if engine.rank != 0:
         return
     train = config.train
-    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    parameters = sum(parameter.numel() for parameter in shapes(config.model, engine.model.vocab_size).parameters())
     accumulation = train.accumulation(engine.data_parallel_size)
     _LOGGER.info(
         "model: %.2f M parameters, %d layers (%s), vocabulary %d",

@@ -11,7 +11,7 @@ from trainer.cli import ConfigError
 from trainer.config import PretrainConfig
 
 # A run goes on only with the same model, the same data and the same batches.
-_FIXED = ("model", "data", "train.seed", "train.seq_len", "train.global_batch_size", "train.precision")
+_FIXED = ("model", "data", "train.seed", "train.seq_len", "train.global_batch_size", "train.precision", "engine.name")
 # Where stdlib is prepared changes nothing.
 _FREE = ("data.cache_dir",)
 

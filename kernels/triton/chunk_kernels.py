@@ -30,7 +30,8 @@ and backwards, with dS the gradient of the state at the chunk's end:
 
 # Triton reads a kernel's annotations: only those of constexprs mean anything to it.
 # ruff: noqa: ANN001, ANN201, ANN202
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# A tuple of tiles that grows is beyond mypy as well.
+# mypy: disable-error-code="no-untyped-def, import-untyped, assignment, var-annotated, index, misc"
 
 import triton
 import triton.language as tl
@@ -393,9 +394,10 @@ def prepare_backward_per_channel_kernel(
         factor_CK = tl.exp(_exact_sums(spans_CC, decay_CK))
         pairs = _pairs(rows, columns, half)
         d_queries_CC = _load_pairs(d_scores, tokens, valid, head, heads, pairs, CHUNK).to(operand)
+        # In this order, or sm_90 spills.
+        d_key_level = dot(tl.trans(d_queries_CC), (q_CK * factor_CK).to(operand), PRECISION)
         left_CK = (key_CK * factor_CK).to(operand)
         d_q_level = dot(d_queries_CC, left_CK, PRECISION) * factor_CK
-        d_key_level = dot(tl.trans(d_queries_CC), (q_CK * factor_CK).to(operand), PRECISION)
         d_q_CK += d_q_level
         d_span_CK = d_q_level * q_CK
         if DELTA:
@@ -443,7 +445,8 @@ def scan_kernel(
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     CHUNK: tl.constexpr,
-    KEY_POWER: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     DELTA: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -452,29 +455,41 @@ def scan_kernel(
     """S <- total S + k_written^T r over one sequence's chunks; keeps the S before each, and r."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first_value = tl.program_id(1) * BLOCK_V
-    offsets, inside = state_block(0, first_value, KEY, VALUE, KEY_POWER, BLOCK_V)
     whole = tl.program_id(0).to(tl.int64) * KEY * VALUE
-    column = tl.arange(0, KEY_POWER)
-    if INITIAL:
-        state_KV = tl.load(initial + whole + offsets, mask=inside, other=0.0).to(tl.float32)
-    else:
-        state_KV = tl.zeros([KEY_POWER, BLOCK_V], dtype=tl.float32)
+    # The state as pieces of its key dimension: a product over the whole of it at once would hold it in registers.
+    state = ()
+    for piece in tl.static_range(PIECES):
+        offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
+        if INITIAL:
+            state += (tl.load(initial + whole + offsets, mask=inside, other=0.0).to(tl.float32),)
+        else:
+            state += (tl.zeros([BLOCK_K, BLOCK_V], dtype=tl.float32),)
     for chunk in range(tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)):
         tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
         row = (chunk * heads + head).to(tl.int64)
-        narrow_KV = state_KV.to(states.dtype.element_ty)
-        tl.store(states + row * KEY * VALUE + offsets, narrow_KV, mask=inside)
         r_CV = load_rows(v, tokens, valid, head * v_heads // heads, v_heads, VALUE, first_value, BLOCK_V)
+        error_CV = r_CV.to(tl.float32)
+        for piece in tl.static_range(PIECES):
+            narrow_KV = state[piece].to(states.dtype.element_ty)
+            offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
+            tl.store(states + row * KEY * VALUE + offsets, narrow_KV, mask=inside)
+            if DELTA:
+                k_CK = load_rows(k_decayed, tokens, valid, head, heads, KEY, piece * BLOCK_K, BLOCK_K)
+                error_CV -= dot(k_CK, narrow_KV, PRECISION)
         if DELTA:
-            k_CK = load_rows(k_decayed, tokens, valid, head, heads, KEY, 0, KEY_POWER)
-            error_CV = r_CV.to(tl.float32) - dot(k_CK, narrow_KV, PRECISION)
             inverse_CC = load_rows(inverse, tokens, valid, head, heads, CHUNK, 0, CHUNK)
             r_CV = dot(inverse_CC, error_CV.to(v.dtype.element_ty), PRECISION).to(v.dtype.element_ty)
             store_rows(residual, r_CV, tokens, valid, head, heads, VALUE, first_value, BLOCK_V)
-        decay_K = tl.load(total + row * KEY + column, mask=column < KEY, other=0.0)
-        written_CK = load_rows(k_written, tokens, valid, head, heads, KEY, 0, KEY_POWER)
-        state_KV = state_KV * decay_K[:, None] + dot(tl.trans(written_CK), r_CV, PRECISION)
-    tl.store(final + whole + offsets, state_KV, mask=inside)
+        after = ()
+        for piece in tl.static_range(PIECES):
+            column = piece * BLOCK_K + tl.arange(0, BLOCK_K)
+            decay_K = tl.load(total + row * KEY + column, mask=column < KEY, other=0.0)
+            written_CK = load_rows(k_written, tokens, valid, head, heads, KEY, piece * BLOCK_K, BLOCK_K)
+            after += (state[piece] * decay_K[:, None] + dot(tl.trans(written_CK), r_CV, PRECISION),)
+        state = after
+    for piece in tl.static_range(PIECES):
+        offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
+        tl.store(final + whole + offsets, state[piece], mask=inside)
 
 
 @triton.jit
@@ -529,7 +544,8 @@ def scan_backward_kernel(
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     CHUNK: tl.constexpr,
-    KEY_POWER: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -537,33 +553,44 @@ def scan_backward_kernel(
     """The scan's backward: keeps the gradient of the state after each chunk, and makes that of v and of the first."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first_value = tl.program_id(1) * BLOCK_V
-    offsets, inside = state_block(0, first_value, KEY, VALUE, KEY_POWER, BLOCK_V)
     whole = tl.program_id(0).to(tl.int64) * KEY * VALUE
-    column = tl.arange(0, KEY_POWER)
     operand = d_o.dtype.element_ty
-    d_state_KV = tl.load(d_final + whole + offsets, mask=inside, other=0.0)
+    d_state = ()
+    for piece in tl.static_range(PIECES):
+        offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
+        d_state += (tl.load(d_final + whole + offsets, mask=inside, other=0.0),)
     first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
     for index in range(end - first):
         chunk = end - 1 - index
         tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
         row = (chunk * heads + head).to(tl.int64)
-        narrow_KV = d_state_KV.to(operand)
-        tl.store(d_states + row * KEY * VALUE + offsets, narrow_KV, mask=inside)
         d_o_CV = load_rows(d_o, tokens, valid, head, heads, VALUE, first_value, BLOCK_V)
         scores_CC = load_rows(scores, tokens, valid, head, heads, CHUNK, 0, CHUNK)
-        written_CK = load_rows(k_written, tokens, valid, head, heads, KEY, 0, KEY_POWER)
-        d_r_CV = dot(tl.trans(scores_CC), d_o_CV, PRECISION) + dot(written_CK, narrow_KV, PRECISION)
+        d_r_CV = dot(tl.trans(scores_CC), d_o_CV, PRECISION)
+        for piece in tl.static_range(PIECES):
+            narrow_KV = d_state[piece].to(operand)
+            offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
+            tl.store(d_states + row * KEY * VALUE + offsets, narrow_KV, mask=inside)
+            written_CK = load_rows(k_written, tokens, valid, head, heads, KEY, piece * BLOCK_K, BLOCK_K)
+            d_r_CV += dot(written_CK, narrow_KV, PRECISION)
         if DELTA:
             inverse_CC = load_rows(inverse, tokens, valid, head, heads, CHUNK, 0, CHUNK)
             d_r_CV = dot(tl.trans(inverse_CC), d_r_CV.to(operand), PRECISION)
         store_rows(d_v, d_r_CV, tokens, valid, head, heads, VALUE, first_value, BLOCK_V)
-        decay_K = tl.load(total + row * KEY + column, mask=column < KEY, other=0.0)
-        q_CK = load_rows(q_decayed, tokens, valid, head, heads, KEY, 0, KEY_POWER)
-        d_state_KV = d_state_KV * decay_K[:, None] + dot(tl.trans(q_CK), d_o_CV, PRECISION)
-        if DELTA:
-            k_CK = load_rows(k_decayed, tokens, valid, head, heads, KEY, 0, KEY_POWER)
-            d_state_KV -= dot(tl.trans(k_CK), d_r_CV.to(operand), PRECISION)
-    tl.store(d_initial + whole + offsets, d_state_KV, mask=inside)
+        before = ()
+        for piece in tl.static_range(PIECES):
+            column = piece * BLOCK_K + tl.arange(0, BLOCK_K)
+            decay_K = tl.load(total + row * KEY + column, mask=column < KEY, other=0.0)
+            q_CK = load_rows(q_decayed, tokens, valid, head, heads, KEY, piece * BLOCK_K, BLOCK_K)
+            d_piece_KV = d_state[piece] * decay_K[:, None] + dot(tl.trans(q_CK), d_o_CV, PRECISION)
+            if DELTA:
+                k_CK = load_rows(k_decayed, tokens, valid, head, heads, KEY, piece * BLOCK_K, BLOCK_K)
+                d_piece_KV -= dot(tl.trans(k_CK), d_r_CV.to(operand), PRECISION)
+            before += (d_piece_KV,)
+        d_state = before
+    for piece in tl.static_range(PIECES):
+        offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
+        tl.store(d_initial + whole + offsets, d_state[piece], mask=inside)
 
 
 @triton.jit

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.convolution import causal_conv1d
+from models.parallel import WHOLE, Groups
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,15 @@ class SequenceInfo:
         sin: Rotary sines.
         cu_seqlens: Borders of the packed documents, int32 [N+1]; None where every row is one sequence.
         lower_bound: Bound of the layer's decays from below, float32 [D] in (0, 1); None for 0.
+        group: Ranks that hold consecutive parts of the sequence; None where this one has the whole. cu_seqlens is
+            then that of the whole, the rest belongs to this rank's tokens.
     """
 
     cos: Tensor | None = None
     sin: Tensor | None = None
     cu_seqlens: Tensor | None = None
     lower_bound: Tensor | None = None
+    group: dist.ProcessGroup | None = None
 
 
 @dataclass
@@ -46,8 +52,11 @@ class Mixer(nn.Module):
 
     Attributes:
         rotary: (head size, base) of the rotary embedding whose cosines and sines `info` shall hold; None for none.
+        head_counts: The attributes that count heads, which are cut over tensor-parallel ranks.
     """
 
+    head_counts: ClassVar = ("num_heads", "num_kv_heads", "num_v_heads")
+    groups: Groups = WHOLE
     rotary: tuple[int, float] | None = None
 
     def initialize_decay(self, generator: torch.Generator) -> None:
@@ -76,6 +85,7 @@ def run_recurrence(
         initial_state=None if cache is None else cache.tensors.get("state"),
         output_final_state=cache is not None,
         cu_seqlens=info.cu_seqlens,
+        group=info.group,
     )
     if cache is not None:
         cache.keep("state", state)
@@ -90,6 +100,7 @@ def run_convolution(x_TBD: Tensor, weight: Tensor, name: str, info: SequenceInfo
         initial_state=None if cache is None else cache.tensors.get(name),
         output_final_state=cache is not None,
         cu_seqlens=info.cu_seqlens,
+        group=info.group,
     )
     if cache is not None:
         cache.keep(name, state)

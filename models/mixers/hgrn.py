@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kernels.linear_attention import hgrn, hgrn2
 from models.config import ModelConfig
-from models.layers import GatedRMSNorm, RMSNorm
+from models.layers import FullWidthGatedRMSNorm, FullWidthRMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
-from models.parallel import ColumnLinear, RowLinear
+from models.parallel import ColumnLinear, RowLinear, local_part
 
 
 def layer_bounds(weights_LD: Tensor) -> list[Tensor | None]:
@@ -33,7 +33,15 @@ def bounded_log_decay(f: Tensor, lower_bound_D: Tensor | None) -> Tensor:
     return torch.logaddexp(lower_bound_D.log(), torch.log1p(-lower_bound_D) + log_sigmoid)
 
 
-class HGRN(Mixer):
+class LowerBoundedMixer(Mixer):
+    """A mixer whose decays have a lower bound, learned for all layers together."""
+
+    def lower_bound(self, info: SequenceInfo) -> Tensor | None:
+        """The bounds of the channels that this rank has."""
+        return None if info.lower_bound is None else local_part(info.lower_bound, self.groups.tensor)
+
+
+class HGRN(LowerBoundedMixer):
     """h_t = a_t * h_(t-1) + (1 - a_t) * silu(W_i x_t),  o_t = RMSNorm(h_t) * silu(W_g x_t), per channel.
 
     The norm spans the full width. (The paper's decays are complex; these are real, as HGRN2's.)
@@ -45,19 +53,19 @@ class HGRN(Mixer):
         self.i_proj = ColumnLinear(d_model, d_model, bias=False)
         self.f_proj = ColumnLinear(d_model, d_model, bias=False)
         self.g_proj = ColumnLinear(d_model, d_model, bias=False)
-        self.g_norm = GatedRMSNorm(d_model, config.norm_eps)
+        self.g_norm = FullWidthGatedRMSNorm(d_model, config.norm_eps)
         self.o_proj = RowLinear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
-        log_decay = bounded_log_decay(self.f_proj(x), info.lower_bound)
+        log_decay = bounded_log_decay(self.f_proj(x), self.lower_bound(info))
         # 1 - a without the cancellation of subtracting: the input matters most where the decay is next to 1.
         entering = (F.silu(self.i_proj(x)) * -torch.expm1(log_decay)).to(x.dtype)
         h = run_recurrence(hgrn, entering.transpose(0, 1), log_decay.transpose(0, 1), info=info, cache=cache)
         return self.o_proj(self.g_norm(h.transpose(0, 1), self.g_proj(x)))
 
 
-class HGRN2(Mixer):
+class HGRN2(LowerBoundedMixer):
     """S_t = Diag(a_t) S_(t-1) + (1 - a_t) v_t^T,  o_t = S_t^T silu(W_q x_t) / sqrt(K)   (2404.07904).
 
     v_t = W_i x_t. The state of a head is K x K: HGRN's, expanded by an outer product with no further parameters. The
@@ -71,13 +79,13 @@ class HGRN2(Mixer):
         self.q_proj = ColumnLinear(d_model, d_model, bias=False)
         self.f_proj = ColumnLinear(d_model, d_model, bias=False)
         self.i_proj = ColumnLinear(d_model, d_model, bias=False)
-        self.g_norm = RMSNorm(d_model, config.norm_eps)
+        self.g_norm = FullWidthRMSNorm(d_model, config.norm_eps)
         self.o_proj = RowLinear(d_model, d_model, bias=False)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
         q = split_heads(F.silu(self.q_proj(x)), self.num_heads)
         v = split_heads(self.i_proj(x), self.num_heads)
-        log_decay = split_heads(bounded_log_decay(self.f_proj(x), info.lower_bound), self.num_heads)
+        log_decay = split_heads(bounded_log_decay(self.f_proj(x), self.lower_bound(info)), self.num_heads)
         o = run_recurrence(hgrn2, q, v, log_decay, info=info, cache=cache)
         return self.o_proj(self.g_norm(merge_heads(o)))

@@ -10,7 +10,7 @@ from kernels.rotary import apply_rotary
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
-from models.parallel import ColumnLinear, RowLinear
+from models.parallel import ColumnLinear, RowLinear, local_part
 
 
 class Retention(Mixer):
@@ -23,6 +23,7 @@ class Retention(Mixer):
         super().__init__()
         d_model = config.hidden_size
         self.num_heads, head_k_dim, head_v_dim = config.state_shape("retention")
+        self.all_heads = self.num_heads
         self.rotary = (head_k_dim, config.retention.rope_theta)
         key_size, value_size = self.num_heads * head_k_dim, self.num_heads * head_v_dim
         self.q_proj = ColumnLinear(d_model, key_size, bias=False)
@@ -43,9 +44,10 @@ class Retention(Mixer):
         return self.o_proj(merge_heads(self.g_norm(o, gate)))
 
     def log_decay(self, device: torch.device) -> Tensor:
-        """The log g_h, float32 [H].
+        """The log g_h of this rank's heads, float32 [H].
 
         Computed at each call: as a buffer it would be lost where a model is built on the meta device.
         """
-        head_H = torch.arange(self.num_heads, dtype=torch.float32, device=device)
+        head_H = torch.arange(self.all_heads, dtype=torch.float32, device=device)
+        head_H = local_part(head_H, self.groups.tensor)
         return torch.log1p(-torch.exp(-math.log(2) * (5 + head_H)))

@@ -64,7 +64,7 @@ def test_gated_delta_net_layer_and_its_gradients_are_those_of_qwen3_next():
     )
     peer = build_peer(decoder.model_config, VOCAB, TIME)
     copy_weights(decoder, peer)
-    ours, theirs = decoder.layers[0].mixer, peer.model.layers[0].linear_attn
+    ours, theirs = decoder.layers["0"].mixer, peer.model.layers[0].linear_attn
     x = torch.randn(TIME, ROWS, 64, requires_grad=True)
     expected = theirs(x.transpose(0, 1)).transpose(0, 1)
     actual = ours(x, SequenceInfo())
@@ -89,8 +89,8 @@ def test_losses_and_weight_gradients_are_those_of_qwen2():
     expected.backward()
     pairs = [
         (decoder.embedding.weight, peer.model.embed_tokens.weight),
-        (decoder.layers[0].mixer.k_proj.bias, peer.model.layers[0].self_attn.k_proj.bias),
-        (decoder.layers[1].ffn.gate_proj.weight, peer.model.layers[1].mlp.gate_proj.weight),
+        (decoder.layers["0"].mixer.k_proj.bias, peer.model.layers[0].self_attn.k_proj.bias),
+        (decoder.layers["1"].ffn.gate_proj.weight, peer.model.layers[1].mlp.gate_proj.weight),
     ]
     for ours, theirs in pairs:
         assert float((ours.grad - theirs.grad).norm() / theirs.grad.norm()) < 1e-4

@@ -164,7 +164,7 @@ EXPECTED = [
 @torch.no_grad()
 def test_equations(mixer, options, expected, layer):
     model = tiny_decoder(mixer, num_layers=3, norm_eps=EPS, **options)
-    module, generator = model.layers[layer].mixer, torch.Generator().manual_seed(layer)
+    module, generator = model.layers[str(layer)].mixer, torch.Generator().manual_seed(layer)
     for parameter in module.parameters():
         # Norms start at one, where leaving them out would not show.
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -237,7 +237,7 @@ def test_bounded_decays_keep_their_digits(f, bound):
 @pytest.mark.parametrize("mixer", ["hgrn", "hgrn2"])
 @torch.no_grad()
 def test_a_higher_bound_remembers_for_longer(mixer):
-    module = tiny_decoder(mixer, num_layers=1).layers[0].mixer
+    module = tiny_decoder(mixer, num_layers=1).layers["0"].mixer
     x = torch.randn(40, 1, WIDTH, generator=torch.Generator().manual_seed(0))
     changed = x.clone()
     changed[0] += 1
@@ -252,7 +252,7 @@ def test_a_higher_bound_remembers_for_longer(mixer):
 
 
 def test_decays_of_retention_are_fixed():
-    module = tiny_decoder("retention", retention__num_heads=4).layers[0].mixer
+    module = tiny_decoder("retention", retention__num_heads=4).layers["0"].mixer
     gammas = module.log_decay(torch.device("cpu")).double().exp()
     torch.testing.assert_close(gammas, 1 - 2.0 ** -torch.arange(5, 9, dtype=torch.float64), rtol=1e-7, atol=0)
     assert not any("decay" in name or "gamma" in name for name in module.state_dict())
@@ -265,7 +265,7 @@ def test_decays_of_kimi_delta_attention(gate):
         tiny_decoder(
             "kimi_delta_attention", num_layers=1, **{f"kimi_delta_attention__{name}": v for name, v in options.items()}
         )
-        .layers[0]
+        .layers["0"]
         .mixer
     )
     a, dt = module.A_log.exp(), F.softplus(module.dt_bias)
@@ -284,7 +284,7 @@ def test_the_gate_of_spikingbrain_is_xavier_uniform():
     model = tiny_decoder(
         "spikingbrain_gla", hidden_size=256, **{f"spikingbrain_gla__{name}": v for name, v in options.items()}
     )
-    for matrix in (layer.weight for block in model.layers for layer in block.mixer.gk_proj):
+    for matrix in (layer.weight for block in model.layers.values() for layer in block.mixer.gk_proj):
         bound = 2**-2.5 * math.sqrt(6 / sum(matrix.shape))
         assert 0.98 * bound < matrix.abs().max() <= bound
         # Five standard errors of a uniform's standard deviation.
@@ -296,7 +296,7 @@ def test_the_gate_of_spikingbrain_is_xavier_uniform():
 
 @torch.no_grad()
 def test_the_bounded_gate_keeps_its_bound():
-    mixer = tiny_decoder("kimi_delta_attention", kimi_delta_attention__gate="bounded").layers[0].mixer
+    mixer = tiny_decoder("kimi_delta_attention", kimi_delta_attention__gate="bounded").layers["0"].mixer
     x = 1000 * torch.randn(50, 1, WIDTH, generator=torch.Generator().manual_seed(0))
     decays = mixer._log_decay(x)
     assert decays.dtype == torch.float32 and decays.shape == (1, 50, 4, 8)
@@ -306,7 +306,7 @@ def test_the_bounded_gate_keeps_its_bound():
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("mixer", ["spikingbrain_gla", "spikingbrain_tied_gla"])
 def test_biases_of_spikingbrain(mixer, biased):
-    module = tiny_decoder(mixer, spikingbrain_gla__qkv_bias=biased).layers[0].mixer
+    module = tiny_decoder(mixer, spikingbrain_gla__qkv_bias=biased).layers["0"].mixer
     found = {name for name, _ in module.named_parameters() if name.endswith("bias")}
     assert found - {"gk_proj.1.bias"} == ({f"{part}_proj.bias" for part in "qkv"} if biased else set())
     assert ("gk_proj.1.bias" in found) == (mixer == "spikingbrain_gla")

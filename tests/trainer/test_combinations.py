@@ -17,16 +17,19 @@ PAGE = ROOT / "docs" / "parallelism.md"
 # For every feature, configurations that ask for it.
 ASKING = {
     "engine.name=megatron": [PretrainConfig()],
-    "engine.name=deepspeed": [PretrainConfig(engine=EngineConfig(name="deepspeed"))],
-    "engine.zero_stage=1": [PretrainConfig()],
-    "engine.zero_stage>1": [PretrainConfig(engine=EngineConfig(zero_stage=stage)) for stage in (2, 3)],
-    "engine.offload": [PretrainConfig(engine=EngineConfig(offload=what)) for what in ("optimizer", "parameters")],
+    "engine.name=deepspeed": [PretrainConfig(engine=EngineConfig("deepspeed"))],
+    "engine.zero_stage=0": [PretrainConfig(engine=EngineConfig("deepspeed", 0))],
+    "engine.zero_stage=1": [PretrainConfig(), PretrainConfig(engine=EngineConfig("deepspeed", 1))],
+    "engine.zero_stage=2": [PretrainConfig(engine=EngineConfig("deepspeed", 2))],
+    "engine.zero_stage=3": [PretrainConfig(engine=EngineConfig("deepspeed", 3))],
+    "engine.offload=optimizer": [PretrainConfig(engine=EngineConfig("deepspeed", 1, "optimizer"))],
+    "engine.offload=parameters": [PretrainConfig(engine=EngineConfig("deepspeed", 3, "parameters"))],
     "data parallel": [PretrainConfig()],
     "parallel.tensor>1": [PretrainConfig(parallel=ParallelConfig(tensor=2))],
-    "parallel.sequence": [PretrainConfig(parallel=ParallelConfig(sequence=True))],
-    "parallel.pipeline>1": [
-        PretrainConfig(parallel=ParallelConfig(pipeline=2)),
-        PretrainConfig(parallel=ParallelConfig(virtual_pipeline=2)),
+    "parallel.sequence": [PretrainConfig(parallel=ParallelConfig(tensor=2, sequence=True))],
+    "parallel.pipeline>1": [PretrainConfig(parallel=ParallelConfig(pipeline=2))],
+    "parallel.virtual_pipeline>1": [
+        PretrainConfig(parallel=ParallelConfig(pipeline=2, virtual_pipeline=2), train=TrainConfig(micro_batch_size=1))
     ],
     "parallel.context>1": [PretrainConfig(parallel=ParallelConfig(context=2))],
     "parallel.expert>1": [PretrainConfig(parallel=ParallelConfig(expert=2))],
@@ -48,7 +51,7 @@ def test_what_is_missing_is_refused_and_the_rest_runs(feature, config):
     assert feature.asked(config)
     # 8 ranks fit every layout above, so the world size is no reason to refuse.
     if not feature.missing:
-        config.validate_layout(1)
+        config.validate_layout(8)
         return
     with pytest.raises(ValueError, match=re.escape(feature.missing)) as error:
         config.validate_layout(8)
@@ -58,6 +61,33 @@ def test_what_is_missing_is_refused_and_the_rest_runs(feature, config):
 
 def test_a_plain_run_asks_for_nothing_that_is_missing():
     assert not any(feature.asked(PretrainConfig()) and feature.missing for feature in FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (EngineConfig("megatron", 0), "its distributed optimizer is ZeRO 1"),
+        (EngineConfig("megatron", 2), "its distributed optimizer is ZeRO 1"),
+        (EngineConfig("megatron", 3), "its distributed optimizer is ZeRO 1"),
+        (EngineConfig("megatron", 1, "optimizer"), "keeps everything on the device"),
+        (EngineConfig("megatron", 1, "parameters"), "keeps everything on the device"),
+        (EngineConfig("deepspeed", 0, "optimizer"), "ZeRO offloads what it shards"),
+        (EngineConfig("deepspeed", 0, "parameters"), "only ZeRO 3 shards parameters"),
+        (EngineConfig("deepspeed", 1, "parameters"), "only ZeRO 3 shards parameters"),
+        (EngineConfig("deepspeed", 2, "parameters"), "only ZeRO 3 shards parameters"),
+    ],
+    ids=lambda value: f"{value.name}-{value.zero_stage}-{value.offload}" if isinstance(value, EngineConfig) else "",
+)
+def test_what_an_engine_does_not_have_is_refused(engine, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        PretrainConfig(engine=engine).validate_layout(2)
+    assert " is not supported: " in str(error.value) and "; use " in str(error.value)
+
+
+def test_deepspeed_without_zero_is_for_float32():
+    config = PretrainConfig(engine=EngineConfig("deepspeed", 0), train=TrainConfig(precision="bf16"))
+    with pytest.raises(ValueError, match=r"engine.zero_stage=0 with train.precision=bf16 .* use engine.zero_stage=1"):
+        config.validate_layout(2)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -19,9 +19,8 @@ from trainer.loop import Trainer
 
 def build(config):
     sources = find_sources(config)
-    decoder = Decoder(config.model, config.model.padded_vocab_size(sources.vocab_size))
-    initialize(decoder, config.train.seed)
-    return MegatronEngine(config, decoder, torch.device("cpu")), sources.open_training(config)
+    vocab_size = config.model.padded_vocab_size(sources.vocab_size)
+    return MegatronEngine(config, vocab_size, torch.device("cpu")), sources.open_training(config)
 
 
 @pytest.fixture
@@ -51,7 +50,8 @@ def test_a_step_runs_mcores_schedule_ddp_and_distributed_optimizer(engine, monke
         monkeypatch.setattr(owner, name, wrapper)
 
     assert built._forward_backward is schedules.forward_backward_no_pipelining
-    assert isinstance(built._stage, DistributedDataParallel)
+    (stage,) = built._stages
+    assert isinstance(stage, DistributedDataParallel)
     (optimizer,) = built._optimizer.chained_optimizers
     assert isinstance(optimizer, DistributedOptimizer)
     spy(schedules, "forward_step")

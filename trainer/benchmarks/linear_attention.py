@@ -297,7 +297,7 @@ def _mixer(config: Config) -> list[Comparison]:
     initialize(decoder, seed=0)
     peer: Any = build_peer(model, 64, time)
     copy_weights(decoder, peer)
-    mixer: Any = decoder.layers[0].mixer
+    mixer: Any = decoder.layers["0"].mixer
     theirs = peer.model.layers[0].linear_attn
     x_TBD = torch.randn(time, 1, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
 

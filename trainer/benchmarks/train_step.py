@@ -174,7 +174,8 @@ def _prepare(config: Config, case: str, precision: str) -> _Setup:
     model = config.model(case)
     rows, seq_len = (1, config.hybrid_seq_len) if case == "hybrid" else (config.batch_size, config.seq_len)
     decoder = Decoder(model, config.vocab_size)
-    initialize(decoder, seed=0)
+    # As the engine builds its own.
+    initialize(decoder, TrainConfig().seed)
     peer = build_peer(model, config.vocab_size, seq_len)
     copy_weights(decoder, peer)
     batch = _random_batch(rows, seq_len, config.vocab_size)
@@ -186,7 +187,7 @@ def _prepare(config: Config, case: str, precision: str) -> _Setup:
     )
     flops = flops_per_token(decoder, seq_len)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    engine = MegatronEngine(pretrain, decoder, torch.device("cpu"))
+    engine = MegatronEngine(pretrain, config.vocab_size, torch.device("cpu"))
     return _Setup(f"{case} {precision}", engine, peer.to(dtype), batch, dtype, flops)
 
 

@@ -104,13 +104,14 @@ def copy_weights(ours: Decoder, peer: nn.Module) -> None:
 
 
 def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
+    assert ours.embedding is not None and ours.final_norm is not None, "a whole model"
     yield "model.embed_tokens.weight", ours.embedding.weight
     if ours.lm_head is not None:
         yield "lm_head.weight", ours.lm_head.weight
     # Qwen3-Next stores the weight of a norm less 1.
     offset = 1.0 if "gated_delta_net" in ours.model_config.layer_mixers() else 0.0
     yield "model.norm.weight", ours.final_norm.weight - offset
-    for i, layer in enumerate(ours.layers):
+    for i, layer in enumerate(ours.layers.values()):
         assert isinstance(layer, Block)
         prefix = f"model.layers.{i}."
         yield f"{prefix}input_layernorm.weight", layer.mixer_norm.weight - offset

@@ -32,6 +32,14 @@ class Evaluator(Callback):
         self.token_bytes = None if sources.tokenizer is None else sources.tokenizer.token_bytes()
         self._streams: dict[int | None, EvaluationStream] = {}
 
+    def on_start(self, trainer: Trainer) -> None:
+        """Say where a sample of text will be missed."""
+        engine = trainer.engine
+        if engine.rank == 0 and trainer.config.evaluation.samples and not engine.model_is_whole:
+            _LOGGER.info(
+                "no text samples on the way: no rank has the whole model; launch/generate.py reads checkpoints"
+            )
+
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Validate if it is time."""
         evaluation = trainer.config.evaluation
@@ -83,7 +91,7 @@ class Evaluator(Callback):
 
     def _samples(self, trainer: Trainer) -> list[str]:
         evaluation, tokenizer = trainer.config.evaluation, trainer.tokenizer
-        if tokenizer is None or not evaluation.samples:
+        if tokenizer is None or not evaluation.samples or not trainer.engine.model_is_whole:
             return []
         prompt = torch.tensor([tokenizer.encode(evaluation.prompt)] * evaluation.samples, device=trainer.engine.device)
         # A generator of its own: sampling text must not move the run's random numbers.

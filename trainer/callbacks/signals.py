@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT stop a run at the next step, saved."""
+"""SIGTERM, SIGINT and SIGUSR1 stop a run at the next step, saved."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
+
+# USR1 is the batch system's word that the time is nearly up: unlike TERM, torchrun can be made to ignore it.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopOnSignal(Callback):
@@ -27,7 +30,7 @@ class StopOnSignal(Callback):
                 logging.getLogger("spiketrain").info("%s: stopping after this step", signal.Signals(number).name)
             trainer.stop_requested = True
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             self._previous[number] = signal.signal(number, request)
 
     def on_end(self, trainer: Trainer) -> None:

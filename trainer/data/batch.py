@@ -8,7 +8,7 @@ the first token of the next document.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,18 @@ class Batch:
     positions: torch.Tensor
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
+
+    def part(self, rank: int, ranks: int) -> Batch:
+        """The consecutive tokens of every row that the `rank`-th of `ranks` has; `cu_seqlens` stays the whole's."""
+        size = self.tokens.shape[1] // ranks
+        own = slice(rank * size, (rank + 1) * size)
+        return replace(
+            self,
+            tokens=self.tokens[:, own],
+            labels=self.labels[:, own],
+            loss_mask=self.loss_mask[:, own],
+            positions=self.positions[:, own],
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""

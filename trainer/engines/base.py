@@ -29,9 +29,15 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """Parameters, optimizer and process groups of one run."""
+    """Parameters, optimizer and process groups of one run.
+
+    Attributes:
+        model: This rank's part of the model; of several stages the first.
+        model_is_whole: Whether this rank could generate with it alone.
+    """
 
     model: Decoder
+    model_is_whole: bool
     device: torch.device
     rank: int
     world_size: int

@@ -1,9 +1,9 @@
 """The Megatron engine: mcore's schedules, DDP, distributed optimizer and dist_checkpointing."""
 
 import datetime
+import itertools
 import math
 import os
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,17 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.decoder import Decoder, no_weight_decay
-from models.parallel import cast_parameters, keep_float32, sharded_state_dict
-from trainer.config import PretrainConfig
+from models.config import LOWER_BOUNDED_MIXERS
+from models.decoder import Decoder, initialize, no_weight_decay
+from models.parallel import (
+    Groups,
+    cast_parameters,
+    cut,
+    keep_float32,
+    partial_gradients,
+    sharded_parameters,
+    sharded_state_dict,
+)
+from trainer.config import ParallelConfig, PretrainConfig
 from trainer.data.batch import Batch
 from trainer.engines import megatron_cpu
 from trainer.engines.base import StepResult
+from trainer.engines.random_state import random_state, set_random_state
 
 with warnings.catch_warnings():
     # mcore says at import that TransformerEngine and Apex are missing; the torch fallbacks are what we want.
@@ -45,34 +54,41 @@ _CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "cha
 
 
 class Stage(nn.Module):
-    """A decoder with what mcore's schedules ask of a pipeline stage. Here the stage is the whole model."""
+    """Consecutive layers of a decoder with what mcore's schedules ask of a pipeline stage.
 
-    pre_process = True
-    post_process = True
-    vp_stage = None
+    `vp_stage` counts the stages of one rank, None where it has one.
+    """
+
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, decoder: Decoder, config: TransformerConfig) -> None:
+    def __init__(self, decoder: Decoder, config: TransformerConfig, vp_stage: int | None) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.part = decoder
         self.config = config
-        self.share_embeddings_and_output_weights = decoder.lm_head is None
+        self.vp_stage = vp_stage
+        self.pre_process, self.post_process = decoder.is_first, decoder.is_last
+        self.share_embeddings_and_output_weights = decoder.model_config.tie_embeddings
+        self._entering: Tensor | None = None
 
     def forward(self, batch: Batch) -> Tensor:
-        """Loss of a micro-batch, summed over its tokens (nats)."""
-        loss_sum, _ = self.decoder(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)
-        return loss_sum
+        """Loss of a micro-batch, summed over its tokens (nats); what the next stage takes, if there is one."""
+        output = self.part(
+            batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask, self._entering
+        )
+        return output[0] if self.post_process else output
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the activations of the previous stage; the first stage reads tokens and has none."""
+        self._entering = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         """The weight that mcore keeps equal on the first and the last stage."""
-        return self.decoder.embedding.weight
+        assert self.part.embedding is not None, "asked of the first and the last stage, where it is shared"
+        return self.part.embedding.weight
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The parameters, for dist_checkpointing."""
-        return sharded_state_dict(self.decoder, prefix="model.")
+        return sharded_state_dict(self.part, "model.", self.part.copies())
 
 
 class MegatronEngine:
@@ -80,29 +96,58 @@ class MegatronEngine:
 
     Args:
         config: The run.
-        decoder: Initialised parameters, float32, on the CPU.
+        vocab_size: Rows of the embedding, padding included.
         device: Where to train.
     """
 
-    def __init__(self, config: PretrainConfig, decoder: Decoder, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, vocab_size: int, device: torch.device) -> None:
         self.device = device
         self._on_cpu = device.type == "cpu"
         if self._on_cpu:
             megatron_cpu.adapt()
-        _initialize_groups(device)
+        _initialize_groups(device, config.parallel)
         if not self._on_cpu:
             tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self._clip = config.optim.clip_grad
+        self._parallel = config.parallel
+        self._groups = _layer_groups(config.parallel)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        cast_parameters(decoder, dtype)
-        self.model = decoder.to(device)
-        self._stage = self._wrap(Stage(self.model, _transformer_config(config, dtype)))
+        transformer_config = _transformer_config(config, dtype)
+        self._stages = [
+            self._wrap(Stage(decoder, transformer_config, number if config.parallel.virtual_pipeline > 1 else None))
+            for number, decoder in enumerate(self._build_decoders(config, vocab_size, dtype))
+        ]
+        no_sync = [stage.no_sync for stage in self._stages]
+        transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        transformer_config.finalize_model_grads_func = self._finalize_gradients
+        self.model: Decoder = self._stages[0].module.part
+        self.model_is_whole = self.model.is_whole
         self._optimizer = self._build_optimizer(config, dtype)
         self._forward_backward = get_forward_backward_func()
-        self._seq_len, self._micro_batch_size = config.train.seq_len, config.train.micro_batch_size
+
+    def _build_decoders(self, config: PretrainConfig, vocab_size: int, dtype: torch.dtype) -> Iterator[Decoder]:
+        """The stages of the model that this rank has, initialised as the whole is, and of them its part."""
+        stages = config.parallel.stage_layers(config.model.num_layers)
+        for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: config.parallel.pipeline]:
+            decoder = Decoder(config.model, vocab_size, layers)
+            initialize(decoder, config.train.seed)
+            cut(decoder, self._groups)
+            cast_parameters(decoder, dtype)
+            decoder.to(self.device)
+            # What mcore's norm of the gradient must not count twice.
+            for parameter, axis in sharded_parameters(decoder) if self._groups.tensor is not None else ():
+                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+            for name in decoder.copies():
+                decoder.get_parameter(name).shared = True  # type: ignore[attr-defined]
+            # Summed over stages, so these are to be cut over data-parallel ranks alike: mcore gives them a bucket each.
+            for name, parameter in decoder.named_parameters():
+                tied = config.model.tie_embeddings and name == "embedding.weight"
+                if config.parallel.pipeline > 1 and (tied or name == "lower_bounds"):
+                    parameter.shared_embedding = True  # type: ignore[attr-defined]
+            yield decoder
 
     def _wrap(self, stage: Stage) -> DistributedDataParallel:
         ddp_config = DistributedDataParallelConfig(
@@ -111,10 +156,29 @@ class MegatronEngine:
             # gloo has no stream to overlap on.
             overlap_grad_reduce=not self._on_cpu and self.data_parallel_size > 1,
         )
-        ddp = DistributedDataParallel(stage.config, ddp_config, stage)
-        stage.config.no_sync_func = ddp.no_sync
-        stage.config.finalize_model_grads_func = finalize_model_grads
-        return ddp
+        return DistributedDataParallel(stage.config, ddp_config, stage)
+
+    def _finalize_gradients(self, stages: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
+        """Mcore's sums over ranks, then those it does not know: over shares of what tensor-parallel ranks share, and
+        of the lower bounds over pipeline stages.
+        """
+        finalize_model_grads(stages, *args, **kwargs)
+        decoders = [stage.module.part for stage in stages]
+        shares: list[Any] = [
+            parameter for decoder in decoders for parameter in partial_gradients(decoder, self._groups)
+        ]
+        if shares:
+            _all_reduce_together([parameter.main_grad for parameter in shares], self._groups.tensor)
+        model = decoders[0].model_config
+        bounded = set(model.layer_mixers()[1:]) & set(LOWER_BOUNDED_MIXERS)
+        if bounded and len(self._parallel.stage_layers(model.num_layers)) > 1:
+            own = [decoder.lower_bounds.main_grad for decoder in decoders if decoder.lower_bounds is not None]
+            total = torch.zeros(model.num_layers, model.hidden_size, device=self.device)
+            for gradient in own:
+                total += gradient
+            dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+            for gradient in own:
+                gradient.copy_(total)
 
     def _build_optimizer(self, config: PretrainConfig, dtype: torch.dtype) -> Any:
         optim = config.optim
@@ -140,7 +204,7 @@ class MegatronEngine:
         with self._accepted_types():
             optimizer = get_megatron_optimizer(
                 optimizer_config,
-                [self._stage],
+                self._stages,
                 config_overrides=overrides,
                 use_gloo_process_groups=False,
             )
@@ -160,14 +224,11 @@ class MegatronEngine:
 
     def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float) -> StepResult:
         """Forward and backward over this rank's micro-batches, one update at learning rate `lr`."""
-        self._stage.zero_grad_buffer()
+        for stage in self._stages:
+            stage.zero_grad_buffer()
         self._optimizer.zero_grad()
         losses = self._run(batches, micro_batches, forward_only=False)
-        local = [
-            sum(float(entry["loss_sum"]) for entry in losses),
-            float(sum(int(entry["tokens"]) for entry in losses)),
-        ]
-        loss_sum, tokens = self.all_reduce(local)
+        loss_sum, tokens = self._sum_over_ranks(*self._totals(losses))
         grad_norm = self._update(lr, math.isfinite(loss_sum))
         skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
         return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped)
@@ -195,26 +256,51 @@ class MegatronEngine:
         """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""
         with torch.no_grad():
             losses = self._run(batches, micro_batches, forward_only=True)
-        return sum(float(entry["loss_sum"]) for entry in losses)
+        loss_sum, _ = self._totals(losses)
+        for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
+            (loss_sum,) = self._sum_over_ranks(loss_sum, group=group)
+        return loss_sum
 
     def _run(self, batches: Iterator[Batch], micro_batches: int, forward_only: bool) -> list[dict[str, Tensor]]:
-        return self._forward_backward(  # type: ignore[no-any-return]
+        """Mcore's schedule over the micro-batches; their losses, on the last stage only."""
+        taken = list(itertools.islice(batches, micro_batches))
+        if self._parallel.virtual_pipeline > 1:
+            # The interleaved schedule takes as many micro-batches as there are stages, or a multiple.
+            taken += taken[-1:] * (-len(taken) % self._parallel.pipeline)
+        rows, seq_len = taken[0].tokens.shape
+        context = parallel_state.get_context_parallel_rank(), self._parallel.context
+        parts = [batch.part(*context) for batch in taken]
+        iterators = [iter(parts) for _ in self._stages]
+        losses: list[dict[str, Tensor]] = self._forward_backward(
             forward_step_func=partial(_forward_step, device=self.device),
-            data_iterator=batches,
-            model=[self._stage],
-            num_microbatches=micro_batches,
-            seq_length=self._seq_len,
-            micro_batch_size=self._micro_batch_size,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._stages,
+            num_microbatches=len(parts),
+            seq_length=seq_len,
+            micro_batch_size=rows,
             forward_only=forward_only,
         )
+        return losses[:micro_batches]
+
+    def _totals(self, losses: list[dict[str, Tensor]]) -> list[float]:
+        """Loss and tokens of this rank's part of the micro-batches; one of its tensor-parallel ranks counts it."""
+        counts = parallel_state.get_tensor_model_parallel_rank() == 0
+        return [float(sum(float(entry[name]) for entry in losses) * counts) for name in ("loss_sum", "tokens")]
+
+    def _sum_over_ranks(self, *values: float, group: dist.ProcessGroup | None = None) -> list[float]:
+        """Sum over a group, by default all ranks, in float64."""
+        if dist.get_world_size(group) == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=group)
+        return total.tolist()  # type: ignore[no-any-return]
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sum over the data-parallel ranks, in float64."""
-        if self.data_parallel_size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        return total.tolist()  # type: ignore[no-any-return]
+        # Over all ranks, each data-parallel one as often as it has ranks: what one alone knows, a signal, must come
+        # to all.
+        share = self.data_parallel_size / self.world_size
+        return [total * share for total in self._sum_over_ranks(*values)]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable object, on every rank."""
@@ -240,21 +326,22 @@ class MegatronEngine:
             # The state of a random generator belongs to a rank; another layout starts from its own seed.
             del template["rng"]
         state = dist_checkpointing.load(template, str(directory))
-        self._stage.module.decoder.load_state_dict(_strip_prefix(state["model"]))
+        for number, stage in enumerate(self._stages):
+            stage.module.part.load_state_dict(_strip_prefix(state[f"model{number}"]))
         self._optimizer.load_state_dict(state["optimizer"])
         for part in self._optimizer.chained_optimizers:
             _unshare_steps(part.optimizer)
         if "rng" in state:
-            _set_rng_state(state["rng"])
+            set_random_state(state["rng"])
 
     def _checkpoint_state(self, is_loading: bool) -> dict[str, Any]:
-        model_state = self._stage.module.sharded_state_dict()
+        model_state = {f"model{i}": stage.module.sharded_state_dict() for i, stage in enumerate(self._stages)}
         with self._accepted_types():
             optimizer_state = self._optimizer.sharded_state_dict(
                 model_state, is_loading=is_loading, metadata=_CHECKPOINT_METADATA
             )
-        rng = ShardedObject("rng", _rng_state(), (self.world_size,), (self.rank,))
-        return {"model": model_state, "optimizer": optimizer_state, "rng": rng, "world_size": self.world_size}
+        rng = ShardedObject("rng", random_state(), (self.world_size,), (self.rank,))
+        return {**model_state, "optimizer": optimizer_state, "rng": rng, "world_size": self.world_size}
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -273,7 +360,7 @@ def _forward_step(batches: Iterator[Batch], stage: Any, *, device: torch.device)
     return stage(batch), loss
 
 
-def _initialize_groups(device: torch.device) -> None:
+def _initialize_groups(device: torch.device, parallel: ParallelConfig) -> None:
     if not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ:
             # Without torchrun this is the only rank: a store in the process needs no port.
@@ -283,15 +370,48 @@ def _initialize_groups(device: torch.device) -> None:
             timeout = datetime.timedelta(minutes=10)
             dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timeout)
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            create_gloo_process_groups=False,
+        )
+
+
+def _layer_groups(parallel: ParallelConfig) -> Groups:
+    """What the layers are told of the ranks that share them."""
+    return Groups(
+        tensor=parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
+        context=parallel_state.get_context_parallel_group() if parallel.context > 1 else None,
+        sequence=parallel.sequence,
+    )
+
+
+def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum each tensor over the group, in place, in one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def _transformer_config(config: PretrainConfig, dtype: torch.dtype) -> TransformerConfig:
     """What mcore's schedules and DDP read of a model; the layers are ours and read models.config."""
+    parallel = config.parallel
     return TransformerConfig(
-        num_layers=config.model.num_layers,
+        # Ours may be split unevenly over the stages, which mcore would refuse: a layer a stage.
+        num_layers=parallel.pipeline * parallel.virtual_pipeline,
         hidden_size=config.model.hidden_size,
-        num_attention_heads=config.model.attention.num_heads,
+        num_attention_heads=parallel.tensor,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        # Of two stages each is the other's next and previous one, and interleaved both send at once: in a batch,
+        # messages are matched by their order alone, and mixed up.
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
@@ -333,22 +453,3 @@ def _unshare_steps(optimizer: Any) -> None:
 
 def _strip_prefix(state: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("model."): value for name, value in state.items()}
-
-
-def _rng_state() -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -55,6 +55,12 @@ def test_delta_rule(
     assert_matches(kernels, plain, inputs)
 
 
+def test_a_state_in_pieces_the_last_one_partial() -> None:
+    inputs = [*make_inputs(1, 40, axes=4, delta=True, dims=(80, 16)), random(1, 2, 80, 16, seed=9)]
+    kernels, plain = both(4, state=True)
+    assert_matches(kernels, plain, inputs)
+
+
 @pytest.mark.parametrize("axes", [0, 3, 4])
 def test_packed_documents(axes: int) -> None:
     inputs = [*make_inputs(1, sum(LENGTHS), axes=axes, delta=True), random(len(LENGTHS), 2, 16, 16, seed=9)]

@@ -1,0 +1,83 @@
+"""Pools of worker processes, one for each world size, reused by every case."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Pool:
+    """`ranks` processes that train what they are told to, one job after another."""
+
+    def __init__(self, ranks, folder):
+        self.ranks, self.folder, self.number = ranks, folder, 0
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        for rank in range(ranks):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "ignore",
+            }
+            with (folder / f"log_{rank}").open("w") as log:
+                command = [sys.executable, "-m", "tests.parity.worker", str(folder)]
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+
+    def run(self, job, timeout=240):
+        """Every rank's result of a job."""
+        path = self.folder / f"job_{self.number}.json"
+        path.with_suffix(".part").write_text(json.dumps(job))
+        path.with_suffix(".part").rename(path)
+        paths = [self.folder / f"result_{self.number}_{rank}.pt" for rank in range(self.ranks)]
+        self.number += 1
+        end = time.monotonic() + timeout
+        while not all(path.exists() for path in paths):
+            failed = [torch.load(path)["error"] for path in paths if path.exists() and "error" in torch.load(path)]
+            dead = [rank for rank, process in enumerate(self.processes) if process.poll() is not None]
+            if failed or dead or time.monotonic() > end:
+                logs = [(self.folder / f"log_{rank}").read_text()[-2000:] for rank in dead]
+                raise AssertionError("\n".join([f"ranks {dead} have ended, {len(failed)} failed", *failed[:1], *logs]))
+            time.sleep(0.02)
+        results = [torch.load(path) for path in paths]
+        errors = [result["error"] for result in results if "error" in result]
+        assert not errors, errors[0]
+        return results
+
+    def close(self):
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def pools(tmp_path_factory):
+    """The pool of a world size, started when it is first asked for; started anew after a failure."""
+    running = {}
+
+    def pool(ranks):
+        if ranks in running and any(process.poll() is not None for process in running[ranks].processes):
+            running.pop(ranks).close()
+        if ranks not in running:
+            running[ranks] = Pool(ranks, tmp_path_factory.mktemp(f"pool_{ranks}_"))
+        return running[ranks]
+
+    yield pool
+    for left in running.values():
+        left.close()

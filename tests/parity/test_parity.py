@@ -1,0 +1,132 @@
+"""Every layout trains as one process does: losses, gradient norms, gradients of every parameter, validation."""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from models.config import LINEAR_MIXERS
+
+STEPS = 10
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "window": 12},
+    "gated_delta_net": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8},
+    "gated_linear_attention": {"num_heads": 2, "gate_low_rank": 4},
+    "retention": {"num_heads": 2},
+    "hgrn2": {"head_dim": 8},
+    "delta_net": {"num_heads": 2, "head_dim": 8},
+    "kimi_delta_attention": {"num_heads": 2, "head_dim": 8},
+    "spikingbrain_gla": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "gate_low_rank": 4},
+}
+# Linear, softmax and sliding-window layers, unlike neighbours on every border of a stage.
+HYBRID = "gated_delta_net, full_attention, hgrn, sliding_window_attention"
+
+
+def configuration(pattern=HYBRID, tie=True, packed=True, micro=1, **parallel_keys):
+    """A run's configuration as plain values."""
+    return {
+        "model": MODEL | {"mixers": {"pattern": pattern}, "tie_embeddings": tie},
+        "data": {"document_mask": packed},
+        "train": {"seq_len": 32, "micro_batch_size": micro, "global_batch_size": 4},
+        "optim": {"lr": 0.003},
+        "parallel": parallel_keys,
+    }
+
+
+def whole(results):
+    """The steps, and the gradients of all stages together."""
+    for result in results[1:]:
+        assert result["steps"] == results[0]["steps"], "every rank reports the same"
+        assert result["validation"] == results[0]["validation"]
+    together = {}
+    for result in results:
+        for name, gradient in result["gradients"].items():
+            torch.testing.assert_close(gradient, together.setdefault(name, gradient), rtol=0, atol=0, msg=name)
+    return results[0] | {"gradients": together}
+
+
+@pytest.fixture(scope="session")
+def one_process(pools):
+    """What one process does with a configuration, once for each."""
+
+    @functools.cache
+    def run(text):
+        return whole(pools(1).run({"config": json.loads(text), "steps": STEPS}))
+
+    return lambda config: run(json.dumps(config | {"parallel": {}}, sort_keys=True))
+
+
+def compare(ours, reference):
+    """To 1e-5 in losses and the norm of the first gradient, 1e-4 in each of its parameters."""
+    assert ours["gradients"].keys() == reference["gradients"].keys()
+    for name, gradient in ours["gradients"].items():
+        theirs = reference["gradients"][name]
+        assert gradient.norm() > 0, name
+        assert (gradient - theirs).norm() <= 1e-4 * theirs.norm(), name
+    assert ours["steps"][0][1] == pytest.approx(reference["steps"][0][1], rel=1e-5)
+    for mine, theirs in zip(ours["steps"], reference["steps"], strict=True):
+        assert mine[2] == theirs[2]
+        assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert ours["validation"] == pytest.approx(reference["validation"], rel=1e-5)
+
+
+LAYOUTS = {
+    "TP2": {"tensor": 2},
+    "TP2+SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "PP2 uneven": {"pipeline": 2, "pipeline_layers": [3, 1]},
+    "PP2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
+    "CP2": {"context": 2},
+    "CP4": {"context": 4},
+    "DP2": {"data": 2},
+    "TP2 x PP2": {"tensor": 2, "pipeline": 2},
+    "TP2+SP x PP2": {"tensor": 2, "sequence": True, "pipeline": 2},
+    "TP2 x CP2": {"tensor": 2, "context": 2},
+    "TP2+SP x CP2": {"tensor": 2, "sequence": True, "context": 2},
+    "PP2 x DP2": {"pipeline": 2, "data": 2},
+    "PP2 x CP2": {"pipeline": 2, "context": 2},
+    "CP2 x DP2": {"context": 2, "data": 2},
+    "TP2 x PP2 x CP2": {"tensor": 2, "pipeline": 2, "context": 2},
+}
+
+
+def ranks_of(layout):
+    """Ranks that a layout takes, and its keys under `parallel`."""
+    keys = dict(layout)
+    ranks = keys.pop("data", 1)
+    for name in ("tensor", "pipeline", "context"):
+        ranks *= keys.get(name, 1)
+    return ranks, keys
+
+
+def check(pools, one_process, layout, **settings):
+    ranks, keys = ranks_of(layout)
+    config = configuration(**settings, **keys)
+    compare(whole(pools(ranks).run({"config": config, "steps": STEPS})), one_process(config))
+
+
+QUICK = ("TP2+SP", "PP2", "CP2", "DP2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
+def test_a_hybrid_model(pools, one_process, name):
+    check(pools, one_process, LAYOUTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2+SP", "PP2", "CP2"])
+@pytest.mark.parametrize("mixer", LINEAR_MIXERS)
+def test_every_linear_mixer(pools, one_process, mixer, name):
+    check(pools, one_process, LAYOUTS[name], pattern=f"{mixer}, {mixer}, full_attention, {mixer}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2", "PP2", "PP2 x DP2", "TP2+SP x CP2"])
+def test_an_untied_head_and_whole_rows(pools, one_process, name):
+    check(pools, one_process, LAYOUTS[name], tie=False, packed=False, micro=2)

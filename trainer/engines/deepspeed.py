@@ -1,0 +1,398 @@
+"""The DeepSpeed engine: data parallel with ZeRO (arXiv 1910.02054), stages 0 to 3, and offloading to host memory.
+
+DeepSpeed averages gradients over ranks and accumulated micro-batches. The loss here is a mean over all tokens of the
+global batch, so every micro-batch's loss l_i, a sum over its tokens (nats), is scaled before its backward pass:
+
+    dL/dw = (1/N) sum_i dl_i/dw = mean over R ranks and A micro-batches of d(l_i R A / N)/dw
+
+with N the tokens of the whole batch, counted before the first pass: exact, whatever the token counts of the parts.
+
+A checkpoint holds every parameter and its Adam moments in their own shapes (trainer.engines.pieces), so any stage and
+any number of ranks reads what any other wrote, and trainer.inference finds the parameters as in every checkpoint.
+"""
+
+import datetime
+import importlib
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.decoder import Decoder, no_weight_decay
+from models.parallel import keep_float32
+from trainer.cli import ConfigError
+from trainer.config import PretrainConfig
+from trainer.data.batch import Batch
+from trainer.engines import pieces
+from trainer.engines.base import StepResult
+from trainer.engines.pieces import Piece
+from trainer.engines.random_state import random_state, set_random_state
+
+_MAIN, _MOMENTS = "main", ("exp_avg", "exp_avg_sq")
+# ZeRO allocates a bucket of this many elements for communication; DeepSpeed's own 5e8 would be 2 GB on every rank.
+_BUCKET_ELEMENTS = 50_000_000
+_FACTS = "deepspeed.json"
+
+
+class LossModel(nn.Module):
+    """A decoder whose forward is the loss: what DeepSpeed's hooks wrap."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None, labels: Tensor, loss_mask: Tensor
+    ) -> Tensor:
+        """Loss of a micro-batch, summed over its tokens (nats). Arguments as Decoder.forward."""
+        loss_sum, _ = self.decoder(tokens, positions, cu_seqlens, labels, loss_mask)
+        return loss_sum
+
+
+class DeepSpeedEngine:
+    """See trainer.engines.base.Engine.
+
+    Under ZeRO 3 no rank holds the parameters, and `model` has their shapes only (on the meta device).
+
+    Args:
+        config: The run.
+        decoder: Initialised parameters, float32, on the CPU, the same on every rank.
+        device: Where to train.
+    """
+
+    def __init__(self, config: PretrainConfig, decoder: Decoder, device: torch.device) -> None:
+        self.device = device
+        self._stage, self._clip = config.engine.zero_stage, config.optim.clip_grad
+        self._bf16 = config.train.precision == "bf16"
+        self._deepspeed = _import_deepspeed(device)
+        _initialize_groups(device)
+        self._deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
+        self._parameters = dict(decoder.named_parameters())
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
+        self.model_is_whole = self._stage < 3
+        self._micro_batches = config.train.accumulation(self.data_parallel_size)
+        # ZeRO 3 keeps all parameters in one buffer of one type: there only their main copies are float32.
+        float32 = {
+            name: parameter.detach().to(device, copy=True)
+            for name, parameter in self._parameters.items()
+            if self._stage < 3 and keep_float32(name)
+        }
+        self._engine = self._deepspeed.initialize(
+            model=LossModel(decoder),
+            # Called when the parameters have been cast and have not yet been cut.
+            optimizer=lambda _: self._build_adam(config, float32),
+            model_parameters=list(decoder.parameters()),
+            config=_deepspeed_config(config, decoder, self._micro_batches, device),
+        )[0]
+        _allocate_state(self._adam, self._flat_parameters())
+
+    def _build_adam(self, config: PretrainConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self._parameters.items():
+            if name in float32:
+                parameter.data = float32[name]
+            # A group is one flat tensor, so one type; DeepSpeed takes the first group's for that of the model.
+            key = (parameter.dtype == torch.float32, no_weight_decay(name, parameter))
+            groups.setdefault(key, []).append(parameter)
+        optim = config.optim
+        self._adam = torch.optim.AdamW(
+            [{"params": groups[key], "weight_decay": 0.0 if key[1] else optim.weight_decay} for key in sorted(groups)],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+        return self._adam
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """The tensors that Adam updates: whole parameters, or this rank's part of each group, flat and in float32."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return list(self._parameters.values())
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(optimizer, name):
+                return list(getattr(optimizer, name))
+        raise RuntimeError(f"{type(optimizer).__name__} of DeepSpeed {self._deepspeed.__version__} is not known here")
+
+    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`."""
+        assert micro_batches == self._micro_batches, "DeepSpeed was told at the start how many there are"
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        local = [next(batches).to(self.device) for _ in range(micro_batches)]
+        tokens = self.all_reduce([float(sum(int(batch.loss_mask.sum()) for batch in local))])[0]
+        scale = micro_batches * self.data_parallel_size / max(tokens, 1.0)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss_sum = 0.0
+        for i, batch in enumerate(local):
+            loss = self._forward(batch)
+            total += loss.detach()
+            if i == micro_batches - 1:
+                loss_sum = self.all_reduce([float(total)])[0]
+                if not math.isfinite(loss_sum):
+                    # So that the gradient is not finite on any rank, and DeepSpeed skips the update on all of them.
+                    loss = loss * math.nan
+            self._engine.backward(loss * scale)
+            if i < micro_batches - 1:
+                self._engine.step()
+        grad_norm = self._update()
+        skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
+        return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped)
+
+    def _update(self) -> float:
+        """Clip and step, unless the gradient is not finite; return its norm."""
+        if self._stage > 0:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        parameters = list(self._parameters.values())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if not math.isfinite(norm):
+            # AdamW passes parameters without a gradient over.
+            self._engine.zero_grad()
+        elif self._clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+        self._engine.step()
+        return float(norm)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        return self._engine(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)
+
+    def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
+        """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""
+        self._engine.eval()
+        with torch.no_grad():
+            total = sum(float(self._forward(next(batches).to(self.device))) for _ in range(micro_batches))
+        self._engine.train()
+        return total
+
+    def all_reduce(self, values: list[float]) -> list[float]:
+        """Sum over the data-parallel ranks, in float64."""
+        if self.data_parallel_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable object, on every rank."""
+        holder = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(holder, src=0)
+        return holder[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def save(self, directory: Path) -> None:
+        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
+        parts = {f"model.{name}": self._stored(name) for name in self._parameters}
+        for key in (_MAIN, *_MOMENTS):
+            for name in self._parameters:
+                # setdefault, for in float32 the main parameter is the parameter.
+                parts.setdefault(self._saved_as(name, key), self._owned(name, key))
+        pieces.save(parts, directory)
+        torch.save(random_state(), directory / _random_file(self.rank))
+        if self.rank == 0:
+            facts = {"world_size": self.world_size, "adam_step": self._adam_step()}
+            (directory / _FACTS).write_text(json.dumps(facts) + "\n")
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, under this number of ranks, ZeRO stage and offloading or another.
+
+        Raises:
+            ConfigError: another engine wrote it.
+        """
+        if not (directory / _FACTS).exists():
+            raise ConfigError(
+                f"checkpoint.resume: {directory.parent} was not written by engine.name=deepspeed; "
+                "use the engine that wrote it, or another run.dir"
+            )
+        facts = json.loads((directory / _FACTS).read_text())
+        for key in (_MAIN, *_MOMENTS):
+            owned = {name: self._owned(name, key) for name in self._parameters}
+            pieces.load({self._saved_as(name, key): piece for name, piece in owned.items()}, directory)
+            if self._stage == 3:
+                for name, piece in owned.items():
+                    self._give_back(name, key, piece.values)
+        for state in self._adam.state.values():
+            state["step"].fill_(facts["adam_step"])
+        self._publish()
+        # The state of a random generator belongs to a rank; another number of ranks starts from its own seed.
+        if facts["world_size"] == self.world_size:
+            set_random_state(torch.load(directory / _random_file(self.rank), weights_only=False))
+
+    def _saved_as(self, name: str, key: str) -> str:
+        """The checkpoint's name of a main parameter or a moment."""
+        return f"model.{name}" if key == _MAIN and not self._bf16 else f"optimizer.{key}.{name}"
+
+    def _stored(self, name: str) -> Piece:
+        """What this rank holds of a parameter as the model reads it."""
+        parameter: Any = self._parameters[name]
+        if self._stage < 3:
+            return Piece(self._shapes[name], 0, parameter.data.flatten())
+        start, count = self._range(name)
+        return Piece(self._shapes[name], start, parameter.ds_tensor.data.flatten()[:count])
+
+    def _range(self, name: str) -> tuple[int, int]:
+        """Where this rank's part of a parameter that ZeRO 3 cut starts, and its length less the padding."""
+        parameter: Any = self._parameters[name]
+        part = parameter.ds_tensor.ds_numel
+        start = min(self.rank * part, self._shapes[name].numel())
+        return start, min(part, self._shapes[name].numel() - start)
+
+    def _owned(self, name: str, key: str) -> Piece:
+        """What this rank updates of a main parameter or a moment; a view but under ZeRO 3."""
+        parameter: Any = self._parameters[name]
+        shape = self._shapes[name]
+        if self._stage == 0:
+            source = parameter.data if key == _MAIN else self._adam.state[parameter][key]
+            return Piece(shape, 0, source.view(-1))
+        if self._stage == 3:
+            utils = self._deepspeed.utils
+            if key == _MAIN:
+                values = utils.safe_get_local_fp32_param(parameter)
+            else:
+                values = utils.safe_get_local_optimizer_state(parameter, key)
+            start, count = self._range(name)
+            return Piece(shape, start, values.detach()[:count])
+        part = parameter._hp_mapping
+        if part is None:
+            return Piece(shape, 0, torch.empty(0))
+        flat = self._flat_parameters()[part.param_group_index]
+        source = flat.data if key == _MAIN else self._adam.state[flat][key]
+        address = part.hp_fragment_address
+        return Piece(shape, part.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
+
+    def _give_back(self, name: str, key: str, values: Tensor) -> None:
+        """Set what `_owned` lent under ZeRO 3, where it may be a copy on another device."""
+        parameter: Any = self._parameters[name]
+        utils = self._deepspeed.utils
+        padded = nn.functional.pad(values, (0, parameter.ds_tensor.ds_numel - values.numel()))
+        if key == _MAIN:
+            utils.safe_set_local_fp32_param(parameter, padded)
+            parameter.ds_tensor.data.copy_(padded)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, padded, key)
+
+    def _publish(self) -> None:
+        """Bring what the model reads up to date with the main parameters."""
+        optimizer = self._engine.optimizer
+        if self._stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._stage == 3:
+            # Small parameters are whole on every rank: drop them, and gather them anew.
+            optimizer.checkpoint_event_prologue()
+            optimizer.checkpoint_event_epilogue()
+
+    def _adam_step(self) -> int:
+        """Updates taken; skipped steps do not count."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        self._engine.destroy()
+        self._deepspeed.comm.destroy_process_group()
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, set to the device (it would look for one itself at import) and quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if device.type == "cpu" else "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        deepspeed = importlib.import_module("deepspeed")
+    # It collects garbage and prints a table of memory eight times, seconds in all.
+    bf16_optimizer: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    # Errors reach the log as exceptions; below them DeepSpeed reports buckets and groups on every rank.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that torch is about to change, once for every bucket.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed", message=".*is deprecated")
+    if device.type == "cpu":
+        # A C++ operator for inference only, which every rank would compile at its first use.
+        communication: Any = importlib.import_module("deepspeed.comm.torch")
+        communication.build_shm_op = lambda: None
+    return deepspeed
+
+
+def _backend(device: torch.device) -> str:
+    return "gloo" if device.type == "cpu" else "nccl"
+
+
+def _initialize_groups(device: torch.device) -> None:
+    # Without torchrun this is the only rank: a store in the process needs no port.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if dist.is_initialized():
+        return
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(_backend(device), timeout=datetime.timedelta(minutes=10))
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+
+
+def _deepspeed_config(
+    config: PretrainConfig, decoder: Decoder, micro_batches: int, device: torch.device
+) -> dict[str, Any]:
+    engine, on_gpu = config.engine, device.type != "cpu"
+    numel = sum(parameter.numel() for parameter in decoder.parameters())
+    # Even, for ZeRO aligns the parts that are gathered.
+    bucket = min(_BUCKET_ELEMENTS, numel + numel % 2)
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        # gloo has no stream to overlap on.
+        "overlap_comm": on_gpu,
+        "stage3_prefetch_bucket_size": bucket,
+        # Norms and biases stay whole on every rank.
+        "stage3_param_persistence_threshold": 10 * config.model.hidden_size,
+    }
+    host = {"device": "cpu", "pin_memory": on_gpu}
+    if engine.offload != "none":
+        zero["offload_optimizer"] = host
+    if engine.offload == "parameters":
+        zero["offload_param"] = host
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "steps_per_print": None,
+        # Without ZeRO the engine clips, since DeepSpeed would neither tell the norm nor skip a step.
+        "gradient_clipping": config.optim.clip_grad if engine.zero_stage else 0.0,
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _allocate_state(adam: torch.optim.AdamW, parameters: list[Tensor]) -> None:
+    """Give every parameter its Adam moments and step now, so that a checkpoint can be read into them."""
+    for parameter in parameters:
+        adam.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def _shapes_alone(decoder: Decoder) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(decoder.model_config, decoder.vocab_size)
+
+
+def _random_file(rank: int) -> str:
+    return f"random_{rank:05d}.pt"
