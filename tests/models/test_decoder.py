@@ -230,7 +230,7 @@ def test_standard_deviations(scaled):
     )
     seen = 0
     # SpikingBrain's gate has a start of its own, see test_mixers.py.
-    own = {*model.layers[MIXERS.index("spikingbrain_gla")].mixer.gk_proj}
+    own = {*model.layers[str(MIXERS.index("spikingbrain_gla"))].mixer.gk_proj}
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear | nn.Embedding) and module not in own:
@@ -261,7 +261,7 @@ def test_norms_are_one_biases_zero_and_convolutions_uniform():
 
 def test_decays_of_a_gated_delta_net():
     model = initialized("gated_delta_net", gated_delta_net__num_heads=1, gated_delta_net__num_v_heads=2000)
-    for layer in model.layers:
+    for layer in model.layers.values():
         a, dt = layer.mixer.A_log.exp(), F.softplus(layer.mixer.dt_bias)
         assert a.min() > 0 and a.max() < 16
         assert abs(a.mean() - 8) < 5 * 16 / math.sqrt(12 * 2000)
@@ -355,7 +355,7 @@ def scaled_queries(**options):
     model = tiny_decoder("full_attention", **options)
     tokens = rows(draw_tokens(1, 30))
     before = model(*tokens)
-    for layer in model.layers:
+    for layer in model.layers.values():
         layer.mixer.q_proj.weight.mul_(3)
         layer.mixer.k_proj.weight.mul_(3)
     return before, model(*tokens)

@@ -130,3 +130,20 @@ def test_every_linear_mixer(pools, one_process, mixer, name):
 @pytest.mark.parametrize("name", ["TP2", "PP2", "PP2 x DP2", "TP2+SP x CP2"])
 def test_an_untied_head_and_whole_rows(pools, one_process, name):
     check(pools, one_process, LAYOUTS[name], tie=False, packed=False, micro=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_checkpoint_moves_to_another_layout(pools, one_process, tmp_path, tie):
+    """Saved under TP2 x PP2 after five steps; under CP2 x DP2, interleaved and in one process the run goes on."""
+    saved = str(tmp_path / "state")
+    config = configuration(tie=tie)
+    reference = one_process(config)["steps"]
+    written = configuration(tie=tie, tensor=2, pipeline=2)
+    pools(4).run({"config": written, "steps": 5, "save": saved, "save_after": 5})
+    for layout in ({"context": 2, "data": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {}):
+        ranks, keys = ranks_of(layout)
+        moved = configuration(tie=tie, **keys)
+        results = pools(ranks).run({"config": moved, "load": saved, "first_step": 5, "steps": STEPS})
+        for mine, theirs in zip(whole(results)["steps"], reference[5:], strict=True):
+            assert mine[0] == pytest.approx(theirs[0], rel=1e-5), layout

@@ -218,7 +218,7 @@ def loop(monkeypatch):
     def build(callbacks, steps=3, step=0, others=0.0):
         rates = []
         engine = SimpleNamespace(
-            model=None,
+            model=SimpleNamespace(vocab_size=64),
             device=None,
             rank=0,
             data_parallel_rank=0,

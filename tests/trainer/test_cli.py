@@ -97,8 +97,8 @@ MISTAKES = {
     "missing tokenizer": (["--data.tokenizer=missing.model"], "data.tokenizer: missing.model does not exist"),
     "missing checkpoint": (["--checkpoint.resume=missing"], "checkpoint.resume: missing is neither auto, never, nor"),
     "unsupported layout": (
-        ["--parallel.tensor=2"],
-        "parallel.tensor>1 is not supported: the layers are not sharded in this version; use parallel.tensor=1",
+        ["--parallel.expert=2"],
+        "parallel.expert>1 is not supported: the model has no experts; use parallel.expert=1",
     ),
     "batch that does not divide": (
         ["--train.micro_batch_size=3", "--train.global_batch_size=8"],
@@ -183,7 +183,7 @@ def test_check_says_so_and_writes_nothing(command, tmp_path):
         (["--world-size=0"], "--world-size is 0: it must be at least 1"),
         (["--world-size=-1"], "--world-size is -1: it must be at least 1"),
         (["--world-size=two"], "world_size: expected int, got two"),
-        (["--parallel.context=2", "--world-size=2"], "parallel.context>1 is not supported: sequences are not sharded"),
+        (["--parallel.context=3", "--world-size=3"], "train.seq_len=512 does not divide over 3 ranks that share a"),
     ],
 )
 def test_check_refuses_and_writes_nothing(command, tmp_path, arguments, message):

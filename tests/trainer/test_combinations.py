@@ -49,10 +49,11 @@ def test_every_feature_is_here():
 @pytest.mark.parametrize(("feature", "config"), PAIRS, ids=[feature.name for feature, _ in PAIRS])
 def test_what_is_missing_is_refused_and_the_rest_runs(feature, config):
     assert feature.asked(config)
-    # 8 ranks fit every layout above, so the world size is no reason to refuse.
     if not feature.missing:
-        config.validate_layout(8)
+        parallel = config.parallel
+        config.validate_layout(parallel.tensor * parallel.pipeline * parallel.context)
         return
+    # 8 ranks fit every layout above, so the world size is no reason to refuse.
     with pytest.raises(ValueError, match=re.escape(feature.missing)) as error:
         config.validate_layout(8)
     assert str(error.value) == f"{feature.name} is not supported: {feature.missing}"
@@ -140,3 +141,30 @@ def test_the_command_rewrites_the_page(tmp_path):
     subprocess.run([sys.executable, "-m", "trainer.combinations", str(stale)], cwd=ROOT, check=True)
     expected = f"before\n{TABLE_BEGIN}{as_markdown()}{TABLE_END}after\n"
     assert stale.read_text() == expected == rewrite(expected)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (ParallelConfig(tensor=3), "model.ffn_hidden_size=768 does not divide|does not divide by parallel.tensor=3"),
+        (ParallelConfig(tensor=8), r"num_heads=4 does not divide by parallel.tensor=8; use a divisor of 4"),
+        (ParallelConfig(sequence=True), "parallel.sequence cuts over the tensor-parallel ranks.*use parallel.tensor=2"),
+        (ParallelConfig(pipeline=16), "makes 16 stages of 8 layers; use at most 8 stages"),
+        (ParallelConfig(virtual_pipeline=2), "virtual_pipeline interleaves pipeline stages"),
+        (ParallelConfig(pipeline=2, virtual_pipeline=2), "needs a multiple of parallel.pipeline=2 micro-batches"),
+        (ParallelConfig(pipeline=2, pipeline_layers=[8]), "must be 2 positive numbers that add up to 8 layers"),
+        (ParallelConfig(pipeline=2, pipeline_layers=[8, 0]), "must be 2 positive numbers that add up to 8 layers"),
+        (ParallelConfig(context=3), "train.seq_len=512 does not divide over 3 ranks that share a sequence"),
+    ],
+    ids=str,
+)
+def test_layouts_that_do_not_fit_the_model_are_refused(parallel, message):
+    world_size = parallel.tensor * parallel.pipeline * parallel.context
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(parallel=parallel).validate_layout(world_size)
+
+
+def test_stages_share_the_layers():
+    assert ParallelConfig(pipeline=3).stage_layers(8) == [range(3), range(3, 6), range(6, 8)]
+    assert ParallelConfig(pipeline=2, pipeline_layers=[1, 3]).stage_layers(4) == [range(1), range(1, 4)]
+    assert ParallelConfig(pipeline=2, virtual_pipeline=2).stage_layers(4) == [range(i, i + 1) for i in range(4)]

@@ -23,7 +23,8 @@ class FakeEngine:
 
     world_size = data_parallel_size = 1
     data_parallel_rank = 0
-    model = device = None
+    model = SimpleNamespace(vocab_size=64)
+    device = None
 
     def __init__(self, rank=0):
         self.rank = rank
