@@ -140,13 +140,14 @@ class MegatronEngine:
             # What mcore's norm of the gradient must not count twice.
             for parameter, axis in sharded_parameters(decoder) if self._groups.tensor is not None else ():
                 tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+            parameters: dict[str, Any] = dict(decoder.named_parameters())
             for name in decoder.copies():
-                decoder.get_parameter(name).shared = True  # type: ignore[attr-defined]
+                parameters[name].shared = True
             # Summed over stages, so these are to be cut over data-parallel ranks alike: mcore gives them a bucket each.
-            for name, parameter in decoder.named_parameters():
+            for name, parameter in parameters.items():
                 tied = config.model.tie_embeddings and name == "embedding.weight"
                 if config.parallel.pipeline > 1 and (tied or name == "lower_bounds"):
-                    parameter.shared_embedding = True  # type: ignore[attr-defined]
+                    parameter.shared_embedding = True
             yield decoder
 
     def _wrap(self, stage: Stage) -> DistributedDataParallel:
@@ -293,7 +294,8 @@ class MegatronEngine:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=group)
-        return total.tolist()  # type: ignore[no-any-return]
+        sums: list[float] = total.tolist()
+        return sums
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sum over the data-parallel ranks, in float64."""
