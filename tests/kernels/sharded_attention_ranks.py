@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would keep, with its threads, as a default argument
 from torch import Tensor
 
 from kernels.attention import attention

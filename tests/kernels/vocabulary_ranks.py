@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which it would keep, with its threads, as a default argument
 import torch.nn.functional as F
 from torch import Tensor
 
