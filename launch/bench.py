@@ -14,6 +14,7 @@ BENCHMARKS = {
     "train_step": "a whole optimizer step against Hugging Face transformers, dense and hybrid",
     "linear_attention": "forward and backward of every linear attention against transformers, fla-core and SDPA",
     "losses": "memory and time of linear + cross entropy, fused against full logits",
+    "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",
 }
 
 

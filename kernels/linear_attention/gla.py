@@ -65,16 +65,18 @@ def _packed(
     layout: ChunkLayout,
     heads: int,
     scale: float,
+    dtypes: tuple[torch.dtype, torch.dtype],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Packs scale * q, k, v (in the operands' dtype), the decays, and ones like them: `[G, C, D]`, G = N * heads."""
-    dtype = compute_dtype(q, k, v, log_decay, initial_state)
-    dtypes = dtype, dtype, operand_dtype(q, k, v, dtype), dtype
-    q, k, v, decay = (layout.pack(x, heads, x_dtype) for x, x_dtype in zip((q, k, v, log_decay), dtypes, strict=True))
+    full, operands = dtypes
+    packed_dtypes = full, full, operands, full
+    q, k, v, decay = (
+        layout.pack(x, heads, dtype) for x, dtype in zip((q, k, v, log_decay), packed_dtypes, strict=True)
+    )
     return q.mul_(scale), k, v, decay.exp_(), torch.ones_like(decay)
 
 
@@ -89,7 +91,10 @@ def _scores(q: Tensor, k: Tensor, until: Tensor, after: Tensor) -> Tensor:
 
 
 class _ChunkedGLA(torch.autograd.Function):
-    """The chunked form. Saves its inputs, A and the state at each chunk's start; the rest is computed again."""
+    """The chunked form, by segments. Saves its inputs and of each chunk A and the state at its start.
+
+    The rest is computed again.
+    """
 
     @staticmethod
     def forward(
@@ -103,64 +108,96 @@ class _ChunkedGLA(torch.autograd.Function):
         layout: ChunkLayout,
         heads: int,
     ) -> tuple[Tensor, Tensor]:
-        q_c, k_c, v_c, until, after = _packed(layout, heads, scale, q, k, v, log_decay, initial_state)
-        key_dim, value_dim, full, operands = q.shape[-1], v.shape[-1], q_c.dtype, v_c.dtype
-        scores = _scores(q_c, k_c, until, after).to(operands)
-        increments = product(k_c.mul_(after).mT, v_c, operands, full).view(-1, heads, key_dim, value_dim)
-        state = layout.sort_state(initial_state, (layout.num_sequences, heads, key_dim, value_dim), q_c)
-        states = scan_states(layout, state, until[:, -1].view(-1, heads, key_dim, 1), increments)
-        states = states.view(-1, key_dim, value_dim).to(operands)
-        o = add_product(product(scores, v_c, operands, full), q_c.mul_(until), states, operands)
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, scores, states)
-        ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
-        o = layout.unpack(o, v.new_empty(*v.shape[:2], heads, value_dim))
+        key_dim, value_dim = q.shape[-1], v.shape[-1]
+        full = compute_dtype(q, k, v, log_decay, initial_state)
+        dtypes = full, operand_dtype(q, k, v, full)
+        o = v.new_empty(*v.shape[:2], heads, value_dim)
+        state_shape = (layout.num_sequences, heads, key_dim, value_dim)
+        state = layout.sort_state(initial_state, state_shape, v.new_empty((), dtype=full))
+        ctx.segments = layout.segments(heads * layout.chunk * max(key_dim, value_dim), q.is_cpu)
+        saved: list[Tensor] = []
+        for segment in ctx.segments:
+            o_c, *kept = _segment_forward(segment, state, *_packed(segment, heads, scale, dtypes, q, k, v, log_decay))
+            segment.unpack(o_c, o)
+            saved += kept
+        ctx.save_for_backward(q, k, v, log_decay, initial_state, *saved)
+        ctx.scale, ctx.layout, ctx.heads, ctx.dtypes = scale, layout, heads, dtypes
         return o, layout.unsort_state(state)
 
     @staticmethod
     @once_differentiable
     @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, initial_state, scores, states = ctx.saved_tensors
-        scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
-        q_c, k_c, v_c, until, after = _packed(layout, heads, scale, q, k, v, log_decay, initial_state)
-        full, operands = q_c.dtype, v_c.dtype
-        d_o_c = layout.pack(d_o, heads, operands)
-        d_scores = product(d_o_c, v_c.mT, operands, full)
-        d_q, d_k = torch.empty_like(q_c), torch.empty_like(k_c)
-        groups = block_groups(q_c)
-        for q_b, k_b, until_b, after_b, d_scores_b, d_q_b, d_k_b in zip(
-            *(x.split(groups) for x in (q_c, k_c, until, after, d_scores, d_q, d_k))
-        ):
-            channel_scores_backward(q_b[:, None], k_b, until_b, after_b, d_scores_b[:, None], d_q_b[:, None], d_k_b)
-        # Each score moves log_decay between its two tokens: + from the row on, - from the column on. A score on the
-        # diagonal moves none, so the diagonal joins after this; it would cancel, but only up to rounding.
-        d_cumulative = (q_c * d_q).addcmul_(k_c, d_k, value=-1)
-        diagonal = d_scores.diagonal(dim1=1, dim2=2)[..., None]
-        d_q.addcmul_(diagonal, k_c)
-        d_k.addcmul_(diagonal, q_c)
-
-        state_shape = (-1, heads, *states.shape[1:])
-        decay = until[:, -1]
-        reads = product((q_c * until).mT, d_o_c, operands, full).view(state_shape)
-        d_state = layout.sort_state(d_final, (layout.num_sequences, *state_shape[1:]), q_c)
-        d_after = scan_states(layout, d_state, decay.view(*reads.shape[:3], 1), reads, reverse=True).view(states.shape)
-        d_total = (d_after * states).sum(-1).mul_(decay)
-        d_after = d_after.to(operands)
-        d_v = add_product(product(scores.mT, d_o_c, operands, full), k_c * after, d_after, operands)
-        d_q_inter = product(d_o_c, states.mT, operands, full).mul_(until)
-        d_k_inter = product(v_c, d_after.mT, operands, full).mul_(after)
-        # The state read at i has seen the decays up to i; what j writes into the state sees those after j.
-        d_cumulative.addcmul_(q_c, d_q_inter)
-        d_log_decay = sum_over_spans(d_cumulative, k_c * d_k_inter).add_(d_total[:, None])
-        d_q.add_(d_q_inter).mul_(scale)
-        d_k += d_k_inter
-
-        def unpacked(x: Tensor, like: Tensor) -> Tensor:
-            return layout.unpack(x, torch.empty(like.shape, dtype=like.dtype, device=like.device))
-
+        q, k, v, log_decay, initial_state, *saved = ctx.saved_tensors
+        layout, heads, dtypes = ctx.layout, ctx.heads, ctx.dtypes
+        state_shape = (layout.num_sequences, heads, q.shape[-1], v.shape[-1])
+        d_state = layout.sort_state(d_final, state_shape, v.new_empty((), dtype=dtypes[0]))
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay)]
+        for number, segment in reversed(list(enumerate(ctx.segments))):
+            packed = _packed(segment, heads, ctx.scale, dtypes, q, k, v, log_decay)
+            d_o_c = segment.pack(d_o, heads, dtypes[1])
+            scores, states = saved[2 * number : 2 * number + 2]
+            packed_grads = _segment_backward(segment, d_state, *packed, d_o_c, scores, states)
+            packed_grads[0].mul_(ctx.scale)
+            for packed_grad, grad in zip(packed_grads, grads, strict=True):
+                segment.unpack(packed_grad, grad)
         d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
-        grads = unpacked(d_q, q), unpacked(d_k, k), unpacked(d_v, v), unpacked(d_log_decay, log_decay)
         return *grads, d_initial, None, None, None
+
+
+def _segment_forward(
+    layout: ChunkLayout, state: Tensor, q: Tensor, k: Tensor, v: Tensor, until: Tensor, after: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """O, A and the state at each chunk's start; runs `state` over the segment in place. Changes its other inputs."""
+    full, operands = q.dtype, v.dtype
+    heads, key_dim, value_dim = state.shape[1:]
+    scores = _scores(q, k, until, after).to(operands)
+    increments = product(k.mul_(after).mT, v, operands, full).view(-1, heads, key_dim, value_dim)
+    states = scan_states(layout, state, until[:, -1].view(-1, heads, key_dim, 1), increments)
+    states = states.view(-1, key_dim, value_dim).to(operands)
+    return add_product(product(scores, v, operands, full), q.mul_(until), states, operands), scores, states
+
+
+def _segment_backward(
+    layout: ChunkLayout,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    until: Tensor,
+    after: Tensor,
+    d_o: Tensor,
+    scores: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of scale * q, k, v and log_decay, `[G, C, D]`; runs `d_state` back over the segment in place."""
+    full, operands = q.dtype, v.dtype
+    d_scores = product(d_o, v.mT, operands, full)
+    d_q, d_k = torch.empty_like(q), torch.empty_like(k)
+    groups = block_groups(q)
+    for q_b, k_b, until_b, after_b, d_scores_b, d_q_b, d_k_b in zip(
+        *(x.split(groups) for x in (q, k, until, after, d_scores, d_q, d_k))
+    ):
+        channel_scores_backward(q_b[:, None], k_b, until_b, after_b, d_scores_b[:, None], d_q_b[:, None], d_k_b)
+    # Each score moves log_decay between its two tokens: + from the row on, - from the column on. A score on the
+    # diagonal moves none, so the diagonal joins after this; it would cancel, but only up to rounding.
+    d_cumulative = (q * d_q).addcmul_(k, d_k, value=-1)
+    diagonal = d_scores.diagonal(dim1=1, dim2=2)[..., None]
+    d_q.addcmul_(diagonal, k)
+    d_k.addcmul_(diagonal, q)
+
+    decay = until[:, -1]
+    reads = product((q * until).mT, d_o, operands, full).view(-1, *d_state.shape[1:])
+    d_after = scan_states(layout, d_state, decay.view(*reads.shape[:3], 1), reads, reverse=True).view(states.shape)
+    d_total = (d_after * states).sum(-1).mul_(decay)
+    d_after = d_after.to(operands)
+    d_v = add_product(product(scores.mT, d_o, operands, full), k * after, d_after, operands)
+    d_q_inter = product(d_o, states.mT, operands, full).mul_(until)
+    d_k_inter = product(v, d_after.mT, operands, full).mul_(after)
+    # The state read at i has seen the decays up to i; what j writes into the state sees those after j.
+    d_cumulative.addcmul_(q, d_q_inter)
+    d_log_decay = sum_over_spans(d_cumulative, k * d_k_inter).add_(d_total[:, None])
+    return d_q.add_(d_q_inter), d_k.add_(d_k_inter), d_v, d_log_decay
 
 
 def summarize_gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:

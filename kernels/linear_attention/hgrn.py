@@ -27,6 +27,10 @@ from kernels.linear_attention._chunks import (
 from kernels.linear_attention._sharded import decays_after, run_sharded
 from kernels.triton import implementations as with_triton
 
+# A segment's tokens are this many times those of the other recurrences: its work is a step for every slot of a chunk,
+# and small steps are all overhead.
+_SEGMENT_FACTOR = 4
+
 
 def hgrn_reference(
     x: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -65,9 +69,9 @@ def _packed(layout: ChunkLayout, x: Tensor, dtype: torch.dtype) -> Tensor:
     return layout.pack(x[:, :, None], 1, dtype)
 
 
-def _unpacked(layout: ChunkLayout, x_NCD: Tensor, like: Tensor) -> Tensor:
-    """`[N, C, D]` as `like`, `[B, T, D]`."""
-    return layout.unpack(x_NCD, like.new_empty(*like.shape[:2], 1, like.shape[2]))[:, :, 0]
+def _unpack(layout: ChunkLayout, x_NCD: Tensor, into: Tensor) -> None:
+    """`[N, C, D]` into `[B, T, D]`."""
+    layout.unpack(x_NCD, into[:, :, None])
 
 
 def _scan(
@@ -96,32 +100,43 @@ def _scan(
 
 
 class _ChunkedHGRN(torch.autograd.Function):
-    """The chunked form. Saves its inputs but x, h, and the state at each chunk's start."""
+    """The chunked form, by segments. Saves its inputs but x, h, and the state at each chunk's start."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, log_decay: Tensor, initial_state: Tensor | None, layout: ChunkLayout
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(x, log_decay, initial_state)
-        x_NCD, decay_NCD = _packed(layout, x, dtype), _packed(layout, log_decay, dtype).exp_()
-        state = layout.sort_state(initial_state, (layout.num_sequences, x.shape[2]), x_NCD)
-        h_NCD, met = _scan(layout, x_NCD, decay_NCD, state)
-        ctx.save_for_backward(log_decay, initial_state, h_NCD, met)
-        ctx.layout = layout
-        return _unpacked(layout, h_NCD, x), layout.unsort_state(state)
+        state = layout.sort_state(initial_state, (layout.num_sequences, x.shape[2]), x.new_empty((), dtype=dtype))
+        ctx.segments = layout.segments(layout.chunk * x.shape[2] // _SEGMENT_FACTOR, x.is_cpu)
+        h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        saved: list[Tensor] = []
+        for segment in ctx.segments:
+            x_NCD, decay_NCD = _packed(segment, x, dtype), _packed(segment, log_decay, dtype).exp_()
+            h_NCD, met = _scan(segment, x_NCD, decay_NCD, state)
+            _unpack(segment, h_NCD, h)
+            saved += h_NCD, met
+        ctx.save_for_backward(log_decay, initial_state, *saved)
+        ctx.layout, ctx.dtype = layout, dtype
+        return h, layout.unsort_state(state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_h: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        log_decay, initial_state, h_NCD, met = ctx.saved_tensors
-        layout = ctx.layout
-        decay_NCD = _packed(layout, log_decay, h_NCD.dtype).exp_()
-        d_state = layout.sort_state(d_final, (layout.num_sequences, d_h.shape[2]), h_NCD)
-        d_x_NCD, _ = _scan(layout, _packed(layout, d_h, h_NCD.dtype), decay_NCD, d_state, reverse=True)
-        before_NCD = torch.cat((met[:, None], h_NCD[:, :-1]), dim=1)
-        d_log_decay = _unpacked(layout, before_NCD.mul_(decay_NCD).mul_(d_x_NCD), log_decay)
+        log_decay, initial_state, *saved = ctx.saved_tensors
+        layout, dtype = ctx.layout, ctx.dtype
+        d_state = layout.sort_state(d_final, (layout.num_sequences, d_h.shape[2]), d_h.new_empty((), dtype=dtype))
+        d_x = torch.empty(d_h.shape, dtype=d_h.dtype, device=d_h.device)
+        d_log_decay = torch.empty(d_h.shape, dtype=log_decay.dtype, device=d_h.device)
+        for number, segment in reversed(list(enumerate(ctx.segments))):
+            h_NCD, met = saved[2 * number : 2 * number + 2]
+            decay_NCD = _packed(segment, log_decay, dtype).exp_()
+            d_x_NCD, _ = _scan(segment, _packed(segment, d_h, dtype), decay_NCD, d_state, reverse=True)
+            _unpack(segment, d_x_NCD, d_x)
+            before_NCD = torch.cat((met[:, None], h_NCD[:, :-1]), dim=1)
+            _unpack(segment, before_NCD.mul_(decay_NCD).mul_(d_x_NCD), d_log_decay)
         d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
-        return _unpacked(layout, d_x_NCD, d_h), d_log_decay, d_initial, None
+        return d_x, d_log_decay, d_initial, None
 
 
 def _summarize(x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,10 @@ def _every_token(q: Tensor, log_decay: Tensor) -> Tensor:
 
 
 class _ChunkedRetention(torch.autograd.Function):
-    """The chunked form with a decay per token and head. Saves its inputs and the state at each chunk's start."""
+    """The chunked form with a decay per token and head, by segments.
+
+    Saves its inputs and the state at each chunk's start.
+    """
 
     @staticmethod
     def forward(
@@ -85,65 +88,86 @@ class _ChunkedRetention(torch.autograd.Function):
         key_dim, value_dim = q.shape[-1], v.shape[-1]
         full = compute_dtype(q, k, v, log_decay, initial_state)
         operands = operand_dtype(q, k, v, full)
-        q_c, k_c, v_c = _packed(layout, heads, scale, operands, q, k, v)
-        gamma, until, after = _decays(layout, heads, log_decay, full)
-        increments = product((k_c * after).mT, v_c, operands, full).view(-1, heads, key_dim, value_dim)
-        state = layout.sort_state(initial_state, (layout.num_sequences, heads, key_dim, value_dim), increments)
-        states = scan_states(layout, state, until[:, -1].view(-1, heads, 1, 1), increments)
-        states = states.view(-1, key_dim, value_dim).to(operands)
-        scores = product(q_c, k_c.mT, operands, full).mul_(gamma)
-        o = add_product(product(scores, v_c, operands, full), q_c * until, states, operands)
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, states)
-        ctx.scale, ctx.layout, ctx.heads = scale, layout, heads
-        o = layout.unpack(o, v.new_empty(*v.shape[:2], heads, value_dim))
+        o = v.new_empty(*v.shape[:2], heads, value_dim)
+        state_shape = (layout.num_sequences, heads, key_dim, value_dim)
+        state = layout.sort_state(initial_state, state_shape, v.new_empty((), dtype=full))
+        ctx.segments = layout.segments(heads * layout.chunk * max(key_dim, value_dim), q.is_cpu)
+        saved = []
+        for segment in ctx.segments:
+            q_c, k_c, v_c = _packed(segment, heads, scale, operands, q, k, v)
+            gamma, until, after = _decays(segment, heads, log_decay, full)
+            increments = product((k_c * after).mT, v_c, operands, full).view(-1, *state_shape[1:])
+            states = scan_states(segment, state, until[:, -1].view(-1, heads, 1, 1), increments)
+            states = states.view(-1, key_dim, value_dim).to(operands)
+            scores = product(q_c, k_c.mT, operands, full).mul_(gamma)
+            o_c = add_product(product(scores, v_c, operands, full), q_c * until, states, operands)
+            segment.unpack(o_c, o)
+            saved.append(states)
+        ctx.save_for_backward(q, k, v, log_decay, initial_state, *saved)
+        ctx.scale, ctx.layout, ctx.heads, ctx.dtypes = scale, layout, heads, (full, operands)
         return o, layout.unsort_state(state)
 
     @staticmethod
     @once_differentiable
     @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, initial_state, states = ctx.saved_tensors
-        scale, layout, heads = ctx.scale, ctx.layout, ctx.heads
-        full, operands = compute_dtype(q, k, v, log_decay, initial_state), states.dtype
-        q_c, k_c, v_c = _packed(layout, heads, scale, operands, q, k, v)
-        gamma, until, after = _decays(layout, heads, log_decay, full)
-        d_o_c = layout.pack(d_o, heads, operands)
-        state_shape = (-1, heads, *states.shape[1:])
-
-        decay = until[:, -1:]
-        reads = product((q_c * until).mT, d_o_c, operands, full).view(state_shape)
-        d_state = layout.sort_state(d_final, (layout.num_sequences, *state_shape[1:]), reads)
-        d_after = scan_states(layout, d_state, decay.view(-1, heads, 1, 1), reads, reverse=True).view(states.shape)
-        d_total = (d_after * states).sum((1, 2), dtype=full)[:, None, None] * decay
-        d_after = d_after.to(operands)
-
-        scores = product(q_c, k_c.mT, operands, full).mul_(gamma)
-        d_scores = product(d_o_c, v_c.mT, operands, full)
-        d_log_gamma = scores * d_scores
-        # The decay from a token to itself is always 1; the sums below would cancel it, but only up to rounding.
-        d_log_gamma.diagonal(dim1=1, dim2=2).zero_()
-        d_scores.mul_(gamma)
-        d_v = add_product(product(scores.mT, d_o_c, operands, full), k_c * after, d_after, operands)
-        d_q_inter = product(d_o_c, states.mT, operands, full).mul_(until)
-        d_k_inter = product(v_c, d_after.mT, operands, full).mul_(after)
-        d_cumulative = d_log_gamma.sum(2) - d_log_gamma.sum(1) + torch.linalg.vecdot(d_q_inter, q_c.to(full))
-        d_written = torch.linalg.vecdot(d_k_inter, k_c.to(full))
-        d_log_decay = sum_over_spans(d_cumulative[..., None], d_written[..., None]).add_(d_total)
-        d_q = add_product(d_q_inter, d_scores, k_c, operands).mul_(scale)
-        d_k = add_product(d_k_inter, d_scores.mT, q_c, operands)
-
-        def unpacked(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            return layout.unpack(x, torch.empty(shape, dtype=dtype, device=x.device))
-
-        d_decay = unpacked(d_log_decay, torch.Size((*log_decay.shape, 1)), log_decay.dtype)[..., 0]
+        q, k, v, log_decay, initial_state, *saved = ctx.saved_tensors
+        layout, heads, (full, operands) = ctx.layout, ctx.heads, ctx.dtypes
+        state_shape = (layout.num_sequences, heads, q.shape[-1], v.shape[-1])
+        d_state = layout.sort_state(d_final, state_shape, v.new_empty((), dtype=full))
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay[..., None])]
+        for segment, states in reversed(list(zip(ctx.segments, saved, strict=True))):
+            packed = _packed(segment, heads, ctx.scale, operands, q, k, v)
+            decays = _decays(segment, heads, log_decay, full)
+            d_o_c = segment.pack(d_o, heads, operands)
+            packed_grads = _segment_backward(segment, d_state, *packed, *decays, d_o_c, states)
+            packed_grads[0].mul_(ctx.scale)
+            for packed_grad, grad in zip(packed_grads, grads, strict=True):
+                segment.unpack(packed_grad, grad)
         d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
-        grads = (unpacked(d_x, x.shape, x.dtype) for d_x, x in ((d_q, q), (d_k, k), (d_v, v)))
-        return *grads, d_decay, d_initial, None, None, None
+        return *grads[:3], grads[3][..., 0], d_initial, None, None, None
+
+
+def _segment_backward(
+    layout: ChunkLayout,
+    d_state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    until: Tensor,
+    after: Tensor,
+    d_o: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of scale * q, k, v and log_decay, `[G, C, D]`; runs `d_state` back over the segment in place."""
+    full, operands = until.dtype, q.dtype
+    heads = d_state.shape[1]
+    decay = until[:, -1:]
+    reads = product((q * until).mT, d_o, operands, full).view(-1, *d_state.shape[1:])
+    d_after = scan_states(layout, d_state, decay.view(-1, heads, 1, 1), reads, reverse=True).view(states.shape)
+    d_total = (d_after * states).sum((1, 2), dtype=full)[:, None, None] * decay
+    d_after = d_after.to(operands)
+
+    scores = product(q, k.mT, operands, full).mul_(gamma)
+    d_scores = product(d_o, v.mT, operands, full)
+    d_log_gamma = scores * d_scores
+    # The decay from a token to itself is always 1; the sums below would cancel it, but only up to rounding.
+    d_log_gamma.diagonal(dim1=1, dim2=2).zero_()
+    d_scores.mul_(gamma)
+    d_v = add_product(product(scores.mT, d_o, operands, full), k * after, d_after, operands)
+    d_q_inter = product(d_o, states.mT, operands, full).mul_(until)
+    d_k_inter = product(v, d_after.mT, operands, full).mul_(after)
+    d_cumulative = d_log_gamma.sum(2) - d_log_gamma.sum(1) + torch.linalg.vecdot(d_q_inter, q.to(full))
+    d_written = torch.linalg.vecdot(d_k_inter, k.to(full))
+    d_log_decay = sum_over_spans(d_cumulative[..., None], d_written[..., None]).add_(d_total)
+    d_q = add_product(d_q_inter, d_scores, k, operands)
+    return d_q, add_product(d_k_inter, d_scores.mT, q, operands), d_v, d_log_decay
 
 
 def _packed(
     layout: ChunkLayout, heads: int, scale: float, operands: torch.dtype, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Q times scale, k and v as `[G, C, D]`, G = N * heads, in the operands' dtype."""
     q, k, v = (layout.pack(x, heads, operands) for x in (q, k, v))
     return q.mul_(scale), k, v

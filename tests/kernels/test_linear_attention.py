@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.linear_attention import delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
+from kernels.linear_attention import _chunks, delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
 from kernels.linear_attention._chunks import chunk_layout
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
@@ -170,6 +170,28 @@ def test_packed_equals_reference(
     assert_same(
         chunked, results(OPS[name], inputs, state, cu_seqlens=cu_seqlens, backend="reference"), TOLERANCE[dtype]
     )
+
+
+@pytest.mark.parametrize("lengths", [None, [70, 300, 1, 130, 64]])
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("name", OPS)
+def test_segments_equal_one(name: str, chunks: int, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, time = (2, 300) if lengths is None else (1, sum(lengths))
+    inputs = make_inputs(name, batch, time)
+    state = make_state(name, batch if lengths is None else len(lengths), 2)
+    packing = {} if lengths is None else {"cu_seqlens": bounds_tensor(lengths)}
+    expected = results(OPS[name], inputs, state, backend="torch", **packing)
+    counts, segments = [], _chunks.ChunkLayout.segments
+
+    def counted(layout: _chunks.ChunkLayout, elements: int, on_cpu: bool) -> list[_chunks.ChunkLayout]:
+        monkeypatch.setattr(_chunks, "_SEGMENT_ELEMENTS", chunks * elements)
+        found = segments(layout, elements, on_cpu)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(_chunks.ChunkLayout, "segments", counted)
+    assert_same(results(OPS[name], inputs, state, backend="torch", **packing), expected, 1e-12)
+    assert len(counts) == 1 and 1 < counts[0] <= 5
 
 
 @pytest.mark.parametrize("lengths", [[64, 64, 64], [70, 1, 130, 64], [5, 9, 2]])
