@@ -15,12 +15,18 @@ from models.mixers import build_mixer
 from models.mixers.base import LayerCache, Mixer, SequenceInfo
 from models.mixers.hgrn import layer_bounds
 from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, VocabEmbedding, enter_region, vocabulary_loss
+from models.recompute import run_region
 
 
 class Block(nn.Module):
-    """x = x + mixer(norm(x)); x = x + ffn(norm(x))."""
+    """x = x + mixer(norm(x)); x = x + ffn(norm(x)).
+
+    Attributes:
+        recompute: What runs again in backward in place of being kept: mixer, ffn, or the whole block.
+    """
 
     groups: Groups = WHOLE
+    recompute: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig, mixer: str) -> None:
         super().__init__()
@@ -31,8 +37,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D]."""
-        x = x + self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
-        return x + self.ffn(enter_region(self.ffn_norm(x), self.groups))
+        return run_region("block" in self.recompute, self._add_both, x, info, cache)
+
+    def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
+        x = x + run_region("mixer" in self.recompute, self._mix, x, info, cache)
+        return x + run_region("ffn" in self.recompute, self._feed_forward, x)
+
+    def _mix(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
+        mixed: Tensor = self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
+        return mixed
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        fed: Tensor = self.ffn(enter_region(self.ffn_norm(x), self.groups))
+        return fed
 
 
 class Decoder(nn.Module):
@@ -75,6 +92,11 @@ class Decoder(nn.Module):
     def is_whole(self) -> bool:
         """Whether this rank can run the model alone."""
         return self.is_first and self.is_last and self.groups == WHOLE
+
+    def recompute(self, parts: frozenset[str]) -> None:
+        """Have every block run `parts` of it again in backward (see Block)."""
+        for block in self.layers.values():
+            vars(block)["recompute"] = parts
 
     def copies(self) -> frozenset[str]:
         """The parameters that an earlier stage has, too: a tied head, and lower bounds."""

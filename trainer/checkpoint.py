@@ -15,15 +15,19 @@ import json
 import os
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from trainer.cli import ConfigError
 from trainer.data.tokenizer import Tokenizer
-from trainer.engines.base import Engine
+from trainer.engines.base import Engine, PendingSave
 
 _NAME = re.compile(r"step_(\d{8,})")
 _CHECKSUMS = "checksums.json"
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @dataclass(frozen=True)
@@ -104,28 +108,116 @@ def save(
     A crash at any point leaves the earlier checkpoints as they were, and at most a `.saving_` directory.
     """
     target = checkpoint_path(run_dir, progress.step)
-    temporary = target.with_name(f".saving_{target.name}")
-    if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "state").mkdir(parents=True)
-        (temporary / "config.yaml").write_text(config_yaml)
-        if tokenizer is not None:
-            (temporary / "tokenizer").mkdir()
-            tokenizer.save(temporary / "tokenizer")
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
-    engine.barrier()
-    engine.save(temporary / "state")
+    _open(engine, target, progress, config_yaml, tokenizer)
+    engine.save(_unfinished(target) / "state")
     engine.barrier()
     if engine.rank == 0:
-        _seal(temporary)
-        if target.exists():
-            # Only a damaged checkpoint can stand here: a run continues from its newest whole one.
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _sync(target.parent)
-        _prune(run_dir, keep)
+        _publish(run_dir, target, keep)
     engine.barrier()
     return target
+
+
+class BackgroundSave:
+    """A save of the state as it is now, written by threads while training goes on. Arguments as `save`.
+
+    Every rank makes one and advances it between steps, where the ranks agree how far they are: all write, then rank 0
+    seals and publishes. Till then there is a `.saving_` directory at most, and the earlier checkpoints stay.
+
+    Attributes:
+        path: Where the checkpoint will lie.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        run_dir: Path,
+        progress: Progress,
+        config_yaml: str,
+        tokenizer: Tokenizer | None,
+        keep: int,
+    ) -> None:
+        self.path = checkpoint_path(run_dir, progress.step)
+        self._engine = engine
+        self._publish = partial(_publish, run_dir, self.path, keep)
+        _open(engine, self.path, progress, config_yaml, tokenizer)
+        self._pending: PendingSave | None = engine.begin_save(_unfinished(self.path) / "state")
+        self._work = _Work(self._pending.write)
+
+    def advance(self, wait: bool = False) -> bool:
+        """Whether the checkpoint is published; with `wait`, once it is. Every rank calls it.
+
+        Raises:
+            Exception: what a write raised, on its rank; on the others that it failed.
+        """
+        while True:
+            if wait:
+                # Not for ever: a rank whose write waits for that of a rank that failed has to hear of it.
+                self._work.join(_SECONDS_BETWEEN_LOOKS)
+            if not self._agreed_that_all_have_ended():
+                if wait:
+                    continue
+                return False
+            if self._pending is None:
+                return True
+            self._pending.finish()
+            self._pending = None
+            self._work = _Work(self._publish if self._engine.rank == 0 else lambda: None)
+
+    def _agreed_that_all_have_ended(self) -> bool:
+        ended, error = not self._work.is_alive(), self._work.error
+        unfinished, failed = self._engine.all_reduce([float(not ended), float(error is not None)])
+        if error is not None:
+            raise error
+        if failed > 0:
+            raise RuntimeError(f"{self.path} could not be written: another rank failed, and its log says why")
+        return unfinished == 0
+
+
+class _Work(threading.Thread):
+    """A function that runs in a thread from now on; what it raised is its `error`."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        # A daemon, for a run that fails must not wait for a write that may never end.
+        super().__init__(name="checkpoint", daemon=True)
+        self.error: BaseException | None = None
+        self._function = function
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:
+            self.error = error
+
+
+def _unfinished(target: Path) -> Path:
+    """Where a checkpoint lies until it is whole."""
+    return target.with_name(f".saving_{target.name}")
+
+
+def _open(engine: Engine, target: Path, progress: Progress, config_yaml: str, tokenizer: Tokenizer | None) -> None:
+    """Make the unfinished checkpoint with all but the engine's part. Every rank calls it."""
+    if engine.rank == 0:
+        directory = _unfinished(target)
+        shutil.rmtree(directory, ignore_errors=True)
+        (directory / "state").mkdir(parents=True)
+        (directory / "config.yaml").write_text(config_yaml)
+        if tokenizer is not None:
+            (directory / "tokenizer").mkdir()
+            tokenizer.save(directory / "tokenizer")
+        (directory / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
+    engine.barrier()
+
+
+def _publish(run_dir: Path, target: Path, keep: int) -> None:
+    """Give a written checkpoint its checksums and its name, then remove those that are too many."""
+    _seal(_unfinished(target))
+    if target.exists():
+        # Only a damaged checkpoint can stand here: a run continues from its newest whole one.
+        shutil.rmtree(target)
+    os.replace(_unfinished(target), target)
+    _sync(target.parent)
+    _prune(run_dir, keep)
 
 
 def _seal(directory: Path) -> None:

@@ -88,6 +88,11 @@ class TrainConfig:
         micro_batch_size: Samples that one rank computes at a time.
         global_batch_size: Samples in an optimizer step; gradient accumulation follows from it.
         max_skipped_steps: Stop after this many steps in a row were skipped for a non-finite loss or gradient.
+        recompute: Activations that backward computes again in place of keeping them: none; selective, those of
+            recompute_modules; full, all but what enters each block. The numbers stay the same. Utilisation does not
+            count what is computed again: it is that of the model's own operations.
+        recompute_modules: What selective recomputes of every block, mixer or ffn, each with the norm before it; null
+            takes the mixer, which saves the most memory for its operations.
     """
 
     steps: int = 1000
@@ -97,12 +102,30 @@ class TrainConfig:
     micro_batch_size: int = 8
     global_batch_size: int = 8
     max_skipped_steps: int = 10
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: list[Literal["mixer", "ffn"]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
             value = getattr(self, name)
             _require(value > 0, f"train.{name} is {value}: it must be positive")
         _require(self.seed >= 0, f"train.seed is {self.seed}: it must not be negative")
+        _require(
+            self.recompute_modules is None or self.recompute == "selective",
+            f"train.recompute_modules={self.recompute_modules} means nothing with train.recompute={self.recompute}; "
+            "use train.recompute=selective, or leave it out",
+        )
+        _require(
+            self.recompute_modules != [],
+            "train.recompute_modules is empty; name mixer or ffn, or use train.recompute=none",
+        )
+
+    @property
+    def recomputed_parts(self) -> frozenset[str]:
+        """The parts of every block that are computed again in backward (models.decoder.Block)."""
+        # Measured on the study's 340M shapes: see docs/parallelism.md.
+        selected = self.recompute_modules or ["mixer"]
+        return frozenset({"none": (), "selective": selected, "full": ("block",)}[self.recompute])
 
     def accumulation(self, data_parallel: int) -> int:
         """Micro-batches that a rank computes for each step.
@@ -246,11 +269,14 @@ class CheckpointConfig:
         keep: Newest checkpoints that stay; 0 keeps all.
         resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (in a fresh run.dir
             only), a path continues from that checkpoint.
+        asynchronous: Train on while a copy of the state is written. Off by default: the copy takes host memory, as
+            much as the checkpoint, and without a GPU the writer takes the cores that train.
     """
 
     every: int = 500
     keep: int = 3
     resume: str = "auto"
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every is {self.every}: it must not be negative")

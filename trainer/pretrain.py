@@ -126,7 +126,8 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
     callbacks.append(NonFiniteGuard(config.train.max_skipped_steps))
     if sources.validation is not None:
         callbacks.append(Evaluator(sources))
-    callbacks.append(Checkpointer(config.checkpoint.every, config.checkpoint.keep))
+    saving = config.checkpoint
+    callbacks.append(Checkpointer(saving.every, saving.keep, saving.asynchronous))
     return callbacks
 
 

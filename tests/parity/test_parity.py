@@ -133,6 +133,21 @@ def test_an_untied_head_and_whole_rows(pools, one_process, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [("TP2+SP", "full"), ("PP2", "selective"), ("PP2 interleaved", "full"), ("CP2", "full"), ("TP2 x CP2", "full")],
+)
+def test_recomputed_activations(pools, one_process, name, recompute):
+    """Collectives in what is recomputed run again, and the steps are those of the same ranks without, to the bit."""
+    ranks, keys = ranks_of(LAYOUTS[name])
+    kept = configuration(**keys)
+    recomputed = kept | {"train": kept["train"] | {"recompute": recompute}}
+    theirs, ours = (whole(pools(ranks).run({"config": config, "steps": STEPS})) for config in (kept, recomputed))
+    assert ours["steps"] == theirs["steps"]
+    compare(ours, one_process(kept))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_checkpoint_moves_to_another_layout(pools, one_process, tmp_path, tie):
     """Saved under TP2 x PP2 after five steps; under CP2 x DP2, interleaved and in one process the run goes on."""

@@ -31,11 +31,12 @@ KEYS = {
     "min_log_decay",
     "model.spikingbrain_gla": "num_heads num_kv_heads head_dim qkv_bias gate_low_rank gate_normalizer",
     "data": "path blend tokenizer validation_path document_mask cache_dir vocab_size",
-    "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps",
+    "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute "
+    "recompute_modules",
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
     "engine": "name zero_stage offload",
     "parallel": "tensor sequence pipeline virtual_pipeline pipeline_layers expert context",
-    "checkpoint": "every keep resume",
+    "checkpoint": "every keep resume asynchronous",
     "evaluation": "every batches seq_len stride samples sample_tokens prompt compare_compressors",
     "logging": "every progress tensorboard profile_step",
 }
@@ -75,7 +76,8 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 def test_options_of_pretrain():
     options = options_of("launch/pretrain.py")
     # jsonargparse gives a list that may be null a second option, to append to it.
-    assert options == PRETRAIN_OPTIONS | {f"--{key}" for key in written_down()} | {"--parallel.pipeline_layers+"}
+    lists = {"--parallel.pipeline_layers+", "--train.recompute_modules+"}
+    assert options == PRETRAIN_OPTIONS | {f"--{key}" for key in written_down()} | lists
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import checkpoint
 from trainer.callbacks.base import Callback
+from trainer.checkpoint import BackgroundSave
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 
 class Checkpointer(Callback):
-    """Save every `every` steps (0 never on the way), at the last step, and when the run is asked to stop."""
+    """Save every `every` steps (0 never on the way), at the last step, and when the run is asked to stop.
 
-    def __init__(self, every: int, keep: int) -> None:
-        self.every, self.keep = every, keep
+    An asynchronous save is looked after at every step, so that its failure ends the run there; the next one waits for
+    it, and so does the end of the run.
+    """
+
+    def __init__(self, every: int, keep: int, asynchronous: bool = False) -> None:
+        self.every, self.keep, self.asynchronous = every, keep, asynchronous
         self._saved_step = -1
+        self._saving: BackgroundSave | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """What was just loaded need not be saved again."""
@@ -25,19 +32,31 @@ class Checkpointer(Callback):
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Save if it is time."""
+        self._look_after(trainer, wait=trainer.finished)
         if trainer.finished or (self.every and trainer.progress.step % self.every == 0):
-            self._save(trainer)
+            self._save(trainer, wait=trainer.finished)
 
     def on_stop(self, trainer: Trainer) -> None:
         """Save where the run stands."""
-        self._save(trainer)
+        self._save(trainer, wait=True)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, wait: bool) -> None:
+        self._look_after(trainer, wait=True)
         if trainer.progress.step == self._saved_step:
             return
-        path = checkpoint.save(
-            trainer.engine, trainer.run_dir, trainer.progress, trainer.config_yaml, trainer.tokenizer, self.keep
-        )
         self._saved_step = trainer.progress.step
+        what = trainer.engine, trainer.run_dir, trainer.progress, trainer.config_yaml, trainer.tokenizer, self.keep
+        if self.asynchronous:
+            self._saving = BackgroundSave(*what)
+            self._look_after(trainer, wait)
+        else:
+            self._report(trainer, checkpoint.save(*what))
+
+    def _look_after(self, trainer: Trainer, wait: bool) -> None:
+        if self._saving is not None and self._saving.advance(wait):
+            self._report(trainer, self._saving.path)
+            self._saving = None
+
+    def _report(self, trainer: Trainer, path: Path) -> None:
         if trainer.engine.rank == 0:
             logging.getLogger("spiketrain").info("saved %s", path)

@@ -1,6 +1,6 @@
 """What the training loop asks of an engine. The loop never asks which one it has."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,19 @@ class StepResult:
     grad_norm: float
     tokens: int
     skipped: bool
+
+
+@dataclass(frozen=True)
+class PendingSave:
+    """A copy of the state of every rank, to be written beside the training.
+
+    Attributes:
+        write: Writes this rank's copy; from a thread, for it shares no collective with the training.
+        finish: Completes what all ranks have written; every rank calls it, between steps.
+    """
+
+    write: Callable[[], None]
+    finish: Callable[[], None]
 
 
 class Engine(Protocol):
@@ -61,6 +74,9 @@ class Engine(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
+
+    def begin_save(self, directory: Path) -> PendingSave:
+        """Copy what `save` would write; training may go on at once. Every rank calls it."""
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, under this layout or another."""

@@ -19,6 +19,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from trainer.cli import ConfigError
 from trainer.config import PretrainConfig
 from trainer.data.batch import Batch
 from trainer.engines import pieces
-from trainer.engines.base import StepResult
+from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.pieces import Piece
 from trainer.engines.random_state import random_state, set_random_state
 
@@ -76,11 +77,13 @@ class DeepSpeedEngine:
         _initialize_groups(device)
         self._deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._saving_group = dist.new_group(backend="gloo") if config.checkpoint.asynchronous else None
         self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
         self._parameters = dict(decoder.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
         self.model_is_whole = self._stage < 3
+        decoder.recompute(config.train.recomputed_parts)
         self._micro_batches = config.train.accumulation(self.data_parallel_size)
         # ZeRO 3 keeps all parameters in one buffer of one type: there only their main copies are float32.
         float32 = {
@@ -198,16 +201,31 @@ class DeepSpeedEngine:
 
     def save(self, directory: Path) -> None:
         """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
+        self._save_facts(directory)
+        pieces.save(self._parts(), directory)
+
+    def begin_save(self, directory: Path) -> PendingSave:
+        """Copy what `save` would write; training may go on at once. Every rank calls it."""
+        self._save_facts(directory)
+        copies = {name: piece.copy() for name, piece in self._parts().items()}
+        # Writing exchanges plans between the ranks: over a group of its own, beside the training's collectives.
+        write = partial(pieces.save, copies, directory, self._saving_group)
+        return PendingSave(write, finish=lambda: None)
+
+    def _save_facts(self, directory: Path) -> None:
+        torch.save(random_state(), directory / _random_file(self.rank))
+        if self.rank == 0:
+            facts = {"world_size": self.world_size, "adam_step": self._adam_step()}
+            (directory / _FACTS).write_text(json.dumps(facts) + "\n")
+
+    def _parts(self) -> dict[str, Piece]:
+        """What this rank holds of the parameters and the optimizer's state, by their names in a checkpoint."""
         parts = {f"model.{name}": self._stored(name) for name in self._parameters}
         for key in (_MAIN, *_MOMENTS):
             for name in self._parameters:
                 # setdefault, for in float32 the main parameter is the parameter.
                 parts.setdefault(self._saved_as(name, key), self._owned(name, key))
-        pieces.save(parts, directory)
-        torch.save(random_state(), directory / _random_file(self.rank))
-        if self.rank == 0:
-            facts = {"world_size": self.world_size, "adam_step": self._adam_step()}
-            (directory / _FACTS).write_text(json.dumps(facts) + "\n")
+        return parts
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, under this number of ranks, ZeRO stage and offloading or another.

@@ -29,7 +29,7 @@ from models.parallel import (
 from trainer.config import ParallelConfig, PretrainConfig
 from trainer.data.batch import Batch
 from trainer.engines import megatron_cpu
-from trainer.engines.base import StepResult
+from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.random_state import random_state, set_random_state
 
 with warnings.catch_warnings():
@@ -135,6 +135,7 @@ class MegatronEngine:
             decoder = Decoder(config.model, vocab_size, layers)
             initialize(decoder, config.train.seed)
             cut(decoder, self._groups)
+            decoder.recompute(config.train.recomputed_parts)
             cast_parameters(decoder, dtype)
             decoder.to(self.device)
             # What mcore's norm of the gradient must not count twice.
@@ -320,6 +321,27 @@ class MegatronEngine:
         """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
         dist_checkpointing.save(self._checkpoint_state(is_loading=False), str(directory))
 
+    def begin_save(self, directory: Path) -> PendingSave:
+        """Copy what `save` would write; training may go on at once. Every rank calls it."""
+        request: Any = dist_checkpointing.save(
+            self._checkpoint_state(is_loading=False), str(directory), async_sharded_save=True
+        )
+        parameters = [parameter for stage in self._stages for parameter in stage.parameters()]
+        optimizers = [part.optimizer for part in self._optimizer.chained_optimizers]
+        state = [tensor for adam in optimizers for values in adam.state.values() for tensor in values.values()]
+        main = [tensor for adam in optimizers for group in adam.param_groups for tensor in group["params"]]
+        _copy_what_is_trained(request, {t.untyped_storage().data_ptr() for t in (*parameters, *state, *main)})
+
+        def write() -> None:
+            if request.async_fn is not None:
+                request.async_fn(*request.async_fn_args)
+
+        def finish() -> None:
+            for complete in request.finalize_fns:
+                complete()
+
+        return PendingSave(write, finish)
+
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, under this layout or another."""
         template = self._checkpoint_state(is_loading=True)
@@ -451,6 +473,24 @@ def _unshare_steps(optimizer: Any) -> None:
     """DistributedOptimizer.load_state_dict hands all parameters one step tensor, which AdamW counts up in place."""
     for state in optimizer.state.values():
         state["step"] = state["step"].clone()
+
+
+def _copy_what_is_trained(request: Any, trained: set[int]) -> None:
+    """Have mcore's AsyncRequest write copies of the tensors in `trained` memory (addresses of storages).
+
+    mcore's own staging copies from the GPU. On the host it copies views alone, for it counts on writing from a forked
+    process: a parameter that fills its buffer, as the lower bounds can, would be written as training leaves it.
+    """
+    if request.async_fn is None:
+        return
+    _, buckets, _ = request.async_fn_args
+    for i, (file, key, (data, tensors)) in enumerate(request.preload_fn()):
+        copies = [
+            (item, tensor.clone() if tensor.untyped_storage().data_ptr() in trained else tensor)
+            for item, tensor in tensors
+        ]
+        # In place, for mcore's writer holds the same list, and would keep what it was made of alive.
+        buckets[i] = (file, key, (data, copies))
 
 
 def _strip_prefix(state: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -55,13 +56,17 @@ class Piece:
 
     def __init__(self, shape: Sequence[int], start: int, values: Tensor) -> None:
         assert values.dim() == 1 and values.is_contiguous(), "boxes are views of it"
-        self.shape, self.values = torch.Size(shape), values
+        self.shape, self.start, self.values = torch.Size(shape), start, values
         self._views: dict[torch.Size, Tensor] = {}
         done = 0
         for offsets, sizes in boxes(shape, start, start + values.numel()):
             count = math.prod(sizes)
             self._views[torch.Size(offsets)] = values[done : done + count].view(sizes)
             done += count
+
+    def copy(self) -> "Piece":
+        """The same range in host memory of its own."""
+        return Piece(self.shape, self.start, self.values.detach().to("cpu", copy=True))
 
     def view(self, index: MetadataIndex) -> Tensor:
         """The box that an index of the checkpoint means."""
@@ -99,10 +104,13 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].view(index)
 
 
-def save(pieces: dict[str, Piece], directory: Path) -> None:
-    """Write every rank's pieces; ranks name the same parameters. What several ranks hold is written by one of them."""
+def save(pieces: dict[str, Piece], directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write every rank's pieces; ranks name the same parameters. What several ranks hold is written by one of them.
+
+    The ranks of `group`, by default all, exchange their plans over it.
+    """
     planner = _SavePlanner(flatten_state_dict=False)
-    save_checkpoint(pieces, storage_writer=FileSystemWriter(directory), planner=planner)
+    save_checkpoint(pieces, storage_writer=FileSystemWriter(directory), planner=planner, process_group=group)
 
 
 def load(pieces: dict[str, Piece], directory: Path) -> None:

@@ -1,0 +1,31 @@
+"""Activation recomputation: a region of a block keeps what enters it, and runs again in backward (arXiv 1604.06174).
+
+A block has two regions, its mixer and its feed-forward, each with the norm before it: the norm costs next to nothing,
+and alone it would save nothing, for what it gives is kept by the projections that follow. Or it is one region as a
+whole. Collectives inside a region run again, too, and before the collectives of its backward, on every rank alike.
+
+No random state is kept: nothing in a block draws random numbers (there is no dropout), and reading the generators'
+state would cost a copy to the host for every region. What is drawn in a region that is added later has to be drawn
+from the inputs, or this has to change.
+"""
+
+from collections.abc import Callable
+from typing import TypeVarTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Ts = TypeVarTuple("Ts")
+
+
+def run_region(recompute: bool, function: Callable[[*Ts], Tensor], *args: *Ts) -> Tensor:
+    """What `function` gives; with `recompute` and gradients asked for, without keeping what it makes on the way.
+
+    The second run ends with the last tensor that backward needs, which enters the last matrix product of the region;
+    the sum over tensor-parallel ranks that follows the product is not taken again, on any of them.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return function(*args)
+    output: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return output
