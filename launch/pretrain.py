@@ -20,6 +20,7 @@ from trainer.cli import (
     write_status,
 )
 from trainer.config import PretrainConfig, world_size_from_environment
+from trainer.peers import PeerWatch
 
 
 def main() -> int:
@@ -47,10 +48,12 @@ def main() -> int:
     if finished:
         print(f"{config.run.dir} has already reached step {config.train.steps}; raise train.steps to go on")
         return 0
+    # A rank may die while the others import.
+    peers = PeerWatch(config.run.dir)
     from trainer.pretrain import run
 
     try:
-        return run(config, dump(parser, namespace, PretrainConfig))
+        return run(config, dump(parser, namespace, PretrainConfig), peers)
     except ConfigError as error:
         write_status(Path(config.run.dir), "config_error", EXIT_CONFIG_ERROR, str(error))
         fail(str(error))

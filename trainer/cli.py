@@ -24,6 +24,9 @@ _SECONDS_FOR_RANK_0 = 10.0
 # What jsonargparse, PyYAML and the dataclasses raise on bad input.
 _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
 
+# Of `from_mapping`: to make one takes half a second.
+_PARSERS: dict[type, ArgumentParser] = {}
+
 C = TypeVar("C")
 
 
@@ -90,7 +93,7 @@ def from_mapping(config_class: type[C], values: dict[str, Any]) -> C:
         ConfigError: as `parse`.
     """
     try:
-        parser = make_parser(config_class, "")
+        parser = _PARSERS.get(config_class) or _PARSERS.setdefault(config_class, make_parser(config_class, ""))
         return _build(config_class, parser, parser.parse_object(values))
     except _PARSE_ERRORS as error:
         raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error
@@ -173,14 +176,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(EXIT_CONFIG_ERROR)
 
 
-def write_status(run_dir: str | Path, state: str, exit_code: int, message: str = "") -> None:
-    """Write run_dir/status.json: state is done, stopped, config_error or failed. Rank 0 only."""
-    if rank() != 0:
+def write_status(run_dir: str | Path, state: str, exit_code: int, message: str = "", any_rank: bool = False) -> None:
+    """Write run_dir/status.json: state is done, stopped, config_error or failed. Rank 0 only, unless `any_rank`."""
+    if rank() != 0 and not any_rank:
         return
     path = Path(run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        temporary = path / ".status.json.tmp"
+        temporary = path / f".status.json.{rank()}.tmp"
         temporary.write_text(json.dumps({"state": state, "exit_code": exit_code, "message": message}) + "\n")
         os.replace(temporary, path / "status.json")
     except OSError:

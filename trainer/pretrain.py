@@ -1,11 +1,7 @@
 """One pre-training run: data, model, engine and callbacks, put together and run."""
 
 import logging
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import torch
 
@@ -26,50 +22,38 @@ from trainer.data.sources import DataSources, find_sources
 from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
 from trainer.engines.base import Engine
 from trainer.loop import Outcome, Trainer
+from trainer.peers import PeerWatch
 
 _LOGGER = logging.getLogger("spiketrain")
 
 
-def run(config: PretrainConfig, config_yaml: str) -> int:
-    """Train; return the exit code: 0 done, 75 stopped on request.
+def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None) -> int:
+    """Train; return the exit code: 0 done, 75 stopped on request. `peers` where the process made one before.
 
     Raises:
         ConfigError: an input turned out to be unusable.
     """
     run_dir = Path(config.run.dir)
+    peers = peers or PeerWatch(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir: {run_dir} cannot be made ({error.strerror}); name another directory") from error
     logs.configure(run_dir, rank())
-    _exit_on_signal()
     try:
         outcome = _train(config, config_yaml)
-    except ConfigError:
-        raise
-    except SystemExit:
-        write_status(run_dir, Outcome.STOPPED.value, EXIT_STOPPED, "stopped before the first step")
+    except (ConfigError, SystemExit):
         raise
     except TrainingDiverged as error:
         write_status(run_dir, "failed", 1, str(error))
         _LOGGER.error("%s", error)
         return 1
     except BaseException as error:
-        write_status(run_dir, "failed", 1, describe_failure(error))
+        peers.report_own_failure(describe_failure(error))
         raise
     code = 0 if outcome is Outcome.DONE else EXIT_STOPPED
     write_status(run_dir, outcome.value, code)
     return code
-
-
-def _exit_on_signal() -> None:
-    """Until the loop takes the signals over there is nothing to save: leave at once, resumable."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        sys.exit(EXIT_STOPPED)
-
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
 
 
 def _train(config: PretrainConfig, config_yaml: str) -> Outcome:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -81,3 +82,25 @@ def pools(tmp_path_factory):
     yield pool
     for left in running.values():
         left.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Seconds of every linear mixer in every layout, where they ran."""
+    seconds = {}
+    for report in terminalreporter.stats.get("passed", []):
+        case = re.search(r"test_every_linear_mixer\[(.+)\]$", report.nodeid)
+        if case and report.when == "call":
+            # Neither holds a hyphen: pytest joins the two by one.
+            layout, mixer = sorted(case[1].split("-"), key=str.islower)
+            seconds.setdefault(layout, {})[mixer] = report.duration
+    if not seconds:
+        return
+    mixers = sorted({mixer for row in seconds.values() for mixer in row})
+    width = max(map(len, seconds))
+    terminalreporter.section("seconds of every linear mixer in every layout, beside its attention layers")
+    for number, mixer in enumerate(mixers):
+        terminalreporter.write_line(f"({number}) {mixer}")
+    terminalreporter.write_line(" " * width + "".join(f"{f'({i})':>7}" for i in range(len(mixers))))
+    for layout, row in seconds.items():
+        cells = (f"{row[mixer]:7.1f}" if mixer in row else f"{'':7}" for mixer in mixers)
+        terminalreporter.write_line(f"{layout:<{width}}" + "".join(cells))

@@ -119,11 +119,28 @@ def test_a_hybrid_model(pools, one_process, name):
     check(pools, one_process, LAYOUTS[name])
 
 
+# Layout by layout, so that all mixers of one stand together in the output.
+MIXER_LAYOUTS = (
+    "TP2",
+    "TP2+SP",
+    "PP2",
+    "PP2 interleaved",
+    "CP2",
+    "DP2",
+    "CP4",
+    "TP2 x PP2",
+    "TP2 x CP2",
+    "PP2 x DP2",
+    "TP2 x PP2 x CP2",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TP2+SP", "PP2", "CP2"])
 @pytest.mark.parametrize("mixer", LINEAR_MIXERS)
-def test_every_linear_mixer(pools, one_process, mixer, name):
-    check(pools, one_process, LAYOUTS[name], pattern=f"{mixer}, {mixer}, full_attention, {mixer}")
+@pytest.mark.parametrize("name", MIXER_LAYOUTS)
+def test_every_linear_mixer(pools, one_process, name, mixer):
+    pattern = f"{mixer}, full_attention, {mixer}, sliding_window_attention"
+    check(pools, one_process, LAYOUTS[name], pattern=pattern)
 
 
 @pytest.mark.slow

@@ -1,13 +1,20 @@
-"""Layouts that cannot run are refused at once, and once."""
+"""Layouts that cannot run are refused at once, and once; a rank that dies takes the others with it, by name."""
 
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from models.config import MIXERS, MixerLayoutConfig, ModelConfig
 from tests.trainer.conftest import ROOT, finish, status
+from trainer import peers
+from trainer.config import ParallelConfig, PretrainConfig
 
 WRONG = {
     "heads": (["--parallel.tensor=8"], 8, "does not divide by parallel.tensor=8"),
@@ -30,11 +37,102 @@ def test_check_refuses_a_wrong_layout_without_torch(tmp_path, overrides, ranks, 
     assert time.monotonic() - start < 3
 
 
-def test_torchrun_says_a_wrong_layout_once_at_eight_ranks(tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("--parallel.tensor=8", "does not divide by parallel.tensor=8"),
+        ("--parallel.pipeline=8", "use at most 2 stages"),
+        ("--parallel.tensor=3", "world size 8 does not divide by tensor*pipeline*context=3"),
+        ("--parallel.context=8", "train.seq_len=36 does not divide over 8 ranks"),
+    ],
+    ids=["heads", "layers", "world-size", "length"],
+)
+def test_torchrun_says_a_wrong_layout_once_at_eight_ranks(tiny_run, tmp_path, layout, message):
     start = time.monotonic()
-    code, output = finish(tiny_run(tmp_path / "run", "--parallel.tensor=8", "--train.global_batch_size=2", ranks=8))
+    batch = ("--train.global_batch_size=2", "--train.seq_len=36")
+    code, output = finish(tiny_run(tmp_path / "run", layout, *batch, ranks=8))
     assert time.monotonic() - start < 20
     assert code == 1
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "does not divide by parallel.tensor=8" in errors[0], output
-    assert status(tmp_path / "run")["state"] == "config_error"
+    assert len(errors) == 1 and message in errors[0], output
+    told = status(tmp_path / "run")
+    assert told["state"] == "config_error" and message in told["message"]
+
+
+def test_every_mixer_takes_context_parallel_ranks():
+    """There is no mixer that would have to be refused; tests/parity trains each over such ranks."""
+    for mixer in MIXERS:
+        PretrainConfig(
+            model=ModelConfig(mixers=MixerLayoutConfig(pattern=mixer)), parallel=ParallelConfig(context=2)
+        ).validate_layout(2)
+
+
+def wait_until(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.05)
+
+
+def listens(pid):
+    """Whether a process has a handler for SIGTERM."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def steps_taken(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+ENDLESS = ("--train.steps=1000000", "--checkpoint.every=0", "--evaluation.every=0")
+DEATHS = {
+    "rank 1 of 2": (2, 1, (), 5),
+    "rank 0 of 2": (2, 0, (), 5),
+    "rank 3 of PP2 x DP2": (4, 3, ("--parallel.pipeline=2",), 5),
+    "rank 1 of 2, ZeRO 2": (2, 1, ("--engine.name=deepspeed", "--engine.zero_stage=2"), 5),
+    "rank 1 of 2, in start-up": (2, 1, (), 0),
+}
+
+
+@pytest.mark.parametrize(("ranks", "victim", "overrides", "steps"), list(DEATHS.values()), ids=list(DEATHS))
+def test_a_rank_that_dies_takes_the_others_down_and_is_named(tiny_run, tmp_path, ranks, victim, overrides, steps):
+    run_dir = tmp_path / "run"
+    torchrun = tiny_run(run_dir, *ENDLESS, *overrides, ranks=ranks)
+    wait_until(lambda: len(peers.ranks_of(torchrun.pid)) == ranks)
+    pids = peers.ranks_of(torchrun.pid)
+    wait_until(lambda: all(listens(pid) for pid in pids.values()) and steps_taken(run_dir) >= steps)
+    os.kill(pids[victim], signal.SIGKILL)
+    start = time.monotonic()
+    code, output = finish(torchrun)
+    assert time.monotonic() - start < 60
+    assert code == 1
+    named = f"rank {victim} (pid {pids[victim]}) on {socket.gethostname()} died"
+    told = status(run_dir)
+    assert (told["state"], told["exit_code"]) == ("failed", 1) and told["message"].startswith(named)
+    assert output.count(f"error: {named}") == 1 and "(SIGKILL)" in output
+    assert named in (run_dir / "run.log").read_text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+
+
+def test_a_rank_that_fails_says_so_itself(tiny_run, tmp_path):
+    """Not rank 0's broken connection, which follows from it, but what happened on the rank that failed first."""
+    run_dir = tmp_path / "run"
+    torchrun = tiny_run(run_dir, *ENDLESS, ranks=2, script="tests/trainer/pretrain_failing.py")
+    code, output = finish(torchrun, timeout=240)
+    assert code == 1
+    told = status(run_dir)
+    assert told["state"] == "failed"
+    assert re.match(r"rank 1 \(pid \d+\) on .* failed: OSError: the disk is gone", told["message"])
+    assert told["message"] in (run_dir / "run.log").read_text()
+    assert "died" not in output
+
+
+def test_a_stop_on_request_during_start_up_is_no_death(tiny_run, tmp_path):
+    torchrun = tiny_run(tmp_path / "run", *ENDLESS, ranks=2)
+    wait_until(lambda: len(peers.ranks_of(torchrun.pid)) == 2)
+    wait_until(lambda: all(listens(pid) for pid in peers.ranks_of(torchrun.pid).values()))
+    torchrun.terminate()
+    _, output = finish(torchrun)
+    assert "died" not in output
+    assert status(tmp_path / "run")["state"] == "stopped"

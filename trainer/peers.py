@@ -1,0 +1,136 @@
+"""When a rank dies, the ranks beside it say which one it was, and end. Imports neither torch nor megatron.
+
+torchrun tells the ranks of a node of a death by SIGTERM, which is also what a stop on request looks like. The one that
+died is then no longer torchrun's child; on request all of them still are.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from trainer.cli import EXIT_STOPPED, rank, write_status
+
+# torchrun looks at its ranks every 0.1 s.
+_SECONDS_FOR_TORCHRUN = 5.0
+
+
+class PeerWatch:
+    """Watches over the ranks that torchrun started on this node. To be made once, by the main thread.
+
+    Until the training loop takes the signals over there is nothing to save: a stop on request leaves at once.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._run_dir = Path(run_dir)
+        self._status_before = self._status_mark()
+        self._agent = os.getppid()
+        first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
+        self._ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self._pids = ranks_of(self._agent)
+        self._nobody_died = threading.Event()
+        # Without torchrun above, or with a wrapper in between, which hides the others, there is nothing to see.
+        self._sees_peers = len(self._ranks) > 1 and self._pids.get(rank()) == os.getpid()
+        if self._sees_peers:
+            self._listen()
+        else:
+            self._nobody_died.set()
+        signal.signal(signal.SIGTERM, self._leave)
+        signal.signal(signal.SIGINT, self._leave)
+
+    def _listen(self) -> None:
+        # By a descriptor, since a handler waits for the main thread, which may be waiting for the dead rank.
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._serve, args=(read_end,), name="peer watch", daemon=True).start()
+
+    def _serve(self, read_end: int) -> None:
+        while True:
+            # A rank that torchrun is only just starting is not to be seen yet.
+            while len(self._pids) < len(self._ranks) and not select.select([read_end], [], [], 1.0)[0]:
+                self._pids |= ranks_of(self._agent)
+            if os.read(read_end, 1)[0] == signal.SIGTERM and (dead := self._dead()):
+                # Of those that are left on this node, one is enough to say it.
+                if rank() == min(set(self._ranks) - set(dead)):
+                    self._report(self._name(dead))
+                # The main thread may never come back from a collective.
+                os._exit(1)
+            self._nobody_died.set()
+
+    def _dead(self) -> list[int]:
+        """Ranks of this node that torchrun has taken the exit code of."""
+        self._pids = ranks_of(self._agent) | self._pids
+        return [peer for peer in self._ranks if peer not in self._pids or _parent(self._pids[peer]) != self._agent]
+
+    def _name(self, dead: list[int]) -> str:
+        pids = [f"rank {peer}" + (f" (pid {self._pids[peer]})" if peer in self._pids else "") for peer in dead]
+        return f"{', '.join(pids)} on {socket.gethostname()} died; torchrun's report has the exit code or signal"
+
+    def _report(self, message: str) -> None:
+        """Write down what ended the run, unless a rank of this start has already said so."""
+        if self._has_been_told():
+            return
+        write_status(self._run_dir, "failed", 1, message, any_rank=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        with (self._run_dir / "run.log").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def report_own_failure(self, message: str) -> None:
+        """Write down a failure of this rank, unless it follows from the death of another.
+
+        Connections to a rank that died break at once, a little before torchrun says that it did.
+        """
+        if self._sees_peers:
+            time.sleep(_SECONDS_FOR_TORCHRUN)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            message = f"rank {rank()} (pid {os.getpid()}) on {socket.gethostname()} failed: {message}"
+        self._report(message)
+
+    def _has_been_told(self) -> bool:
+        """Whether a rank of this start has already written how it ended."""
+        return self._status_mark() != self._status_before
+
+    def _status_mark(self) -> tuple[int, int] | None:
+        path = self._run_dir / "status.json"
+        return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+    def _leave(self, number: int, frame: FrameType | None) -> NoReturn:
+        self._nobody_died.wait(_SECONDS_FOR_TORCHRUN)
+        if not self._has_been_told():
+            write_status(self._run_dir, "stopped", EXIT_STOPPED, "stopped before the first step")
+        sys.exit(EXIT_STOPPED)
+
+
+def ranks_of(agent: int) -> dict[int, int]:
+    """The process of each rank that `agent` started; empty where that cannot be seen (without /proc)."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        pid = int(path.name)
+        if _parent(pid) == agent and (number := _environment(pid).get("RANK")) is not None:
+            found[int(number)] = pid
+    return found
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty where it has ended or is another user's."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def _parent(pid: int) -> int | None:
+    """The parent of a process; None where it has ended and been waited for."""
+    try:
+        # The name, in brackets, may hold anything.
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
