@@ -55,7 +55,7 @@ _MEGATRON_STAGE = "its distributed optimizer is ZeRO 1; use engine.zero_stage=1,
 _MEGATRON_OFFLOAD = "it keeps everything on the device; use engine.offload=none, or engine.name=deepspeed"
 _NOTHING_TO_OFFLOAD = "ZeRO offloads what it shards; use engine.zero_stage=1 or more, or engine.offload=none"
 _PARAMETERS_NOT_SHARDED = "only ZeRO 3 shards parameters; use engine.zero_stage=3, or engine.offload=optimizer"
-_DATA_PARALLEL_ALONE = "this engine is data parallel only; use engine.name=megatron"
+_NO_PIPELINE = "ZeRO is run without a pipeline schedule; use engine.name=megatron"
 CONFLICTS: dict[tuple[str, str], str] = {
     ("engine.name=megatron", "engine.zero_stage=0"): _MEGATRON_STAGE,
     ("engine.name=megatron", "engine.zero_stage=2"): _MEGATRON_STAGE,
@@ -69,12 +69,14 @@ CONFLICTS: dict[tuple[str, str], str] = {
     ("engine.zero_stage=0", "train.precision=bf16"): (
         "DeepSpeed would add up gradients and updates in bfloat16; use engine.zero_stage=1, or train.precision=fp32"
     ),
-    ("engine.name=deepspeed", "parallel.tensor>1"): _DATA_PARALLEL_ALONE,
-    ("engine.name=deepspeed", "parallel.sequence"): _DATA_PARALLEL_ALONE,
-    ("engine.name=deepspeed", "parallel.pipeline>1"): _DATA_PARALLEL_ALONE,
-    ("engine.name=deepspeed", "parallel.virtual_pipeline>1"): _DATA_PARALLEL_ALONE,
-    ("engine.name=deepspeed", "parallel.context>1"): _DATA_PARALLEL_ALONE,
-    ("engine.name=deepspeed", "parallel.expert>1"): _DATA_PARALLEL_ALONE,
+    ("engine.name=deepspeed", "parallel.pipeline>1"): _NO_PIPELINE,
+    ("engine.name=deepspeed", "parallel.virtual_pipeline>1"): _NO_PIPELINE,
+    ("engine.name=deepspeed", "parallel.context>1"): (
+        "its ranks each compute whole sequences; use engine.name=megatron, or parallel.sequence"
+    ),
+    ("engine.name=deepspeed", "parallel.expert>1"): (
+        "experts have no data-parallel groups of their own there; use engine.name=megatron"
+    ),
 }
 
 

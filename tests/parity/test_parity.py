@@ -119,6 +119,33 @@ def test_a_hybrid_model(pools, one_process, name):
     check(pools, one_process, LAYOUTS[name])
 
 
+ZERO = {
+    "ZeRO-1": (1, "none", {"data": 2}),
+    "ZeRO-2": (2, "none", {"data": 2}),
+    "ZeRO-3": (3, "none", {"data": 2}),
+    "ZeRO-2 offload": (2, "optimizer", {"data": 2}),
+    "ZeRO-0 x TP2": (0, "none", {"tensor": 2}),
+    "ZeRO-1 x TP2": (1, "none", {"tensor": 2}),
+    "ZeRO-1 x TP2+SP": (1, "none", {"tensor": 2, "sequence": True}),
+    "ZeRO-1 x TP2 x DP2": (1, "none", {"tensor": 2, "data": 2}),
+    "ZeRO-2 x TP2 x DP2": (2, "none", {"tensor": 2, "data": 2}),
+    "ZeRO-2 offload x TP2+SP x DP2": (2, "optimizer", {"tensor": 2, "sequence": True, "data": 2}),
+    "ZeRO-3 x TP2 x DP2": (3, "none", {"tensor": 2, "data": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "ZeRO-1 x TP2" else pytest.param(name, marks=pytest.mark.slow) for name in ZERO]
+)
+def test_deepspeed(pools, one_process, name):
+    """Against one process of the other engine."""
+    stage, offload, layout = ZERO[name]
+    ranks, keys = ranks_of(layout)
+    reference = configuration(**keys)
+    config = reference | {"engine": {"name": "deepspeed", "zero_stage": stage, "offload": offload}}
+    compare(whole(pools(ranks).run({"config": config, "steps": STEPS})), one_process(reference))
+
+
 # Layout by layout, so that all mixers of one stand together in the output.
 MIXER_LAYOUTS = (
     "TP2",

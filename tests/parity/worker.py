@@ -14,10 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from models.decoder import Decoder, initialize
 from models.parallel import sharded_parameters
 from trainer.cli import from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.batch import make_batch
+from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.megatron import MegatronEngine, parallel_state
 
 EOD = 0
@@ -39,6 +41,8 @@ def batches(config, step, rank, ranks):
 
 def gradients(engine):
     """The gradients of this rank's stages after a step, whole, where this rank is the one to report them."""
+    if isinstance(engine, DeepSpeedEngine):
+        return engine.first_gradients
     data, tensor = (
         parallel_state.get_data_parallel_group(with_context_parallel=True),
         parallel_state.get_tensor_model_parallel_group(),
@@ -51,21 +55,48 @@ def gradients(engine):
                 parts = list(bucket.grad_data.chunk(dist.get_world_size(data)))
                 dist.all_gather(parts, parts[dist.get_rank(data)].clone(), group=data)
         decoder = stage.module.part
-        axes = {id(parameter): axis for parameter, axis in sharded_parameters(decoder)}
-        for name, parameter in decoder.named_parameters():
-            gradient = parameter.main_grad.contiguous()
-            if id(parameter) in axes:
-                parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size(tensor))]
-                dist.all_gather(parts, gradient, group=tensor)
-                gradient = torch.cat(parts, axes[id(parameter)])
-            found[name] = gradient.clone()
+        own = {name: parameter.main_grad for name, parameter in decoder.named_parameters()}
+        found |= gathered(decoder, own, tensor)
     return found
+
+
+def gathered(decoder, gradients, group):
+    """Copies of gradients by the parameters' names, of those that are cut with the parts of every rank of the group."""
+    axes = {id(parameter): axis for parameter, axis in sharded_parameters(decoder)}
+    found = {}
+    for name, parameter in decoder.named_parameters():
+        gradient = gradients[name].contiguous()
+        if group is not None and id(parameter) in axes:
+            parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, gradient, group=group)
+            gradient = torch.cat(parts, axes[id(parameter)])
+        found[name] = gradient.clone()
+    return found
+
+
+def keep_first_gradients(engine, decoder):
+    """Have DeepSpeed's engine leave the gradients of its first update in `first_gradients`, before they are clipped."""
+    update, from_zero = engine._update, engine._deepspeed.utils.safe_get_full_grad
+
+    def keep_and_update():
+        if engine.first_gradients is None:
+            own = {name: from_zero(parameter) for name, parameter in decoder.named_parameters()}
+            engine.first_gradients = gathered(decoder, own, decoder.groups.tensor)
+        return update()
+
+    engine.first_gradients, engine._update = None, keep_and_update
 
 
 def build(job):
     """The engine of a job, and its configuration."""
     config = from_mapping(PretrainConfig, job["config"])
-    return MegatronEngine(config, VOCAB, torch.device("cpu")), config
+    if config.engine.name == "megatron":
+        return MegatronEngine(config, VOCAB, torch.device("cpu")), config
+    decoder = Decoder(config.model, VOCAB)
+    initialize(decoder, config.train.seed)
+    engine = DeepSpeedEngine(config, decoder, torch.device("cpu"))
+    keep_first_gradients(engine, decoder)
+    return engine, config
 
 
 def run(job):

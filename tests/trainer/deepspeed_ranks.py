@@ -2,9 +2,9 @@
 
 python -m torch.distributed.run ... deepspeed_ranks.py DATA JOBS.json RESULTS.json
 
-A job is a dictionary: engine, stage, offload, precision; first and last step; a checkpoint to `load` before, and those
-to `save` by step; `poison`, what of step 1 is no number on rank 0 (loss or gradient); `validate`. Runs beside this one
-may wait for its checkpoints.
+A job is a dictionary: engine, stage, offload, precision, tensor, sequence; first and last step; a checkpoint to `load`
+before, and those to `save` by step; `poison`, what of step 1 is no number on rank 0 (loss or gradient); `validate`.
+Runs beside this one may wait for its checkpoints.
 """
 
 import json
@@ -19,10 +19,10 @@ import torch
 from models.decoder import Decoder, initialize
 from tests.trainer.conftest import in_process_config
 from trainer.cli import ConfigError
-from trainer.config import EngineConfig
+from trainer.config import EngineConfig, ParallelConfig
 from trainer.data.sources import find_sources
 from trainer.engines.deepspeed import DeepSpeedEngine
-from trainer.engines.megatron import MegatronEngine
+from trainer.engines.megatron import MegatronEngine, parallel_state
 
 LR = 0.003
 
@@ -46,7 +46,10 @@ def build(data, job):
         data, "unused", precision=job.get("precision", "fp32"), micro_batch_size=1, global_batch_size=4
     )
     engine = EngineConfig(job.get("engine", "deepspeed"), job.get("stage", 1), job.get("offload", "none"))
-    config = replace(config, engine=engine)
+    parallel = ParallelConfig(tensor=job.get("tensor", 1), sequence=job.get("sequence", False))
+    # Heads that two tensor-parallel ranks can share.
+    attention = replace(config.model.attention, num_kv_heads=2)
+    config = replace(config, engine=engine, parallel=parallel, model=replace(config.model, attention=attention))
     sources = find_sources(config)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
     if config.engine.name == "megatron":
@@ -114,6 +117,7 @@ def run(data, job):
     result["held"] = {name: parameter.data.numel() for name, parameter in decoder.named_parameters()}
     if job.get("validate"):
         result["validation"] = validate()
+    parallel_state.destroy_model_parallel()
     return result
 
 

@@ -85,6 +85,16 @@ def test_what_an_engine_does_not_have_is_refused(engine, reason):
     assert " is not supported: " in str(error.value) and "; use " in str(error.value)
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("sequence", [False, True])
+def test_deepspeed_has_tensor_parallel_and_refuses_the_other_cuts(stage, sequence):
+    engine = EngineConfig("deepspeed", stage)
+    PretrainConfig(engine=engine, parallel=ParallelConfig(tensor=2, sequence=sequence)).validate_layout(2)
+    for parallel in (ParallelConfig(pipeline=2), ParallelConfig(context=2), ParallelConfig(tensor=2, context=2)):
+        with pytest.raises(ValueError, match="use engine.name=megatron"):
+            PretrainConfig(engine=engine, parallel=parallel).validate_layout(4)
+
+
 def test_deepspeed_without_zero_is_for_float32():
     config = PretrainConfig(engine=EngineConfig("deepspeed", 0), train=TrainConfig(precision="bf16"))
     with pytest.raises(ValueError, match=r"engine.zero_stage=0 with train.precision=bf16 .* use engine.zero_stage=1"):

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: data parallel with ZeRO (arXiv 1910.02054), stages 0 to 3, and offloading to host memory.
+"""The DeepSpeed engine: ZeRO (arXiv 1910.02054), stages 0 to 3, offloading to host memory, Megatron's tensor parallel.
 
 DeepSpeed averages gradients over ranks and accumulated micro-batches. The loss here is a mean over all tokens of the
 global batch, so every micro-batch's loss l_i, a sum over its tokens (nats), is scaled before its backward pass:
@@ -6,6 +6,10 @@ global batch, so every micro-batch's loss l_i, a sum over its tokens (nats), is 
     dL/dw = (1/N) sum_i dl_i/dw = mean over R ranks and A micro-batches of d(l_i R A / N)/dw
 
 with N the tokens of the whole batch, counted before the first pass: exact, whatever the token counts of the parts.
+
+Under tensor parallelism the model is cut before DeepSpeed sees it, which shards what each rank has over the ranks that
+have the same, its data-parallel group. It is told of the groups by an object of Megatron's names, its `mpu`, and sums
+norms and overflows over the others, too, counting parameters marked `tensor_model_parallel` on every rank.
 
 A checkpoint holds every parameter and its Adam moments in their own shapes (trainer.engines.pieces), so any stage and
 any number of ranks reads what any other wrote, and trainer.inference finds the parameters as in every checkpoint.
@@ -21,6 +25,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,13 +33,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.decoder import Decoder, no_weight_decay
-from models.parallel import keep_float32
+from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients, sharded_parameters
 from trainer.cli import ConfigError
-from trainer.config import PretrainConfig
+from trainer.config import ParallelConfig, PretrainConfig
 from trainer.data.batch import Batch
 from trainer.engines import pieces
 from trainer.engines.base import PendingSave, StepResult
-from trainer.engines.pieces import Piece
+from trainer.engines.pieces import Piece, Shard
 from trainer.engines.random_state import random_state, set_random_state
 
 _MAIN, _MOMENTS = "main", ("exp_avg", "exp_avg_sq")
@@ -65,7 +70,7 @@ class DeepSpeedEngine:
 
     Args:
         config: The run.
-        decoder: Initialised parameters, float32, on the CPU, the same on every rank.
+        decoder: The whole model, initialised, float32, on the CPU, the same on every rank; it is cut in place.
         device: Where to train.
     """
 
@@ -78,11 +83,15 @@ class DeepSpeedEngine:
         self._deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._saving_group = dist.new_group(backend="gloo") if config.checkpoint.asynchronous else None
-        self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
-        self._parameters = dict(decoder.named_parameters())
-        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        self._groups, unit = _model_parallel_groups(device, config.parallel)
+        self._tensor_ranks = config.parallel.tensor
+        self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
+        self.data_parallel_size = self.world_size // self._tensor_ranks
+        cut(decoder, self._groups)
+        self._parameters: dict[str, Any] = dict(decoder.named_parameters())
+        self._shards = _shards(decoder, self._groups)
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
-        self.model_is_whole = self._stage < 3
+        self.model_is_whole = self._stage < 3 and decoder.is_whole
         decoder.recompute(config.train.recomputed_parts)
         self._micro_batches = config.train.accumulation(self.data_parallel_size)
         # ZeRO 3 keeps all parameters in one buffer of one type: there only their main copies are float32.
@@ -91,14 +100,21 @@ class DeepSpeedEngine:
             for name, parameter in self._parameters.items()
             if self._stage < 3 and keep_float32(name)
         }
+        # DeepSpeed would remember the last engine's.
+        groups: Any = importlib.import_module("deepspeed.utils.groups")
+        groups.mpu = None
         self._engine = self._deepspeed.initialize(
             model=LossModel(decoder),
+            mpu=unit,
             # Called when the parameters have been cast and have not yet been cut.
             optimizer=lambda _: self._build_adam(config, float32),
             model_parameters=list(decoder.parameters()),
             config=_deepspeed_config(config, decoder, self._micro_batches, device),
         )[0]
         _allocate_state(self._adam, self._flat_parameters())
+        # Summed as they come, for afterwards DeepSpeed has them sharded.
+        for parameter in partial_gradients(decoder, self._groups):
+            parameter.register_hook(partial(_sum_shares, group=self._groups.tensor))
 
     def _build_adam(self, config: PretrainConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -159,7 +175,7 @@ class DeepSpeedEngine:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())
         parameters = list(self._parameters.values())
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = self._grad_norm(parameters)
         if not math.isfinite(norm):
             # AdamW passes parameters without a gradient over.
             self._engine.zero_grad()
@@ -167,6 +183,22 @@ class DeepSpeedEngine:
             nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
         self._engine.step()
         return float(norm)
+
+    def _grad_norm(self, parameters: list[Any]) -> Tensor:
+        """The norm without ZeRO; what tensor-parallel ranks share is counted on the first of them."""
+        group = self._groups.tensor
+        counted = [
+            parameter.grad
+            for parameter in parameters
+            if parameter.grad is not None
+            and (group is None or dist.get_rank(group) == 0 or hasattr(parameter, "tensor_model_parallel"))
+        ]
+        norm = nn.utils.get_total_norm(counted)
+        if group is None:
+            return norm
+        squares = norm.square()
+        dist.all_reduce(squares, group=group)
+        return squares.sqrt()
 
     def _forward(self, batch: Batch) -> Tensor:
         return self._engine(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)
@@ -181,11 +213,13 @@ class DeepSpeedEngine:
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sum over the data-parallel ranks, in float64."""
-        if self.data_parallel_size == 1:
+        if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        # Over all ranks, each data-parallel one as often as it has ranks: what one alone knows, a signal, must come
+        # to all.
         dist.all_reduce(total)
-        return total.tolist()  # type: ignore[no-any-return]
+        return (total / self._tensor_ranks).tolist()  # type: ignore[no-any-return]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable object, on every rank."""
@@ -228,7 +262,7 @@ class DeepSpeedEngine:
         return parts
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, under this number of ranks, ZeRO stage and offloading or another.
+        """Read what `save` wrote, under this layout, ZeRO stage and offloading or another.
 
         Raises:
             ConfigError: another engine wrote it.
@@ -258,26 +292,25 @@ class DeepSpeedEngine:
 
     def _stored(self, name: str) -> Piece:
         """What this rank holds of a parameter as the model reads it."""
-        parameter: Any = self._parameters[name]
+        parameter = self._parameters[name]
         if self._stage < 3:
-            return Piece(self._shapes[name], 0, parameter.data.flatten())
+            return Piece(self._shards[name], 0, parameter.data.flatten())
         start, count = self._range(name)
-        return Piece(self._shapes[name], start, parameter.ds_tensor.data.flatten()[:count])
+        return Piece(self._shards[name], start, parameter.ds_tensor.data.flatten()[:count])
 
     def _range(self, name: str) -> tuple[int, int]:
         """Where this rank's part of a parameter that ZeRO 3 cut starts, and its length less the padding."""
-        parameter: Any = self._parameters[name]
-        part = parameter.ds_tensor.ds_numel
-        start = min(self.rank * part, self._shapes[name].numel())
-        return start, min(part, self._shapes[name].numel() - start)
+        part = self._parameters[name].ds_tensor.ds_numel
+        total = self._shards[name].shape.numel()
+        start = min(self.data_parallel_rank * part, total)
+        return start, min(part, total - start)
 
     def _owned(self, name: str, key: str) -> Piece:
         """What this rank updates of a main parameter or a moment; a view but under ZeRO 3."""
-        parameter: Any = self._parameters[name]
-        shape = self._shapes[name]
+        parameter, shard = self._parameters[name], self._shards[name]
         if self._stage == 0:
             source = parameter.data if key == _MAIN else self._adam.state[parameter][key]
-            return Piece(shape, 0, source.view(-1))
+            return Piece(shard, 0, source.view(-1))
         if self._stage == 3:
             utils = self._deepspeed.utils
             if key == _MAIN:
@@ -285,18 +318,18 @@ class DeepSpeedEngine:
             else:
                 values = utils.safe_get_local_optimizer_state(parameter, key)
             start, count = self._range(name)
-            return Piece(shape, start, values.detach()[:count])
+            return Piece(shard, start, values.detach()[:count])
         part = parameter._hp_mapping
         if part is None:
-            return Piece(shape, 0, torch.empty(0))
+            return Piece(shard, 0, torch.empty(0))
         flat = self._flat_parameters()[part.param_group_index]
         source = flat.data if key == _MAIN else self._adam.state[flat][key]
         address = part.hp_fragment_address
-        return Piece(shape, part.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
+        return Piece(shard, part.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
 
     def _give_back(self, name: str, key: str, values: Tensor) -> None:
         """Set what `_owned` lent under ZeRO 3, where it may be a copy on another device."""
-        parameter: Any = self._parameters[name]
+        parameter = self._parameters[name]
         utils = self._deepspeed.utils
         padded = nn.functional.pad(values, (0, parameter.ds_tensor.ds_numel - values.numel()))
         if key == _MAIN:
@@ -322,6 +355,10 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Leave the process groups."""
         self._engine.destroy()
+        if self._groups.tensor is not None:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
         self._deepspeed.comm.destroy_process_group()
 
 
@@ -359,6 +396,48 @@ def _initialize_groups(device: torch.device) -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+
+
+def _model_parallel_groups(device: torch.device, parallel: ParallelConfig) -> tuple[Groups, Any]:
+    """What the layers are told of the ranks that share them, and DeepSpeed's `mpu`; None where no ranks do."""
+    if parallel.tensor == 1:
+        return WHOLE, None
+    from megatron.core import parallel_state
+
+    from trainer.engines import megatron, megatron_cpu
+
+    if device.type == "cpu":
+        megatron_cpu.adapt()
+    megatron.initialize_groups(device, parallel)
+    unit = SimpleNamespace()
+    # By the names of Megatron-LM's first versions and of later ones: DeepSpeed uses both.
+    for theirs, ours in (("model", "tensor_model"), ("tensor_model", "tensor_model"), ("data", "data")):
+        for fact in ("world_size", "rank", "group"):
+            function = getattr(parallel_state, f"get_{ours}_parallel_{fact}")
+            setattr(unit, f"get_{theirs}_parallel_{fact}", function)
+    return megatron.layer_groups(parallel), unit
+
+
+def _shards(decoder: Decoder, groups: Groups) -> dict[str, Shard]:
+    """What this rank has of every parameter; those that are cut are marked for DeepSpeed's norm of the gradient."""
+    if groups.tensor is None:
+        return {name: Shard.of(parameter) for name, parameter in decoder.named_parameters()}
+    axes = {id(parameter): axis for parameter, axis in sharded_parameters(decoder)}
+    rank, ranks = dist.get_rank(groups.tensor), dist.get_world_size(groups.tensor)
+    shards = {}
+    parameters: dict[str, Any] = dict(decoder.named_parameters())
+    for name, parameter in parameters.items():
+        shards[name] = Shard.of(parameter, axes.get(id(parameter)), rank, ranks)
+        if id(parameter) in axes:
+            parameter.tensor_model_parallel = True
+    return shards
+
+
+def _sum_shares(grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks, in float32; what is given belongs to autograd."""
+    total = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.to(grad.dtype)
 
 
 def _deepspeed_config(

@@ -105,7 +105,7 @@ class MegatronEngine:
         self._on_cpu = device.type == "cpu"
         if self._on_cpu:
             megatron_cpu.adapt()
-        _initialize_groups(device, config.parallel)
+        initialize_groups(device, config.parallel)
         if not self._on_cpu:
             tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -113,7 +113,7 @@ class MegatronEngine:
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self._clip = config.optim.clip_grad
         self._parallel = config.parallel
-        self._groups = _layer_groups(config.parallel)
+        self._groups = layer_groups(config.parallel)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         transformer_config = _transformer_config(config, dtype)
         self._stages = [
@@ -384,7 +384,8 @@ def _forward_step(batches: Iterator[Batch], stage: Any, *, device: torch.device)
     return stage(batch), loss
 
 
-def _initialize_groups(device: torch.device, parallel: ParallelConfig) -> None:
+def initialize_groups(device: torch.device, parallel: ParallelConfig) -> None:
+    """Make the process groups of a layout, those of all ranks first, unless they are there."""
     if not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ:
             # Without torchrun this is the only rank: a store in the process needs no port.
@@ -403,7 +404,7 @@ def _initialize_groups(device: torch.device, parallel: ParallelConfig) -> None:
         )
 
 
-def _layer_groups(parallel: ParallelConfig) -> Groups:
+def layer_groups(parallel: ParallelConfig) -> Groups:
     """What the layers are told of the ranks that share them."""
     return Groups(
         tensor=parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,

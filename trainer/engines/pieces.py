@@ -1,11 +1,13 @@
 """Checkpoints of flattened, evenly cut parameters, in torch's distributed format and in the parameters' own shapes.
 
-ZeRO gives a rank the elements start .. start + n of a flattened parameter. Such a range is a few boxes of the parameter
-as it is shaped, and boxes are what torch.distributed.checkpoint stores and reads back under any other cut.
+ZeRO gives a rank the elements start .. start + n of a flattened parameter, or of the part of it that a tensor-parallel
+rank has. Such a range is a few boxes of the parameter as it is shaped, and boxes are what torch.distributed.checkpoint
+stores and reads back under any other cut.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +47,51 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     yield from within(after_whole, after_whole * row, stop)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of a parameter that a tensor-parallel rank has; all of it where it is not cut.
+
+    Attributes:
+        shape: Of the part.
+        offsets: Where it begins in the whole.
+        whole: Shape of the whole.
+    """
+
+    shape: torch.Size
+    offsets: tuple[int, ...]
+    whole: torch.Size
+
+    @staticmethod
+    def of(part: Tensor, axis: int | None = None, rank: int = 0, ranks: int = 1) -> "Shard":
+        """The `rank`-th of `ranks` equal parts along `axis`; with None the whole."""
+        sizes = [size * ranks if dim == axis else size for dim, size in enumerate(part.shape)]
+        offsets = tuple(size * rank if dim == axis else 0 for dim, size in enumerate(part.shape))
+        return Shard(part.shape, offsets, torch.Size(sizes))
+
+
 class Piece:
-    """A range of a flattened parameter, in memory.
+    """A range of a flattened parameter, or of a flattened shard of it, in memory.
 
     Args:
-        shape: Of the whole parameter.
-        start: Where the range begins in the flattened parameter.
+        shard: What was flattened.
+        start: Where the range begins in it.
         values: The range itself [n], contiguous; n = 0 where the rank owns nothing. Reading writes into it.
     """
 
-    def __init__(self, shape: Sequence[int], start: int, values: Tensor) -> None:
+    def __init__(self, shard: Shard, start: int, values: Tensor) -> None:
         assert values.dim() == 1 and values.is_contiguous(), "boxes are views of it"
-        self.shape, self.start, self.values = torch.Size(shape), start, values
+        self.shard, self.start, self.values = shard, start, values
         self._views: dict[torch.Size, Tensor] = {}
         done = 0
-        for offsets, sizes in boxes(shape, start, start + values.numel()):
+        for offsets, sizes in boxes(shard.shape, start, start + values.numel()):
             count = math.prod(sizes)
-            self._views[torch.Size(offsets)] = values[done : done + count].view(sizes)
+            within_whole = torch.Size(map(sum, zip(shard.offsets, offsets, strict=True)))
+            self._views[within_whole] = values[done : done + count].view(sizes)
             done += count
 
     def copy(self) -> "Piece":
         """The same range in host memory of its own."""
-        return Piece(self.shape, self.start, self.values.detach().to("cpu", copy=True))
+        return Piece(self.shard, self.start, self.values.detach().to("cpu", copy=True))
 
     def view(self, index: MetadataIndex) -> Tensor:
         """The box that an index of the checkpoint means."""
@@ -83,7 +108,7 @@ class Piece:
             WriteItem(
                 index=MetadataIndex(name, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shard.whole),
             )
             for chunk in self.__create_chunk_list__()
         ]
