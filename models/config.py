@@ -46,23 +46,33 @@ def _whole_value_size(prefix: str, head_dim: int, expand_v: float) -> None:
     )
 
 
+def branches(layer: str) -> list[str]:
+    """The mixers of a layer: its name, or those that it runs side by side, written `NAME + NAME`."""
+    return layer.split(" + ")
+
+
 def parse_pattern(pattern: str, prefix: str = "model.mixers.pattern") -> list[str]:
-    """Expand `gated_delta_net*3, full_attention` into one mixer name per layer of the period.
+    """Expand `gated_delta_net*3, full_attention` into one layer's name per layer of the period.
+
+    `gated_delta_net + full_attention` is the name of one layer (see `branches`), which a count repeats as a whole.
 
     Raises:
-        ValueError: an entry is not `NAME` or `NAME*COUNT`, or the name is not a mixer.
+        ValueError: an entry is not `LAYER` or `LAYER*COUNT`, or a name is not a mixer.
     """
     expanded: list[str] = []
     for entry in pattern.split(","):
-        match = re.fullmatch(r"\s*([a-z_0-9]+)\s*(?:\*\s*([0-9]+))?\s*", entry)
+        match = re.fullmatch(r"([a-z_0-9]+(?:\s*\+\s*[a-z_0-9]+)*)(?:\s*\*\s*([0-9]+))?", entry.strip())
         _require(
-            match is not None, f"{prefix}: cannot read {entry.strip()!r}; write NAME or NAME*COUNT, comma-separated"
+            match is not None,
+            f"{prefix}: cannot read {entry.strip()!r}; write NAME or NAME*COUNT, comma-separated, "
+            "and NAME + NAME for two mixers in one layer",
         )
         assert match is not None
-        name, count = match.group(1), int(match.group(2) or 1)
-        _require(name in MIXERS, f"{prefix}: no mixer {name!r}; choose from {', '.join(MIXERS)}")
+        names, count = re.split(r"\s*\+\s*", match.group(1)), int(match.group(2) or 1)
+        for name in names:
+            _require(name in MIXERS, f"{prefix}: no mixer {name!r}; choose from {', '.join(MIXERS)}")
         _require(count > 0, f"{prefix}: {entry.strip()!r} repeats zero times")
-        expanded += [name] * count
+        expanded += [" + ".join(names)] * count
     return expanded
 
 
@@ -71,7 +81,8 @@ class MixerLayoutConfig:
     """Which mixer each layer has: a pattern repeated over the layers, or a ratio. Set exactly one.
 
     Attributes:
-        pattern: One period, such as "gated_delta_net*3, full_attention", repeated until every layer has a mixer.
+        pattern: One period, such as "gated_delta_net*3, full_attention", repeated until every layer has a mixer. A
+            layer "hgrn2 + full_attention" has both, side by side; a count after it repeats the layer.
         linear_per_full: r linear layers, then one softmax layer, repeated.
         full_attention_every: Every N-th layer, the last of each group of N, is a softmax layer.
         linear: The linear mixer that the two ratios use.
@@ -97,7 +108,7 @@ class MixerLayoutConfig:
             _require(value is None or value >= 1, f"model.mixers.{name} is {value}: it must be at least 1")
 
     def period(self) -> list[str]:
-        """One period of mixer names; full attention everywhere when nothing was asked for."""
+        """One period of layers' names; full attention everywhere when nothing was asked for."""
         if self.pattern is not None:
             return parse_pattern(self.pattern)
         if self.linear_per_full is not None:
@@ -380,7 +391,7 @@ class ModelConfig:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_multiple", "norm_eps", "init_std")
         _require_positive("model", self, *names)
         _require(self.vocab_size is None or self.vocab_size > 0, f"model.vocab_size={self.vocab_size} must be positive")
-        used = set(self.layer_mixers())
+        used = {mixer for layer in self.layer_mixers() for mixer in branches(layer)}
         if used & set(SOFTMAX_MIXERS) and self.attention.head_dim is None:
             _require(
                 self.hidden_size % (2 * self.attention.num_heads) == 0,
@@ -402,6 +413,13 @@ class ModelConfig:
                 self.hidden_size % self.hgrn2.head_dim == 0,
                 f"model.hgrn2.head_dim={self.hgrn2.head_dim} does not divide model.hidden_size={self.hidden_size}",
             )
+        for layer in self.layer_mixers():
+            rotations = {rotary for mixer in branches(layer) if (rotary := self.rotary(mixer)) is not None}
+            _require(
+                len(rotations) <= 1,
+                f"model.mixers: {layer!r} rotates by different (head size, base), "
+                f"{' and '.join(map(str, sorted(rotations)))}; make them alike, or model.attention.rope_theta null",
+            )
 
     def _require_whole_heads(self, mixer: str, config: GatedLinearAttentionConfig | RetentionConfig) -> None:
         for name, expand in (("expand_k", config.expand_k), ("expand_v", config.expand_v)):
@@ -412,14 +430,27 @@ class ModelConfig:
             )
 
     def layer_mixers(self) -> list[str]:
-        """The mixer's name for each layer."""
+        """Each layer's name: its mixer's, or its branches' (see `branches`)."""
         period = self.mixers.period()
         return [period[i % len(period)] for i in range(self.num_layers)]
+
+    def bounded_layers(self) -> list[int]:
+        """The layers whose decays have a lower bound: those of HGRN and HGRN2, but for the first layer."""
+        layers = self.layer_mixers()
+        return [i for i in range(1, self.num_layers) if set(branches(layers[i])) & set(LOWER_BOUNDED_MIXERS)]
+
+    def rotary(self, mixer: str) -> tuple[int, float] | None:
+        """(head size, base) of the rotary embedding that a mixer applies; None where it applies none."""
+        if mixer == "retention":
+            return self.state_shape(mixer)[1], self.retention.rope_theta
+        if mixer in SOFTMAX_MIXERS and self.attention.rope_theta is not None:
+            return self.attention_head_dim, self.attention.rope_theta
+        return None
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
         """What tensor-parallel ranks share evenly, by its key: heads, channels and rows of the embedding."""
         sizes = {"ffn_hidden_size": self.ffn_hidden_size, "vocab_multiple": self.vocab_multiple}
-        for mixer in self.layer_mixers():
+        for mixer in (mixer for layer in self.layer_mixers() for mixer in branches(layer)):
             match mixer:
                 case "hgrn":
                     sizes["hidden_size"] = self.hidden_size

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from kernels.matmul import linear
 from kernels.rotary import rotary_tables
-from models.config import LOWER_BOUNDED_MIXERS, SOFTMAX_MIXERS, ModelConfig
+from models.config import SOFTMAX_MIXERS, ModelConfig, branches
 from models.layers import RMSNorm, ShortConvolution, SwiGLU
 from models.mixers import build_mixer
 from models.mixers.base import LayerCache, Mixer, SequenceInfo
 from models.mixers.hgrn import layer_bounds
+from models.mixers.parallel_branches import WeightedSum
 from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, VocabEmbedding, enter_region, vocabulary_loss
 from models.recompute import run_region
 
@@ -83,7 +84,7 @@ class Decoder(nn.Module):
         # One parameter for all layers, of every kind: their bounds come from a softmax over the depth. The first layer
         # has no bound.
         self.lower_bounds: nn.Parameter | None = None
-        bounded = [i for i in range(1, config.num_layers) if mixers[i] in LOWER_BOUNDED_MIXERS]
+        bounded = config.bounded_layers()
         if set(bounded) & set(layers):
             self.lower_bounds = nn.Parameter(torch.empty(config.num_layers, config.hidden_size))
         self._first_bounded = bounded[0] if bounded else None
@@ -191,8 +192,9 @@ def initialize(model: Decoder, seed: int) -> None:
 
     So a parameter starts the same whatever the layout of ranks and whatever other layers exist. Matrices are normal
     with std `init_std`, those that write into the residual stream smaller (GPT-2's rule) where the configuration says
-    so; short convolutions are uniform in +-width^-0.5 (torch's rule); biases are 0 and norms 1. What makes the decays
-    is drawn by the mixers themselves (`initialize_decay`); HGRN's lower bounds start evenly spaced over the depth.
+    so; short convolutions are uniform in +-width^-0.5 (torch's rule); biases are 0 and norms 1; parallel branches
+    weigh the same. What makes the decays is drawn by the mixers themselves (`initialize_decay`); HGRN's lower bounds
+    start evenly spaced over the depth.
     """
     config = model.model_config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std
@@ -211,6 +213,8 @@ def initialize(model: Decoder, seed: int) -> None:
             nn.init.zeros_(module.bias)
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
+        if isinstance(module, WeightedSum):
+            module.reset_weight()
     # After the rest, of which some is drawn anew here.
     for path, module in model.named_modules():
         if isinstance(module, Mixer):
@@ -250,7 +254,7 @@ def flops_per_token(model: Decoder, seq_len: int) -> float:
     """
     config = model.model_config
     total = 6.0 * sum(weight.numel() for weight in matmul_parameters(model))
-    for mixer in config.layer_mixers():
+    for mixer in (mixer for layer in config.layer_mixers() for mixer in branches(layer)):
         if mixer in SOFTMAX_MIXERS:
             keys = seq_len if mixer == "full_attention" else min(config.attention.window, seq_len)
             # Full attention sees (T + 1) / 2 keys on average; a window of w costs w less its start, w^2 / 2T.

@@ -196,15 +196,19 @@ def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
     """The parameters that every tensor-parallel rank holds whole, but of whose gradient each has only a share.
 
     They are those inside regions, where a rank has its own heads, and lower bounds, of which it reads its own channels;
-    with sequence parallelism all, for a rank then has only its own tokens between regions.
+    with sequence parallelism all, for a rank then has only its own tokens between regions. A mixer's module that takes
+    what regions have left says `between_regions`.
     """
     if groups.tensor is None:
         return []
-    sharded = {id(parameter) for parameter, _ in sharded_parameters(model)}
+    other = {id(parameter) for parameter, _ in sharded_parameters(model)}
+    if not groups.sequence:
+        between = (module for module in model.modules() if getattr(module, "between_regions", False))
+        other |= {id(parameter) for module in between for parameter in module.parameters()}
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in sharded and (groups.sequence or {"mixer", "ffn", "lower_bounds"} & set(name.split(".")))
+        if id(parameter) not in other and (groups.sequence or {"mixer", "ffn", "lower_bounds"} & set(name.split(".")))
     ]
 
 

@@ -23,7 +23,8 @@ def run_region(recompute: bool, function: Callable[[*Ts], Tensor], *args: *Ts) -
     """What `function` gives; with `recompute` and gradients asked for, without keeping what it makes on the way.
 
     The second run ends with the last tensor that backward needs, which enters the last matrix product of the region;
-    the sum over tensor-parallel ranks that follows the product is not taken again, on any of them.
+    the sum over tensor-parallel ranks that follows the product is not taken again, on any of them. Where mixers run
+    side by side, their sums are, for the norms that follow keep them.
     """
     if not (recompute and torch.is_grad_enabled()):
         return function(*args)

@@ -1,12 +1,13 @@
 """Token mixers, selected per layer by name."""
 
-from models.config import ModelConfig
+from models.config import ModelConfig, branches
 from models.mixers.base import Mixer
 from models.mixers.delta_net import DeltaNet
 from models.mixers.gated_delta_net import GatedDeltaNet
 from models.mixers.gated_linear_attention import GatedLinearAttention
 from models.mixers.hgrn import HGRN, HGRN2
 from models.mixers.kimi_delta_attention import KimiDeltaAttention
+from models.mixers.parallel_branches import ParallelBranches
 from models.mixers.retention import Retention
 from models.mixers.softmax import FullAttention, SlidingWindowAttention
 from models.mixers.spikingbrain_gla import SpikingBrainGLA, SpikingBrainTiedGLA
@@ -26,6 +27,7 @@ _MIXERS: dict[str, type[Mixer]] = {
 }
 
 
-def build_mixer(name: str, config: ModelConfig) -> Mixer:
-    """The mixer of one layer; `name` is one of models.config.MIXERS."""
-    return _MIXERS[name](config)  # type: ignore[call-arg]
+def build_mixer(layer: str, config: ModelConfig) -> Mixer:
+    """The mixer of one layer, by one of the names that ModelConfig.layer_mixers gives."""
+    mixers = [_MIXERS[name](config) for name in branches(layer)]  # type: ignore[call-arg]
+    return mixers[0] if len(mixers) == 1 else ParallelBranches(mixers, config)

@@ -35,9 +35,15 @@ class SequenceInfo:
 
 @dataclass
 class LayerCache:
-    """What one layer carries from token to token in generation; each mixer keeps its own entries."""
+    """What one layer carries from token to token in generation; each mixer keeps its own entries.
+
+    Attributes:
+        tensors: The entries of a mixer.
+        branches: The caches of the mixers that run side by side.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    branches: dict[int, "LayerCache"] = field(default_factory=dict)
 
     def keep(self, name: str, state: Tensor | None) -> None:
         """Remember what a kernel returned as its final state."""

@@ -24,7 +24,7 @@ class Retention(Mixer):
         d_model = config.hidden_size
         self.num_heads, head_k_dim, head_v_dim = config.state_shape("retention")
         self.all_heads = self.num_heads
-        self.rotary = (head_k_dim, config.retention.rope_theta)
+        self.rotary = config.rotary("retention")
         key_size, value_size = self.num_heads * head_k_dim, self.num_heads * head_v_dim
         self.q_proj = ColumnLinear(d_model, key_size, bias=False)
         self.k_proj = ColumnLinear(d_model, key_size, bias=False)

@@ -20,7 +20,7 @@ class FullAttention(Mixer):
         super().__init__()
         attn, head_dim = config.attention, config.attention_head_dim
         self.num_heads, self.num_kv_heads = attn.num_heads, attn.num_kv_heads
-        self.rotary = None if attn.rope_theta is None else (head_dim, attn.rope_theta)
+        self.rotary = config.rotary("full_attention")
         self.q_proj = ColumnLinear(config.hidden_size, attn.num_heads * head_dim, bias=attn.qkv_bias)
         self.k_proj = ColumnLinear(config.hidden_size, attn.num_kv_heads * head_dim, bias=attn.qkv_bias)
         self.v_proj = ColumnLinear(config.hidden_size, attn.num_kv_heads * head_dim, bias=attn.qkv_bias)

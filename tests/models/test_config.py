@@ -21,6 +21,7 @@ from models.config import (
     ModelConfig,
     RetentionConfig,
     SpikingBrainGLAConfig,
+    branches,
     parse_pattern,
 )
 
@@ -47,8 +48,17 @@ def test_pattern(pattern, expanded):
     assert parse_pattern(pattern) == expanded
 
 
+def test_branches_in_a_pattern():
+    """A layer's name tells its mixers, however it was spaced; a count repeats the layer."""
+    expanded = parse_pattern(f"{GLA}+{SLIDING} *2, {GDN}, {GLA}  +  {FULL}")
+    assert expanded == [f"{GLA} + {SLIDING}", f"{GLA} + {SLIDING}", GDN, f"{GLA} + {FULL}"]
+    assert [branches(layer) for layer in expanded] == [[GLA, SLIDING], [GLA, SLIDING], [GDN], [GLA, FULL]]
+
+
 spaces = st.sampled_from(["", " ", "  "])
-entries = st.tuples(st.sampled_from(MIXERS), st.integers(1, 12) | st.none())
+names = st.sampled_from(MIXERS)
+layers = names | st.lists(names, min_size=2, max_size=3).map(" + ".join)
+entries = st.tuples(layers, st.integers(1, 12) | st.none())
 
 
 @settings(deadline=None)
@@ -63,11 +73,11 @@ def test_pattern_reads_what_was_rendered(parts, data):
 
 
 @settings(deadline=None)
-@given(st.text("*, 019", max_size=8).map(lambda text: text.replace("9", FULL)))
+@given(st.text("*,+ 019", max_size=8).map(lambda text: text.replace("9", FULL)))
 def test_pattern_is_read_or_refused(pattern):
-    readable = r" *([a-z_0-9]+) *(\* *0*[1-9][0-9]* *)?"
-    if all((match := re.fullmatch(readable, part)) and match[1] in MIXERS for part in pattern.split(",")):
-        assert set(parse_pattern(pattern)) <= set(MIXERS)
+    readable = rf" *{FULL}( *\+ *{FULL})* *(\* *0*[1-9][0-9]* *)?"
+    if all(re.fullmatch(readable, part) for part in pattern.split(",")):
+        assert {name for layer in parse_pattern(pattern) for name in branches(layer)} == {FULL}
     else:
         with pytest.raises(ValueError, match=r"^model\.mixers\.pattern: "):
             parse_pattern(pattern)
@@ -144,6 +154,7 @@ def model(**values):
     return lambda: ModelConfig(**values)
 
 
+TURNING = RetentionConfig(rope_theta=500.0)
 WRONG = [
     (pattern(""), "model.mixers.pattern: cannot read ''; write NAME or NAME*COUNT, comma-separated"),
     (pattern("full_attention,"), "model.mixers.pattern: cannot read ''; write NAME or NAME*COUNT, comma-separated"),
@@ -152,6 +163,21 @@ WRONG = [
     (pattern("full_attention*-1"), "cannot read 'full_attention*-1'"),
     (pattern("mamba"), f"model.mixers.pattern: no mixer 'mamba'; choose from {', '.join(MIXERS)}"),
     (pattern("full_attention*0"), "model.mixers.pattern: 'full_attention*0' repeats zero times"),
+    (
+        pattern("full_attention +"),
+        "cannot read 'full_attention +'; write NAME or NAME*COUNT, comma-separated, and NAME +",
+    ),
+    (pattern("hgrn*2 + full_attention"), "model.mixers.pattern: cannot read 'hgrn*2 + full_attention'"),
+    (pattern("hgrn + mamba"), "model.mixers.pattern: no mixer 'mamba'; choose from"),
+    (
+        model(hidden_size=64, mixers=MixerLayoutConfig(pattern="retention + full_attention, hgrn"), retention=TURNING),
+        "model.mixers: 'retention + full_attention' rotates by different (head size, base), (16, 500.0) and "
+        "(16, 10000.0); make them alike, or model.attention.rope_theta null",
+    ),
+    (
+        model(hidden_size=192, mixers=MixerLayoutConfig(pattern="full_attention + hgrn2")),
+        "model.hgrn2.head_dim=128 does not divide model.hidden_size=192",
+    ),
     (
         lambda: MixerLayoutConfig(pattern=FULL, linear_per_full=1),
         "model.mixers: pattern and linear_per_full are both set; keep one and set the others to null",
@@ -299,6 +325,13 @@ def test_wrong_values_are_refused(build, message):
 def test_sizes_are_checked_only_where_a_layer_uses_them():
     ModelConfig(hidden_size=30, mixers=MixerLayoutConfig(pattern=GDN))
     ModelConfig(hidden_size=36, attention=AttentionConfig(head_dim=8))
+    # Of two that would rotate differently only one does.
+    ModelConfig(
+        hidden_size=64,
+        mixers=MixerLayoutConfig(pattern="retention + full_attention"),
+        attention=AttentionConfig(rope_theta=None),
+        retention=TURNING,
+    )
     # The pattern names both, but the only layer is the first of them.
     ModelConfig(num_layers=1, hidden_size=32, mixers=MixerLayoutConfig(pattern=f"{FULL}, {GLA}"))
 

@@ -20,7 +20,9 @@ from models.parallel import RowLinear, cast_parameters
 from tests.helpers import VOCABULARY, draw_tokens, pack, rows, tiny_decoder, tiny_model_config
 
 HYBRID = ", ".join(MIXERS)
-LAYOUTS = {**{name: (name, 2) for name in MIXERS}, "hybrid": (HYBRID, len(MIXERS))}
+# Branches that are both linear, that both rotate, and of which one does.
+BRANCHES = "hgrn2 + delta_net, full_attention + sliding_window_attention, spikingbrain_tied_gla + full_attention"
+LAYOUTS = {**{name: (name, 2) for name in MIXERS}, "hybrid": (HYBRID, len(MIXERS)), "branches": (BRANCHES, 3)}
 # Longer and shorter than a chunk of linear attention, a window and a convolution.
 LENGTHS = (70, 1, 3, 130, 20)
 
@@ -201,7 +203,8 @@ def test_a_seed_gives_the_same_parameters():
 
 
 def test_initialization_does_not_depend_on_what_was_there_before():
-    expected = initialized(HYBRID, num_layers=len(MIXERS), attention__qkv_bias=True, attention__qk_norm=True)
+    pattern = f"{HYBRID}, {BRANCHES}"
+    expected = initialized(pattern, num_layers=len(MIXERS) + 3, attention__qkv_bias=True, attention__qk_norm=True)
     model = Decoder(expected.model_config, VOCABULARY)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -447,6 +450,13 @@ def test_flops_of_a_window_count_the_keys_that_are_seen(window):
 
 
 PRODUCTS = {"hgrn": 1, "delta_net": 3, "gated_delta_net": 3, "kimi_delta_attention": 3}
+
+
+def test_flops_of_branches_add_up():
+    """Two layers of one mixer each have one feed-forward more, 3 matrices of 32 x 48, than one layer of both."""
+    pattern, length = "gated_delta_net + sliding_window_attention", 32
+    apart = flops_per_token(tiny_decoder(pattern.replace(" +", ",")), length)
+    assert apart - flops_per_token(tiny_decoder(pattern, num_layers=1), length) == 6 * 3 * 32 * 48
 
 
 @pytest.mark.parametrize("mixer", LINEAR_MIXERS)

@@ -345,6 +345,7 @@ VARIANTS = {
     "delta_net, gated": ("delta_net", {"delta_net__output_gate": True}),
     "kimi_delta_attention, bounded": ("kimi_delta_attention", {"kimi_delta_attention__gate": "bounded"}),
     "hybrid": (", ".join(MIXERS), {"num_layers": len(MIXERS)}),
+    "branches": ("spikingbrain_tied_gla + sliding_window_attention, hgrn2 + gated_delta_net", {}),
 }
 
 

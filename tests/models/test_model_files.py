@@ -56,6 +56,42 @@ def test_the_study_is_whole():
     assert {path.stem for path in STUDY} == {f"study-{size}-{name}" for size in ("340m", "1.3b") for name in LINEAR}
 
 
+def spikingbrain(size: str) -> Path:
+    return next(path for path in FILES if path.stem == f"spikingbrain-{size}")
+
+
+# Qwen2.5-7B by its published sizes: embedding and head; a layer's attention, with biases on q, k and v; a feed-forward.
+D, D_FFN = 3584, 18944
+EMBEDDINGS = 2 * 152064 * D
+ATTENTION = 2 * D * D + D + 2 * (D * 512 + 512)
+FFN = 3 * D * D_FFN
+
+
+def test_spikingbrain_7b():
+    """The base model, and what its conversion adds to 14 layers: a gate of rank 16 and a norm of a head of 128."""
+    path = spikingbrain("7b")
+    config = load(path)
+    assert config.layer_mixers() == ["spikingbrain_gla", "sliding_window_attention"] * 14
+    base = EMBEDDINGS + 28 * (ATTENTION + FFN + 2 * D) + D
+    count = base + 14 * (D * 16 + 16 * 512 + 512 + 128)
+    assert parameters(config) == count
+    assert re.findall(r"[\d,]{9,}", path.read_text().split("\n#\n")[0]) == [f"{count:,}", f"{base:,}"]
+
+
+def test_spikingbrain_76b():
+    """Two attentions with a norm each and their weights in every layer; 17 experts in 21, of which a token uses two."""
+    path = spikingbrain("76b")
+    config = load(path)
+    layers = config.layer_mixers()
+    assert [i for i, layer in enumerate(layers) if layer == f"spikingbrain_tied_gla + {FULL}"] == [6, 13, 20, 27]
+    assert layers.count("spikingbrain_tied_gla + sliding_window_attention") == 24
+    mixer = 2 * ATTENTION + 128 + 2 * D + 2
+    dense = EMBEDDINGS + 28 * (mixer + 2 * D) + 7 * FFN + 21 * (FFN + 16 * D) + D
+    count, active = dense + 21 * 16 * FFN, dense + 21 * FFN
+    assert parameters(config) == count
+    assert re.findall(r"[\d,]{9,}", path.read_text().split("\n#\n")[0]) == [f"{count:,}", f"{active:,}"]
+
+
 @pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
 def test_sizes_of_the_study(path):
     linear = variant(path)

@@ -171,6 +171,13 @@ def test_every_linear_mixer(pools, one_process, name, mixer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2", "TP2+SP", "PP2", "CP2"])
+def test_parallel_branches(pools, one_process, name):
+    pattern = "spikingbrain_tied_gla + sliding_window_attention, hgrn + full_attention"
+    check(pools, one_process, LAYOUTS[name], pattern=pattern)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["TP2", "PP2", "PP2 x DP2", "TP2+SP x CP2"])
 def test_an_untied_head_and_whole_rows(pools, one_process, name):
     check(pools, one_process, LAYOUTS[name], tie=False, packed=False, micro=2)

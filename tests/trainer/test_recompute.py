@@ -76,7 +76,10 @@ def kept_by_blocks(model, parts):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("mixer", [*LINEAR_MIXERS, "full_attention", "sliding_window_attention"])
+BRANCHES = "spikingbrain_tied_gla + sliding_window_attention"
+
+
+@pytest.mark.parametrize("mixer", [*LINEAR_MIXERS, "full_attention", "sliding_window_attention", BRANCHES])
 def test_the_numbers_are_the_same_to_the_last_bit(mixer):
     model = small_model(f"{mixer}, {mixer}")
     loss, gradients = loss_and_gradients(model, NONE)

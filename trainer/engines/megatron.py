@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.config import LOWER_BOUNDED_MIXERS
 from models.decoder import Decoder, initialize, no_weight_decay
 from models.parallel import (
     Groups,
@@ -172,8 +171,7 @@ class MegatronEngine:
         if shares:
             _all_reduce_together([parameter.main_grad for parameter in shares], self._groups.tensor)
         model = decoders[0].model_config
-        bounded = set(model.layer_mixers()[1:]) & set(LOWER_BOUNDED_MIXERS)
-        if bounded and len(self._parallel.stage_layers(model.num_layers)) > 1:
+        if model.bounded_layers() and len(self._parallel.stage_layers(model.num_layers)) > 1:
             own = [decoder.lower_bounds.main_grad for decoder in decoders if decoder.lower_bounds is not None]
             total = torch.zeros(model.num_layers, model.hidden_size, device=self.device)
             for gradient in own:
