@@ -7,7 +7,7 @@ python launch/pretrain.py --config configs/pretrain/laptop.yaml --check --world-
 import sys
 from pathlib import Path
 
-from trainer import run_directory
+from trainer import run_directory, weights
 from trainer.cli import (
     EXIT_CONFIG_ERROR,
     ConfigError,
@@ -37,6 +37,9 @@ def main() -> int:
             raise ConfigError(f"--world-size is {world_size}: it must be at least 1")
         config.validate_layout(world_size)
         finished = run_directory.check(config)
+        weights.check(config)
+        if check_only:
+            weights.check_tensors(config)
     except ValueError as error:
         if not check_only:
             run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir

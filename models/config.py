@@ -28,6 +28,11 @@ LOWER_BOUNDED_MIXERS = ("hgrn", "hgrn2")
 _SECTIONS = dict.fromkeys(SOFTMAX_MIXERS, "attention") | {"spikingbrain_tied_gla": "spikingbrain_gla"}
 
 
+def mixer_section(mixer: str) -> str:
+    """The part of the configuration that a mixer reads; HGRN's name, which has none, for HGRN."""
+    return _SECTIONS.get(mixer, mixer)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -457,7 +462,7 @@ class ModelConfig:
                 case "hgrn2":
                     sizes["hidden_size / model.hgrn2.head_dim"] = self.state_shape(mixer)[0]
                 case _:
-                    section = _SECTIONS.get(mixer, mixer)
+                    section = mixer_section(mixer)
                     config = getattr(self, section)
                     sizes[f"{section}.num_heads"] = config.num_heads
                     if hasattr(config, "num_kv_heads"):

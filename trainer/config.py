@@ -269,6 +269,8 @@ class CheckpointConfig:
         keep: Newest checkpoints that stay; 0 keeps all.
         resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (in a fresh run.dir
             only), a path continues from that checkpoint.
+        init: A directory of weights, made by launch/convert.py, that a new run starts from; null draws them from
+            train.seed. Where the run goes on from a checkpoint it is not read.
         asynchronous: Train on while a copy of the state is written. Off by default: the copy takes host memory, as
             much as the checkpoint, and without a GPU the writer takes the cores that train.
     """
@@ -276,6 +278,7 @@ class CheckpointConfig:
     every: int = 500
     keep: int = 3
     resume: str = "auto"
+    init: str | None = None
     asynchronous: bool = False
 
     def __post_init__(self) -> None:

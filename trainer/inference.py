@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -17,7 +18,9 @@ from trainer import checkpoint
 from trainer.cli import ConfigError, from_mapping
 from trainer.data.tokenizer import Tokenizer
 
-_PREFIX = "model."
+_PREFIX, _EMBEDDING = "model.", "embedding.weight"
+# Where mcore's optimizer and ours of DeepSpeed keep the float32 copies of bfloat16 parameters.
+_MAIN_PREFIXES = ("optimizer.state.param.model.", "optimizer.main.")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,58 @@ def find_checkpoint(path: str | Path) -> Path:
     return latest
 
 
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint whose parameters can be read, in one process.
+
+    Attributes:
+        path: The checkpoint.
+        settings: The run's configuration as plain values.
+        model: The shape of the model.
+        vocab_size: Rows of its embedding.
+        dtype: Of its parameters, but those that models.parallel.keep_float32 names.
+        tokenizer: The directory of the checkpoint's tokenizer, None where the run had none.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    model: ModelConfig
+    vocab_size: int
+    dtype: torch.dtype
+    tokenizer: Path | None
+
+    def read(self, parameters: dict[str, Tensor], main: bool = False) -> None:
+        """Fill parameters, given by name, from the checkpoint; with `main` from the optimizer's float32 copies."""
+        reader = FileSystemReader(self.path / "state")
+        stored = reader.read_metadata().state_dict_metadata
+        prefix = next(
+            prefix for prefix in (_MAIN_PREFIXES if main else (_PREFIX,)) if f"{prefix}{_EMBEDDING}" in stored
+        )
+        load({prefix + name: tensor for name, tensor in parameters.items()}, storage_reader=reader, no_dist=True)
+
+
+def open_checkpoint(path: str | Path) -> StoredModel:
+    """What a run directory's newest checkpoint, or a checkpoint itself, holds.
+
+    Raises:
+        ConfigError: no usable checkpoint there.
+    """
+    found = find_checkpoint(path)
+    settings = yaml.safe_load((found / "config.yaml").read_text())
+    embedding = FileSystemReader(found / "state").read_metadata().state_dict_metadata[_PREFIX + _EMBEDDING]
+    assert isinstance(embedding, TensorStorageMetadata)
+    dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32
+    tokenizer = found / "tokenizer"
+    return StoredModel(
+        found,
+        settings,
+        from_mapping(ModelConfig, settings["model"]),
+        embedding.size[0],
+        dtype,
+        tokenizer if tokenizer.is_dir() else None,
+    )
+
+
 def load_model(path: str | Path, device: torch.device, tokenizer: str | None = None) -> LoadedModel:
     """Load the parameters of a checkpoint, in one process.
 
@@ -77,17 +132,10 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
     Raises:
         ConfigError: no usable checkpoint there.
     """
-    found = find_checkpoint(path)
-    settings = yaml.safe_load((found / "config.yaml").read_text())
-    reader = FileSystemReader(found / "state")
-    embedding = reader.read_metadata().state_dict_metadata[f"{_PREFIX}embedding.weight"]
-    assert isinstance(embedding, TensorStorageMetadata)
-    decoder = Decoder(from_mapping(ModelConfig, settings["model"]), embedding.size[0])
-    dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32
-    cast_parameters(decoder, dtype)
-    state = {_PREFIX + name: tensor for name, tensor in decoder.state_dict().items()}
-    load(state, storage_reader=reader, no_dist=True)
-    own = found / "tokenizer"
-    chosen = tokenizer or (own if own.is_dir() else None)
+    stored = open_checkpoint(path)
+    decoder = Decoder(stored.model, stored.vocab_size)
+    cast_parameters(decoder, stored.dtype)
+    stored.read(decoder.state_dict())
+    chosen = tokenizer or stored.tokenizer
     loaded = Tokenizer.load(chosen) if chosen else None
-    return LoadedModel(decoder.to(device).eval(), loaded, found, settings)
+    return LoadedModel(decoder.to(device).eval(), loaded, stored.path, stored.settings)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from models.decoder import Decoder, initialize, shapes
-from trainer import checkpoint, logs
+from models.decoder import Decoder, shapes
+from trainer import checkpoint, logs, run_directory, weights
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -57,6 +57,7 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
 
 
 def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
+    weights.check_tensors(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
     threads = configure_threads(config.run.threads)
@@ -64,6 +65,7 @@ def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
         torch.use_deterministic_algorithms(True)
     sources = find_sources(config)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
+    weights.check_vocabulary(config, vocab_size)
     engine = build_engine(config, vocab_size, device)
     progress = _resume(config, engine)
     if rank() == 0:
@@ -90,7 +92,7 @@ def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) 
         from trainer.engines.deepspeed import DeepSpeedEngine
 
         decoder = Decoder(config.model, vocab_size)
-        initialize(decoder, config.train.seed)
+        weights.start(decoder, config)
         return DeepSpeedEngine(config, decoder, device)
     from trainer.engines.megatron import MegatronEngine
 
@@ -126,6 +128,8 @@ def _resume(config: PretrainConfig, engine: Engine) -> Progress:
     for complaint in complaints if engine.rank == 0 else ():
         _LOGGER.warning("%s", complaint)
     if path is None:
+        if config.checkpoint.init is not None:
+            _started_from_weights(config, engine)
         return Progress()
     if config.checkpoint.resume != "auto":
         reason = engine.broadcast(checkpoint.damage(path) if engine.rank == 0 else None)
@@ -135,6 +139,21 @@ def _resume(config: PretrainConfig, engine: Engine) -> Progress:
     if engine.rank == 0:
         _LOGGER.info("resumed from %s", path)
     return checkpoint.read_progress(path)
+
+
+def _started_from_weights(config: PretrainConfig, engine: Engine) -> None:
+    """Say so; refuse where weights were not read because checkpoints were there, of which none is whole.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if not run_directory.starts_anew(config):
+        raise ConfigError(
+            f"{config.run.dir} holds no whole checkpoint to go on from; "
+            f"remove its checkpoints to start again from checkpoint.init={config.checkpoint.init}"
+        )
+    if engine.rank == 0:
+        _LOGGER.info("started from %s", config.checkpoint.init)
 
 
 def _describe(config: PretrainConfig, engine: Engine, threads: int) -> None:

@@ -10,8 +10,17 @@ import yaml
 from trainer.cli import ConfigError
 from trainer.config import PretrainConfig
 
-# A run goes on only with the same model, the same data and the same batches.
-_FIXED = ("model", "data", "train.seed", "train.seq_len", "train.global_batch_size", "train.precision", "engine.name")
+# A run goes on only with the same model, the same data, the same batches and the same beginning.
+_FIXED = (
+    "model",
+    "data",
+    "train.seed",
+    "train.seq_len",
+    "train.global_batch_size",
+    "train.precision",
+    "engine.name",
+    "checkpoint.init",
+)
 # Where stdlib is prepared changes nothing.
 _FREE = ("data.cache_dir",)
 
@@ -23,11 +32,17 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
     return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def starts_anew(config: PretrainConfig) -> bool:
+    """Whether the run goes on from no checkpoint, by names alone."""
+    return config.checkpoint.resume in ("auto", "never") and not checkpoint_steps(Path(config.run.dir))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -37,7 +52,7 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
     def counts(key: str) -> bool:
         return key not in _FREE and any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
 
-    return {key: value for key, value in _flatten(values).items() if counts(key)}
+    return {key: value for key, value in flatten(values).items() if counts(key)}
 
 
 def differing_keys(run_dir: Path, config: PretrainConfig) -> list[str]:
@@ -46,8 +61,13 @@ def differing_keys(run_dir: Path, config: PretrainConfig) -> list[str]:
     if not path.exists():
         return []
     # A key that did not exist when the run began stands at its default.
-    theirs = _fixed(asdict(PretrainConfig())) | _fixed(yaml.safe_load(path.read_text()))
-    ours = _fixed(asdict(config))
+    return differences(
+        _fixed(asdict(PretrainConfig())) | _fixed(yaml.safe_load(path.read_text())), _fixed(asdict(config))
+    )
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The keys in which flat values differ, as `key: theirs -> ours`."""
     missing = object()
     return [
         f"{key}: {theirs.get(key)} -> {ours.get(key)}"

@@ -31,6 +31,7 @@ def launch(tmp_path):
         code = (
             "import runpy, sys\n"
             f"sys.argv = [{name!r}, *{list(arguments)!r}]\n"
+            "code = 0\n"
             "try:\n"
             f"    runpy.run_path({str(ROOT / 'launch' / (name + '.py'))!r}, run_name='__main__')\n"
             "except SystemExit as stop:\n"

@@ -7,6 +7,11 @@ import pytest
 import torch
 
 from models.config import LINEAR_MIXERS
+from models.decoder import Decoder, initialize, shapes
+from tests.parity.worker import VOCAB
+from trainer.cli import from_mapping
+from trainer.config import PretrainConfig
+from trainer.weights import write
 
 STEPS = 10
 MODEL = {
@@ -58,6 +63,23 @@ def one_process(pools):
         return whole(pools(1).run({"config": json.loads(text), "steps": STEPS}))
 
     return lambda config: run(json.dumps(config | {"parallel": {}}, sort_keys=True))
+
+
+@pytest.fixture(scope="session")
+def weights_directory(tmp_path_factory):
+    """Weights that training would not draw."""
+    model = from_mapping(PretrainConfig, configuration()).model
+    decoder = Decoder(model, VOCAB)
+    initialize(decoder, seed=5)
+    parameters = dict(decoder.named_parameters())
+
+    def read(tensors):
+        for name, tensor in tensors.items():
+            tensor.copy_(parameters[name].detach())
+
+    output = tmp_path_factory.mktemp("weights")
+    write(output, shapes(model, VOCAB), read, tokenizer=None, max_file_bytes=20_000, report=print)
+    return str(output)
 
 
 def compare(ours, reference):
@@ -213,3 +235,19 @@ def test_a_checkpoint_moves_to_another_layout(pools, one_process, tmp_path, tie)
         results = pools(ranks).run({"config": moved, "load": saved, "first_step": 5, "steps": STEPS})
         for mine, theirs in zip(whole(results)["steps"], reference[5:], strict=True):
             assert mine[0] == pytest.approx(theirs[0], rel=1e-5), layout
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
+def test_a_run_starts_from_weights(pools, one_process, weights_directory, name):
+    """Every rank reads its stage's, and has its part of them."""
+    ranks, keys = ranks_of(LAYOUTS[name])
+    config = configuration(**keys) | {
+        "checkpoint": {"init": weights_directory},
+        "run": {"dir": f"{weights_directory}/run"},
+    }
+    reference = one_process(config)
+    compare(whole(pools(ranks).run({"config": config, "steps": STEPS})), reference)
+    drawn = one_process(configuration(**keys))
+    assert abs(reference["steps"][0][0] - drawn["steps"][0][0]) > 1e-4

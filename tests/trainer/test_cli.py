@@ -96,6 +96,7 @@ MISTAKES = {
     "missing data": (["--data.path=missing"], "no token data at missing: missing.bin does not exist; prepare it with"),
     "missing tokenizer": (["--data.tokenizer=missing.model"], "data.tokenizer: missing.model does not exist"),
     "missing checkpoint": (["--checkpoint.resume=missing"], "checkpoint.resume: missing is neither auto, never, nor"),
+    "missing weights": (["--checkpoint.init=missing"], "checkpoint.init: missing is not a directory; name one that"),
     "unsupported layout": (
         ["--parallel.expert=2"],
         "parallel.expert>1 is not supported: the model has no experts; use parallel.expert=1",

@@ -36,7 +36,7 @@ KEYS = {
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
     "engine": "name zero_stage offload",
     "parallel": "tensor sequence pipeline virtual_pipeline pipeline_layers expert context",
-    "checkpoint": "every keep resume asynchronous",
+    "checkpoint": "every keep resume init asynchronous",
     "evaluation": "every batches seq_len stride samples sample_tokens prompt compare_compressors",
     "logging": "every progress tensorboard profile_step",
 }
@@ -56,8 +56,8 @@ def test_configuration_keys():
     assert set(keys) == written_down()
 
 
-def options_of(script: str) -> set[str]:
-    """The option strings of the parser that a script builds."""
+def options_of(script: str, *command: str) -> set[str]:
+    """The option strings of the parser that a script, or a command of it, builds."""
     listing = f"""
 import runpy, sys
 import jsonargparse
@@ -66,7 +66,7 @@ def show(self, *args, **kwargs):
     print(*strings, sep="\\n")
     sys.exit(0)
 jsonargparse.ArgumentParser.parse_args = show
-sys.argv = [{script!r}]
+sys.argv = [{script!r}, *{command!r}]
 runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 """
     result = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
@@ -91,10 +91,14 @@ def test_options_of_pretrain():
             "launch/evaluate.py",
             "checkpoint data split seq_len stride batch_size compare_compressors tokenizer device json",
         ),
+        ("launch/convert.py export", "checkpoint output dtype layout max_file_gb"),
+        ("launch/convert.py import", "source output dtype max_file_gb"),
     ],
 )
 def test_options_of_the_other_commands(script, keys):
-    assert options_of(script) == {"--help", "-h", "--config", "--print_config"} | {f"--{key}" for key in keys.split()}
+    assert options_of(*script.split()) == {"--help", "-h", "--config", "--print_config"} | {
+        f"--{key}" for key in keys.split()
+    }
 
 
 def test_the_listing_sees_abbreviations_nowhere():

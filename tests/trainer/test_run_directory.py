@@ -20,10 +20,10 @@ from trainer.config import (
 from trainer.run_directory import check, checkpoint_steps, differing_keys
 
 
-def configuration(run_dir, resume="auto", **parts):
+def configuration(run_dir, resume="auto", init=None, **parts):
     train = parts.pop("train", TrainConfig(steps=300))
     return PretrainConfig(
-        run=RunConfig(dir=str(run_dir)), train=train, checkpoint=CheckpointConfig(resume=resume), **parts
+        run=RunConfig(dir=str(run_dir)), train=train, checkpoint=CheckpointConfig(resume=resume, init=init), **parts
     )
 
 
@@ -73,6 +73,7 @@ CHANGES = {
     "train.seq_len: 512 -> 64": {"train": TrainConfig(seq_len=64)},
     "train.global_batch_size: 8 -> 16": {"train": TrainConfig(global_batch_size=16)},
     "train.precision: fp32 -> bf16": {"train": TrainConfig(precision="bf16")},
+    "checkpoint.init: None -> weights": {"init": "weights"},
 }
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.decoder import Block, Decoder
+from models.decoder import Decoder
+from models.hub.dense import hub_name
 from models.mixers.gated_delta_net import GatedDeltaNet
 from trainer.cli import ConfigError
 
@@ -104,26 +105,16 @@ def copy_weights(ours: Decoder, peer: nn.Module) -> None:
 
 
 def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
-    assert ours.embedding is not None and ours.final_norm is not None, "a whole model"
-    yield "model.embed_tokens.weight", ours.embedding.weight
-    if ours.lm_head is not None:
-        yield "lm_head.weight", ours.lm_head.weight
+    delta_nets = {name: module for name, module in ours.named_modules() if isinstance(module, GatedDeltaNet)}
     # Qwen3-Next stores the weight of a norm less 1.
-    offset = 1.0 if "gated_delta_net" in ours.model_config.layer_mixers() else 0.0
-    yield "model.norm.weight", ours.final_norm.weight - offset
-    for i, layer in enumerate(ours.layers.values()):
-        assert isinstance(layer, Block)
-        prefix = f"model.layers.{i}."
-        yield f"{prefix}input_layernorm.weight", layer.mixer_norm.weight - offset
-        yield f"{prefix}post_attention_layernorm.weight", layer.ffn_norm.weight - offset
-        for name, parameter in layer.ffn.named_parameters():
-            yield f"{prefix}mlp.{name}", parameter
-        if isinstance(layer.mixer, GatedDeltaNet):
-            for name, weight in qwen3_next_delta_net(layer.mixer).items():
-                yield f"{prefix}linear_attn.{name}", weight
-        else:
-            for name, parameter in layer.mixer.named_parameters():
-                yield f"{prefix}self_attn.{name}", parameter
+    offset = 1.0 if delta_nets else 0.0
+    for name, parameter in ours.named_parameters():
+        if not name.startswith(tuple(f"{path}." for path in delta_nets)):
+            less = name.endswith(("mixer_norm.weight", "ffn_norm.weight", "final_norm.weight"))
+            yield hub_name(name), parameter - offset if less else parameter
+    for path, mixer in delta_nets.items():
+        for name, weight in qwen3_next_delta_net(mixer).items():
+            yield f"model.{path.removesuffix('mixer')}linear_attn.{name}", weight
 
 
 def qwen3_next_delta_net(mixer: GatedDeltaNet) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.decoder import Decoder, initialize, no_weight_decay
+from models.decoder import Decoder, no_weight_decay
 from models.parallel import (
     Groups,
     cast_parameters,
@@ -25,6 +25,7 @@ from models.parallel import (
     sharded_parameters,
     sharded_state_dict,
 )
+from trainer import weights
 from trainer.config import ParallelConfig, PretrainConfig
 from trainer.data.batch import Batch
 from trainer.engines import megatron_cpu
@@ -128,11 +129,11 @@ class MegatronEngine:
         self._forward_backward = get_forward_backward_func()
 
     def _build_decoders(self, config: PretrainConfig, vocab_size: int, dtype: torch.dtype) -> Iterator[Decoder]:
-        """The stages of the model that this rank has, initialised as the whole is, and of them its part."""
+        """The stages of the model that this rank has, begun as the whole is, and of them its part."""
         stages = config.parallel.stage_layers(config.model.num_layers)
         for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: config.parallel.pipeline]:
             decoder = Decoder(config.model, vocab_size, layers)
-            initialize(decoder, config.train.seed)
+            weights.start(decoder, config)
             cut(decoder, self._groups)
             decoder.recompute(config.train.recomputed_parts)
             cast_parameters(decoder, dtype)

@@ -1,0 +1,138 @@
+"""Weights in and out.
+
+python launch/convert.py export --checkpoint runs/laptop --output weights/laptop
+python launch/convert.py export --checkpoint runs/dense --output hub/dense --layout hf
+python launch/convert.py import --source hub/Qwen2.5-0.5B --output weights/qwen
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.cli import ConfigError, entry, fail
+
+
+def require_free(output: str) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        ConfigError: `output` is a file or a directory that is not empty.
+    """
+    path = Path(output)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(f"output: {path} exists and is not an empty directory; name another")
+
+
+def require_size(max_file_gb: float) -> None:
+    """Refuse files of no size.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if max_file_gb <= 0:
+        raise ConfigError(f"max_file_gb is {max_file_gb}: it must be positive")
+
+
+def show(line: str) -> None:
+    """Report progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass
+class ExportConfig:
+    """What to export.
+
+    Attributes:
+        checkpoint: A run directory (its newest whole checkpoint), or one checkpoint, of either engine.
+        output: The directory to write; it must not exist, or be empty.
+        dtype: fp32 or bf16; null takes the precision of the run. fp32 of a bf16 run are the copies that its optimizer
+            updates.
+        layout: spiketrain, which runs start from; or hf, which transformers reads as Llama, Qwen2 or Qwen3, for models
+            of full_attention alone.
+        max_file_gb: Weights that are larger than this are put into several files (10^9 bytes).
+    """
+
+    checkpoint: str = "runs/laptop"
+    output: str = "weights"
+    dtype: Literal["fp32", "bf16"] | None = None
+    layout: Literal["spiketrain", "hf"] = "spiketrain"
+    max_file_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not Path(self.checkpoint).is_dir():
+            raise ConfigError(f"checkpoint: {self.checkpoint} does not exist; give a run directory")
+        require_free(self.output)
+        require_size(self.max_file_gb)
+
+
+@dataclass
+class ImportConfig:
+    """What to import.
+
+    Attributes:
+        source: A directory with a Hugging Face model, Llama, Qwen2 or Qwen3: config.json and safetensors.
+        output: The directory to write; it must not exist, or be empty.
+        dtype: fp32 or bf16.
+        max_file_gb: Weights that are larger than this are put into several files (10^9 bytes).
+    """
+
+    source: str = "hub"
+    output: str = "weights"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    max_file_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not Path(self.source).is_dir():
+            raise ConfigError(f"source: {self.source} is not a directory; download the model and name its directory")
+        require_free(self.output)
+        require_size(self.max_file_gb)
+
+
+def export_weights(config: ExportConfig) -> None:
+    """Write the parameters of a checkpoint as safetensors."""
+    from trainer.export import export
+
+    checkpoint = export(
+        config.checkpoint,
+        Path(config.output),
+        config.dtype,
+        config.max_file_gb * 1e9,
+        show,
+        config.layout == "hf",
+    )
+    print(f"{config.output}: the parameters of {checkpoint}")
+
+
+def import_model(config: ImportConfig) -> None:
+    """Write the parameters of a Hugging Face model as weights that runs start from."""
+    from trainer.export import import_weights
+
+    import_weights(Path(config.source), Path(config.output), config.dtype, config.max_file_gb * 1e9, show)
+    print(f"{config.output}: the parameters of {config.source}")
+
+
+# Each with what it reads, and a line about it.
+COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
+    "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
+    "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names with the options that follow it."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: convert.py COMMAND [options; COMMAND --help lists them]\n")
+        for known, (_, _, description) in COMMANDS.items():
+            print(f"  {known:<10} {description}")
+        return
+    if name not in COMMANDS:
+        fail(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
+    sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+    entry(*COMMANDS[name])
+
+
+if __name__ == "__main__":
+    main()
