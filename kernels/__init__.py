@@ -5,6 +5,6 @@ The axis letters of the whole project; a tensor whose shape is not obvious carri
     B  batch                 D  model dim
     T  time                  E  experts
     H  heads                 C  chunk length
-    K  key (and query) dim   N  number of chunks, documents or tokens
-    V  value dim, vocabulary
+    K  key (and query) dim   N  number of chunks, documents, tokens or rows
+    V  value dim, vocabulary O  output dim of a linear layer
 """

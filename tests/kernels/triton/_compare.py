@@ -26,10 +26,10 @@ def results(run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> l
     return [*outputs, *torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])]
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    """‖a − b‖ / ‖b‖, in float64."""
+def error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """‖a − b‖ / max(‖b‖, floor), in float64."""
     actual, expected = actual.double(), expected.double()
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    return ((actual - expected).norm() / expected.norm().clamp_min(floor)).item()
 
 
 def assert_matches(
@@ -37,11 +37,19 @@ def assert_matches(
     reference: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
     dtype: torch.dtype = torch.float32,
+    *,
+    tolerance: float | None = None,
+    floor: float = 1e-30,
 ) -> None:
-    """`run` on the inputs equals `reference` on the same numbers in float64, in every output and gradient."""
+    """`run` on the inputs equals `reference` on the same numbers in float64, in every output and gradient.
+
+    Errors are relative to the tensor's norm, or to `floor` where that is more: for gradients that can cancel to zero.
+    """
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     wide = [x.detach().double().requires_grad_() if x.requires_grad else x for x in inputs]
     pairs = zip(results(run, inputs), results(reference, wide), strict=True)
     for index, (actual, expected) in enumerate(pairs):
         assert actual.shape == expected.shape, f"tensor {index}"
         assert actual.isfinite().all(), f"tensor {index}"
-        assert error(actual, expected) <= TOLERANCE[dtype], f"tensor {index}: {error(actual, expected):.1e}"
+        found = error(actual, expected, floor)
+        assert found <= tolerance, f"tensor {index}: {found:.1e}"
