@@ -91,7 +91,7 @@ def test_deepspeed_has_tensor_parallel_and_refuses_the_other_cuts(stage, sequenc
     engine = EngineConfig("deepspeed", stage)
     PretrainConfig(engine=engine, parallel=ParallelConfig(tensor=2, sequence=sequence)).validate_layout(2)
     for parallel in (ParallelConfig(pipeline=2), ParallelConfig(context=2), ParallelConfig(tensor=2, context=2)):
-        with pytest.raises(ValueError, match="use engine.name=megatron"):
+        with pytest.raises(ValueError, match=r"use engine\.name=megatron"):
             PretrainConfig(engine=engine, parallel=parallel).validate_layout(4)
 
 
