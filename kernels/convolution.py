@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kernels.backend import resolve
 from kernels.linear_attention._chunks import implementations, sequence_bounds
@@ -85,6 +86,7 @@ class _Heads:
 
 
 @lru_cache(maxsize=32)  # every layer of a step asks for the same one
+@_disable_current_modes()  # a run on shapes alone shares it with real ones
 def _find_heads(bounds: tuple[int, ...], width: int, device: torch.device) -> _Heads:
     starts, ends = torch.tensor(bounds[:-1]), torch.tensor(bounds[1:])
     taps = torch.arange(width - 1)

@@ -250,11 +250,13 @@ def flops_per_token(model: Decoder, seq_len: int) -> float:
     """Floating-point operations of one training token, forward and backward, recomputation not counted.
 
     6 per weight of a matrix, plus the mixers' own: softmax attention over the (causal, windowed) keys, linear
-    attention's products with the K x V state. PaLM's convention (arXiv 2204.02311, appendix B).
+    attention's products with the K x V state. PaLM's convention (arXiv 2204.02311, appendix B). Those of the layers
+    that `model` has.
     """
     config = model.model_config
     total = 6.0 * sum(weight.numel() for weight in matmul_parameters(model))
-    for mixer in (mixer for layer in config.layer_mixers() for mixer in branches(layer)):
+    mixers = config.layer_mixers()
+    for mixer in (mixer for layer in model.layers for mixer in branches(mixers[int(layer)])):
         if mixer in SOFTMAX_MIXERS:
             keys = seq_len if mixer == "full_attention" else min(config.attention.window, seq_len)
             # Full attention sees (T + 1) / 2 keys on average; a window of w costs w less its start, w^2 / 2T.

@@ -11,6 +11,7 @@ import pytest
 from trainer.cli import dotted_keys, make_parser, parse
 from trainer.config import PretrainConfig
 from trainer.data.prepare_config import PrepareConfig
+from trainer.planning.config import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "models", "trainer", "launch")
@@ -98,7 +99,14 @@ def test_who_imports_deepspeed():
 def test_pretraining_configurations_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config, _ = parse(PretrainConfig, make_parser(PretrainConfig, ""), ["--config", str(path)])
-    config.validate_layout(1)
+    parallel = config.parallel
+    config.validate_layout(parallel.tensor * parallel.pipeline * parallel.context)
+    assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "cluster").rglob("*.yaml")), ids=name_of)
+def test_clusters_are_valid(path):
+    parse(PlanConfig, make_parser(PlanConfig, ""), ["--cluster", str(path)])
     assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
 
 
@@ -132,7 +140,7 @@ def commands(page: str) -> list[list[str]]:
 def complaints(page: str) -> list[str]:
     """Files, targets and keys that a page names and that do not exist."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    keys = {*dotted_keys(PretrainConfig), "config", "print_config", "help", "check", "world-size"}
+    keys = {*dotted_keys(PlanConfig), "config", "print_config", "help", "check", "world-size", "search", "json"}
     wrong = []
     for words in commands(page):
         if words[0] == "make":

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 CHUNK = 64  # measured: 32 and 128 are slower at K = V = 64 and 128, for 8 x 512 and 1 x 4096 tokens
 SMALLEST_CHUNK = 16
@@ -132,6 +133,7 @@ class ChunkLayout:
 
 
 @lru_cache(maxsize=32)  # every layer of a step asks for the same one
+@_disable_current_modes()  # a run on shapes alone shares it with real ones
 def chunk_layout(bounds: tuple[int, ...], device: torch.device) -> ChunkLayout:
     """The layout of the sequences between `bounds` (see `sequence_bounds`)."""
     lengths = [end - start for start, end in pairwise(bounds)]

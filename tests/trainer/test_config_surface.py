@@ -73,6 +73,13 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
     return set(result.stdout.split())
 
 
+def test_options_of_plan():
+    keys = "name nodes devices memory usable host_memory peak_bf16 peak_fp32 efficiency intra_node inter_node"
+    cluster = {"--cluster", *(f"--cluster.{key}" for key in keys.split())}
+    of_pretrain = options_of("launch/pretrain.py") - {"--check", "--world-size"}
+    assert options_of("launch/plan.py") == of_pretrain | cluster | {"--search", "--json"}
+
+
 def test_options_of_pretrain():
     options = options_of("launch/pretrain.py")
     # jsonargparse gives a list that may be null a second option, to append to it.

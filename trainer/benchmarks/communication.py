@@ -8,11 +8,9 @@ convolutions and projections around them.
 """
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trainer.benchmarks.report import Comparison, report, say
 from trainer.cli import ConfigError
@@ -79,29 +77,12 @@ def _count(kind: str, time: int, config: Config) -> dict[str, int]:
     """Bytes that this rank sends, by collective."""
     import torch
     import torch.distributed as dist
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from kernels import linear_attention
     from kernels.attention import attention
+    from trainer.communication import SentBytes
 
-    group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    sent: Counter[str] = Counter()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "c10d":
-                name = func._schema.name.removeprefix("c10d::").rstrip("_")
-                if name == "allgather":
-                    sent[name] += (ranks - 1) * sum(x.nbytes for x in args[1])
-                elif name == "allreduce":
-                    sent[name] += 2 * (ranks - 1) * sum(x.nbytes for x in args[0]) // ranks
-                elif name == "alltoall_base":
-                    splits = args[4]
-                    sent[name] += (sum(splits) - splits[rank]) * args[1].element_size()
-                else:
-                    raise RuntimeError(f"{kind} calls {name}, which is not counted")
-            return func(*args, **(kwargs or {}))
-
+    group, ranks = dist.group.WORLD, dist.get_world_size()
     shape = (1, time // ranks, config.heads, config.head_dim)
     q, k, v = (torch.nn.functional.normalize(torch.randn(shape), dim=-1).requires_grad_() for _ in range(3))
     decay, beta = -0.1 * torch.rand(shape), torch.rand(shape[:3])
@@ -113,14 +94,14 @@ def _count(kind: str, time: int, config: Config) -> dict[str, int]:
         "delta_rule": (q, k, v, beta),
         "gated_delta_rule": (q, k, v, decay[..., 0], beta),
     }
-    with Count():
+    with SentBytes() as sent:
         if kind in inputs:
             o = getattr(linear_attention, kind)(*inputs[kind], group=group)[0]
         else:
             window = config.window if kind == "sliding_window_attention" else None
             o = attention(q, k, v, window=window, group=group)
         o.sum().backward()
-    return dict(sent)
+    return {collective: size for (_, collective), size in sent.by_group.items()}
 
 
 def _work(rank: int, ranks: int, config: Config, cases: list[tuple[str, int]], folder: str) -> None:

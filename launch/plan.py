@@ -1,0 +1,45 @@
+"""What a run would take of a cluster: memory, messages, time; without starting it, and without any device.
+
+python launch/plan.py --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml
+python launch/plan.py --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml --search
+
+Exit code 0: it fits; 1: it does not, and the last line says what is short; 2: bad input.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from trainer.cli import ConfigError, fail, make_parser, parse
+from trainer.planning.config import PlanConfig
+
+# Plans that --search prints.
+BEST = 5
+
+
+def main() -> int:
+    """Parse, refuse what cannot run, then plan."""
+    parser = make_parser(PlanConfig, "Plan a pre-training run on a cluster.")
+    parser.add_argument("--search", action="store_true", help="compare all layouts and print the best that fit")
+    parser.add_argument("--json", default=None, help="write the plans to this file, too")
+    try:
+        config, namespace = parse(PlanConfig, parser, sys.argv[1:])
+        if not namespace.search:
+            config.validate_layout(config.cluster.ranks)
+        if namespace.json and not Path(namespace.json).parent.is_dir():
+            raise ConfigError(f"--json: {Path(namespace.json).parent} is no directory; make it, or name another file")
+        from trainer.planning.run import run
+
+        plans = run(config, namespace.search)
+    except ValueError as error:
+        fail(str(error))
+    from trainer.planning import report
+
+    if namespace.json:
+        Path(namespace.json).write_text(json.dumps([report.as_values(plan) for plan in plans], indent=1) + "\n")
+    print(report.compare(plans[:BEST], config) if namespace.search else report.describe(plans[0]))
+    return 0 if plans and plans[0].fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Plans beside what engines hold, keep and send on real ranks; schedules, verdicts and bad input."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.parity.worker import VOCAB
+from tests.trainer.conftest import ROOT
+from trainer.cli import from_mapping
+from trainer.planning.config import PlanConfig
+from trainer.planning.dry_run import Cut, DryRun
+from trainer.planning.plan import CHOICES, Planner, in_flight
+from trainer.planning.report import as_values, compare, describe, verdict
+from trainer.planning.search import layouts, search
+
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "vocab_size": VOCAB,
+    "mixers": {"pattern": "gated_delta_net, full_attention, hgrn, sliding_window_attention"},
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "window": 12},
+    "gated_delta_net": {"num_heads": 2, "num_v_heads": 4, "head_dim": 16},
+}
+
+
+def values(parallel=None, engine=None, **train):
+    return {
+        "model": MODEL,
+        "data": {"document_mask": False},
+        "train": {"seq_len": 64, "micro_batch_size": 1, "global_batch_size": 4} | train,
+        "parallel": parallel or {},
+        "engine": engine or {},
+    }
+
+
+def configuration(job, **cluster):
+    return from_mapping(PlanConfig, job | {"cluster": {"devices": 2} | cluster})
+
+
+def planned(job, **cluster):
+    config = configuration(job, **cluster)
+    config.validate_layout(config.cluster.ranks)
+    return Planner(config, VOCAB).plan(config)
+
+
+ON_MEGATRON = {
+    "TP2": values({"tensor": 2}, recompute="full"),
+    "TP2+SP": values({"tensor": 2, "sequence": True}, recompute="selective"),
+    "PP2": values({"pipeline": 2}),
+    "PP2 interleaved": values({"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": values({"context": 2}, recompute="selective", recompute_modules=["ffn"]),
+    "DP2": values(micro_batch_size=2, recompute="selective", recompute_modules=["mixer", "ffn"]),
+    "DP2 in bf16": values(precision="bf16"),
+}
+ON_DEEPSPEED = {
+    "ZeRO 1 in bf16": values(engine={"name": "deepspeed", "zero_stage": 1}, precision="bf16"),
+    "ZeRO 2": values(engine={"name": "deepspeed", "zero_stage": 2}),
+    "ZeRO 2 in bf16": values(engine={"name": "deepspeed", "zero_stage": 2}, precision="bf16"),
+    "ZeRO 3 in bf16": values(engine={"name": "deepspeed", "zero_stage": 3}, precision="bf16"),
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """By rank and layout what two ranks measured in a step."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "jobs.json").write_text(json.dumps(ON_MEGATRON | ON_DEEPSPEED))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, "tests/trainer/plan_ranks.py", str(folder / "jobs.json"), str(folder / "measured")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads((folder / f"measured.{rank}.json").read_text()) for rank in range(2)]
+
+
+def close(expected):
+    return pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ON_MEGATRON)
+def test_megatron_holds_keeps_and_sends_what_was_planned(measured, name):
+    plan = planned(ON_MEGATRON[name])
+    for rank in range(2):
+        stage, seen = plan.stages[rank % len(plan.stages)], measured[rank][name]
+        assert stage.states.parameters == close(seen["parameters"])
+        assert stage.states.gradients == close(seen["gradients"])
+        assert stage.states.optimizer == close(seen["optimizer"])
+        assert stage.activations[plan.recompute] == close(seen["activations"])
+        sent = stage.sent
+        assert sent["tensor"] + sent["shares"] == close(seen["sent"]["tensor"])
+        assert sent["context"] == close(seen["sent"]["context"])
+        assert sent["pipeline"] == close(seen["sent"]["pipeline"])
+        assert sent["gradients"] + sent["parameters"] == close(seen["sent"]["data"])
+        assert sent["tied embedding"] == close(seen["sent"]["tied"])
+
+
+@pytest.mark.parametrize("name", ON_DEEPSPEED)
+def test_deepspeed_holds_and_sends_what_was_planned(measured, name):
+    job = ON_DEEPSPEED[name]
+    (stage,) = planned(job).stages
+    # The bucket of ZeRO 1 and 2 is gone when Adam runs, where it was measured.
+    buffers = stage.states.buffers if job["engine"]["zero_stage"] < 3 else 0
+    for seen in (ranks[name] for ranks in measured):
+        assert stage.states.on_device - buffers == close(seen["held"])
+        assert stage.sent["gradients"] == close(seen["sent"]["gradients"])
+        assert stage.sent["parameters"] == close(seen["sent"]["parameters"])
+
+
+def test_the_comparison_has_something_to_compare(measured):
+    for name, kind in (("TP2", "tensor"), ("CP2", "context"), ("PP2", "pipeline"), ("PP2", "tied"), ("DP2", "data")):
+        assert measured[0][name]["sent"][kind] > 0
+    assert len({measured[0][name]["activations"] for name in ON_MEGATRON}) == len(ON_MEGATRON)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.data())
+@settings(derandomize=True, deadline=None)
+def test_what_is_in_flight(stages, chunks, groups, data):
+    """With equal chunks the peak is the warm-up and one more, as mcore's schedules have it."""
+    stage, micro_batches = data.draw(st.integers(0, stages - 1)), groups * stages
+    warm_up = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    assert in_flight([1.0] * chunks, stage, stages, micro_batches) == min(warm_up + 1, micro_batches * chunks)
+    uneven = [float(10**i) for i in range(chunks)]
+    assert max(uneven) <= in_flight(uneven, stage, stages, micro_batches) <= micro_batches * sum(uneven)
+
+
+@pytest.mark.parametrize("pattern", ["gated_delta_net", "full_attention", "sliding_window_attention", "hgrn2"])
+@pytest.mark.parametrize("cut_to", [Cut(), Cut(tensor=2, sequence=True), Cut(context=2)])
+def test_long_sequences_lie_on_the_line(monkeypatch, pattern, cut_to):
+    model = MODEL | {"mixers": {"pattern": pattern}}
+    config = from_mapping(PlanConfig, {"model": model}).model
+    extrapolated = DryRun(config, VOCAB, torch.float32)
+    whole = DryRun(config, VOCAB, torch.float32)
+    tokens, parts = 2048, frozenset[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.planning.dry_run._STEP", 128)
+        line, line_ends = extrapolated.layer(0, cut_to, tokens, parts, True), extrapolated.ends(cut_to, tokens)
+    monkeypatch.setattr("trainer.planning.dry_run._STEP", tokens)
+    monkeypatch.setattr("trainer.planning.dry_run._HEAD_STEP", tokens)
+    direct, direct_ends = whole.layer(0, cut_to, tokens, parts, True), whole.ends(cut_to, tokens)
+    assert line.kept == pytest.approx(direct.kept, rel=0.02)
+    assert line.sent == pytest.approx(direct.sent, rel=0.02)
+    for one, other in zip(line_ends, direct_ends, strict=True):
+        assert one.kept == pytest.approx(other.kept, rel=0.02)
+        assert one.sent == pytest.approx(other.sent, rel=0.02)
+
+
+def test_pipelines_wait_for_their_ends():
+    pipeline = {"pipeline": 2}
+    plan = planned(values(pipeline, global_batch_size=8), inter_node=1e9, intra_node=1e9)
+    busy = max(stage.seconds for stage in plan.stages)
+    assert plan.bubble == pytest.approx(1 / 9, rel=1e-3)
+    assert plan.seconds == pytest.approx(busy * 9 / 8, rel=1e-3)
+
+
+def test_recomputation_costs_time_and_saves_memory():
+    plans = [planned(values(recompute=choice)) for choice in ("none", "selective", "full")]
+    assert plans[0].seconds < plans[1].seconds < plans[2].seconds
+    assert plans[0].utilization > plans[1].utilization > plans[2].utilization
+    kept = [plan.stages[0].activations[plan.recompute] for plan in plans]
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_slow_networks_are_charged_to_those_who_cross_them():
+    near, far = values({"context": 2}), values()
+    fast = {"intra_node": 100.0, "inter_node": 100.0}
+    slow = {"intra_node": 100.0, "inter_node": 0.001}
+    assert planned(near, **slow).seconds == planned(near, **fast).seconds
+    alone = {"nodes": 2, "devices": 1}
+    assert planned(far, **alone, **slow).seconds > 2 * planned(far, **alone, **fast).seconds
+
+
+def test_the_report_and_the_values_agree():
+    plan = planned(values({"pipeline": 2}))
+    text, plain = describe(plan), as_values(plan)
+    assert "pipeline=2" in text and "fits" in text and plain["fits"]
+    assert len(plain["stages"]) == 2 and set(plain["stages"][0]["activations"]) == set(CHOICES)
+    assert plain["memory"] == plan.memory()
+    json.dumps(plain)
+
+
+def test_what_does_not_fit_says_what_would():
+    job = values(recompute="none", micro_batch_size=2)
+    whole = planned(job)
+    least = whole.memory("full")
+    just_enough = least / 0.9 / 1e9 * 1.001
+    assert "use train.recompute=" in verdict(planned(job, memory=just_enough))
+    states = whole.stages[0].states.on_device
+    assert "raise parallel.pipeline" in verdict(planned(job, memory=states / 1e9))
+    assert verdict(planned(job, memory=states * 1.2 / 1e9)).startswith("does not fit: device memory is short by")
+
+
+def test_search_finds_valid_layouts_that_fit():
+    config = configuration(values(), memory=0.0025, usable=1.0)
+    plans = search(config, Planner(config, VOCAB))
+    assert plans and all(plan.fits for plan in plans)
+    assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
+    for plan in plans:
+        plan.config.validate_layout(2)
+    tried = list(layouts(config))
+    assert len(tried) > len(plans)
+    kinds = {(c.parallel.tensor, c.parallel.pipeline, c.parallel.virtual_pipeline, c.parallel.context) for c in tried}
+    assert {(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)} <= kinds
+    assert "layout" in compare(plans, config)
+    assert "no layout" in compare([], config)
+
+
+def test_many_ranks_cost_no_more():
+    """4096 ranks have no more distinct shards than their pipeline has stages."""
+    job = values({"pipeline": 4, "context": 2, "tensor": 2}, global_batch_size=512)
+    plan = planned(job, nodes=512, devices=8)
+    assert len(plan.stages) == 4 and plan.data_parallel == 256
+    assert math.isclose(plan.stages[0].states.optimizer, plan.stages[0].states.parameters * 2 / 512)
+
+
+def command(*arguments):
+    process = subprocess.run(
+        [sys.executable, "launch/plan.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+LAPTOP = ("--config", "configs/pretrain/laptop.yaml", "--cluster", "configs/cluster/laptop.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cluster.devices", "0"), "cluster.devices is 0: it must be positive"),
+        (("--cluster.usable", "1.5"), "cluster.usable is 1.5: it is a share"),
+        (("--cluster.device", "3"), "did you mean 'cluster.devices'?"),
+        (("--cluster", "nowhere.yaml"), "nowhere.yaml"),
+        (("--parallel.tensor", "3"), "world size 2 does not divide"),
+        (("--json", "nowhere/plan.json"), "nowhere is no directory"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    code, out, errors = command(*LAPTOP, *arguments)
+    assert code == 2 and not out
+    assert message in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_the_command(tmp_path):
+    code, out, errors = command(*LAPTOP, "--json", str(tmp_path / "plan.json"))
+    assert code == 0 and not errors, errors
+    assert out.strip().splitlines()[-1].startswith("fits:")
+    assert json.loads((tmp_path / "plan.json").read_text())[0]["fits"]
+    code, out, _ = command(*LAPTOP, "--cluster.memory", "0.02")
+    assert code == 1 and "does not fit" in out.strip().splitlines()[-1]

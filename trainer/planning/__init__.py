@@ -1,0 +1,1 @@
+"""What a run would need of a cluster: memory, messages and time of every layout, without starting it."""

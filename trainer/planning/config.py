@@ -1,0 +1,76 @@
+"""The configuration of a plan: a pre-training run and a cluster. Imports neither torch nor megatron."""
+
+from dataclasses import dataclass, field
+
+from trainer.config import PretrainConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass
+class ClusterConfig:
+    """The machines a run is planned for. GB are 10^9 bytes, TFLOPs 10^12 operations a second.
+
+    Attributes:
+        name: What the report calls it.
+        nodes: Machines.
+        devices: Devices of a machine; a rank has one.
+        memory: Memory of a device, GB.
+        usable: Share of it that parameters, gradients, optimizer and activations may take; the rest is for the
+            runtime, message buffers, short-lived tensors and fragmentation.
+        host_memory: Memory of a machine's host, GB, for what is offloaded.
+        peak_bf16: Dense bf16 peak of a device, TFLOPs.
+        peak_fp32: The same for fp32 operands (TF32 where the models use it).
+        efficiency: Share of the peak that the model's operations reach while a device computes.
+        intra_node: What a device sends to others of its machine, GB/s, one way.
+        inter_node: What it sends to other machines, GB/s, one way.
+    """
+
+    name: str = "laptop"
+    nodes: int = 1
+    devices: int = 2
+    memory: float = 4.0
+    usable: float = 0.9
+    host_memory: float = 16.0
+    peak_bf16: float = 0.2
+    peak_fp32: float = 0.1
+    efficiency: float = 0.4
+    intra_node: float = 2.0
+    inter_node: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive = ("nodes", "devices", "memory", "host_memory", "peak_bf16", "peak_fp32", "intra_node", "inter_node")
+        for name in positive:
+            value = getattr(self, name)
+            _require(value > 0, f"cluster.{name} is {value}: it must be positive")
+        for name in ("usable", "efficiency"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"cluster.{name} is {value}: it is a share, more than 0 and at most 1")
+
+    @property
+    def ranks(self) -> int:
+        """Devices of all machines."""
+        return self.nodes * self.devices
+
+    @property
+    def budget(self) -> float:
+        """Bytes of a device that a plan may fill."""
+        return self.memory * self.usable * 1e9
+
+    def peak(self, precision: str) -> float:
+        """Peak of a device, operations a second."""
+        return (self.peak_bf16 if precision == "bf16" else self.peak_fp32) * 1e12
+
+
+@dataclass
+class PlanConfig(PretrainConfig):
+    """A pre-training run, and what is to train it.
+
+    Attributes:
+        cluster: The machines.
+    """
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,351 @@
+"""What every pipeline stage of a layout holds and sends, and how long a step takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trainer.config import PretrainConfig
+from trainer.planning.config import ClusterConfig, PlanConfig
+from trainer.planning.dry_run import Cost, Cut, DryRun, ParameterSpec
+
+# What train.recompute and train.recompute_modules can ask for (models.decoder.Block).
+CHOICES: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "selective [mixer]": frozenset({"mixer"}),
+    "selective [ffn]": frozenset({"ffn"}),
+    "selective [mixer, ffn]": frozenset({"mixer", "ffn"}),
+    "full": frozenset({"block"}),
+}
+# Of the buckets that trainer.engines.deepspeed asks for.
+ZERO_BUCKET_ELEMENTS = 50_000_000
+MAIN = 4  # bytes of an element of main parameters, their gradients and Adam's moments: float32
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that a rank holds between steps, or from the first backward pass to the update.
+
+    Attributes:
+        parameters: What the model reads.
+        gradients: What backward adds up.
+        optimizer: Main parameters, where they are others, and Adam's two moments.
+        buffers: What the engine allocates for its messages.
+        host: What of all that lies in host memory.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float = 0.0
+    host: float = 0.0
+
+    @property
+    def on_device(self) -> float:
+        """Bytes of device memory."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers - self.host
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A rank of one pipeline stage; its tensor-, context-, expert- and data-parallel neighbours need the same.
+
+    Attributes:
+        layers: Its layers, chunk by chunk.
+        states: What it holds.
+        activations: For every choice of recomputation, what the micro-batches in flight keep, bytes.
+        again: For every choice, what the largest part that runs again keeps while its backward runs.
+        sent: Bytes it sends in a step, by kind.
+        seconds: Of a step's micro-batches, without waiting.
+    """
+
+    layers: list[range]
+    states: States
+    activations: dict[str, float]
+    again: dict[str, float]
+    sent: dict[str, float]
+    seconds: float
+
+    def memory(self, choice: str) -> float:
+        """Bytes of device memory under a choice of recomputation."""
+        return self.states.on_device + self.activations[choice] + self.again[choice]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout on a cluster.
+
+    Attributes:
+        config: The run.
+        cluster: The machines.
+        data_parallel: Ranks that compute their own micro-batches.
+        micro_batches: Micro-batches of a rank in a step.
+        stages: The pipeline's stages.
+        bubble: Share of the step in which a stage waits for others.
+        seconds: Of a step.
+        utilization: Model operations over what all devices could do in that time.
+        tokens_per_second: Of one device.
+    """
+
+    config: PretrainConfig
+    cluster: ClusterConfig
+    data_parallel: int
+    micro_batches: int
+    stages: list[Stage]
+    bubble: float
+    seconds: float
+    utilization: float
+    tokens_per_second: float
+
+    @property
+    def recompute(self) -> str:
+        """The configuration's choice, by its name in CHOICES."""
+        parts = self.config.train.recomputed_parts
+        return next(name for name, choice in CHOICES.items() if choice == parts)
+
+    def memory(self, choice: str | None = None) -> float:
+        """Bytes of the fullest device."""
+        return max(stage.memory(choice or self.recompute) for stage in self.stages)
+
+    @property
+    def host_memory(self) -> float:
+        """Bytes of the fullest host."""
+        return self.cluster.devices * max(stage.states.host for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether device and host memory suffice."""
+        return self.memory() <= self.cluster.budget and self.host_memory <= self.cluster.host_memory * 1e9
+
+
+def in_flight(chunk_bytes: Sequence[float], stage: int, stages: int, micro_batches: int) -> float:
+    """The most that a stage keeps at a time under mcore's schedules: 1F1B, and interleaved where it has chunks.
+
+    Args:
+        chunk_bytes: What a micro-batch keeps in each of the stage's chunks.
+        stage: The stage.
+        stages: All of them.
+        micro_batches: In a step.
+    """
+    chunks = len(chunk_bytes)
+    total = micro_batches * chunks
+    warm_up = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+    # Pass number k runs chunk (k div stages) mod chunks forward, backward passes take the chunks from the last on.
+    order = [k // stages % chunks for k in range(total)]
+    kept = peak = 0.0
+    for k in range(total):
+        kept += chunk_bytes[order[k]]
+        peak = max(peak, kept)
+        if k >= warm_up:
+            kept -= chunk_bytes[chunks - 1 - order[k - warm_up]]
+    return peak
+
+
+def states(parameters: Sequence[ParameterSpec], config: PretrainConfig, replicas: int, experts: int) -> States:
+    """What an engine holds of a shard whose parameters `replicas` ranks share, and its experts' parameters `experts`.
+
+    Counted in the engines (tests/trainer/test_plan.py). Megatron: DDP's buffers of parameters and of float32 gradients,
+    and the distributed optimizer's part of main parameters and moments; in float32 the parameters are the main ones.
+    """
+    if config.engine.name == "deepspeed":
+        return _zero_states(parameters, config, replicas)
+    optimizer = 0.0
+    for parameter in parameters:
+        copies = 2 if parameter.itemsize == MAIN else 3
+        optimizer += parameter.numel * MAIN * copies / (experts if parameter.expert else replicas)
+    return States(_weights(parameters), MAIN * _elements(parameters), optimizer)
+
+
+def _elements(parameters: Sequence[ParameterSpec]) -> int:
+    return sum(parameter.numel for parameter in parameters)
+
+
+def _weights(parameters: Sequence[ParameterSpec]) -> int:
+    return sum(parameter.numel * parameter.itemsize for parameter in parameters)
+
+
+def _zero_states(parameters: Sequence[ParameterSpec], config: PretrainConfig, ranks: int) -> States:
+    """DeepSpeed's, which keeps main parameters of its own in float32, too, and with ZeRO 3 a bucket for messages."""
+    stage, offload, bf16 = config.engine.zero_stage, config.engine.offload, config.train.precision == "bf16"
+    weights, main = _weights(parameters), MAIN * _elements(parameters)
+    if stage == 0:
+        return States(weights, main, 2 * main)
+    optimizer = 3 * main / ranks
+    # In bf16 ZeRO 1 adds up in float32 beside backward's own; ZeRO 2 in float32, and 3, hand Adam a copy of their part.
+    gradients = {1: main + weights * bf16, 2: main / ranks * (1 if bf16 else 2), 3: 2 * main / ranks}[stage]
+    held = weights / ranks if stage == 3 else weights
+    host = (optimizer if offload != "none" else 0.0) + (held if offload == "parameters" else 0.0)
+    return States(held, gradients, optimizer, float(MAIN * min(ZERO_BUCKET_ELEMENTS, _elements(parameters))), host)
+
+
+class Planner:
+    """Plans layouts of one model.
+
+    Args:
+        config: The run and the cluster; plans may be of other layouts.
+        vocab_size: Rows of the embedding, padding included.
+    """
+
+    def __init__(self, config: PlanConfig, vocab_size: int) -> None:
+        self._cluster, self._vocab_size = config.cluster, vocab_size
+        self._bf16 = config.train.precision == "bf16"
+        self._model = config.model
+        self._run = DryRun(config.model, vocab_size, torch.bfloat16 if self._bf16 else torch.float32)
+
+    def plan(self, config: PretrainConfig) -> Plan:
+        """The plan of a configuration whose layout has been validated for the cluster's ranks."""
+        cluster, parallel, train = self._cluster, config.parallel, config.train
+        replicas = parallel.data_parallel(cluster.ranks)
+        micro_batches = train.accumulation(replicas)
+        chunks = parallel.stage_layers(config.model.num_layers)
+        stages = [
+            self._stage(config, number, chunks[number :: parallel.pipeline], micro_batches, replicas)
+            for number in range(parallel.pipeline)
+        ]
+        waits = (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro_batches)
+        busy = max(stage.seconds for stage in stages)
+        exchange = max(self._data_seconds(config, stage.sent, replicas) for stage in stages)
+        seconds = busy * (1 + waits) + exchange
+        tokens = train.global_batch_size * train.seq_len
+        flops = tokens * (self._layer_flops(range(config.model.num_layers), train.seq_len) + self._head_flops())
+        return Plan(
+            config=config,
+            cluster=cluster,
+            data_parallel=replicas,
+            micro_batches=micro_batches,
+            stages=stages,
+            bubble=busy * waits / seconds,
+            seconds=seconds,
+            utilization=flops / (seconds * cluster.ranks * cluster.peak(train.precision)),
+            tokens_per_second=tokens / (seconds * cluster.ranks),
+        )
+
+    def _layer_flops(self, layers: range, seq_len: int) -> float:
+        return sum(sum(self._run.flops(self._run.kinds[layer], seq_len)) for layer in layers)
+
+    def _head_flops(self) -> float:
+        return 6.0 * self._vocab_size * self._model.hidden_size
+
+    def _stage(
+        self, config: PretrainConfig, number: int, chunks: list[range], micro_batches: int, replicas: int
+    ) -> Stage:
+        parallel, train = config.parallel, config.train
+        parameters = [spec for layers in chunks for spec in self._run.parameters(layers, _cut(config))]
+        shared = replicas * parallel.context
+        held = states(parameters, config, shared, shared * parallel.tensor // parallel.expert)
+        activations, again = {}, {}
+        for name, parts in CHOICES.items():
+            kept = [
+                train.micro_batch_size * self._chunk(config, layers, parts, backward=False).kept for layers in chunks
+            ]
+            activations[name] = in_flight(kept, number, parallel.pipeline, micro_batches)
+            again[name] = train.micro_batch_size * max(self._again(config, layers, parts) for layers in chunks)
+        passes = micro_batches * train.micro_batch_size
+        costs = (self._chunk(config, layers, train.recomputed_parts, backward=True) for layers in chunks)
+        total = sum(costs, start=Cost())
+        sent = {
+            "tensor": total.sent[0] * passes,
+            "context": total.sent[1] * passes,
+            "pipeline": self._boundaries(config, chunks) * self._residual(config) * passes,
+            **self._sent_by_data_parallel(config, parameters, chunks, shared, micro_batches),
+        }
+        compute = sum(self._operations(config, layers) for layers in chunks) * passes / self._speed(config)
+        messages = sum(
+            sent[kind] / self._bandwidth(config, kind, replicas) for kind in ("tensor", "context", "pipeline")
+        )
+        return Stage(chunks, held, activations, again, sent, compute + messages)
+
+    def _chunk(self, config: PretrainConfig, layers: range, parts: frozenset[str], backward: bool) -> Cost:
+        """Of a row of a micro-batch; what goes on to the next stage stays until its gradient comes."""
+        cut_to, tokens = _cut(config), config.train.seq_len // config.parallel.context
+        before, after = self._run.ends(cut_to, tokens)
+        cost = Cost(self._run.tables(tokens))
+        for layer in layers:
+            cost += self._run.layer(self._run.kinds[layer], cut_to, tokens, parts, backward)
+        if layers.start == 0:
+            cost += before
+        return cost + (after if layers.stop == self._model.num_layers else Cost(self._residual(config)))
+
+    def _again(self, config: PretrainConfig, layers: range, parts: frozenset[str]) -> float:
+        """What a part that is recomputed keeps while its backward runs, at most; of one row."""
+        cut_to, tokens = _cut(config), config.train.seq_len // config.parallel.context
+        kinds = {self._run.kinds[layer] for layer in layers}
+        whole, left = (
+            {kind: self._run.layer(kind, cut_to, tokens, choice, False).kept for kind in kinds}
+            for choice in (frozenset(), parts)
+        )
+        return max(whole[kind] - left[kind] for kind in kinds) if parts else 0.0
+
+    def _residual(self, config: PretrainConfig) -> float:
+        """Bytes of a row of the residual stream on a rank."""
+        parallel = config.parallel
+        pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
+        return config.train.seq_len // pieces * self._model.hidden_size * (2 if self._bf16 else 4)
+
+    def _boundaries(self, config: PretrainConfig, chunks: list[range]) -> int:
+        """How many rows of the residual stream and of its gradient a stage sends to others for one row."""
+        first = sum(layers.start == 0 for layers in chunks)
+        last = sum(layers.stop == self._model.num_layers for layers in chunks)
+        return 2 * len(chunks) - first - last
+
+    def _operations(self, config: PretrainConfig, layers: range) -> float:
+        """Of one row on one rank, those of recomputation included."""
+        train, parallel = config.train, config.parallel
+        parts, total = train.recomputed_parts, 0.0
+        for layer in layers:
+            mixer, ffn = self._run.flops(self._run.kinds[layer], train.seq_len)
+            again = mixer * bool(parts & {"mixer", "block"}) + ffn * bool(parts & {"ffn", "block"})
+            # Forward is a third of both passes.
+            total += mixer + ffn + again / 3
+        if layers.stop == self._model.num_layers:
+            total += self._head_flops()
+        return total * train.seq_len / (parallel.tensor * parallel.context)
+
+    def _sent_by_data_parallel(
+        self,
+        config: PretrainConfig,
+        parameters: list[ParameterSpec],
+        chunks: list[range],
+        ranks: int,
+        micro_batches: int,
+    ) -> dict[str, float]:
+        """Bytes of a step's gradients and parameters, as by ring algorithms (trainer.communication)."""
+        # ZeRO 0 to 2 sum gradients on every rank, 2 and 3 after every micro-batch; else each rank gets its part.
+        zero = config.engine.zero_stage if config.engine.name == "deepspeed" else None
+        sums = 1.0 if zero in (None, 3) else 2.0
+        sums *= micro_batches if zero in (2, 3) else 1
+        gathers = {None: 1, 0: 0, 1: 1, 2: 1, 3: micro_batches * 2}[zero]
+        sent = dict.fromkeys(("gradients", "parameters", "shares", "tied embedding"), 0.0)
+        parallel = config.parallel
+        for parameter in parameters:
+            others = ranks * parallel.tensor // parallel.expert if parameter.expert else ranks
+            share = (others - 1) / others
+            sent["gradients"] += sums * share * parameter.numel * MAIN
+            sent["parameters"] += gathers * share * parameter.numel * parameter.itemsize
+            sent["shares"] += parameter.partial * 2 * (parallel.tensor - 1) / parallel.tensor * parameter.numel * MAIN
+        ends = {layers.start == 0 for layers in chunks} | {layers.stop == self._model.num_layers for layers in chunks}
+        if parallel.pipeline > 1 and self._model.tie_embeddings and True in ends:
+            embedding = next(parameter for parameter in parameters if parameter.name == "embedding.weight")
+            sent["tied embedding"] = float(embedding.numel * MAIN)
+        return sent
+
+    def _speed(self, config: PretrainConfig) -> float:
+        return self._cluster.peak(config.train.precision) * self._cluster.efficiency
+
+    def _data_seconds(self, config: PretrainConfig, sent: dict[str, float], replicas: int) -> float:
+        kinds = [kind for kind in sent if kind not in ("tensor", "context", "pipeline")]
+        return sum(sent[kind] / self._bandwidth(config, kind, replicas) for kind in kinds)
+
+    def _bandwidth(self, config: PretrainConfig, kind: str, replicas: int) -> float:
+        """Bytes a second. Ranks are numbered as mcore does: tensor, context, data, pipeline, the first ones nearest."""
+        parallel = config.parallel
+        tensor, context = parallel.tensor, parallel.tensor * parallel.context
+        data, pipeline = context * replicas, context * replicas * parallel.pipeline
+        span = {"tensor": tensor, "shares": tensor, "context": context, "gradients": data, "parameters": data}
+        within = span.get(kind, pipeline) <= self._cluster.devices
+        return (self._cluster.intra_node if within else self._cluster.inter_node) * 1e9
+
+
+def _cut(config: PretrainConfig) -> Cut:
+    parallel = config.parallel
+    return Cut(parallel.tensor, parallel.context, parallel.sequence)

@@ -1,0 +1,28 @@
+"""From a configuration to its plan, or to those of all layouts."""
+
+import warnings
+
+from trainer.data.sources import find_sources
+from trainer.planning.config import PlanConfig
+from trainer.planning.plan import Plan, Planner
+from trainer.planning.search import search
+
+
+def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
+    """The plan of the configuration; with `all_layouts` those of every layout that fits, the best first.
+
+    Raises:
+        ConfigError: the vocabulary's size is not known from anywhere.
+    """
+    # mcore says at import that TransformerEngine and Apex are missing, and calls collectives by names about to change.
+    warnings.simplefilter("ignore")
+    planner = Planner(config, config.model.padded_vocab_size(_vocab_size(config)))
+    return search(config, planner) if all_layouts else [planner.plan(config)]
+
+
+def _vocab_size(config: PlanConfig) -> int:
+    """Token ids, before padding; the embedded corpus need not be prepared for it."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    data = config.data
+    return data.vocab_size if "stdlib" in (data.blend or [data.path]) else find_sources(config).vocab_size
