@@ -325,7 +325,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _sections(model: ModelConfig) -> set[str]:
-    return {mixer_section(mixer) for mixer in model.layer_mixers()}
+    return {mixer_section(mixer) for layer in model.layer_mixers() for mixer in branches(layer)}
 
 
 def _compared(model: ModelConfig, read: set[str]) -> dict[str, Any]:
