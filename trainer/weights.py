@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from models.config import MIXERS, ModelConfig, mixer_section
+from models.config import MIXERS, ModelConfig, branches, mixer_section
 from trainer.cli import ConfigError, from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
