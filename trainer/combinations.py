@@ -41,11 +41,7 @@ FEATURES = (
     Feature("parallel.pipeline>1", lambda c: c.parallel.pipeline > 1),
     Feature("parallel.virtual_pipeline>1", lambda c: c.parallel.virtual_pipeline > 1),
     Feature("parallel.context>1", lambda c: c.parallel.context > 1),
-    Feature(
-        "parallel.expert>1",
-        lambda c: c.parallel.expert > 1,
-        "the model has no experts; use parallel.expert=1",
-    ),
+    Feature("parallel.expert>1", lambda c: c.parallel.expert > 1),
     Feature("train.precision=fp32", lambda c: c.train.precision == "fp32"),
     Feature("train.precision=bf16", lambda c: c.train.precision == "bf16"),
 )

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.moe.statistics import set_step
 from models.parallel import cast_parameters
 from trainer import checkpoint
 from trainer.cli import ConfigError, from_mapping
@@ -87,6 +88,8 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
     cast_parameters(decoder, dtype)
     state = {_PREFIX + name: tensor for name, tensor in decoder.state_dict().items()}
     load(state, storage_reader=reader, no_dist=True)
+    # As in the validation after the checkpoint's last step.
+    set_step([decoder], max(checkpoint.read_progress(found).step - 1, 0))
     own = found / "tokenizer"
     chosen = tokenizer or (own if own.is_dir() else None)
     loaded = Tokenizer.load(chosen) if chosen else None

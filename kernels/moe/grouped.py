@@ -1,0 +1,109 @@
+"""The experts' linear layers: rows sorted by expert, each expert's by its own matrix.
+
+    y_n = W_e(n) · x_n        dx_n = W_e(n)ᵀ · dy_n        dW_e = sum over the rows n of e of dy_n ⊗ x_n
+
+The work is that of one product of all rows with one matrix, whatever the number of experts; nothing is padded.
+
+Backends:
+    reference  a loop over experts in plain operations
+    torch      on a CPU a loop over the experts that have rows, through the library of `kernels.matmul`, each product
+               written to its place; on a GPU `F.grouped_mm`, for sizes that it takes
+    triton     one kernel for y and dx and one for dW; the host never learns how many rows an expert has
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.backend import resolve
+from kernels.matmul import fastest_products, with_fastest_products
+from kernels.triton import implementations
+
+
+def grouped_linear_reference(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """`grouped_linear` one expert after another."""
+    rows = x_ND.split(tokens_per_expert_E.tolist())
+    return torch.cat([expert_rows @ weight.T for expert_rows, weight in zip(rows, weight_EOD)])
+
+
+def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor, *, backend: str = "auto") -> Tensor:
+    """The product x · W_eᵀ of the rows of each expert e.
+
+    Args:
+        x_ND: rows sorted by expert, as `permute` gives them.
+        weight_EOD: a matrix for each expert, in x's dtype.
+        tokens_per_expert_E: int64, how many rows each expert has; they add up to N, which is not checked: that would
+            wait for the device.
+        backend: auto, reference, torch or triton.
+
+    Returns:
+        `[N, O]` in x's dtype. The gradient of the matrix of an expert without rows is zero.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the backend cannot serve these inputs.
+    """
+    fits = x_ND.ndim == 2 and weight_EOD.ndim == 3 and x_ND.shape[1] == weight_EOD.shape[2]
+    if not fits or tokens_per_expert_E.shape != weight_EOD.shape[:1] or x_ND.dtype != weight_EOD.dtype:
+        raise ValueError(
+            f"grouped_linear: x {tuple(x_ND.shape)} {x_ND.dtype}, weight {tuple(weight_EOD.shape)} {weight_EOD.dtype} "
+            f"and tokens per expert {tuple(tokens_per_expert_E.shape)} must be [N, D], [E, O, D] of x's dtype and [E]"
+        )
+    others = ("torch", "reference") if x_ND.is_cpu or _grouped_mm_takes(x_ND, weight_EOD) else ("reference",)
+    choice = resolve("grouped_linear", backend, implementations(others, x_ND, weight_EOD))
+    if choice == "reference":
+        return grouped_linear_reference(x_ND, weight_EOD, tokens_per_expert_E)
+    if choice == "triton":
+        from kernels.triton import grouped  # here, for machines without triton
+
+        return grouped.grouped_linear(x_ND, weight_EOD, tokens_per_expert_E)
+    if x_ND.is_cpu:
+        return _GroupedLinear.apply(x_ND, weight_EOD, tokens_per_expert_E)
+    ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x_ND, weight_EOD.mT, offs=ends_E)
+
+
+def _grouped_mm_takes(x_ND: Tensor, weight_EOD: Tensor) -> bool:
+    """Whether F.grouped_mm can run on a GPU, forward and backward: bfloat16, and rows of multiples of 16 bytes."""
+    return x_ND.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight_EOD.shape[1:])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """`grouped_linear` on a CPU: saves its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_EOD, tokens_per_expert_E)
+        y_NO = x_ND.new_empty(len(x_ND), weight_EOD.shape[1])
+        with fastest_products(x_ND):
+            for expert, rows in _experts(tokens_per_expert_E):
+                torch.mm(x_ND[rows], weight_EOD[expert].T, out=y_NO[rows])
+        return y_NO
+
+    @staticmethod
+    @once_differentiable
+    @with_fastest_products
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_ND, weight_EOD, tokens_per_expert_E = ctx.saved_tensors
+        grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight_EOD) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight[tokens_per_expert_E == 0] = 0.0
+        for expert, rows in _experts(tokens_per_expert_E):
+            if grad_x is not None:
+                torch.mm(grad[rows], weight_EOD[expert], out=grad_x[rows])
+            if grad_weight is not None:
+                torch.mm(grad[rows].T, x_ND[rows], out=grad_weight[expert])
+        return grad_x, grad_weight, None
+
+
+def _experts(tokens_per_expert_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and which."""
+    begin = 0
+    for expert, rows in enumerate(tokens_per_expert_E.tolist()):
+        if rows:
+            yield expert, slice(begin, begin + rows)
+        begin += rows

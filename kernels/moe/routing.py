@@ -1,0 +1,431 @@
+"""Gates: from a router's logits to the experts that take a token, and the weights of what they return.
+
+`top_k_gate`, k experts a token, from scores s = softmax(z) or σ(z), with p = s / sum(s) over all experts:
+
+    chosen = the k largest of s + bias, in the best groups only      (z in the place of s without bias and groups)
+    gates  = chosen · p            normalize = before: the scores of all experts add up to one
+             chosen · s / sum(chosen · s)      after: those of the chosen experts do
+             chosen · s                        none
+    times `scale`. The value of a group is the sum of its best k / group_top_k experts (DeepSeek-V3, arXiv:2412.19437,
+    section 2.1.2, with the bias that balances loads without a loss: it takes part in the choice alone).
+
+`dense_to_sparse_gate`, a varying number (EvoMoE, arXiv:2112.14397; with an activation, arXiv:2401.13875):
+
+    p = softmax(u / τ),   u = act(z) + noise
+    keep = (p ≥ threshold, or the largest), of these the first `max_experts` in order of u
+    gates = keep · p, divided by their sum if renormalised
+
+With q = gates / scale, g the gradient of the gates, ⟨·,·⟩ a sum over experts, what is hand-written of the backward:
+
+    softmax      dz = p (dp − ⟨dp, p⟩)
+    divide       d(chosen · s) = (g − ⟨g, q⟩) / sum(chosen · s)
+    temperature  dτ = −sum(du · u) / τ,   du = dz of the softmax / τ
+
+The arithmetic is float32 (float64 of float64 logits), and so are the results. Equal values go to the lower index in all
+implementations: they compare logits, activated logits, or scores with their bias, whichever rounds least. A choice
+between values that differ in their last digit alone is not the same everywhere.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.backend import resolve
+from kernels.triton import implementations
+
+Score = Literal["softmax", "sigmoid"]
+Normalize = Literal["before", "after", "none"]
+Activation = Literal["none", "relu", "sigmoid", "tanh", "gelu", "silu"]
+
+SCORES = ("softmax", "sigmoid")
+NORMALIZATIONS = ("before", "after", "none")
+ACTIVATIONS = ("none", "relu", "sigmoid", "tanh", "gelu", "silu")
+
+# Keeps the sum of sigmoids off zero (DeepSeek-V3's code).
+TINY = 1e-20
+
+_BACKENDS = ("torch", "reference")
+
+
+def top_k_gate_reference(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: Score = "softmax",
+    normalize: Normalize = "before",
+    num_groups: int = 1,
+    group_top_k: int = 1,
+    bias_E: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`top_k_gate` in plain operations."""
+    wide = _widen(logits_TE)
+    scores = wide.softmax(-1) if score == "softmax" else wide.sigmoid()
+    probs = scores if score == "softmax" else scores / (scores.sum(-1, keepdim=True) + TINY)
+    values = _values(wide, scores, num_groups, bias_E)
+    if num_groups > 1:
+        grouped = values.unflatten(-1, (num_groups, -1))
+        best = grouped.sort(dim=-1, descending=True).values[..., : top_k // group_top_k].sum(-1)
+        in_group = _largest_by_sort(best, group_top_k)
+        values = values.masked_fill(~in_group.repeat_interleave(grouped.shape[-1], -1), -torch.inf)
+    chosen = _largest_by_sort(values, top_k)
+    if normalize == "before":
+        gates = probs * chosen
+    elif normalize == "none":
+        gates = scores * chosen
+    elif score == "softmax":
+        gates = wide.masked_fill(~chosen, -torch.inf).softmax(-1)
+    else:
+        gates = scores * chosen / ((scores * chosen).sum(-1, keepdim=True) + TINY)
+    return probs, gates * scale, chosen
+
+
+def dense_to_sparse_gate_reference(
+    logits_TE: Tensor,
+    temperature: Tensor | float,
+    threshold: float,
+    *,
+    activation: Activation = "none",
+    noise_TE: Tensor | None = None,
+    max_experts: int | None = None,
+    renormalize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dense_to_sparse_gate` in plain operations."""
+    inner = _activate(_widen(logits_TE), activation)
+    if noise_TE is not None:
+        inner = inner + noise_TE
+    probs = (inner / temperature).softmax(-1)
+    keep = (probs >= threshold) | _largest_by_sort(inner, 1)
+    if max_experts is not None:
+        keep = keep & _largest_by_sort(inner, max_experts)
+    gates = probs * keep
+    if renormalize:
+        gates = gates / gates.sum(-1, keepdim=True)
+    return probs, gates, keep
+
+
+def top_k_gate(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    score: Score = "softmax",
+    normalize: Normalize = "before",
+    num_groups: int = 1,
+    group_top_k: int = 1,
+    bias_E: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The top_k experts of each token.
+
+    Args:
+        logits_TE: floating.
+        top_k: how many experts take a token.
+        score: "softmax" or "sigmoid".
+        normalize: "before" makes the scores of all experts add up to one, "after" those of the chosen ones, "none"
+            keeps them. With "after" and top_k = 1 every gate is `scale`, and no gradient goes through it.
+        num_groups, group_top_k: the experts in groups of equal size, neighbours together, of which the best
+            group_top_k may be chosen from.
+        bias_E: added to the scores for the choice; has no gradient.
+        scale: a positive factor of the gates.
+        backend: auto, reference, torch or triton.
+
+    Returns:
+        probs_TE, the scores of all experts divided by their sum, for losses that balance; gates_TE, zero but for the
+        chosen experts; both float32 (float64 of float64 logits); and chosen_TE, bool, top_k a token.
+
+    Raises:
+        ValueError: an argument is out of range, or the backend cannot serve these inputs.
+    """
+    experts = logits_TE.shape[-1]
+    _check_choices("top_k_gate", ("score", score, SCORES), ("normalize", normalize, NORMALIZATIONS))
+    if logits_TE.ndim != 2 or not 1 <= top_k <= experts or not scale > 0:
+        raise ValueError(
+            f"top_k_gate: top_k {top_k} must be 1 to the number of experts of logits {tuple(logits_TE.shape)}, "
+            f"[tokens, experts], and scale {scale} positive"
+        )
+    if bias_E is not None and bias_E.shape != (experts,):
+        raise ValueError(f"top_k_gate: bias {tuple(bias_E.shape)} must be [{experts}], a number for each expert")
+    _check_groups(experts, top_k, num_groups, group_top_k)
+    choice = resolve("top_k_gate", backend, implementations(_BACKENDS, logits_TE, bias_E))
+    if choice == "reference":
+        return top_k_gate_reference(
+            logits_TE,
+            top_k,
+            score=score,
+            normalize=normalize,
+            num_groups=num_groups,
+            group_top_k=group_top_k,
+            bias_E=bias_E,
+            scale=scale,
+        )
+    arguments = logits_TE, bias_E, top_k, score, normalize, num_groups, group_top_k, scale
+    if choice == "triton":
+        from kernels.triton import routing  # here, for machines without triton
+
+        return routing.top_k_gate(*arguments)
+    return _TopKGate.apply(*arguments)
+
+
+def dense_to_sparse_gate(
+    logits_TE: Tensor,
+    temperature: Tensor | float,
+    threshold: float,
+    *,
+    activation: Activation = "none",
+    noise_TE: Tensor | None = None,
+    max_experts: int | None = None,
+    renormalize: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every expert whose probability reaches the threshold, and always the most probable one.
+
+    Args:
+        logits_TE: floating.
+        temperature: positive; a number, or a tensor of one element, which gets a gradient.
+        threshold: the least probability that is kept.
+        activation: of the logits, before the noise. With "none" and "relu", which are positively homogeneous, scaling
+            logits and temperature alike changes nothing: a learned temperature means nothing.
+        noise_TE: added to the activated logits, as Gumbel's; has no gradient.
+        max_experts: keep no more, the most probable first; without it there is no limit.
+        renormalize: make the gates of a token add up to one.
+        backend: auto, reference, torch or triton.
+
+    Returns:
+        probs_TE of all experts, gates_TE, zero where an expert is not kept, both float32 (float64 of float64 logits);
+        and keep_TE, bool, at least one a token. With threshold 0 max_experts are kept: a hard top-k.
+
+    Raises:
+        ValueError: an argument is out of range, or the backend cannot serve these inputs.
+    """
+    experts = logits_TE.shape[-1]
+    _check_choices("dense_to_sparse_gate", ("activation", activation, ACTIVATIONS))
+    if logits_TE.ndim != 2 or not 1 <= (experts if max_experts is None else max_experts) <= experts:
+        raise ValueError(
+            f"dense_to_sparse_gate: max_experts {max_experts} must be 1 to the number of experts of logits "
+            f"{tuple(logits_TE.shape)}, [tokens, experts]"
+        )
+    if noise_TE is not None and noise_TE.shape != logits_TE.shape:
+        raise ValueError(
+            f"dense_to_sparse_gate: noise {tuple(noise_TE.shape)} must have the logits' shape {tuple(logits_TE.shape)}"
+        )
+    wide = torch.promote_types(logits_TE.dtype, torch.float32)
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"dense_to_sparse_gate: temperature {temperature} must be positive")
+        temperature = torch.full((), temperature, dtype=wide, device=logits_TE.device)
+    elif temperature.numel() != 1:
+        raise ValueError(f"dense_to_sparse_gate: temperature {tuple(temperature.shape)} must have one element")
+    choice = resolve("dense_to_sparse_gate", backend, implementations(_BACKENDS, logits_TE, temperature, noise_TE))
+    if choice == "reference":
+        return dense_to_sparse_gate_reference(
+            logits_TE,
+            temperature,
+            threshold,
+            activation=activation,
+            noise_TE=noise_TE,
+            max_experts=max_experts,
+            renormalize=renormalize,
+        )
+    arguments = logits_TE, temperature, noise_TE, threshold, activation, max_experts or experts, renormalize
+    if choice == "triton":
+        from kernels.triton import routing
+
+        return routing.dense_to_sparse_gate(*arguments)
+    return _DenseToSparseGate.apply(*arguments)
+
+
+def _check_choices(op: str, *choices: tuple[str, str, tuple[str, ...]]) -> None:
+    for name, value, names in choices:
+        if value not in names:
+            raise ValueError(f"{op}: {name} must be one of {', '.join(names)}, not {value!r}")
+
+
+def _check_groups(experts: int, top_k: int, num_groups: int, group_top_k: int) -> None:
+    """Raise ValueError unless group_top_k groups can give top_k experts, and the value of a group can be formed."""
+    if num_groups < 1 or experts % num_groups or not 1 <= group_top_k <= num_groups:
+        raise ValueError(
+            f"top_k_gate: num_groups {num_groups} must divide {experts} experts, and group_top_k {group_top_k} be "
+            f"1 to num_groups"
+        )
+    if num_groups > 1 and (top_k % group_top_k or top_k > group_top_k * (experts // num_groups)):
+        raise ValueError(
+            f"top_k_gate: top_k {top_k} must be a multiple of group_top_k {group_top_k} and fit in so many groups of "
+            f"{experts // num_groups} experts"
+        )
+
+
+def _widen(x: Tensor) -> Tensor:
+    """X in the dtype of the arithmetic: float32, or float64 if x has it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _activate(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "none":
+        return x
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "silu":
+        return F.silu(x)
+    return x.relu() if activation == "relu" else x.sigmoid() if activation == "sigmoid" else x.tanh()
+
+
+def _values(wide_TE: Tensor, scores_TE: Tensor, num_groups: int, bias_E: Tensor | None) -> Tensor:
+    """What the choice compares: the logits while their order is that of the scores, since scores saturate."""
+    if bias_E is not None:
+        return (scores_TE + bias_E).detach()
+    return (wide_TE if num_groups == 1 else scores_TE).detach()
+
+
+def _largest_by_sort(values_TE: Tensor, count: int) -> Tensor:
+    """Marks the `count` largest of each row, of equal ones the first."""
+    order = values_TE.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(values_TE, dtype=torch.bool).scatter(-1, order, True)
+
+
+def _largest(values_TE: Tensor, count: int) -> Tensor:
+    """`_largest_by_sort`, two to five times as fast on a CPU: topk, whose choice among equal values is not kept."""
+    last_T1 = values_TE.topk(count, -1).values[..., -1:]
+    above, equal = values_TE > last_T1, values_TE == last_T1
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
+def _choose(values_TE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
+    """The experts of `top_k_gate`."""
+    if num_groups > 1:
+        grouped = values_TE.unflatten(-1, (num_groups, -1))
+        best = grouped.topk(top_k // group_top_k, -1).values.sum(-1)
+        outside = ~_largest(best, group_top_k)
+        values_TE = grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
+    return _largest(values_TE, top_k)
+
+
+def _softmax_backward(grad_TE: Tensor, probs_TE: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data(grad_TE, probs_TE, -1, probs_TE.dtype)
+
+
+def _dot(a_TE: Tensor, b_TE: Tensor) -> Tensor:
+    """⟨a, b⟩ of each row, `[T, 1]`."""
+    return torch.linalg.vecdot(a_TE, b_TE).unsqueeze(-1)
+
+
+class _TopKGate(torch.autograd.Function):
+    """`top_k_gate`: saves the scores and what is chosen, and computes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        bias_E: Tensor | None,
+        top_k: int,
+        score: Score,
+        normalize: Normalize,
+        num_groups: int,
+        group_top_k: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = _widen(logits_TE)
+        scores = wide.softmax(-1) if score == "softmax" else wide.sigmoid()
+        probs = scores if score == "softmax" else scores / (scores.sum(-1, keepdim=True) + TINY)
+        chosen = _choose(_values(wide, scores, num_groups, bias_E), top_k, num_groups, group_top_k)
+        if normalize == "after" and score == "softmax":
+            gates = wide.masked_fill(~chosen, -torch.inf).softmax(-1)
+        else:
+            gates = (probs if normalize == "before" else scores) * chosen
+            if normalize == "after":
+                gates /= gates.sum(-1, keepdim=True) + TINY
+        gates *= scale
+        ctx.mark_non_differentiable(chosen)
+        ctx.save_for_backward(scores, gates, chosen)
+        ctx.score, ctx.normalize, ctx.scale, ctx.dtype = score, normalize, scale, logits_TE.dtype
+        return probs, gates, chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_probs: Tensor, grad_gates: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        scores, gates, chosen = ctx.saved_tensors
+        softmax, after = ctx.score == "softmax", ctx.normalize == "after"
+        if softmax:
+            if not after:
+                grad_probs = grad_probs + grad_gates * chosen * ctx.scale
+            grad = _softmax_backward(grad_probs, scores)
+            if after:
+                grad += gates * (grad_gates - _dot(grad_gates, gates) / ctx.scale)
+            return grad.to(ctx.dtype), *[None] * 7
+        total = scores.sum(-1, keepdim=True) + TINY
+        if ctx.normalize == "before":
+            grad_probs = grad_probs + grad_gates * chosen * ctx.scale
+        grad_scores = (grad_probs - _dot(grad_probs, scores) / total) / total
+        if after:
+            kept = (scores * chosen).sum(-1, keepdim=True) + TINY
+            grad_scores += chosen * (grad_gates * ctx.scale - _dot(grad_gates, gates)) / kept
+        elif ctx.normalize == "none":
+            grad_scores += grad_gates * chosen * ctx.scale
+        return torch.ops.aten.sigmoid_backward(grad_scores, scores).to(ctx.dtype), *[None] * 7
+
+
+class _DenseToSparseGate(torch.autograd.Function):
+    """`dense_to_sparse_gate`: saves its inputs, the probabilities and what is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        temperature: Tensor,
+        noise_TE: Tensor | None,
+        threshold: float,
+        activation: Activation,
+        max_experts: int,
+        renormalize: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inner = _activate(_widen(logits_TE), activation)
+        if noise_TE is not None:
+            inner = inner + noise_TE
+        probs = (inner / temperature).softmax(-1)
+        keep = (probs >= threshold).scatter_(-1, inner.argmax(-1, keepdim=True), True)
+        if max_experts < logits_TE.shape[-1]:
+            keep &= _largest(inner, max_experts)
+        gates = probs * keep
+        if renormalize:
+            gates /= gates.sum(-1, keepdim=True)
+        ctx.mark_non_differentiable(keep)
+        ctx.save_for_backward(logits_TE, temperature, noise_TE, probs, keep)
+        ctx.activation, ctx.renormalize = activation, renormalize
+        return probs, gates, keep
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_probs: Tensor, grad_gates: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TE, temperature, noise_TE, probs, keep = ctx.saved_tensors
+        if ctx.renormalize:
+            kept = probs * keep
+            total = kept.sum(-1, keepdim=True)
+            grad_gates = (grad_gates - _dot(grad_gates, kept) / total) / total
+        grad_inner = _softmax_backward(grad_probs + grad_gates * keep, probs) / temperature
+        grad_temperature = None
+        wide = _widen(logits_TE)
+        if ctx.needs_input_grad[1]:
+            inner = _activate(wide, ctx.activation)
+            if noise_TE is not None:
+                inner = inner + noise_TE
+            grad_temperature = -(grad_inner * inner).sum().div(temperature).to(temperature.dtype)
+        grad = _activation_backward(grad_inner, wide, ctx.activation).to(logits_TE.dtype)
+        return grad, grad_temperature, *[None] * 5
+
+
+def _activation_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
+    """Grad · act'(x)."""
+    if activation == "none":
+        return grad
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, x)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, x)
+    if activation == "relu":
+        return torch.where(x > 0, grad, 0.0)
+    act = _activate(x, activation)
+    backward = torch.ops.aten.sigmoid_backward if activation == "sigmoid" else torch.ops.aten.tanh_backward
+    return backward(grad, act)
