@@ -15,7 +15,18 @@ from models.mixers import build_mixer
 from models.mixers.base import LayerCache, Mixer, SequenceInfo
 from models.mixers.hgrn import layer_bounds
 from models.mixers.parallel_branches import WeightedSum
-from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, VocabEmbedding, enter_region, vocabulary_loss
+from models.moe.layer import MoELayer
+from models.moe.router import Router, token_keys
+from models.parallel import (
+    WHOLE,
+    ColumnLinear,
+    Groups,
+    VocabEmbedding,
+    enter_region,
+    expert_parameters,
+    local_part,
+    vocabulary_loss,
+)
 from models.recompute import run_region
 
 
@@ -29,12 +40,12 @@ class Block(nn.Module):
     groups: Groups = WHOLE
     recompute: frozenset[str] = frozenset()
 
-    def __init__(self, config: ModelConfig, mixer: str) -> None:
+    def __init__(self, config: ModelConfig, mixer: str, experts: bool = False) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = build_mixer(mixer, config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = SwiGLU(config)
+        self.ffn = MoELayer(config) if experts else SwiGLU(config)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D]."""
@@ -42,14 +53,19 @@ class Block(nn.Module):
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         x = x + run_region("mixer" in self.recompute, self._mix, x, info, cache)
-        return x + run_region("ffn" in self.recompute, self._feed_forward, x)
+        return x + run_region("ffn" in self.recompute, self._feed_forward, x, info.token_keys)
 
     def _mix(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         mixed: Tensor = self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
         return mixed
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        fed: Tensor = self.ffn(enter_region(self.ffn_norm(x), self.groups))
+    def _feed_forward(self, x: Tensor, token_keys: Tensor | None) -> Tensor:
+        normed = self.ffn_norm(x)
+        fed: Tensor
+        if isinstance(self.ffn, MoELayer):
+            fed = self.ffn(normed, token_keys)
+        else:
+            fed = self.ffn(enter_region(normed, self.groups))
         return fed
 
 
@@ -74,7 +90,8 @@ class Decoder(nn.Module):
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
         mixers = config.layer_mixers()
-        blocks = {str(i): Block(config, mixers[i]) for i in layers}
+        with_experts = config.moe_layers()
+        blocks = {str(i): Block(config, mixers[i], i in with_experts) for i in layers}
         self._rotary = [block.mixer.rotary for block in blocks.values()]
         self.layers = nn.ModuleDict(blocks)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.is_last else None
@@ -135,7 +152,7 @@ class Decoder(nn.Module):
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
         """
-        infos = self._layer_infos(positions, cu_seqlens)
+        infos = self._layer_infos(positions, cu_seqlens, tokens)
         if self.is_first:
             assert self.embedding is not None, "the first stage has an embedding"
             x = self.embedding(tokens.transpose(0, 1))
@@ -170,14 +187,20 @@ class Decoder(nn.Module):
             loss_mask = torch.ones_like(labels, dtype=torch.float32)
         return vocabulary_loss(hidden_TBD, self.head_weight, labels, loss_mask, self.groups)
 
-    def _layer_infos(self, positions: Tensor, cu_seqlens: Tensor | None) -> list[SequenceInfo]:
+    def _layer_infos(
+        self, positions: Tensor, cu_seqlens: Tensor | None, tokens: Tensor | None = None
+    ) -> list[SequenceInfo]:
         """What each layer is told of the micro-batch; layers that rotate alike share their tables."""
         tables = {rotary: rotary_tables(positions, *rotary) for rotary in set(self._rotary) if rotary is not None}
         bounds = {} if self.lower_bounds is None else dict(enumerate(layer_bounds(self.lower_bounds)))
+        keys = None
+        if tokens is not None and self.model_config.moe.router.dense_to_sparse.gumbel_noise:
+            keys = token_keys(tokens, positions).transpose(0, 1)
+            keys = local_part(keys, self.groups.tensor if self.groups.sequence else None)
         infos = []
         for layer, rotary in zip(self.layers, self._rotary, strict=True):
             cos, sin = (None, None) if rotary is None else tables[rotary]
-            infos.append(SequenceInfo(cos, sin, cu_seqlens, bounds.get(int(layer)), self.groups.context))
+            infos.append(SequenceInfo(cos, sin, cu_seqlens, bounds.get(int(layer)), self.groups.context, keys))
         return infos
 
 
@@ -207,7 +230,7 @@ def initialize(model: Decoder, seed: int) -> None:
                 bound = parameter.shape[1] ** -0.5
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
             else:
-                std = residual_std if isinstance(module, RowLinear) else config.init_std
+                std = residual_std if getattr(module, "writes_residual", False) else config.init_std
                 nn.init.normal_(parameter, std=std, generator=generator)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -219,13 +242,20 @@ def initialize(model: Decoder, seed: int) -> None:
     for path, module in model.named_modules():
         if isinstance(module, Mixer):
             module.initialize_decay(_generator(seed, f"{path}.decay"))
+        if isinstance(module, Router):
+            module.initialize_temperature()
+            module.seed = _hash(seed, f"{path}.noise")
     if model.lower_bounds is not None:
         nn.init.zeros_(model.lower_bounds)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(_hash(seed, name))
+
+
+def _hash(seed: int, name: str) -> int:
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 def no_weight_decay(name: str, parameter: Tensor) -> bool:
@@ -234,7 +264,10 @@ def no_weight_decay(name: str, parameter: Tensor) -> bool:
 
 
 def matmul_parameters(model: Decoder) -> Iterator[Tensor]:
-    """The weights that every token is multiplied with: all matrices but lower bounds and a lookup-only embedding."""
+    """The weights that every token is multiplied with: all matrices but lower bounds and a lookup-only embedding.
+
+    Routed experts, of which a token has some, are not matrices but stacks of them.
+    """
     for name, parameter in model.named_parameters():
         lookup = name == "lower_bounds" or (name == "embedding.weight" and model.lm_head is not None)
         if parameter.dim() == 2 and not lookup:
@@ -246,15 +279,17 @@ def matmul_parameters(model: Decoder) -> Iterator[Tensor]:
 _STATE_PRODUCTS = {"hgrn": 1, "delta_net": 3, "gated_delta_net": 3, "kimi_delta_attention": 3}
 
 
-def flops_per_token(model: Decoder, seq_len: int) -> float:
+def flops_per_token(model: Decoder, seq_len: int, experts_per_token: float | None = None) -> float:
     """Floating-point operations of one training token, forward and backward, recomputation not counted.
 
-    6 per weight of a matrix, plus the mixers' own: softmax attention over the (causal, windowed) keys, linear
-    attention's products with the K x V state. PaLM's convention (arXiv 2204.02311, appendix B). Those of the layers
-    that `model` has.
+    6 per weight of a matrix, of routed experts those of `experts_per_token` of them (None: as many as the gates end
+    with), plus the mixers' own: softmax attention over the (causal, windowed) keys, linear attention's products with
+    the K x V state. PaLM's convention (arXiv 2204.02311, appendix B). Those of the layers that `model` has.
     """
     config = model.model_config
     total = 6.0 * sum(weight.numel() for weight in matmul_parameters(model))
+    active = config.moe.experts_at(None) if experts_per_token is None else experts_per_token
+    total += 6.0 * active * sum(weight[0].numel() for weight in expert_parameters(model))
     mixers = config.layer_mixers()
     for mixer in (mixer for layer in model.layers for mixer in branches(mixers[int(layer)])):
         if mixer in SOFTMAX_MIXERS:

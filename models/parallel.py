@@ -10,6 +10,7 @@ what leaves is summed over them; inside, each rank has its heads and channels. W
 reduce-scattered where it leaves.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from kernels.embedding import sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
+from kernels.moe import permute, unpermute
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Groups:
         tensor: Ranks that share heads, feed-forward channels and the vocabulary.
         context: Ranks that hold consecutive, equal parts of every sequence.
         sequence: Cut the residual stream over `tensor`, too.
+        expert: Ranks that share the routed experts, each of which is whole on one of them: tensor-, context- and
+            data-parallel ranks of a pipeline stage, with tokens of their own each.
     """
 
     tensor: dist.ProcessGroup | None = None
     context: dist.ProcessGroup | None = None
     sequence: bool = False
+    expert: dist.ProcessGroup | None = None
 
 
 WHOLE = Groups()
@@ -106,6 +111,14 @@ def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
+def sum_counts(x: Tensor, groups: Groups) -> Tensor:
+    """The sum of x, which has no gradient, over the ranks that share a micro-batch."""
+    for group in (groups.tensor if groups.sequence else None, groups.context):
+        if group is not None:
+            x = _sum(x, group)
+    return x
+
+
 def local_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
     """The part of x that this rank has, x being cut evenly along `dim`: a view."""
     if group is None:
@@ -132,6 +145,7 @@ class RowLinear(Linear):
     """Linear layer cut along its inputs; it ends a region and writes into the residual stream. Weight [out, in]."""
 
     shard_axes: ClassVar = {"weight": 1}
+    writes_residual: ClassVar = True
     groups: Groups = WHOLE
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,11 +179,77 @@ def vocabulary_loss(
     return linear_cross_entropy(hidden_ND, weight_VD, labels_BT.flatten(), mask_BT.flatten(), group=groups.tensor)
 
 
+def apply_experts(
+    x_ND: Tensor,
+    gates_NE: Tensor,
+    routing_map_NE: Tensor,
+    experts: Callable[[Tensor, Tensor], Tensor],
+    dispatcher: Any = None,
+) -> Tensor:
+    """Send tokens to their experts, and add up what comes back, times the gates.
+
+    Args:
+        x_ND: This rank's tokens.
+        gates_NE: Weights, float32.
+        routing_map_NE: Which experts a token goes to, bool; any number of them.
+        experts: Transforms the rows of this rank's experts, sorted by expert, given the number of each.
+        dispatcher: What `token_dispatcher` gives; None where this rank has all experts.
+
+    Returns:
+        [N, D].
+    """
+    if dispatcher is None:
+        rows, row_gates, row_tokens, counts = permute(x_ND, routing_map_NE, gates_NE)
+        return unpermute(experts(rows, counts), row_tokens, len(x_ND), row_gates)
+    rows, row_gates = dispatcher.dispatch_preprocess(x_ND, routing_map_NE, gates_NE)
+    rows, row_gates = dispatcher.token_dispatch(rows, row_gates)
+    rows, counts, row_gates = dispatcher.dispatch_postprocess(rows, row_gates)
+    rows = experts(rows, counts.to(rows.device)) * row_gates[:, None]
+    combined = dispatcher.token_combine(dispatcher.combine_preprocess(rows.to(x_ND.dtype)))
+    y_ND: Tensor = dispatcher.combine_postprocess(combined)
+    return y_ND
+
+
+def token_dispatcher(num_experts: int, group: dist.ProcessGroup) -> Any:
+    """Mcore's all-to-all exchange of tokens between the ranks that share experts.
+
+    Where nothing is dropped, mcore sizes the rows for the same number of experts for every token. Given a capacity
+    factor it counts them, and that is all that its dispatcher does with one while it is not told to pad.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    ranks = dist.get_world_size(group)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=1,
+        num_attention_heads=1,
+        num_moe_experts=num_experts,
+        moe_expert_capacity_factor=1.0,
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=ranks,
+        expert_tensor_parallel_size=1,
+    )
+    groups = ProcessGroupCollection()
+    groups.ep = groups.tp_ep = group
+    groups.expt_tp = parallel_state.get_expert_tensor_parallel_group()
+    own = num_experts // ranks
+    first = dist.get_rank(group) * own
+    return MoEAlltoAllTokenDispatcher(own, list(range(first, first + own)), config, groups)
+
+
 def cut(model: nn.Module, groups: Groups) -> None:
     """Leave this rank its part of an initialised model, and tell the layers who has the others."""
+    if groups.expert is not None:
+        for weight in expert_parameters(model):
+            weight.data = local_part(weight.data, groups.expert).clone()
     for module in model.modules():
         if hasattr(module, "groups"):
             vars(module)["groups"] = groups
+        if groups.expert is not None and hasattr(module, "dispatcher"):
+            vars(module)["dispatcher"] = token_dispatcher(vars(module)["config"].num_experts, groups.expert)
         if groups.tensor is None:
             continue
         ranks = dist.get_world_size(groups.tensor)
@@ -180,6 +260,11 @@ def cut(model: nn.Module, groups: Groups) -> None:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.data = local_part(parameter.data, groups.tensor, axis).clone()
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of routed experts, [E, O, D]: a rank holds some experts, and each of them whole."""
+    return [getattr(module, name) for module in model.modules() for name in getattr(module, "expert_weights", ())]
 
 
 def sharded_parameters(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
@@ -202,6 +287,7 @@ def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
     if groups.tensor is None:
         return []
     other = {id(parameter) for parameter, _ in sharded_parameters(model)}
+    other |= {id(parameter) for parameter in expert_parameters(model)}
     if not groups.sequence:
         between = (module for module in model.modules() if getattr(module, "between_regions", False))
         other |= {id(parameter) for module in between for parameter in module.parameters()}
@@ -213,7 +299,7 @@ def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
 
 
 def sharded_state_dict(module: nn.Module, prefix: str = "", copies: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Describe a module's parameters to mcore's dist_checkpointing: global shape, this rank's part, who writes it.
+    """Describe a module's state to mcore's dist_checkpointing: global shape, this rank's part, who writes it.
 
     Those that `copies` names are read, but written by another pipeline stage.
     """
@@ -221,9 +307,11 @@ def sharded_state_dict(module: nn.Module, prefix: str = "", copies: frozenset[st
 
     sharded: dict[str, Any] = {}
     for name, child in module.named_modules():
-        own = {key: value for key, value in child._parameters.items() if value is not None}
+        own = {key: value for key, value in (child._parameters | child._buffers).items() if value is not None}
+        path = f"{prefix}{name}." if name else prefix
+        for key in getattr(child, "expert_weights", ()):
+            sharded[path + key] = _sharded_experts(path + key, own.pop(key))
         if own:
-            path = f"{prefix}{name}." if name else prefix
             sharded |= make_sharded_tensors_for_checkpoint(own, path, getattr(child, "shard_axes", {}))
     for name in copies:
         tensor = sharded[prefix + name]
@@ -231,9 +319,19 @@ def sharded_state_dict(module: nn.Module, prefix: str = "", copies: frozenset[st
     return sharded
 
 
+def _sharded_experts(key: str, weight: Tensor) -> Any:
+    """The experts of this rank, consecutive ones of all, for dist_checkpointing."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    part = (0, parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_model_parallel_world_size())
+    replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
+    return ShardedTensor.from_rank_offsets(key, weight, part, replica_id=replica)
+
+
 def keep_float32(name: str) -> bool:
-    """Parameters that stay float32 in bf16 training: the decays, whose small changes bfloat16 would lose."""
-    return name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "lower_bounds")
+    """Parameters that stay float32 in bf16 training: decays and routers, whose small changes bfloat16 would lose."""
+    return name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "lower_bounds") or "router" in name.split(".")
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:

@@ -5,11 +5,12 @@ and alone it would save nothing, for what it gives is kept by the projections th
 whole. Collectives inside a region run again, too, and before the collectives of its backward, on every rank alike.
 
 No random state is kept: nothing in a block draws random numbers (there is no dropout), and reading the generators'
-state would cost a copy to the host for every region. What is drawn in a region that is added later has to be drawn
-from the inputs, or this has to change.
+state would cost a copy to the host for every region. What a router's noise is drawn from are the tokens themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TypeVarTuple
 
 import torch
@@ -17,6 +18,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Ts = TypeVarTuple("Ts")
+_RECOMPUTING = ContextVar("recomputing", default=False)
+
+
+def is_recomputing() -> bool:
+    """Whether a region runs for the second time: what is counted in the first must not be counted again."""
+    return _RECOMPUTING.get()
+
+
+@contextmanager
+def _second_run() -> Iterator[None]:
+    token = _RECOMPUTING.set(True)
+    try:
+        yield
+    finally:
+        _RECOMPUTING.reset(token)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _second_run()
 
 
 def run_region(recompute: bool, function: Callable[[*Ts], Tensor], *args: *Ts) -> Tensor:
@@ -28,5 +48,5 @@ def run_region(recompute: bool, function: Callable[[*Ts], Tensor], *args: *Ts) -
     """
     if not (recompute and torch.is_grad_enabled()):
         return function(*args)
-    output: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    output: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
     return output

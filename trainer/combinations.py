@@ -41,11 +41,8 @@ FEATURES = (
     Feature("parallel.pipeline>1", lambda c: c.parallel.pipeline > 1),
     Feature("parallel.virtual_pipeline>1", lambda c: c.parallel.virtual_pipeline > 1),
     Feature("parallel.context>1", lambda c: c.parallel.context > 1),
-    Feature(
-        "parallel.expert>1",
-        lambda c: c.parallel.expert > 1,
-        "the model has no experts; use parallel.expert=1",
-    ),
+    Feature("parallel.expert>1", lambda c: c.parallel.expert > 1),
+    Feature("experts with parallel.tensor>1", lambda c: c.model.moe.num_experts > 0 and c.parallel.tensor > 1),
     Feature("train.precision=fp32", lambda c: c.train.precision == "fp32"),
     Feature("train.precision=bf16", lambda c: c.train.precision == "bf16"),
 )
@@ -73,6 +70,9 @@ CONFLICTS: dict[tuple[str, str], str] = {
     ("engine.name=deepspeed", "parallel.virtual_pipeline>1"): _NO_PIPELINE,
     ("engine.name=deepspeed", "parallel.context>1"): (
         "its ranks each compute whole sequences; use engine.name=megatron, or parallel.sequence"
+    ),
+    ("engine.name=deepspeed", "experts with parallel.tensor>1"): (
+        "each tensor-parallel rank would train the experts on its own tokens alone; use engine.name=megatron"
     ),
     ("engine.name=deepspeed", "parallel.expert>1"): (
         "experts have no data-parallel groups of their own there; use engine.name=megatron"

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -208,7 +208,7 @@ class ParallelConfig:
         virtual_pipeline: Model chunks on each pipeline stage (interleaved schedule).
         pipeline_layers: Layers of each stage, from the first to the last (of each chunk, pipeline * virtual_pipeline
             of them); null shares them evenly, earlier stages taking what is left over.
-        expert: Expert-parallel ranks.
+        expert: Ranks that share the routed experts: they are tensor-, context- and data-parallel ranks, too.
         context: Context-parallel ranks (contiguous shards of the sequence).
     """
 
@@ -383,6 +383,9 @@ class PretrainConfig:
             self.evaluation.stride is None or self.evaluation.stride <= window,
             f"evaluation.stride={self.evaluation.stride} exceeds the evaluation window of {window} tokens",
         )
+        if self.model.moe.num_experts and self.parallel.tensor > 1:
+            # Each tensor-parallel rank routes tokens of its own.
+            self.parallel = replace(self.parallel, sequence=True)
 
     def validate_layout(self, world_size: int) -> None:
         """Check everything that needs the number of ranks.
@@ -406,6 +409,7 @@ class PretrainConfig:
             "more, or parallel.sequence=false",
         )
         parallel.stage_layers(self.model.num_layers)
+        self._check_experts(world_size)
         _require(
             parallel.pipeline > 1 or parallel.virtual_pipeline == 1,
             "parallel.virtual_pipeline interleaves pipeline stages, of which there is one; use parallel.pipeline=2 or "
@@ -423,6 +427,23 @@ class PretrainConfig:
                 f"{name}.seq_len={seq_len} does not divide over {pieces} ranks that share a sequence (parallel.context"
                 f"={parallel.context}, parallel.sequence={str(parallel.sequence).lower()}); use a multiple of {pieces}",
             )
+
+    def _check_experts(self, world_size: int) -> None:
+        experts, expert, pipeline = self.model.moe.num_experts, self.parallel.expert, self.parallel.pipeline
+        _require(
+            expert == 1 or experts > 0,
+            f"parallel.expert={expert} shares experts, of which the model has none; set model.moe.num_experts, or "
+            "parallel.expert=1",
+        )
+        _require(
+            experts % expert == 0,
+            f"model.moe.num_experts={experts} does not divide by parallel.expert={expert}; use a divisor of {experts}",
+        )
+        _require(
+            world_size // pipeline % expert == 0,
+            f"parallel.expert={expert} does not divide the tensor*context*data={world_size // pipeline} ranks of a "
+            "pipeline stage; use a divisor of it",
+        )
 
 
 def world_size_from_environment() -> int:

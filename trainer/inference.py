@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.moe.statistics import set_step
 from models.parallel import cast_parameters
 from trainer import checkpoint
 from trainer.cli import ConfigError, from_mapping
@@ -136,6 +137,8 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
     decoder = Decoder(stored.model, stored.vocab_size)
     cast_parameters(decoder, stored.dtype)
     stored.read(decoder.state_dict())
+    # As in the validation after the checkpoint's last step.
+    set_step([decoder], max(checkpoint.read_progress(stored.path).step - 1, 0))
     chosen = tokenizer or stored.tokenizer
     loaded = Tokenizer.load(chosen) if chosen else None
     return LoadedModel(decoder.to(device).eval(), loaded, stored.path, stored.settings)

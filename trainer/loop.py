@@ -64,7 +64,12 @@ class Trainer:
         self.stop_requested = False
         self.samples: list[str] = []
         self._peak_flops = peak_flops
-        self._flops_per_token = flops_per_token(shapes(config.model, engine.model.vocab_size), config.train.seq_len)
+        whole = shapes(config.model, engine.model.vocab_size)
+        self._flops_per_token = flops_per_token(whole, config.train.seq_len)
+        self._flops_per_expert = 0.0
+        if config.model.moe.num_experts:
+            more = config.model.moe.experts_at(None) + 1
+            self._flops_per_expert = flops_per_token(whole, config.train.seq_len, more) - self._flops_per_token
         self._micro_batches = config.train.accumulation(engine.data_parallel_size)
 
     @property
@@ -102,7 +107,7 @@ class Trainer:
             world=self.engine.data_parallel_size,
         )
         lr = learning_rate(config.optim, step, config.train.steps)
-        result = self.engine.train_step(iter(batches), self._micro_batches, lr)
+        result = self.engine.train_step(iter(batches), self._micro_batches, lr, step)
         seconds = time.perf_counter() - start
         self.progress = replace(
             self.progress,
@@ -110,7 +115,10 @@ class Trainer:
             tokens=self.progress.tokens + result.tokens,
             skipped=self.progress.skipped + result.skipped,
         )
-        flops = self._flops_per_token * result.tokens / seconds
+        # Before the gates are sparse a token goes to more experts than in the end.
+        nominal = config.model.moe.experts_at(None)
+        more = result.metrics.get("moe/experts_per_token", nominal) - nominal
+        flops = (self._flops_per_token + more * self._flops_per_expert) * result.tokens / seconds
         return {
             "step": self.progress.step,
             "loss": result.loss,
@@ -123,6 +131,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "skipped": result.skipped,
             "skipped_total": self.progress.skipped,
+            **result.metrics,
         }
 
     def report_evaluation(self, split: str, nll_sum: float, tokens: float, text_bytes: float) -> dict[str, Any]:

@@ -169,6 +169,8 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int) -> None:
         ", ".join(config.model.layer_mixers()),
         engine.model.vocab_size,
     )
+    for line in _about_experts(config):
+        _LOGGER.info("%s", line)
     _LOGGER.info(
         "batch: %d sequences of %d tokens = %d data-parallel x %d micro x %d accumulated; %s on %s, %d threads a rank",
         train.global_batch_size,
@@ -180,6 +182,22 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int) -> None:
         engine.device,
         threads,
     )
+
+
+def _about_experts(config: PretrainConfig) -> list[str]:
+    """What to know of a mixture of experts before it trains."""
+    moe, parallel = config.model.moe, config.parallel
+    if not moe.num_experts:
+        return []
+    lines = [
+        f"experts: {moe.num_experts} routed, {moe.shared_experts} shared in {len(config.model.moe_layers())} layers, "
+        f"over {parallel.expert} ranks; a token goes to at most {moe.experts_at(0)} at first, {moe.experts_at(None)} "
+        "in the end"
+    ]
+    if parallel.tensor > 1:
+        lines.append("parallel.sequence=true: with experts each tensor-parallel rank routes tokens of its own")
+    warning = moe.router.dense_to_sparse.warning()
+    return lines if warning is None or moe.router.gate == "top_k" else [*lines, warning]
 
 
 def _total_peak_flops(config: PretrainConfig, engine: Engine) -> float | None:

@@ -24,6 +24,8 @@ class SequenceInfo:
         lower_bound: Bound of the layer's decays from below, float32 [D] in (0, 1); None for 0.
         group: Ranks that hold consecutive parts of the sequence; None where this one has the whole. cu_seqlens is
             then that of the whole, the rest belongs to this rank's tokens.
+        token_keys: What tells tokens apart, for the noise of routers, int64 [T, B] as the residual stream is cut; None
+            without noise.
     """
 
     cos: Tensor | None = None
@@ -31,6 +33,7 @@ class SequenceInfo:
     cu_seqlens: Tensor | None = None
     lower_bound: Tensor | None = None
     group: dist.ProcessGroup | None = None
+    token_keys: Tensor | None = None
 
 
 @dataclass

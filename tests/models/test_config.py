@@ -1,6 +1,7 @@
 """Model shapes: which mixer each layer has, and what every wrong value is answered with."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,17 +14,21 @@ from models.config import (
     SOFTMAX_MIXERS,
     AttentionConfig,
     DeltaNetConfig,
+    DenseToSparseConfig,
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
     HGRN2Config,
     KimiDeltaAttentionConfig,
     MixerLayoutConfig,
     ModelConfig,
+    MoEConfig,
     RetentionConfig,
+    RouterConfig,
     SpikingBrainGLAConfig,
     branches,
     parse_pattern,
 )
+from trainer.cli import from_mapping
 
 GDN, GLA, FULL, SLIDING = "gated_delta_net", "gated_linear_attention", "full_attention", "sliding_window_attention"
 
@@ -155,6 +160,40 @@ def model(**values):
 
 
 TURNING = RetentionConfig(rope_theta=500.0)
+_SPARSE = "model.moe.router.dense_to_sparse"
+WRONG_EXPERTS = [
+    ({"num_experts": -1}, "model.moe.num_experts is -1: it must not be negative"),
+    ({"shared_experts": -1}, "model.moe.shared_experts is -1: it must not be negative"),
+    ({"expert_hidden_size": 0}, "model.moe.expert_hidden_size is 0: it must be positive"),
+    ({"capacity_factor": 0.0}, "model.moe.capacity_factor is 0.0: it must be positive"),
+    ({"pad_to_capacity": True}, "model.moe.pad_to_capacity needs a capacity; set model.moe.capacity_factor"),
+    ({"router": {"top_k": 5}}, "model.moe.router.top_k=5 exceeds model.moe.num_experts=4"),
+    ({"router": {"top_k": 0}}, "model.moe.router.top_k is 0: it must be positive"),
+    ({"router": {"num_groups": 3}}, "model.moe.router.num_groups=3 must divide num_experts=4 into groups"),
+    ({"router": {"num_groups": 4}}, "of which group_top_k=1 hold top_k=2 experts"),
+    ({"router": {"group_top_k": 2}}, "model.moe.router.group_top_k=2 must be at most num_groups=1"),
+    ({"router": {"bias_update_rate": -1.0}}, "model.moe.router.bias_update_rate=-1.0 must not be negative"),
+    *(
+        (
+            {"router": {"gate": "dense_to_sparse", name: value}},
+            f"model.moe.router.{name}={value} is for gate=top_k; leave",
+        )
+        for name, value in (("bias_update_rate", 0.1), ("num_groups", 2), ("score", "sigmoid"))
+    ),
+    *(
+        ({"router": {"dense_to_sparse": {name: 0}}}, f"{_SPARSE}.{name} is 0: it must be")
+        for name in ("decay_steps", "max_experts_start", "max_experts_end")
+    ),
+    *(
+        ({"router": {"dense_to_sparse": {name: 0.0}}}, f"{_SPARSE}.{name} is 0.0: it must be positive")
+        for name in ("temperature_start", "temperature_end")
+    ),
+    ({"router": {"dense_to_sparse": {"threshold": 1.0}}}, f"{_SPARSE}.threshold is 1.0: it must be in [0, 1)"),
+    ({"router": {"dense_to_sparse": {"plateau_steps": -1}}}, f"{_SPARSE}.plateau_steps is -1: it must not be negative"),
+    ({"losses": {"balance": -1.0}}, "model.moe.losses.balance is -1.0: it must not be negative"),
+    ({"losses": {"z": -1.0}}, "model.moe.losses.z is -1.0: it must not be negative"),
+]
+
 WRONG = [
     (pattern(""), "model.mixers.pattern: cannot read ''; write NAME or NAME*COUNT, comma-separated"),
     (pattern("full_attention,"), "model.mixers.pattern: cannot read ''; write NAME or NAME*COUNT, comma-separated"),
@@ -309,6 +348,14 @@ WRONG = [
         ),
         "model.gated_linear_attention.expand_v=0.3 times model.hidden_size=32 does not divide over num_heads=4",
     ),
+    *(
+        (lambda values=values: from_mapping(MoEConfig, {"num_experts": 4} | values), message)
+        for values, message in WRONG_EXPERTS
+    ),
+    *(
+        (model(moe=MoEConfig(num_experts=2, dense_layers=layers)), f"model.moe.dense_layers={layers} must be some, not")
+        for layers in ([8], [-1], list(range(8)))
+    ),
     (
         lambda: ModelConfig(vocab_size=99).padded_vocab_size(100),
         "model.vocab_size=99 is smaller than the tokenizer's 100; raise it or set it to null",
@@ -345,3 +392,38 @@ def test_vocabulary_is_padded_to_the_next_multiple(tokenizer_size, multiple, spa
     ):
         padded = config.padded_vocab_size(tokenizer_size)
         assert padded % multiple == 0 and wanted <= padded < wanted + multiple
+
+
+def test_which_layers_have_experts():
+    config = ModelConfig(num_layers=4, ffn_hidden_size=96, moe=MoEConfig(num_experts=2, dense_layers=[0, 2]))
+    assert config.moe_layers() == [1, 3] and config.expert_hidden_size == 96
+    assert ModelConfig(moe=MoEConfig(dense_layers=[99])).moe_layers() == [], "without experts nothing is checked"
+
+
+SPARSE = DenseToSparseConfig(temperature_start=2.0, temperature_end=0.5, plateau_steps=10, decay_steps=20)
+
+
+@pytest.mark.parametrize(("schedule", "half"), [("linear", 1.25), ("exponential", 1.0), ("cosine", 1.25)])
+def test_temperature_by_schedule(schedule, half):
+    sparse = replace(SPARSE, schedule=schedule)
+    at = {step: sparse.temperature(step) for step in (0, 10, 20, 30, 10**6, None)}
+    assert at == pytest.approx({0: 2.0, 10: 2.0, 20: half, 30: 0.5, 10**6: 0.5, None: 0.5})
+    steps = [sparse.temperature(step) for step in range(10, 31)]
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_the_number_of_experts_shrinks_until_it_is_hard():
+    router = RouterConfig(gate="dense_to_sparse", top_k=1, dense_to_sparse=replace(SPARSE, hard_top_k_after=25))
+    moe = MoEConfig(num_experts=8, router=router)
+    assert [moe.experts_at(step) for step in (0, 10, 20, 24, 25, None)] == [8, 8, 4, 3, 1, 1]
+    sparse = replace(SPARSE, max_experts_start=6, max_experts_end=3)
+    moe = MoEConfig(num_experts=8, router=replace(router, dense_to_sparse=sparse))
+    assert [moe.experts_at(step) for step in (0, 20, 30, None)] == [6, 4, 3, 3]
+    assert MoEConfig(num_experts=8, router=RouterConfig(top_k=2)).experts_at(0) == 2
+
+
+def test_a_learned_temperature_wants_an_activation_that_fixes_its_scale():
+    for activation in ("none", "relu", "sigmoid", "tanh", "gelu", "silu"):
+        warning = DenseToSparseConfig(activation=activation, schedule="learned").warning()
+        assert (warning is None) == (activation not in ("none", "relu"))
+        assert DenseToSparseConfig(activation=activation).warning() is None

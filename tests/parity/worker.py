@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from models.decoder import Decoder, initialize
-from models.parallel import sharded_parameters
+from models.parallel import apply_experts, expert_parameters, sharded_parameters, token_dispatcher
 from trainer.cli import from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.batch import make_batch
+from trainer.engines import megatron_cpu
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.megatron import MegatronEngine, parallel_state
 
@@ -43,33 +44,36 @@ def gradients(engine):
     """The gradients of this rank's stages after a step, whole, where this rank is the one to report them."""
     if isinstance(engine, DeepSpeedEngine):
         return engine.first_gradients
-    data, tensor = (
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    tensor, expert = (
         parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
     )
     found = {}
     for stage in engine._stages:
-        for buffer in stage.buffers:
+        for buffer in stage.buffers + stage.expert_parallel_buffers:
+            data = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 # The distributed optimizer leaves each rank the sum for its own part of the bucket.
                 parts = list(bucket.grad_data.chunk(dist.get_world_size(data)))
                 dist.all_gather(parts, parts[dist.get_rank(data)].clone(), group=data)
         decoder = stage.module.part
         own = {name: parameter.main_grad for name, parameter in decoder.named_parameters()}
-        found |= gathered(decoder, own, tensor)
+        found |= gathered(decoder, own, tensor, expert)
     return found
 
 
-def gathered(decoder, gradients, group):
+def gathered(decoder, gradients, tensor, expert=None):
     """Copies of gradients by the parameters' names, of those that are cut with the parts of every rank of the group."""
-    axes = {id(parameter): axis for parameter, axis in sharded_parameters(decoder)}
+    cuts = {id(parameter): (axis, tensor) for parameter, axis in sharded_parameters(decoder)}
+    cuts |= {id(parameter): (0, expert) for parameter in expert_parameters(decoder)}
     found = {}
     for name, parameter in decoder.named_parameters():
         gradient = gradients[name].contiguous()
-        if group is not None and id(parameter) in axes:
+        axis, group = cuts.get(id(parameter), (0, None))
+        if group is not None:
             parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, gradient, group=group)
-            gradient = torch.cat(parts, axes[id(parameter)])
+            gradient = torch.cat(parts, axis)
         found[name] = gradient.clone()
     return found
 
@@ -104,11 +108,12 @@ def run(job):
     engine, config = build(job)
     if job.get("load"):
         engine.load(Path(job["load"]))
-    steps, first = [], None
+    steps, metrics, first = [], [], None
     for step in range(job.get("first_step", 0), job["steps"]):
         own = batches(config, step, engine.data_parallel_rank, engine.data_parallel_size)
-        result = engine.train_step(iter(own), len(own), config.optim.lr)
+        result = engine.train_step(iter(own), len(own), config.optim.lr, step)
         steps.append((result.loss, result.grad_norm, result.tokens))
+        metrics.append(result.metrics)
         if first is None:
             first = gradients(engine)
         if step + 1 == job.get("save_after"):
@@ -119,7 +124,42 @@ def run(job):
     own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size)
     (validation,) = engine.all_reduce([engine.loss_sum(iter(own), len(own))])
     parallel_state.destroy_model_parallel()
-    return {"steps": steps, "gradients": first, "validation": validation}
+    return {"steps": steps, "gradients": first, "validation": validation, "metrics": metrics}
+
+
+def dispatch(job):
+    """Whether tokens of this rank come back from the experts of all, each having been where its map says, and whether
+    gradients do: integers, so that sums are exact whatever their order.
+    """
+    ranks, experts = dist.get_world_size(), job["experts"]
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=ranks, expert_tensor_parallel_size=1, create_gloo_process_groups=False
+    )
+    megatron_cpu.adapt()
+    group = parallel_state.get_expert_model_parallel_group()
+    dispatcher = token_dispatcher(experts, group)
+    own = range(dist.get_rank(group) * experts // ranks, experts)
+    random = torch.Generator().manual_seed(job["seed"] + 1000 * dist.get_rank())
+    for tokens, share in job["cases"]:
+        x = torch.randint(-8, 9, (tokens, 4), generator=random).float().requires_grad_()
+        gates = torch.randint(1, 5, (tokens, experts), generator=random).float().requires_grad_()
+        routing_map = torch.rand(tokens, experts, generator=random) < share
+        routing_map[:, job["empty"]] = False
+
+        def multiply(rows, counts):
+            factors = [torch.full((int(count), 1), expert + 1.0) for expert, count in zip(own, counts, strict=False)]
+            assert len(rows) == int(counts.sum())
+            return rows * torch.cat(factors)
+
+        y = apply_experts(x, gates, routing_map, multiply, dispatcher)
+        assert int(dispatcher.num_out_tokens) == int(routing_map.sum()), "mcore allocates by the number of tokens alone"
+        weight = gates * routing_map * torch.arange(1.0, experts + 1)
+        expected = x * weight.sum(-1, keepdim=True)
+        assert torch.equal(y, expected), (y, expected)
+        mine, theirs = (torch.autograd.grad(out.square().sum(), (x, gates), retain_graph=True) for out in (y, expected))
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    parallel_state.destroy_model_parallel()
+    return {"exact": len(job["cases"])}
 
 
 def main(folder):
@@ -138,7 +178,7 @@ def main(folder):
         if job is None:
             return
         try:
-            result = run(job)
+            result = dispatch(job) if "experts" in job else run(job)
         except Exception:
             result = {"error": traceback.format_exc()}
         part = folder / f"part_{number}_{rank}.pt"

@@ -2,9 +2,9 @@
 
 python -m torch.distributed.run ... deepspeed_ranks.py DATA JOBS.json RESULTS.json
 
-A job is a dictionary: engine, stage, offload, precision, tensor, sequence; first and last step; a checkpoint to `load`
-before, and those to `save` by step; `poison`, what of step 1 is no number on rank 0 (loss or gradient); `validate`.
-Runs beside this one may wait for its checkpoints.
+A job is a dictionary: engine, stage, offload, precision, tensor, sequence, whether the model has experts; first and
+last step; a checkpoint to `load` before, and those to `save` by step; `poison`, what of step 1 is no number on rank 0
+(loss or gradient); `validate`. Runs beside this one may wait for its checkpoints.
 """
 
 import json
@@ -16,15 +16,30 @@ from pathlib import Path
 
 import torch
 
+from models.config import MoEConfig
 from models.decoder import Decoder, initialize
 from tests.trainer.conftest import in_process_config
-from trainer.cli import ConfigError
+from trainer.cli import ConfigError, from_mapping
 from trainer.config import EngineConfig, ParallelConfig
 from trainer.data.sources import find_sources
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.megatron import MegatronEngine, parallel_state
 
 LR = 0.003
+# All that a router can keep from step to step, or draw.
+EXPERTS = from_mapping(
+    MoEConfig,
+    {
+        "num_experts": 4,
+        "shared_experts": 1,
+        "expert_hidden_size": 32,
+        "router": {
+            "gate": "dense_to_sparse",
+            "dense_to_sparse": {"schedule": "learned", "gumbel_noise": True, "threshold": 0.2, "decay_steps": 3},
+        },
+        "losses": {"balance": 0.1, "z": 0.01},
+    },
+)
 
 
 def no_gradient(module, inputs, output):
@@ -50,6 +65,8 @@ def build(data, job):
     # Heads that two tensor-parallel ranks can share.
     attention = replace(config.model.attention, num_kv_heads=2)
     config = replace(config, engine=engine, parallel=parallel, model=replace(config.model, attention=attention))
+    if job.get("experts"):
+        config = replace(config, model=replace(config.model, moe=EXPERTS))
     sources = find_sources(config)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
     if config.engine.name == "megatron":
@@ -105,7 +122,7 @@ def run(data, job):
             result["before"] = validate()
             if engine.rank == 0:
                 hook = decoder.final_norm.register_forward_hook(POISONS[job["poison"]])
-        outcome = engine.train_step(iter(own), len(own), LR)
+        outcome = engine.train_step(iter(own), len(own), LR, step)
         if hook is not None:
             hook.remove()
         if "poison" in job and step == 1:
@@ -113,6 +130,7 @@ def run(data, job):
         result["steps"].append([outcome.loss, outcome.grad_norm, outcome.tokens, outcome.skipped])
         if str(step + 1) in job.get("save", {}):
             result["random"] = save(engine, Path(job["save"][str(step + 1)]))
+    result["metrics"] = outcome.metrics
     result["types"] = {name: str(parameter.dtype) for name, parameter in decoder.named_parameters()}
     result["held"] = {name: parameter.data.numel() for name, parameter in decoder.named_parameters()}
     if job.get("validate"):

@@ -14,6 +14,7 @@ from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
 from trainer.checkpoint import Progress
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
+from trainer.engines.base import StepResult
 from trainer.loop import Outcome, Trainer
 
 
@@ -213,7 +214,7 @@ def loop(monkeypatch):
     """A trainer over an engine that learns nothing; `others` is the number of other ranks that ask to stop."""
     monkeypatch.setattr("trainer.loop.flops_per_token", lambda model, seq_len: 1.0)
     monkeypatch.setattr("trainer.loop.peak_memory_bytes", lambda device: 0)
-    result = SimpleNamespace(loss=1.0, grad_norm=1.0, tokens=10, skipped=False)
+    result = StepResult(loss=1.0, grad_norm=1.0, tokens=10, skipped=False)
 
     def build(callbacks, steps=3, step=0, others=0.0):
         rates = []
@@ -224,7 +225,7 @@ def loop(monkeypatch):
             data_parallel_rank=0,
             data_parallel_size=1,
             all_reduce=lambda values: [value + others for value in values],
-            train_step=lambda batches, count, lr: rates.append(lr) or result,
+            train_step=lambda batches, count, lr, step: rates.append(lr) or result,
         )
         config = PretrainConfig(train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0))
         sampler = SimpleNamespace(micro_batches=lambda *args, **kwargs: [])

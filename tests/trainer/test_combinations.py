@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from models.config import ModelConfig, MoEConfig
 from trainer import combinations
 from trainer.combinations import CONFLICTS, FEATURES, TABLE_BEGIN, TABLE_END, as_markdown, refuse_unsupported, rewrite
 from trainer.config import EngineConfig, ParallelConfig, PretrainConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "parallelism.md"
+
+EXPERTS = ModelConfig(moe=MoEConfig(num_experts=6, shared_experts=1))
 
 # For every feature, configurations that ask for it.
 ASKING = {
@@ -32,7 +35,7 @@ ASKING = {
         PretrainConfig(parallel=ParallelConfig(pipeline=2, virtual_pipeline=2), train=TrainConfig(micro_batch_size=1))
     ],
     "parallel.context>1": [PretrainConfig(parallel=ParallelConfig(context=2))],
-    "parallel.expert>1": [PretrainConfig(parallel=ParallelConfig(expert=2))],
+    "parallel.expert>1": [PretrainConfig(model=EXPERTS, parallel=ParallelConfig(tensor=2, expert=2))],
     "train.precision=fp32": [PretrainConfig()],
     "train.precision=bf16": [PretrainConfig(train=TrainConfig(precision="bf16"))],
 }
@@ -172,6 +175,54 @@ def test_layouts_that_do_not_fit_the_model_are_refused(parallel, message):
     world_size = parallel.tensor * parallel.pipeline * parallel.context
     with pytest.raises(ValueError, match=message):
         PretrainConfig(parallel=parallel).validate_layout(world_size)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "world_size", "message"),
+    [
+        (ModelConfig(), ParallelConfig(expert=2), 2, "expert=2 shares experts, of which the model has none"),
+        (
+            EXPERTS,
+            ParallelConfig(expert=4),
+            4,
+            "num_experts=6 does not divide by parallel.expert=4; use a divisor of 6",
+        ),
+        (
+            EXPERTS,
+            ParallelConfig(expert=2),
+            1,
+            "expert=2 does not divide the tensor*context*data=1 ranks of a pipeline",
+        ),
+        (EXPERTS, ParallelConfig(expert=2, pipeline=2), 2, "does not divide the tensor*context*data=1 ranks"),
+        (EXPERTS, ParallelConfig(expert=3, tensor=2), 4, "does not divide the tensor*context*data=4 ranks"),
+    ],
+)
+def test_experts_that_do_not_fit_the_ranks_are_refused(model, parallel, world_size, message):
+    train = TrainConfig(micro_batch_size=1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PretrainConfig(model=model, parallel=parallel, train=train).validate_layout(world_size)
+
+
+def test_experts_turn_sequence_parallel_on():
+    """Tensor-parallel ranks would else route the same tokens; a sequence that they cannot share is refused."""
+    config = PretrainConfig(model=EXPERTS, parallel=ParallelConfig(tensor=2))
+    assert config.parallel.sequence
+    assert not PretrainConfig(model=EXPERTS).parallel.sequence
+    assert not PretrainConfig(parallel=ParallelConfig(tensor=2)).parallel.sequence
+    config.train.seq_len = 511
+    with pytest.raises(ValueError, match=r"train.seq_len=511 does not divide over 2 ranks .* parallel.sequence=true"):
+        config.validate_layout(2)
+
+
+@pytest.mark.parametrize(("width", "shared", "message"), [(30, 1, None), (31, 1, "shared_experts"), (31, 0, None)])
+def test_shared_experts_are_cut_and_routed_ones_are_whole(width, shared, message):
+    moe = MoEConfig(num_experts=4, shared_experts=shared, expert_hidden_size=width)
+    config = PretrainConfig(model=ModelConfig(moe=moe, ffn_hidden_size=7), parallel=ParallelConfig(tensor=2))
+    if message is None:
+        config.validate_layout(2)
+        return
+    with pytest.raises(ValueError, match=message):
+        config.validate_layout(2)
 
 
 def test_stages_share_the_layers():

@@ -19,7 +19,7 @@ KEYS = {
     "run": "dir device threads deterministic",
     "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps init_std "
     "scale_residual_init mixers attention gated_delta_net gated_linear_attention retention hgrn2 delta_net "
-    "kimi_delta_attention spikingbrain_gla",
+    "kimi_delta_attention spikingbrain_gla moe",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
     "model.attention": "num_heads num_kv_heads head_dim rope_theta qk_norm qkv_bias window",
     "model.gated_delta_net": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues",
@@ -30,6 +30,12 @@ KEYS = {
     "model.kimi_delta_attention": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues gate "
     "min_log_decay",
     "model.spikingbrain_gla": "num_heads num_kv_heads head_dim qkv_bias gate_low_rank gate_normalizer",
+    "model.moe": "num_experts shared_experts expert_hidden_size dense_layers activation capacity_factor "
+    "pad_to_capacity router losses",
+    "model.moe.router": "gate score top_k normalize num_groups group_top_k bias_update_rate dense_to_sparse",
+    "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
+    "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",
+    "model.moe.losses": "balance scope z",
     "data": "path blend tokenizer validation_path document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute "
     "recompute_modules",
@@ -82,8 +88,8 @@ def test_options_of_plan():
 
 def test_options_of_pretrain():
     options = options_of("launch/pretrain.py")
-    # jsonargparse gives a list that may be null a second option, to append to it.
-    lists = {"--parallel.pipeline_layers+", "--train.recompute_modules+"}
+    # jsonargparse gives a list a second option, to append to it.
+    lists = {"--parallel.pipeline_layers+", "--train.recompute_modules+", "--model.moe.dense_layers+"}
     assert options == PRETRAIN_OPTIONS | {f"--{key}" for key in written_down()} | lists
 
 

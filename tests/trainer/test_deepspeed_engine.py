@@ -51,6 +51,7 @@ MOVES = {
     "zero1-bf16": "zero3-bf16",
 }
 POISONED = ("zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero1-bf16", "zero2-bf16", "zero0-tp2", "zero1-tp2")
+EXPERTS = ("zero0", "zero2", "zero3", "zero2-bf16")
 ON_ONE = ("zero0", "zero2-offload", "zero3", "zero2-bf16", "zero1-tp2", "zero3-tp2", "zero1-tp2-bf16")
 
 
@@ -66,6 +67,10 @@ def jobs_of_two_ranks(folder):
     for name in POISONED:
         for poison in ("loss", "gradient"):
             jobs[f"{name} without {poison}"] = {**STAGES[name], "last": 3, "poison": poison}
+    for name in EXPERTS:
+        half, experts = str(folder / f"{name}-experts-half"), {**STAGES[name], "experts": True}
+        jobs[f"{name} with experts"] = {**experts, "last": LAST, "validate": True, "save": {HALF: half}}
+        jobs[f"{name} with experts resumed"] = {**experts, **second, "load": half}
     for name, other in MOVES.items():
         jobs[f"{name} from {other}"] = {**STAGES[name], **second, "load": str(folder / f"{other}-half")}
     return jobs
@@ -78,6 +83,8 @@ def jobs_of_one_rank(folder):
         "one": {**STAGES["zero1"], "last": LAST, "save": {HALF: str(folder / "one-half")}},
         "megatron": {**megatron, "save": {LAST: str(folder / "megatron-whole")}},
         "megatron bf16": {**megatron, "precision": "bf16"},
+        "megatron with experts": {**megatron, "experts": True},
+        "megatron bf16 with experts": {**megatron, "experts": True, "precision": "bf16"},
         "megatron's checkpoint": {"last": LAST, "load": str(folder / "megatron-whole")},
     }
     for name in ON_ONE:
@@ -160,6 +167,19 @@ def test_bf16_trains_as_megatron_but_for_rounding(results, name):
     megatron = results["megatron bf16"]
     assert_same_steps(results[name]["steps"], megatron["steps"], rel=5e-4)
     assert results[name]["validation"] == pytest.approx(megatron["validation"], rel=5e-4)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_train_as_megatrons_on_one_rank(results, name):
+    """Balance and z-losses, noise, loads and a learned temperature included; the run goes on from a checkpoint."""
+    megatron, rel = ("megatron bf16", 2e-3) if "bf16" in name else ("megatron", 1e-5)
+    ours, theirs = results[f"{name} with experts"], results[f"{megatron} with experts"]
+    assert_same_steps(ours["steps"], theirs["steps"], rel)
+    assert ours["validation"] == pytest.approx(theirs["validation"], rel=rel)
+    assert ours["metrics"].keys() == theirs["metrics"].keys()
+    for key in ("moe/experts_per_token", "moe/temperature", "moe/balance_loss", "moe/z_loss"):
+        assert ours["metrics"][key] == pytest.approx(theirs["metrics"][key], rel=10 * rel)
+    assert results[f"{name} with experts resumed"]["steps"] == ours["steps"][HALF:]
 
 
 def test_bf16_keeps_float32_where_it_matters(results):

@@ -4,6 +4,7 @@ import multiprocessing
 import queue
 
 import megatron.core
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,18 @@ def test_cpu_tensors_pass_for_cuda_only_inside():
     with pytest.raises(ValueError, match="inside"), megatron_cpu.cpu_tensors_pass_for_cuda():
         raise ValueError("inside")
     assert tensor.type() == "torch.BFloat16Tensor"
+
+
+def test_counts_become_plain_numbers():
+    """Where split sizes are tensors, collectives would refuse them."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+    counts = torch.tensor([2, 3])
+    assert isinstance(move(counts, as_numpy=True, record_stream=True), np.ndarray)
+    assert move(counts) is counts and move(None, as_numpy=True) is None
+    event = token_dispatcher.torch.cuda.Stream().record_event()
+    event.synchronize()
 
 
 def test_checkpoints_are_written_in_the_process(tmp_path):

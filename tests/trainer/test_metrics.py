@@ -10,9 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.helpers import STEP_KEYS
-from trainer.callbacks.metrics import MetricsFile, TensorBoard, cut_back
+from trainer.callbacks.metrics import MetricsFile, TensorBoard, cut_back, heat_map
 from trainer.checkpoint import Progress
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
+from trainer.engines.base import StepResult
 from trainer.loop import Trainer
 
 STEPS = 6
@@ -43,7 +44,9 @@ def trainer(monkeypatch):
 
 
 def step_metrics(step):
-    return {"step": step, "loss": 1.0 / step, "grad_norm": 0.5, "moe/balance": 2.0, "model_flops_utilization": None}
+    loads = [[0.5, 0.5], [1 / step, 1 - 1 / step]]
+    counted = {"moe/balance": 2.0, "moe/load": loads}
+    return {"step": step, "loss": 1.0 / step, "grad_norm": 0.5, "model_flops_utilization": None, **counted}
 
 
 def evaluation_metrics(step):
@@ -151,6 +154,21 @@ def test_events_can_be_read(trainer, tmp_path):
     assert b"train: {steps: 6}" in read.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_a_matrix_becomes_an_image_over_time(trainer, tmp_path):
+    """A line for each expert of each layer, a column for each step, drawn at each validation."""
+    run(trainer(), TensorBoard(tmp_path, 1), 1, STEPS)
+    read = events(tmp_path)
+    assert "moe/load" not in read.Tags()["scalars"]
+    assert [(image.step, image.height, image.width) for image in read.Images("moe/load")] == [(3, 4, 3), (6, 4, 6)]
+
+
+def test_a_heat_map_is_no_wider_than_it_may_be():
+    image = heat_map([[0.5, float(column)] for column in range(7)], most=3)
+    # Columns 0 to 2, 3 and 4, 5 and 6; the largest mean is white.
+    assert image.tolist() == [[int(255 * 0.5 / 5.5)] * 3, [int(255 * mean / 5.5) for mean in (1.0, 3.5, 5.5)]]
+    assert heat_map([[0.0]]).tolist() == [[0]]
+
+
 def test_events_of_every_nth_step_and_the_last(trainer, tmp_path):
     run(trainer(), TensorBoard(tmp_path, 4), 1, STEPS)
     assert set(scalars(tmp_path, "train/loss")) == {4, 6}
@@ -199,9 +217,7 @@ def test_a_steps_line_has_the_promised_keys(trainer, monkeypatch):
     running = trainer()
     monkeypatch.setattr("trainer.loop.peak_memory_bytes", lambda device: 7)
     running.sampler = SimpleNamespace(micro_batches=lambda step, micro, rank, world: [])
-    running.engine.train_step = lambda batches, count, lr: SimpleNamespace(
-        loss=2.5, grad_norm=0.25, tokens=100, skipped=True
-    )
+    running.engine.train_step = lambda batches, count, lr, step: StepResult(2.5, 0.25, 100, True)
     running._flops_per_token, running._peak_flops = 3.0, 1e6
     line = running._step()
     assert set(line) == STEP_KEYS

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainer.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ def cut_back(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
+
+
+def heat_map(columns: list[list[float]], most: int = 512) -> np.ndarray:
+    """Columns of an image [lines, columns], bytes, the largest value white: at most `most`, neighbours averaged."""
+    values = np.array(columns).T
+    groups = min(values.shape[1], most)
+    image = np.stack([part.mean(axis=1) for part in np.array_split(values, groups, axis=1)], axis=1)
+    return (255 * image / max(image.max(), 1e-9)).astype(np.uint8)
 
 
 class MetricsFile(Callback):
@@ -62,11 +72,16 @@ class MetricsFile(Callback):
 
 
 class TensorBoard(Callback):
-    """Scalars, text samples and hyper-parameters as TensorBoard events."""
+    """Scalars, text samples and hyper-parameters as TensorBoard events; a matrix over time as an image.
+
+    Of a metric that is a list of rows (experts' loads by layer) the image has a line for each element and a column for
+    each step since the run began or went on; it is drawn anew at every validation.
+    """
 
     def __init__(self, directory: Path, every: int) -> None:
         self.directory, self.every = directory, every
         self._writer: SummaryWriter | None = None
+        self._history: dict[str, list[list[float]]] = {}
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the writer; events after the step that the run continues from are hidden."""
@@ -81,7 +96,9 @@ class TensorBoard(Callback):
         """Write the step's scalars."""
         if self._writer and (metrics["step"] % self.every == 0 or trainer.finished):
             for name, value in metrics.items():
-                if name != "step" and value is not None:
+                if isinstance(value, list):
+                    self._history.setdefault(name, []).append([element for row in value for element in row])
+                elif name != "step" and value is not None:
                     self._writer.add_scalar(f"train/{name}" if "/" not in name else name, value, metrics["step"])
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
@@ -91,6 +108,8 @@ class TensorBoard(Callback):
         for name in _RESULTS:
             if metrics[name] is not None:
                 self._writer.add_scalar(f"{metrics['split']}/{name}", metrics[name], metrics["step"])
+        for name, columns in self._history.items():
+            self._writer.add_image(name, heat_map(columns), metrics["step"], dataformats="HW")
         for i, text in enumerate(trainer.samples):
             self._writer.add_text(f"sample/{i}", f"```\n{text}\n```", metrics["step"])
         if trainer.finished:

@@ -1,7 +1,7 @@
 """What the training loop asks of an engine. The loop never asks which one it has."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +20,14 @@ class StepResult:
         grad_norm: L2 norm of the whole gradient before clipping.
         tokens: Tokens that counted in the loss.
         skipped: The loss or the gradient was not finite; nothing was updated.
+        metrics: What else goes into the step's line of metrics.jsonl, by its key.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: bool
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ class Engine(Protocol):
     data_parallel_rank: int
     data_parallel_size: int
 
-    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`."""
+    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float, step: int = 0) -> StepResult:
+        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`.
+
+        `step` counts the steps before this one: what the model does by schedule goes by it.
+        """
 
     def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
         """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.decoder import Decoder, no_weight_decay
+from models.moe import statistics
 from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients, sharded_parameters
 from trainer.cli import ConfigError
 from trainer.config import ParallelConfig, PretrainConfig
@@ -88,6 +89,7 @@ class DeepSpeedEngine:
         self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
         self.data_parallel_size = self.world_size // self._tensor_ranks
         cut(decoder, self._groups)
+        self._decoder, self._model_config = decoder, config.model
         self._parameters: dict[str, Any] = dict(decoder.named_parameters())
         self._shards = _shards(decoder, self._groups)
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
@@ -115,6 +117,9 @@ class DeepSpeedEngine:
         # Summed as they come, for afterwards DeepSpeed has them sharded.
         for parameter in partial_gradients(decoder, self._groups):
             parameter.register_hook(partial(_sum_shares, group=self._groups.tensor))
+        for buffer in decoder.buffers():
+            # What routers keep count of, which DeepSpeed casts along with the parameters. It is yet to be trained.
+            buffer.data = buffer.data.float()
 
     def _build_adam(self, config: PretrainConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -144,21 +149,25 @@ class DeepSpeedEngine:
                 return list(getattr(optimizer, name))
         raise RuntimeError(f"{type(optimizer).__name__} of DeepSpeed {self._deepspeed.__version__} is not known here")
 
-    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`."""
+    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float, step: int = 0) -> StepResult:
+        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`, the `step`-th."""
         assert micro_batches == self._micro_batches, "DeepSpeed was told at the start how many there are"
         for group in self._adam.param_groups:
             group["lr"] = lr
         local = [next(batches).to(self.device) for _ in range(micro_batches)]
         tokens = self.all_reduce([float(sum(int(batch.loss_mask.sum()) for batch in local))])[0]
         scale = micro_batches * self.data_parallel_size / max(tokens, 1.0)
+        # DeepSpeed divides what it is given by the micro-batches.
+        statistics.begin_step([self._decoder], step, scale / micro_batches)
+        counted: list[float] = []
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         loss_sum = 0.0
         for i, batch in enumerate(local):
             loss = self._forward(batch)
             total += loss.detach()
             if i == micro_batches - 1:
-                loss_sum = self.all_reduce([float(total)])[0]
+                own = statistics.collect([self._decoder], self._model_config)
+                loss_sum, *counted = self.all_reduce([float(total), *own])
                 if not math.isfinite(loss_sum):
                     # So that the gradient is not finite on any rank, and DeepSpeed skips the update on all of them.
                     loss = loss * math.nan
@@ -167,7 +176,10 @@ class DeepSpeedEngine:
                 self._engine.step()
         grad_norm = self._update()
         skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
-        return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped)
+        if not skipped:
+            statistics.finish_step([self._decoder], self._model_config, counted)
+        metrics = statistics.metrics(self._model_config, counted)
+        return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped, metrics)
 
     def _update(self) -> float:
         """Clip and step, unless the gradient is not finite; return its norm."""
@@ -254,7 +266,7 @@ class DeepSpeedEngine:
 
     def _parts(self) -> dict[str, Piece]:
         """What this rank holds of the parameters and the optimizer's state, by their names in a checkpoint."""
-        parts = {f"model.{name}": self._stored(name) for name in self._parameters}
+        parts = {f"model.{name}": self._stored(name) for name in self._parameters} | self._counted()
         for key in (_MAIN, *_MOMENTS):
             for name in self._parameters:
                 # setdefault, for in float32 the main parameter is the parameter.
@@ -273,6 +285,7 @@ class DeepSpeedEngine:
                 "use the engine that wrote it, or another run.dir"
             )
         facts = json.loads((directory / _FACTS).read_text())
+        pieces.load(self._counted(), directory)
         for key in (_MAIN, *_MOMENTS):
             owned = {name: self._owned(name, key) for name in self._parameters}
             pieces.load({self._saved_as(name, key): piece for name, piece in owned.items()}, directory)
@@ -285,6 +298,11 @@ class DeepSpeedEngine:
         # The state of a random generator belongs to a rank; another number of ranks starts from its own seed.
         if facts["world_size"] == self.world_size:
             set_random_state(torch.load(directory / _random_file(self.rank), weights_only=False))
+
+    def _counted(self) -> dict[str, Piece]:
+        """What routers keep count of, the same on every rank."""
+        buffers = self._decoder.named_buffers()
+        return {f"model.{name}": Piece(buffer.shape, 0, buffer.view(-1)) for name, buffer in buffers}
 
     def _saved_as(self, name: str, key: str) -> str:
         """The checkpoint's name of a main parameter or a moment."""

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.decoder import Decoder, no_weight_decay
+from models.moe import statistics
 from models.parallel import (
     Groups,
     cast_parameters,
     cut,
+    expert_parameters,
     keep_float32,
     partial_gradients,
     sharded_parameters,
@@ -112,7 +114,7 @@ class MegatronEngine:
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self._clip = config.optim.clip_grad
-        self._parallel = config.parallel
+        self._parallel, self._model_config = config.parallel, config.model
         self._groups = layer_groups(config.parallel)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         transformer_config = _transformer_config(config, dtype)
@@ -123,7 +125,8 @@ class MegatronEngine:
         no_sync = [stage.no_sync for stage in self._stages]
         transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         transformer_config.finalize_model_grads_func = self._finalize_gradients
-        self.model: Decoder = self._stages[0].module.part
+        self._decoders: list[Decoder] = [stage.module.part for stage in self._stages]
+        self.model = self._decoders[0]
         self.model_is_whole = self.model.is_whole
         self._optimizer = self._build_optimizer(config, dtype)
         self._forward_backward = get_forward_backward_func()
@@ -141,6 +144,10 @@ class MegatronEngine:
             # What mcore's norm of the gradient must not count twice.
             for parameter, axis in sharded_parameters(decoder) if self._groups.tensor is not None else ():
                 tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, axis, 1)
+            for parameter in expert_parameters(decoder):
+                # Summed over the ranks that have the same experts. To mcore's norm each is a parameter of its own.
+                vars(parameter)["allreduce"] = False
+                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             parameters: dict[str, Any] = dict(decoder.named_parameters())
             for name in decoder.copies():
                 parameters[name].shared = True
@@ -223,16 +230,21 @@ class MegatronEngine:
         """Where mcore insists on CUDA tensors."""
         return megatron_cpu.cpu_tensors_pass_for_cuda() if self._on_cpu else nullcontext()
 
-    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`."""
+    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float, step: int = 0) -> StepResult:
+        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`, the `step`-th."""
+        statistics.begin_step(self._decoders, step)
         for stage in self._stages:
             stage.zero_grad_buffer()
         self._optimizer.zero_grad()
         losses = self._run(batches, micro_batches, forward_only=False)
-        loss_sum, tokens = self._sum_over_ranks(*self._totals(losses))
+        counted = statistics.collect(self._decoders, self._model_config)
+        loss_sum, tokens, *counted = self._sum_over_ranks(*self._totals(losses), *counted)
         grad_norm = self._update(lr, math.isfinite(loss_sum))
         skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
-        return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped)
+        if not skipped:
+            statistics.finish_step(self._decoders, self._model_config, counted)
+        metrics = statistics.metrics(self._model_config, counted)
+        return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped, metrics)
 
     def _update(self, lr: float, loss_is_finite: bool) -> float:
         """Clip and step, unless the loss or the gradient is not finite; return the norm of the gradient.
@@ -325,11 +337,11 @@ class MegatronEngine:
         request: Any = dist_checkpointing.save(
             self._checkpoint_state(is_loading=False), str(directory), async_sharded_save=True
         )
-        parameters = [parameter for stage in self._stages for parameter in stage.parameters()]
+        model = [tensor for decoder in self._decoders for tensor in (*decoder.parameters(), *decoder.buffers())]
         optimizers = [part.optimizer for part in self._optimizer.chained_optimizers]
         state = [tensor for adam in optimizers for values in adam.state.values() for tensor in values.values()]
         main = [tensor for adam in optimizers for group in adam.param_groups for tensor in group["params"]]
-        _copy_what_is_trained(request, {t.untyped_storage().data_ptr() for t in (*parameters, *state, *main)})
+        _copy_what_is_trained(request, {t.untyped_storage().data_ptr() for t in (*model, *state, *main)})
 
         def write() -> None:
             if request.async_fn is not None:
@@ -399,6 +411,9 @@ def initialize_groups(device: torch.device, parallel: ParallelConfig) -> None:
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            # An expert is whole on a rank: the ranks that share experts are any of a pipeline stage.
+            expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
 
@@ -409,6 +424,7 @@ def layer_groups(parallel: ParallelConfig) -> Groups:
         tensor=parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
         context=parallel_state.get_context_parallel_group() if parallel.context > 1 else None,
         sequence=parallel.sequence,
+        expert=parallel_state.get_expert_model_parallel_group() if parallel.expert > 1 else None,
     )
 
 

@@ -9,6 +9,8 @@ version it was written for: another version is refused rather than half adapted.
 - The optimizers and the clipping of gradients accept tensors by `Tensor.type()`, a string that names CUDA, and the
   optimizer's checkpoint calls `Tensor.cuda()`: in those calls CPU tensors give the CUDA names and stay where they are
   (`cpu_tensors_pass_for_cuda`).
+- The exchange of tokens between experts copies what it counts to the host, as numpy arrays, where it is on a GPU, and
+  hands it to collectives that want plain numbers: here, where it is on the host already, it becomes them, too.
 - The checkpoint writer spawns a manager process and forks two writers for each save. Without a GPU to keep busy that
   only costs seconds, forks under OpenMP, and outlives a killed run: here it writes in the process.
 """
@@ -64,6 +66,10 @@ class _Stream:
     def synchronize(self) -> None:
         """Return at once."""
 
+    def record_event(self) -> "_Stream":
+        """An event to wait for, which has happened."""
+        return self
+
 
 class _CudaOnCpu(ModuleType):
     """`torch.cuda` as mcore's modules see it."""
@@ -117,12 +123,19 @@ def adapt() -> None:
     # dist_checkpointing imports its writers at the first save, which would be after this.
     for name in ("async_utils", "filesystem_async", "fully_parallel", "state_dict_saver", "torch"):
         importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{name}")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _as_plain_numbers
     view = _TorchOnCpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
     _write_checkpoints_in_process()
     _skip_collectives_of_one_rank()
+
+
+def _as_plain_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Mcore's `maybe_move_tensor_to_cpu` for tensors that are there."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 class _SkippedWhereAlone:

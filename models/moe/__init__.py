@@ -1,0 +1,1 @@
+"""Mixture of experts: routers, the layer, and what is counted of them."""

@@ -1,0 +1,237 @@
+"""Routers: which experts a token goes to, and with what weight (axes: N tokens, E experts).
+
+The router computes in float32. What it does at a training step is a function of that step alone, of the parameters, and
+of two small states that follow from the whole batch of the step before: the selection bias and the load.
+
+A layer's auxiliary losses are sums over tokens like the loss itself, E sum_e p_e f_e and the squared log-sum-exp of the
+logits, each linear in what a token adds, the load f being given. So their gradient is the same however the batch is cut
+into micro-batches and over ranks. It is added in backward, where the layer is; the reported loss does not have it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.moe import dense_to_sparse_gate, top_k_gate
+from models.config import MoEConfig
+from models.parallel import WHOLE, Groups, sum_counts
+from models.recompute import is_recomputing
+
+
+class Routing(NamedTuple):
+    """Where tokens go.
+
+    Attributes:
+        gates: What an expert's output is multiplied with, float32 [N, E]; zero where a token does not go.
+        routing_map: Which experts a token goes to, bool [N, E]; with padding also tokens whose gate is zero.
+    """
+
+    gates: Tensor
+    routing_map: Tensor
+
+
+class Router(nn.Module):
+    """The router of one layer. Weight [E, D].
+
+    Attributes:
+        step: Steps taken before this one, which schedules go by; None for a router whose training is over.
+        loss_scale: What a micro-batch's loss is multiplied with before backward.
+        seed: Of the noise.
+        statistics: What was counted since the start of the step, see `models.moe.statistics`; None if nobody asks.
+        bias: Added to the scores for the choice of experts alone, float32 [E]; None where it is not asked for.
+        load: Share of each expert in the batch of the step before, float32 [E]; likewise.
+    """
+
+    groups: Groups = WHOLE
+    step: int | None = None
+    loss_scale: float = 1.0
+    seed: int = 0
+
+    def __init__(self, config: MoEConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        experts, router, losses = config.num_experts, config.router, config.losses
+        self.weight = nn.Parameter(torch.empty(experts, hidden_size))
+        self.log_temperature: nn.Parameter | None = None
+        if router.gate == "dense_to_sparse" and router.dense_to_sparse.schedule == "learned":
+            self.log_temperature = nn.Parameter(torch.empty(1))
+        self.bias: Tensor | None
+        self.load: Tensor | None
+        self.register_buffer("bias", torch.zeros(experts) if router.bias_update_rate else None)
+        follows_load = losses.balance and losses.scope == "global"
+        self.register_buffer("load", torch.full((experts,), 1 / experts) if follows_load else None)
+        self.statistics: Tensor | None = None
+
+    def initialize_temperature(self) -> None:
+        """Start a learned temperature where the schedule would."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.config.router.dense_to_sparse.temperature_start))
+
+    def forward(self, x_TBD: Tensor, token_keys_TB: Tensor | None = None) -> Routing:
+        """Route the tokens of x [T, B, D], those of a row-major [T * B, D].
+
+        token_keys, int64 [T, B], tell tokens apart for the noise; without them there is none.
+        """
+        logits = F.linear(x_TBD.flatten(0, 1).float(), self.weight.float())
+        training = self.training and torch.is_grad_enabled()
+        temperature = self._temperature()
+        if self.config.router.gate == "top_k":
+            probabilities, gates, keep = self._top_k(logits)
+        else:
+            probabilities, gates, keep = self._dense_to_sparse(logits, temperature, token_keys_TB if training else None)
+        if not training:
+            return Routing(gates, keep)
+        balance, z = self._losses(logits, probabilities, keep, x_TBD.shape[:2])
+        gates = _AddLoss.apply(gates, balance + z, self.loss_scale)
+        gates, routing_map, dropped = self._fit(gates, keep)
+        if not is_recomputing():
+            self._count(probabilities, keep, dropped, balance, z, temperature)
+        return Routing(gates, routing_map)
+
+    def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        router = self.config.router
+        return top_k_gate(
+            logits,
+            router.top_k,
+            score=router.score,
+            normalize=router.normalize,
+            num_groups=router.num_groups,
+            group_top_k=router.group_top_k,
+            bias_E=self.bias,
+        )
+
+    def _dense_to_sparse(
+        self, logits: Tensor, temperature: Tensor | float, token_keys_TB: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sparse, noise = self.config.router.dense_to_sparse, None
+        if sparse.gumbel_noise and token_keys_TB is not None:
+            noise = gumbel_noise(token_keys_TB.flatten(), self.config.num_experts, self.seed, self.step or 0)
+        return dense_to_sparse_gate(
+            logits,
+            temperature,
+            0.0 if sparse.is_hard(self.step) else sparse.threshold,
+            activation=sparse.activation,
+            noise_TE=noise,
+            max_experts=self.config.experts_at(self.step),
+            renormalize=self.config.router.normalize == "after",
+        )
+
+    def _temperature(self) -> Tensor | float:
+        sparse = self.config.router.dense_to_sparse
+        if self.config.router.gate == "top_k":
+            return 1.0
+        return sparse.temperature(self.step) if self.log_temperature is None else self.log_temperature.float().exp()
+
+    def _losses(
+        self, logits: Tensor, probabilities: Tensor, keep: Tensor, shape_TB: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """Balance and z-loss, summed over this rank's tokens, the coefficients applied."""
+        losses = self.config.losses
+        balance = z = logits.new_zeros(())
+        if losses.balance:
+            p_TBE = probabilities.view(*shape_TB, -1)
+            share = self._share(keep.view(*shape_TB, -1))
+            balance = losses.balance * self.config.num_experts * (p_TBE * share).sum()
+        if losses.z:
+            z = losses.z * logits.logsumexp(-1).square().sum()
+        return balance, z
+
+    def _share(self, keep_TBE: Tensor) -> Tensor:
+        """The load of each expert, a share of what is kept: float32 [E], or [B, E] for that of each sequence."""
+        if self.load is not None:
+            return self.load.float()
+        by_sequence = self.config.losses.scope == "sequence"
+        counts = sum_counts(keep_TBE.float().sum(0 if by_sequence else (0, 1)), self.groups)
+        return counts / counts.sum(-1, keepdim=True)
+
+    def _fit(self, gates: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hold the experts to their capacity: gates, the routing map, and the number of dropped assignments."""
+        config = self.config
+        if config.capacity_factor is None:
+            return gates, keep, gates.new_zeros(())
+        mean = len(keep) * config.experts_at(self.step) / config.num_experts
+        within = fit_capacity(gates, keep, min(math.ceil(config.capacity_factor * mean), len(keep)))
+        kept = keep & within
+        return gates * kept, within if config.pad_to_capacity else kept, (keep & ~within).sum()
+
+    @torch.no_grad()
+    def _count(
+        self,
+        probabilities: Tensor,
+        keep: Tensor,
+        dropped: Tensor,
+        balance: Tensor,
+        z: Tensor,
+        temperature: Tensor | float,
+    ) -> None:
+        """Add a micro-batch to the step's statistics."""
+        if self.statistics is None:
+            return
+        tokens = len(keep)
+        entropy = torch.special.entr(probabilities).sum()
+        rest = [dropped, entropy, balance, z, temperature * tokens, tokens]
+        counted = [torch.as_tensor(value, dtype=torch.float64, device=keep.device).reshape(1) for value in rest]
+        self.statistics += torch.cat([keep.sum(0).double(), *counted])
+
+
+class _AddLoss(torch.autograd.Function):
+    """Pass x on; in backward a loss that is not part of the reported one gets its gradient, `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.like = scale, loss.new_empty(())
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.like, ctx.scale), None
+
+
+def fit_capacity(gates: Tensor, keep: Tensor, capacity: int) -> Tensor:
+    """The `capacity` tokens of the largest gates of each expert, bool [N, E]; those it does not keep come last."""
+    weight = gates.detach().masked_fill(~keep, -1.0)
+    return torch.zeros_like(keep).scatter(0, weight.topk(capacity, 0).indices, True)
+
+
+def token_keys(tokens: Tensor, positions: Tensor) -> Tensor:
+    """What tells tokens apart for the noise, int64: the token and its position in its document.
+
+    They are known alike to every rank of every layout, and in the recomputation. Tokens that agree in both share their
+    noise within a step.
+    """
+    return _mix(tokens * 0x1_0000_0000 + positions)
+
+
+def gumbel_noise(keys_N: Tensor, experts: int, seed: int, step: int) -> Tensor:
+    """Standard Gumbel noise [N, E], float32: a function of its arguments, the same on every device."""
+    counters = keys_N[:, None] + torch.arange(experts, device=keys_N.device)
+    bits = _mix(_mix(counters) ^ _signed(seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1))
+    return gumbel(bits)
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel numbers from random int64, float32."""
+    # With one bit more, float32 would round the largest up to 1, and the noise to infinity.
+    uniform = ((bits & 0x7FFFFF).float() + 0.5) / 0x800000
+    return -(-uniform.log()).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int64 (the finalizer of splitmix64, Steele et al. 2014)."""
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift to the right, zeros coming in; torch's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The signed 64-bit integer of the same bits."""
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,114 @@
+"""Experts over ranks: every layout trains as one process does, also where the number of experts of a token varies."""
+
+import pytest
+import torch
+
+from tests.parity.test_parity import STEPS, compare, configuration, one_process, ranks_of, whole
+
+__all__ = ["one_process"]
+
+SPARSE = {
+    "gate": "dense_to_sparse",
+    "top_k": 2,
+    "dense_to_sparse": {
+        "activation": "tanh",
+        "gumbel_noise": True,
+        "temperature_end": 0.5,
+        "threshold": 0.2,
+        "plateau_steps": 2,
+        "decay_steps": 6,
+        "max_experts_start": 4,
+        "max_experts_end": 2,
+    },
+}
+GATES = {
+    "variable": {"router": SPARSE, "losses": {"balance": 0.1, "z": 0.01}},
+    "learned": {
+        "router": SPARSE | {"normalize": "after", "dense_to_sparse": {"schedule": "learned", "threshold": 0.26}},
+        "losses": {"balance": 0.1, "scope": "micro_batch"},
+    },
+    "top-k": {
+        "router": {"top_k": 2, "score": "sigmoid", "normalize": "after", "bias_update_rate": 0.01},
+        "losses": {"balance": 0.1, "scope": "sequence"},
+    },
+    # Every kind of state there is.
+    "moved": {"router": {"top_k": 2, "bias_update_rate": 0.01}, "losses": {"balance": 0.1}},
+}
+LAYOUTS = {
+    "EP2 x DP2": {"expert": 2, "data": 2},
+    "EP4 x DP4": {"expert": 4, "data": 4},
+    "EP2 x TP2": {"expert": 2, "tensor": 2},
+    "EP4 x TP2 x DP2": {"expert": 4, "tensor": 2, "data": 2},
+    "EP2 of DP4": {"expert": 2, "data": 4},
+    "EP2 x PP2": {"expert": 2, "pipeline": 2, "data": 2},
+    "EP2 x PP2 interleaved": {"expert": 2, "pipeline": 2, "virtual_pipeline": 2, "data": 2},
+    "EP2 x CP2": {"expert": 2, "context": 2},
+    "TP2": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+}
+
+
+def with_experts(gate="variable", **keys):
+    config = configuration(**keys)
+    experts = {"num_experts": 4, "shared_experts": 1, "expert_hidden_size": 32, "dense_layers": [1]} | GATES[gate]
+    return config | {"model": config["model"] | {"moe": experts, "init_std": 0.1}}
+
+
+def check(pools, one_process, layout, gate, **settings):
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    ours = whole(pools(ranks).run({"config": with_experts(gate, **settings, **keys), "steps": STEPS}))
+    reference = one_process(with_experts(gate, **settings))
+    compare(ours, reference)
+    for mine, theirs in zip(ours["metrics"], reference["metrics"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(theirs[name]), rtol=1e-4, atol=1e-7, msg=name)
+
+
+QUICK = [("EP2 x DP2", "variable")]
+# Every layout with the gate that asks most of it, the others where their state or their losses cross ranks.
+SLOW = [(layout, "variable") for layout in LAYOUTS if (layout, "variable") not in QUICK]
+SLOW += [
+    (layout, gate)
+    for layout in ("EP2 x DP2", "EP2 x TP2", "EP2 x PP2", "EP2 x CP2", "TP2")
+    for gate in ("learned", "top-k")
+]
+
+
+@pytest.mark.parametrize(("layout", "gate"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_experts(pools, one_process, layout, gate):
+    check(pools, one_process, layout, gate)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_tokens_come_back_from_wherever_they_were_sent(pools, ranks):
+    """Any number of experts a token, none at all too, experts without tokens, ranks with different numbers."""
+    cases = [(7, 0.5), (1, 0.3), (16, 0.0), (5, 1.0), (33, 0.1)]
+    results = pools(ranks).run({"experts": 8, "empty": [1, 6], "cases": cases, "seed": 5})
+    assert [result["exact"] for result in results] == [len(cases)] * ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["EP2 x DP2", "EP2 x TP2", "EP2 x PP2"])
+def test_nothing_is_counted_twice_in_the_recomputation(pools, layout):
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    kept = with_experts(**keys)
+    recomputed = kept | {"train": kept["train"] | {"recompute": "full"}}
+    theirs, ours = (whole(pools(ranks).run({"config": config, "steps": STEPS})) for config in (kept, recomputed))
+    assert ours["steps"] == theirs["steps"]
+    assert ours["metrics"] == theirs["metrics"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_to_another_layout(pools, one_process, tmp_path):
+    """Saved by ranks that share experts; one process, other such ranks, and stages go on, bias and load included."""
+    saved = str(tmp_path / "state")
+    reference = one_process(with_experts("moved"))["steps"]
+    ranks, keys = ranks_of(LAYOUTS["EP2 x DP2"])
+    pools(ranks).run({"config": with_experts("moved", **keys), "steps": 5, "save": saved, "save_after": 5})
+    for layout in ({}, LAYOUTS["EP4 x DP4"], LAYOUTS["EP2 x PP2"], LAYOUTS["EP2 x TP2"]):
+        ranks, keys = ranks_of(layout)
+        moved = with_experts("moved", **keys)
+        results = pools(ranks).run({"config": moved, "load": saved, "first_step": 5, "steps": STEPS})
+        for mine, theirs in zip(whole(results)["steps"], reference[5:], strict=True):
+            assert mine[0] == pytest.approx(theirs[0], rel=1e-5), layout
