@@ -97,7 +97,10 @@ class StoredModel:
         prefix = next(
             prefix for prefix in (_MAIN_PREFIXES if main else (_PREFIX,)) if f"{prefix}{_EMBEDDING}" in stored
         )
-        load({prefix + name: tensor for name, tensor in parameters.items()}, storage_reader=reader, no_dist=True)
+        named = {prefix + name: name for name in parameters}
+        # The optimizer knows nothing of what routers count.
+        kept = {name if name in stored else _PREFIX + own: parameters[own] for name, own in named.items()}
+        load(kept, storage_reader=reader, no_dist=True)
 
 
 def open_checkpoint(path: str | Path) -> StoredModel:

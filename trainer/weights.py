@@ -198,7 +198,7 @@ def require_tensors(
     Raises:
         ConfigError: tensors are missing, too many, or of another shape.
     """
-    expected = {name_of(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {name_of(name): tuple(tensor.shape) for name, tensor in _kept(model).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if missing := expected.keys() - found.keys():
         raise ConfigError(f"{path} lacks {_listed(missing)}; write the weights again")
@@ -237,7 +237,12 @@ def start(model: "Decoder", config: PretrainConfig) -> None:
 
 def fill(model: "Decoder", weights: Weights) -> None:
     """Read the parameters that a model or stage has into its own types."""
-    read_tensors({name: parameter.detach() for name, parameter in model.named_parameters()}, weights.tensors)
+    read_tensors(_kept(model), weights.tensors)
+
+
+def _kept(model: "Decoder") -> dict[str, "Tensor"]:
+    """What weights hold of a model: its parameters, and what its routers have counted."""
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def read_tensors(
@@ -280,12 +285,12 @@ def write(
     unfinished = output.with_name(f".saving_{output.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    parameters = dict(model.named_parameters())
+    parameters = _kept(model)
     shards = _shards({name: parameter.nbytes for name, parameter in parameters.items()}, max_file_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = _WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: torch.empty_like(parameters[name], device="cpu").detach() for name in names}
+        tensors = {name: torch.empty_like(parameters[name], device="cpu") for name in names}
         read(tensors)
         named = {name_of(name): tensor for name, tensor in tensors.items()}
         save_file(named, unfinished / file, metadata={"format": "pt"})

@@ -302,7 +302,7 @@ class DeepSpeedEngine:
     def _counted(self) -> dict[str, Piece]:
         """What routers keep count of, the same on every rank."""
         buffers = self._decoder.named_buffers()
-        return {f"model.{name}": Piece(buffer.shape, 0, buffer.view(-1)) for name, buffer in buffers}
+        return {f"model.{name}": Piece(Shard.of(buffer), 0, buffer.view(-1)) for name, buffer in buffers}
 
     def _saved_as(self, name: str, key: str) -> str:
         """The checkpoint's name of a main parameter or a moment."""
