@@ -15,6 +15,7 @@ BENCHMARKS = {
     "linear_attention": "forward and backward of every linear attention against transformers, fla-core and SDPA",
     "losses": "memory and time of linear + cross entropy, fused against full logits",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",
+    "gate_identifiability": "error of gate parameters against sample size: which gates let a temperature be learned",
 }
 
 
@@ -24,7 +25,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print("usage: bench.py NAME [--json FILE] [options; NAME --help lists them]\n")
         for known, description in BENCHMARKS.items():
-            print(f"  {known:<17} {description}")
+            print(f"  {known:<20} {description}")
         return
     if name not in BENCHMARKS:
         fail(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")

@@ -1,0 +1,330 @@
+"""Does an activation before the softmax make a gate's temperature identifiable? Errors of fits against sample size.
+
+Gaussian mixtures of two experts are sampled, and fitted by maximum likelihood from random starts of fixed width, with
+two experts (exact) and three (over-specified), and the temperature free. For each gate, an error's slope is that of
+log10(median over replicates) against log10(n), by least squares; its 95 % confidence interval is the bootstrap's, which
+draws the replicates of every n anew. A slope of 0 is no convergence, -0.5 the parametric rate.
+
+In the table and the JSON file `ours` is the slope found, `peer` the slope that theory predicts, and `ratio`
+10^(peer - ours): how much more than predicted the error falls for ten times the data, 1 being as predicted.
+
+Every fit is appended to a file as it is finished, and the same command goes on from there.
+"""
+
+import itertools
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.benchmarks.report import Comparison, report, say
+from trainer.cli import ConfigError, fail
+
+DESCRIPTION = "Error of gate parameters against sample size: mixtures of experts fitted by maximum likelihood."
+GATE_NAMES = ("linear", "relu", "sigmoid", "tanh", "gelu")
+SETTINGS = {2: "exact", 3: "over-specified"}
+# The errors of `gaussian_experts.errors`, in words.
+ERRORS = {
+    "voronoi": "Voronoi loss",
+    "gate_raw": "gate parameters",
+    "gate_scaled": "gate parameters / tau",
+    "expert": "expert parameters",
+    "gate_function": "gate function",
+    "density": "density",
+}
+
+
+@dataclass
+class Config:
+    """Sizes. The defaults are the whole experiment.
+
+    Attributes:
+        json: Write the comparisons to this file.
+        output: The file of finished fits, one JSON object a line; a rerun goes on from it.
+        plot: Draw errors against sample size into this file.
+        sample_sizes: Observations in a sample.
+        million: Add samples of a million observations.
+        replicates: Samples of each size for each gate and number of experts.
+        restarts: Random starts of each fit.
+        seed: Of samples and starts.
+        cpu_minutes: Stop when the fits in the file have taken this much processor time.
+        quick: Sizes that take seconds: they show that the command works, and no rates.
+    """
+
+    json: str | None = None
+    output: str = "runs/gate_identifiability/fits.jsonl"
+    plot: str | None = None
+    sample_sizes: list[int] = field(default_factory=lambda: [1000, 3162, 10000, 31623, 100000])
+    million: bool = False
+    replicates: int = 40
+    restarts: int = 30
+    seed: int = 0
+    cpu_minutes: float = 120.0
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quick:
+            self.sample_sizes, self.replicates, self.restarts = [200, 500], 2, 2
+        if self.million:
+            self.sample_sizes = [*self.sample_sizes, 1_000_000]
+        if len(set(self.sample_sizes)) < 2 or min(self.sample_sizes) < 100:
+            raise ConfigError(f"sample_sizes is {self.sample_sizes}: a slope takes two sizes, each at least 100")
+        for name in ("replicates", "restarts", "cpu_minutes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive")
+
+
+Key = tuple[str, int, int, int]
+Fits = dict[Key, dict[str, Any]]
+
+
+def read_fits(path: Path, config: Config) -> Fits:
+    """The finished fits by (gate, experts, n, replicate). A line that was being written at a kill is dropped.
+
+    Raises:
+        ConfigError: the file's fits were made with another seed or number of restarts.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    fits = {}
+    for line in whole.splitlines():
+        fit = json.loads(line)
+        for name in ("seed", "restarts"):
+            if fit[name] != getattr(config, name):
+                raise ConfigError(f"{path} has fits with {name} {fit[name]}: name another --output or --{name}")
+        fits[fit["gate"], fit["experts"], fit["n"], fit["replicate"]] = fit
+    return fits
+
+
+def _keys(config: Config) -> Iterator[Key]:
+    """Replicates come last in the key and first in the order: an unfinished file has all gates and sizes."""
+    for replicate in range(config.replicates):
+        for n in config.sample_sizes:
+            for experts in SETTINGS:
+                for gate in GATE_NAMES:
+                    yield gate, experts, n, replicate
+
+
+def _fit(key: Key, config: Config) -> dict[str, Any]:
+    import numpy as np
+
+    from trainer.benchmarks.gaussian_experts import TRUTH, fit, likelihood, sample
+
+    gate, experts, n, replicate = key
+    start = time.process_time()
+    generator = np.random.default_rng([config.seed, GATE_NAMES.index(gate), experts, n, replicate])
+    x, y = sample(gate, n, generator)
+    theta, value, evaluations = fit(gate, experts, x, y, config.restarts, generator)
+    return {
+        **dict(zip(("gate", "experts", "n", "replicate"), key)),
+        "seed": config.seed,
+        "restarts": config.restarts,
+        "nats_above_truth": n * (value - likelihood(TRUTH.vector(), gate, x, y)[0]),
+        "evaluations": evaluations,
+        "theta": theta.tolist(),
+        "cpu_seconds": round(time.process_time() - start, 3),
+    }
+
+
+def run(config: Config) -> Fits:
+    """Make the fits that are missing, with progress, until all are there or the processor time is spent."""
+    path = Path(config.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fits = read_fits(path, config)
+    keys = list(_keys(config))
+    spent = sum(fit["cpu_seconds"] for fit in fits.values())
+    with path.open("a") as file:
+        for index, key in enumerate(keys):
+            if key in fits:
+                continue
+            if spent > 60 * config.cpu_minutes:
+                say(f"{config.cpu_minutes:g} minutes of processor time are spent; raise --cpu_minutes to go on")
+                break
+            fits[key] = _fit(key, config)
+            spent += fits[key]["cpu_seconds"]
+            file.write(json.dumps(fits[key]) + "\n")
+            file.flush()
+            if (index + 1) % 10 == 0:
+                say(
+                    f"  {index + 1}/{len(keys)} fits, {spent:.0f} s of processor time; replicate {key[3]}, n = {key[2]}"
+                )
+    return {key: fits[key] for key in keys if key in fits}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One error of one gate in one setting against n.
+
+    Attributes:
+        sizes: The values of n.
+        medians: Over replicates, for each n.
+        low, high: The medians' 95 % confidence intervals.
+        slope: Of log10 median against log10 n.
+        interval: The slope's 95 % confidence interval.
+    """
+
+    sizes: list[int]
+    medians: list[float]
+    low: list[float]
+    high: list[float]
+    slope: float
+    interval: tuple[float, float]
+
+
+def curve(values: Mapping[int, Sequence[float]], draws: int = 2000) -> Curve:
+    """The curve of an error, from its replicates at each n."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    sizes = sorted(values)
+    medians, drawn = [], []
+    for n in sizes:
+        replicates = np.maximum(values[n], 1e-12)
+        medians.append(np.median(replicates))
+        drawn.append(np.median(replicates[generator.integers(0, len(replicates), (draws, len(replicates)))], axis=1))
+    centred = np.log10(sizes) - np.mean(np.log10(sizes))
+    contrast = centred / (centred**2).sum()
+    slopes = contrast @ np.log10(drawn)
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    left, right = np.quantile(slopes, [0.025, 0.975])
+    slope = float(contrast @ np.log10(medians))
+    return Curve(sizes, np.array(medians).tolist(), low.tolist(), high.tolist(), slope, (float(left), float(right)))
+
+
+Curves = dict[tuple[str, int, str], Curve]
+
+
+def curves(fits: Fits) -> Curves:
+    """Every curve by (error, experts, gate)."""
+    import numpy as np
+
+    from trainer.benchmarks.gaussian_experts import errors
+
+    values: dict[tuple[str, int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (gate, experts, n, _), fit in fits.items():
+        for name, value in errors(np.array(fit["theta"]), gate).items():
+            values[name, experts, gate][n].append(value)
+    return {key: curve(of_size) for key, of_size in values.items()}
+
+
+def predicted(error: str, experts: int, gate: str) -> float:
+    """The slope that theory predicts (arXiv 2401.13875, and maximum likelihood's usual rate where that is silent).
+
+    (beta, tau) -> (c beta, c tau) leaves linear and ReLU gates unchanged, so what depends on tau alone cannot converge.
+    """
+    if error in ("voronoi", "gate_raw") and gate in ("linear", "relu"):
+        return 0.0
+    return -0.25 if error == "expert" and experts > 2 else -0.5
+
+
+def comparisons(fits: Fits, found: Curves) -> list[Comparison]:
+    """A line for each curve."""
+    lines = []
+    for experts, setting in SETTINGS.items():
+        for error, words in ERRORS.items():
+            for gate in GATE_NAMES:
+                line, peer = found[error, experts, gate], predicted(error, experts, gate)
+                replicates = min(Counter(n for g, k, n, _ in fits if (g, k) == (gate, experts)).values())
+                note = (
+                    f"95 % interval {line.interval[0]:.2f} to {line.interval[1]:.2f}, {replicates} replicates; "
+                    f"median {line.medians[0]:.3g} at n = {line.sizes[0]}, {line.medians[-1]:.3g} at {line.sizes[-1]}"
+                )
+                case = f"{setting}, {words}, {gate}"
+                lines.append(Comparison(case, line.slope, peer, 10 ** (peer - line.slope), "slope", note))
+    return lines
+
+
+_COLORS = {"linear": "#D55E00", "relu": "#E69F00", "sigmoid": "#0072B2", "tanh": "#56B4E9", "gelu": "#009E73"}
+_MARKERS = {"linear": "o", "relu": "s", "sigmoid": "^", "tanh": "v", "gelu": "D"}
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved apart to at least `gap`, in their order, about where they were."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    moved = list(heights)
+    for _ in range(200):
+        for lower, upper in itertools.pairwise(order):
+            lack = gap - (moved[upper] - moved[lower])
+            if lack > 0:
+                moved[lower] -= lack / 2
+                moved[upper] += lack / 2
+    return moved
+
+
+def draw(found: Curves, path: Path) -> None:
+    """Medians against n: a column an error, a row a setting."""
+    try:
+        import matplotlib
+    except ImportError as missing:
+        raise ConfigError("matplotlib is not installed; pip install 'spiketrain[dev]'") from missing
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [error for error in ERRORS if error != "density"]
+    figure, grid = plt.subplots(
+        len(SETTINGS), len(shown), figsize=(17, 7), sharex=True, sharey="col", constrained_layout=True
+    )
+    panels = {
+        axes: {gate: found[error, experts, gate] for gate in GATE_NAMES}
+        for row, experts in zip(grid, SETTINGS, strict=True)
+        for axes, error in zip(row, shown, strict=True)
+    }
+    for axes, panel in panels.items():
+        _draw_panel(axes, panel)
+    for row, (experts, setting) in zip(grid, SETTINGS.items(), strict=True):
+        row[0].set_ylabel(f"{setting}: {experts} experts for 2\nmedian error")
+    for axes, error in zip(grid[0], shown, strict=True):
+        axes.set_title(ERRORS[error])
+    figure.supxlabel("observations, n   (dotted: $n^{-1/2}$; bands: 95 % intervals of the medians; numbers: slopes)")
+    figure.draw_without_rendering()  # puts the axes where they will be, for the labels
+    for axes, panel in panels.items():
+        _label_panel(axes, panel)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    say(f"drawn: {path}")
+
+
+def _draw_panel(axes: Any, panel: Mapping[str, Curve]) -> None:
+    for gate, line in panel.items():
+        axes.plot(line.sizes, line.medians, color=_COLORS[gate], marker=_MARKERS[gate], markersize=4.5, linewidth=1.6)
+        axes.fill_between(line.sizes, line.low, line.high, color=_COLORS[gate], alpha=0.12, linewidth=0)
+    sizes = panel["tanh"].sizes
+    lowest = min(line.medians[0] for line in panel.values())
+    axes.plot(sizes, [0.5 * lowest * (n / sizes[0]) ** -0.5 for n in sizes], color="gray", linestyle=":", linewidth=1.4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_panel(axes: Any, panel: Mapping[str, Curve]) -> None:
+    """Each gate's name and slope right of its line's end, moved apart where they would meet."""
+    ends = [axes.transData.transform((line.sizes[-1], line.medians[-1])) for line in panel.values()]
+    moved = _spread([float(height) for _, height in ends], gap=15.0)
+    for (gate, line), (right, _), height in zip(panel.items(), ends, moved, strict=True):
+        place = axes.transAxes.inverted().transform((right + 9, height))
+        text = f"{gate} {line.slope:.2f}".replace("-", "−")
+        axes.text(*place, text, color=_COLORS[gate], transform=axes.transAxes, va="center", fontsize=9)
+
+
+def main(config: Config) -> None:
+    """Fit, print the slopes, draw."""
+    import torch
+
+    torch.set_num_threads(1)
+    fits = run(config)
+    if len({key[:3] for key in fits}) < len({key[:3] for key in _keys(config)}):
+        fail("there are too few fits for slopes yet: raise --cpu_minutes, and the same command goes on")
+    below = sum(fit["nats_above_truth"] < 0 for fit in fits.values())
+    say(f"{len(fits)} fits, of which {below} have a smaller likelihood than the truth: their search failed")
+    found = curves(fits)
+    report("slopes found (ours) and predicted (peer)", comparisons(fits, found), config.json)
+    if config.plot:
+        draw(found, Path(config.plot))
