@@ -25,6 +25,7 @@ test: install lint typecheck  ## style, types and all tests
 
 test-parity: install  ## every parallel layout against one process, with times
 	$(BIN)/python -m pytest tests/parity -rs --durations 0
+	$(BIN)/python -m pytest tests/trainer/test_plan.py -m slow -rs --durations 0
 
 test-slurm: install  ## jobs on a SLURM cluster of two nodes on this machine; installs SLURM (apt-get, as root)
 	bash tests/slurm/install.sh

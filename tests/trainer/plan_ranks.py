@@ -49,6 +49,16 @@ class Keeping:
     def watch(self, module, sends_on):
         """Have the forward passes of a stage counted, and what they give to the next one."""
         run = module.forward
+        tell = module.part._layer_infos
+
+        def layer_infos(*args):
+            # What is recomputed holds on to them, where autograd does not see it.
+            infos = tell(*args)
+            for info in infos:
+                for table in (info.cos, info.sin):
+                    if table is not None:
+                        self.hold(info, table)
+            return infos
 
         def forward(*args, **kwargs):
             with saved_tensors_hooks(self.pack, lambda held: held.tensor):
@@ -58,6 +68,7 @@ class Keeping:
             return output
 
         module.forward = forward
+        module.part._layer_infos = layer_infos
 
     def pack(self, tensor):
         held = Held(tensor)
@@ -80,7 +91,8 @@ def megatron(config):
 
     engine = MegatronEngine(config, VOCAB, torch.device("cpu"))
     parameters = storages(parameter for stage in engine._stages for parameter in stage.parameters())
-    gradients = storages(buffer.grad_data for stage in engine._stages for buffer in stage.buffers)
+    buffers = (buffer for stage in engine._stages for buffer in stage.buffers + stage.expert_parallel_buffers)
+    gradients = storages(buffer.grad_data for buffer in buffers)
     own = [part.optimizer for part in engine._optimizer.chained_optimizers]
     main = [parameter for optimizer in own for group in optimizer.param_groups for parameter in group["params"]]
     moments = [value for optimizer in own for state in optimizer.state.values() for value in state.values()]
@@ -94,6 +106,7 @@ def megatron(config):
     groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "context": parallel_state.get_context_parallel_group(),
+        "expert": parallel_state.get_expert_model_parallel_group(),
         "data": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "tied": parallel_state.get_embedding_group(),
     }
@@ -126,6 +139,8 @@ def deepspeed(config):
         held.update({key: storage.nbytes() for key, storage in alive().items() if key not in before})
         return update(*args, **kwargs)
 
+    # In the first step ZeRO 3 finds out in which order parameters are used.
+    step(engine, config)
     engine._adam.step = measured_update
     sent = step(engine, config)
     engine._engine.destroy()

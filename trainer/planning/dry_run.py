@@ -6,11 +6,11 @@ a world of fake process groups, whose collectives do nothing but have the right 
 groups. Operations are those of the CPU: kernels on a GPU keep other intermediates.
 
 Everything is linear in the number of tokens once the windows are full, so that long sequences are not walked through:
-two shorter ones give the line.
+two shorter ones give the line. Kernels that go through their inputs in blocks, for the CPU's cache, take them at once.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -25,11 +25,33 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # registers t
 
 from models.config import ModelConfig
 from models.decoder import Decoder, flops_per_token, matmul_parameters
-from models.parallel import WHOLE, Groups, cast_parameters, cut, enter_region, partial_gradients, vocabulary_loss
+from models.parallel import (
+    WHOLE,
+    Groups,
+    cast_parameters,
+    cut,
+    enter_region,
+    expert_parameters,
+    partial_gradients,
+    vocabulary_loss,
+)
 from trainer.communication import SentBytes
+from trainer.planning.experts import balanced
 
 # Longer sequences are extrapolated from one and two of these, behind a full window; the head, all linear, from fewer.
-_STEP, _HEAD_STEP = 512, 64
+_STEP, _HEAD_STEP = 128, 64
+# Of the kernels' blocks on the CPU, each with the size of a block that no input fills. What autograd saves is the same.
+_BLOCK_SIZES = (
+    "kernels.activations._BLOCK_ELEMENTS",
+    "kernels.convolution.SLAB_ELEMENTS",
+    "kernels.linear_attention._chunks._SEGMENT_ELEMENTS",
+    "kernels.linear_attention._decays._BLOCK_ELEMENTS",
+    "kernels.losses.linear_cross_entropy._SOFTMAX_ELEMENTS",
+    "kernels.norms._BLOCK_ELEMENTS",
+    "kernels.rotary._BLOCK_ELEMENTS",
+)
+
+NOTHING = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -39,12 +61,19 @@ class Cut:
     Attributes:
         tensor: Tensor-parallel ranks.
         context: Context-parallel ranks.
+        expert: Ranks that share the experts.
         sequence: Whether the residual stream is cut over tensor-parallel ranks, too.
     """
 
     tensor: int = 1
     context: int = 1
+    expert: int = 1
     sequence: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """Of a world of which no rank shares anything else."""
+        return self.tensor * self.context * self.expert
 
 
 @dataclass(frozen=True)
@@ -53,21 +82,18 @@ class Cost:
 
     Attributes:
         kept: Kept from forward to backward.
-        sent: Sent in forward and backward, by group: tensor or context.
+        sent: Sent in forward and backward, by group: tensor, context, expert.
     """
 
     kept: float = 0.0
-    sent: tuple[float, float] = (0.0, 0.0)
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.kept + other.kept, (self.sent[0] + other.sent[0], self.sent[1] + other.sent[1]))
+    sent: tuple[float, ...] = NOTHING
 
     def at(self, length: int, other: "Cost", other_length: int, wanted: int) -> "Cost":
         """The cost at `wanted` tokens, on the line through this one and another."""
         share = (wanted - length) / (other_length - length)
         values = (self.kept, *self.sent), (other.kept, *other.sent)
-        kept, tensor, context = (a + share * (b - a) for a, b in zip(*values, strict=True))
-        return Cost(kept, (tensor, context))
+        kept, *sent = (a + share * (b - a) for a, b in zip(*values, strict=True))
+        return Cost(kept, tuple(sent))
 
 
 @dataclass(frozen=True)
@@ -93,21 +119,25 @@ class ParameterSpec:
 @contextmanager
 def shapes_alone(cut_to: Cut) -> Iterator[Groups]:
     """Tensors made within have no memory; the groups are those of a middle context rank of a world of its own."""
-    ranks, own = cut_to.tensor * cut_to.context, cut_to.context // 2 * cut_to.tensor
-    # Where mcore allocates what it gathers.
-    on_cpu = mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu"))
-    if ranks == 1:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield WHOLE
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=own, world_size=ranks)
-    try:
-        tensor = dist.new_group(list(range(own, own + cut_to.tensor))) if cut_to.tensor > 1 else None
-        context = dist.new_group(list(range(0, ranks, cut_to.tensor))) if cut_to.context > 1 else None
-        with on_cpu, FakeTensorMode(allow_non_fake_inputs=True):
-            yield Groups(tensor, context, cut_to.sequence)
-    finally:
-        dist.destroy_process_group()
+    layer_ranks, own = cut_to.tensor * cut_to.context, cut_to.context // 2 * cut_to.tensor
+    with ExitStack() as stack:
+        for size in _BLOCK_SIZES:
+            stack.enter_context(mock.patch(size, 1 << 62))
+        # Attention's function allocates what it gives; its tiles are arithmetic alone.
+        stack.enter_context(mock.patch("kernels.attention._tiles", return_value=()))
+        groups = WHOLE
+        if cut_to.ranks > 1:
+            # Where mcore allocates what it gathers.
+            stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")))
+            dist.init_process_group("fake", store=FakeStore(), rank=own, world_size=cut_to.ranks)
+            stack.callback(dist.destroy_process_group)
+            tensor = dist.new_group(list(range(own, own + cut_to.tensor))) if cut_to.tensor > 1 else None
+            context = dist.new_group(list(range(0, layer_ranks, cut_to.tensor))) if cut_to.context > 1 else None
+            # They are some of the others in truth; only their number matters here.
+            expert = dist.new_group(list(range(own, cut_to.ranks, layer_ranks))) if cut_to.expert > 1 else None
+            groups = Groups(tensor, context, cut_to.sequence, expert)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield groups
 
 
 class _Keeper:
@@ -167,7 +197,7 @@ class DryRun:
 
     def _parameters(self, layers: range, cut_to: Cut) -> list[ParameterSpec]:
         """The shard that a rank with these layers has. Tensor-parallel ranks' shards have the same sizes."""
-        with shapes_alone(cut_to) as groups:
+        with shapes_alone(cut_to) as groups, balanced(self.config.moe):
             decoder = self._build(layers, groups)
             partial = {id(parameter) for parameter in partial_gradients(decoder, groups)}
             experts = {
@@ -192,6 +222,8 @@ class DryRun:
             feed_forward = sum(
                 6.0 * weight.numel() for weight in matmul_parameters(decoder) if id(weight) in own - in_mixer
             )
+            active = self.config.moe.experts_at(None)
+            feed_forward += active * sum(6.0 * weight[0].numel() for weight in expert_parameters(decoder))
             return total - feed_forward, feed_forward
 
     def _line(self, measure: Callable[[int], Cost], tokens: int, step: int, window: int = 0) -> Cost:
@@ -201,10 +233,30 @@ class DryRun:
             return measure(tokens)
         return measure(first).at(first, measure(first + step), first + step, tokens)
 
+    def kept(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str]) -> float:
+        """What a layer keeps over `tokens` on this rank; of what is recomputed, the residual stream that enters it."""
+        enters = float(self.residual(tokens, cut_to))
+        if "block" in recompute:
+            return enters
+        whole = self.layer(number, cut_to, tokens, frozenset(), False).kept
+        ffn = self.layer(number, cut_to, tokens, frozenset({"mixer"}), False).kept - enters
+        mixer = whole - ffn
+        return (enters if "mixer" in recompute else mixer) + (enters if "ffn" in recompute else ffn)
+
+    def sent(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str]) -> tuple[float, ...]:
+        """What a layer sends, by group."""
+        if cut_to.ranks == 1:
+            return NOTHING
+        return self.layer(number, cut_to, tokens, recompute, True).sent
+
+    def residual(self, tokens: int, cut_to: Cut) -> int:
+        """Bytes of the residual stream of `tokens` on this rank."""
+        return self._rows(tokens, cut_to) * self.config.hidden_size * self.dtype.itemsize
+
     def _layer(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str], backward: bool) -> Cost:
         """A layer, over `tokens` on this rank, of a row that is one document; without `backward` what it keeps."""
         window = self.config.attention.window if "sliding" in self.config.layer_mixers()[number] else 0
-        with shapes_alone(cut_to) as groups:
+        with shapes_alone(cut_to) as groups, balanced(self.config.moe):
             decoder = self._build(range(number, number + 1), groups)
             decoder.recompute(recompute)
             (block,) = decoder.layers.values()
@@ -223,14 +275,17 @@ class DryRun:
 
             return self._line(measure, tokens, _STEP * cut_to.tensor, window)
 
+    def _rows(self, length: int, cut_to: Cut) -> int:
+        return length // cut_to.tensor if cut_to.sequence else length
+
     def _residual(self, length: int, cut_to: Cut) -> Tensor:
-        rows = length // cut_to.tensor if cut_to.sequence else length
-        return torch.empty(rows, 1, self.config.hidden_size, dtype=self.dtype, requires_grad=True)
+        shape = self._rows(length, cut_to), 1, self.config.hidden_size
+        return torch.empty(shape, dtype=self.dtype, requires_grad=True)
 
     def _ends(self, cut_to: Cut, tokens: int) -> tuple[Cost, Cost]:
         """What comes before the first layer, and what comes after the last one."""
         layers = self.config.num_layers
-        with shapes_alone(cut_to) as groups:
+        with shapes_alone(cut_to) as groups, balanced(self.config.moe):
             first, last = self._build(range(1), groups), self._build(range(layers - 1, layers), groups)
             step = _HEAD_STEP * cut_to.tensor
             before = self._line(lambda length: self._embed(first, groups, length), tokens, step)
@@ -259,10 +314,10 @@ class DryRun:
             hidden.backward(torch.empty_like(hidden))
         return Cost(keeper.bytes, _by_group(sent, groups))
 
-    def tables(self, tokens: int) -> int:
-        """Bytes of the cosines and sines that all layers share, for one row: float32, half a head's size each."""
-        layers: Any = self._shapes.layers.values()
-        return sum(tokens * size * 4 for size, _ in {layer.mixer.rotary for layer in layers} - {None})
+    def tables(self, layers: range, tokens: int) -> int:
+        """Bytes of the cosines and sines that layers share, for one row: float32, half a head's size each."""
+        blocks: Any = self._shapes.layers
+        return sum(tokens * size * 4 for size, _ in {blocks[str(i)].mixer.rotary for i in layers} - {None})
 
     @cached_property
     def _shapes(self) -> Decoder:
@@ -270,6 +325,6 @@ class DryRun:
             return Decoder(self.config, self.vocab_size)
 
 
-def _by_group(sent: SentBytes, groups: Groups) -> tuple[float, float]:
-    tensor, context = (0 if group is None else sent.total(group) for group in (groups.tensor, groups.context))
-    return tensor, context
+def _by_group(sent: SentBytes, groups: Groups) -> tuple[float, ...]:
+    parts = groups.tensor, groups.context, groups.expert
+    return tuple(0.0 if group is None else float(sent.total(group)) for group in parts)

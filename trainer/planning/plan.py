@@ -7,7 +7,7 @@ import torch
 
 from trainer.config import PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
-from trainer.planning.dry_run import Cost, Cut, DryRun, ParameterSpec
+from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
 
 # What train.recompute and train.recompute_modules can ask for (models.decoder.Block).
 CHOICES: dict[str, frozenset[str]] = {
@@ -19,6 +19,9 @@ CHOICES: dict[str, frozenset[str]] = {
 }
 # Of the buckets that trainer.engines.deepspeed asks for.
 ZERO_BUCKET_ELEMENTS = 50_000_000
+# ZeRO 3 keeps a gathered parameter that is used again within this many elements (stage3_max_reuse_distance). From
+# forward to backward they count twice, so that of the last layers half as many stay.
+ZERO_REUSE_ELEMENTS = 1_000_000_000
 MAIN = 4  # bytes of an element of main parameters, their gradients and Adam's moments: float32
 
 
@@ -175,7 +178,13 @@ def _zero_states(parameters: Sequence[ParameterSpec], config: PretrainConfig, ra
     gradients = {1: main + weights * bf16, 2: main / ranks * (1 if bf16 else 2), 3: 2 * main / ranks}[stage]
     held = weights / ranks if stage == 3 else weights
     host = (optimizer if offload != "none" else 0.0) + (held if offload == "parameters" else 0.0)
-    return States(held, gradients, optimizer, float(MAIN * min(ZERO_BUCKET_ELEMENTS, _elements(parameters))), host)
+    bucket = float(MAIN * min(ZERO_BUCKET_ELEMENTS, _elements(parameters)))
+    return States(held, gradients, optimizer, bucket + weights * _stays(parameters) * (stage == 3), host)
+
+
+def _stays(parameters: Sequence[ParameterSpec]) -> float:
+    """The share of the parameters that ZeRO 3, once it knows the order, keeps from forward to backward."""
+    return min(1.0, ZERO_REUSE_ELEMENTS / 2 / _elements(parameters))
 
 
 class Planner:
@@ -235,54 +244,53 @@ class Planner:
         held = states(parameters, config, shared, shared * parallel.tensor // parallel.expert)
         activations, again = {}, {}
         for name, parts in CHOICES.items():
-            kept = [
-                train.micro_batch_size * self._chunk(config, layers, parts, backward=False).kept for layers in chunks
-            ]
+            kept = [self._chunk_kept(config, layers, parts) for layers in chunks]
             activations[name] = in_flight(kept, number, parallel.pipeline, micro_batches)
             again[name] = train.micro_batch_size * max(self._again(config, layers, parts) for layers in chunks)
         passes = micro_batches * train.micro_batch_size
-        costs = (self._chunk(config, layers, train.recomputed_parts, backward=True) for layers in chunks)
-        total = sum(costs, start=Cost())
         sent = {
-            "tensor": total.sent[0] * passes,
-            "context": total.sent[1] * passes,
-            "pipeline": self._boundaries(config, chunks) * self._residual(config) * passes,
+            **{kind: size * passes for kind, size in self._sent_by_layers(config, chunks).items()},
+            "pipeline": self._boundaries(chunks) * self._run.residual(_tokens(config), _cut(config)) * passes,
             **self._sent_by_data_parallel(config, parameters, chunks, shared, micro_batches),
         }
         compute = sum(self._operations(config, layers) for layers in chunks) * passes / self._speed(config)
         messages = sum(
-            sent[kind] / self._bandwidth(config, kind, replicas) for kind in ("tensor", "context", "pipeline")
+            sent[kind] / self._bandwidth(config, kind, replicas) for kind in ("tensor", "context", "expert", "pipeline")
         )
         return Stage(chunks, held, activations, again, sent, compute + messages)
 
-    def _chunk(self, config: PretrainConfig, layers: range, parts: frozenset[str], backward: bool) -> Cost:
-        """Of a row of a micro-batch; what goes on to the next stage stays until its gradient comes."""
-        cut_to, tokens = _cut(config), config.train.seq_len // config.parallel.context
+    def _chunk_kept(self, config: PretrainConfig, layers: range, parts: frozenset[str]) -> float:
+        """Of a micro-batch; what goes on to the next stage stays until its gradient comes."""
+        cut_to, tokens, rows = _cut(config), _tokens(config), config.train.micro_batch_size
+        before, after = self._run.ends(cut_to, rows * tokens)
+        kept = self._run.tables(layers, tokens) + sum(
+            self._run.kept(self._run.kinds[layer], cut_to, tokens, parts) for layer in layers
+        )
+        kept = rows * kept + (before.kept if layers.start == 0 else 0)
+        is_last = layers.stop == self._model.num_layers
+        return kept + (after.kept if is_last else rows * self._run.residual(tokens, cut_to))
+
+    def _sent_by_layers(self, config: PretrainConfig, chunks: list[range]) -> dict[str, float]:
+        """Of a row of a micro-batch, by group."""
+        cut_to, tokens, parts = _cut(config), _tokens(config), config.train.recomputed_parts
         before, after = self._run.ends(cut_to, tokens)
-        cost = Cost(self._run.tables(tokens))
-        for layer in layers:
-            cost += self._run.layer(self._run.kinds[layer], cut_to, tokens, parts, backward)
-        if layers.start == 0:
-            cost += before
-        return cost + (after if layers.stop == self._model.num_layers else Cost(self._residual(config)))
+        sent = [self._run.sent(self._run.kinds[layer], cut_to, tokens, parts) for layers in chunks for layer in layers]
+        sent += [before.sent] if chunks[0].start == 0 else []
+        sent += [after.sent] if chunks[-1].stop == self._model.num_layers else []
+        return dict(zip(("tensor", "context", "expert"), map(sum, zip(*sent, strict=True)), strict=True))
 
     def _again(self, config: PretrainConfig, layers: range, parts: frozenset[str]) -> float:
         """What a part that is recomputed keeps while its backward runs, at most; of one row."""
-        cut_to, tokens = _cut(config), config.train.seq_len // config.parallel.context
+        if not parts:
+            return 0.0
+        cut_to, tokens = _cut(config), _tokens(config)
         kinds = {self._run.kinds[layer] for layer in layers}
         whole, left = (
-            {kind: self._run.layer(kind, cut_to, tokens, choice, False).kept for kind in kinds}
-            for choice in (frozenset(), parts)
+            {kind: self._run.kept(kind, cut_to, tokens, choice) for kind in kinds} for choice in (frozenset(), parts)
         )
-        return max(whole[kind] - left[kind] for kind in kinds) if parts else 0.0
+        return max(whole[kind] - left[kind] for kind in kinds)
 
-    def _residual(self, config: PretrainConfig) -> float:
-        """Bytes of a row of the residual stream on a rank."""
-        parallel = config.parallel
-        pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
-        return config.train.seq_len // pieces * self._model.hidden_size * (2 if self._bf16 else 4)
-
-    def _boundaries(self, config: PretrainConfig, chunks: list[range]) -> int:
+    def _boundaries(self, chunks: list[range]) -> int:
         """How many rows of the residual stream and of its gradient a stage sends to others for one row."""
         first = sum(layers.start == 0 for layers in chunks)
         last = sum(layers.stop == self._model.num_layers for layers in chunks)
@@ -314,7 +322,9 @@ class Planner:
         zero = config.engine.zero_stage if config.engine.name == "deepspeed" else None
         sums = 1.0 if zero in (None, 3) else 2.0
         sums *= micro_batches if zero in (2, 3) else 1
-        gathers = {None: 1, 0: 0, 1: 1, 2: 1, 3: micro_batches * 2}[zero]
+        # mcore 0.16.1 has an optimizer of their own for experts, and each of the two gathers all parameters.
+        optimizers = 1 + any(parameter.expert for parameter in parameters)
+        gathers = {None: optimizers, 0: 0, 1: 1, 2: 1, 3: micro_batches * (2 - _stays(parameters))}[zero]
         sent = dict.fromkeys(("gradients", "parameters", "shares", "tied embedding"), 0.0)
         parallel = config.parallel
         for parameter in parameters:
@@ -333,7 +343,7 @@ class Planner:
         return self._cluster.peak(config.train.precision) * self._cluster.efficiency
 
     def _data_seconds(self, config: PretrainConfig, sent: dict[str, float], replicas: int) -> float:
-        kinds = [kind for kind in sent if kind not in ("tensor", "context", "pipeline")]
+        kinds = [kind for kind in sent if kind not in ("tensor", "context", "expert", "pipeline")]
         return sum(sent[kind] / self._bandwidth(config, kind, replicas) for kind in kinds)
 
     def _bandwidth(self, config: PretrainConfig, kind: str, replicas: int) -> float:
@@ -341,11 +351,23 @@ class Planner:
         parallel = config.parallel
         tensor, context = parallel.tensor, parallel.tensor * parallel.context
         data, pipeline = context * replicas, context * replicas * parallel.pipeline
-        span = {"tensor": tensor, "shares": tensor, "context": context, "gradients": data, "parameters": data}
+        span = {
+            "tensor": tensor,
+            "expert": parallel.expert,
+            "shares": tensor,
+            "context": context,
+            "gradients": data,
+            "parameters": data,
+        }
         within = span.get(kind, pipeline) <= self._cluster.devices
         return (self._cluster.intra_node if within else self._cluster.inter_node) * 1e9
 
 
 def _cut(config: PretrainConfig) -> Cut:
     parallel = config.parallel
-    return Cut(parallel.tensor, parallel.context, parallel.sequence)
+    return Cut(parallel.tensor, parallel.context, parallel.expert, parallel.sequence)
+
+
+def _tokens(config: PretrainConfig) -> int:
+    """Of a row, on one rank."""
+    return config.train.seq_len // config.parallel.context
