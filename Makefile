@@ -23,9 +23,9 @@ pretrain: install  ## tokenizer, data, training and evaluation of the laptop rec
 test: install lint typecheck  ## style, types and all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "not slow" --ignore tests/slurm
 
-test-parity: install  ## every parallel layout against one process, with times
+test-parity: install  ## every parallel layout against one process, with times; then the other slow tests
 	$(BIN)/python -m pytest tests/parity -rs --durations 0
-	$(BIN)/python -m pytest tests/trainer/test_plan.py -m slow -rs --durations 0
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow -rs --ignore tests/parity --ignore tests/slurm
 
 test-slurm: install  ## jobs on a SLURM cluster of two nodes on this machine; installs SLURM (apt-get, as root)
 	bash tests/slurm/install.sh

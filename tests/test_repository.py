@@ -1,6 +1,7 @@
 """What holds for the tree as a whole: names, directions of imports, configurations that run, pages that are true."""
 
 import ast
+import math
 import re
 import shlex
 import sys
@@ -23,6 +24,7 @@ MEGATRON_WHEN_CALLED = {
     "trainer/engines/deepspeed.py",
     "trainer/data/indexed.py",
     "models/parallel.py",
+    "trainer/planning/experts.py",
 }
 
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -100,7 +102,8 @@ def test_pretraining_configurations_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config, _ = parse(PretrainConfig, make_parser(PretrainConfig, ""), ["--config", str(path)])
     parallel = config.parallel
-    config.validate_layout(parallel.tensor * parallel.pipeline * parallel.context)
+    ranks = math.lcm(parallel.tensor * parallel.context, parallel.expert) * parallel.pipeline
+    config.validate_layout(ranks)
     assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
 
 

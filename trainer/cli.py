@@ -152,7 +152,10 @@ def _union(match: re.Match[str]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str | None:
-    """The known key most like this one: the only one with the same last part, else by the whole path, else by part."""
+    """The known key most like this one: a letter off, else alone with its last part, else by path, else by part."""
+    typo = difflib.get_close_matches(key, known, n=1, cutoff=0.93)
+    if typo:
+        return typo[0]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     if len(same_leaf) == 1:
         return same_leaf[0]

@@ -99,7 +99,7 @@ MISTAKES = {
     "missing weights": (["--checkpoint.init=missing"], "checkpoint.init: missing is not a directory; name one that"),
     "unsupported layout": (
         ["--parallel.expert=2"],
-        "parallel.expert>1 is not supported: the model has no experts; use parallel.expert=1",
+        "parallel.expert=2 shares experts, of which the model has none; set model.moe.num_experts",
     ),
     "batch that does not divide": (
         ["--train.micro_batch_size=3", "--train.global_batch_size=8"],

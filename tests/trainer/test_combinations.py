@@ -36,6 +36,7 @@ ASKING = {
     ],
     "parallel.context>1": [PretrainConfig(parallel=ParallelConfig(context=2))],
     "parallel.expert>1": [PretrainConfig(model=EXPERTS, parallel=ParallelConfig(tensor=2, expert=2))],
+    "experts with parallel.tensor>1": [PretrainConfig(model=EXPERTS, parallel=ParallelConfig(tensor=2))],
     "train.precision=fp32": [PretrainConfig()],
     "train.precision=bf16": [PretrainConfig(train=TrainConfig(precision="bf16"))],
 }

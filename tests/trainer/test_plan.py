@@ -223,7 +223,7 @@ def test_what_does_not_fit_says_what_would():
 
 def test_search_finds_valid_layouts_that_fit():
     config = configuration(values(), memory=0.0025, usable=1.0)
-    plans = search(config, Planner(config, VOCAB))
+    plans = search(config, Planner(config, VOCAB), print)
     assert plans and all(plan.fits for plan in plans)
     assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
     for plan in plans:

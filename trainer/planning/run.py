@@ -1,5 +1,6 @@
 """From a configuration to its plan, or to those of all layouts."""
 
+import sys
 import warnings
 
 from trainer.data.sources import find_sources
@@ -17,7 +18,7 @@ def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
     # mcore says at import that TransformerEngine and Apex are missing, and calls collectives by names about to change.
     warnings.simplefilter("ignore")
     planner = Planner(config, config.model.padded_vocab_size(_vocab_size(config)))
-    return search(config, planner) if all_layouts else [planner.plan(config)]
+    return search(config, planner, _say) if all_layouts else [planner.plan(config)]
 
 
 def _vocab_size(config: PlanConfig) -> int:
@@ -26,3 +27,7 @@ def _vocab_size(config: PlanConfig) -> int:
         return config.model.vocab_size
     data = config.data
     return data.vocab_size if "stdlib" in (data.blend or [data.path]) else find_sources(config).vocab_size
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """The layouts of a cluster that a configuration could take, and the fastest of them that fit."""
 
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from trainer.planning.plan import Plan, Planner
 # Powers of two, as machines come.
 _SIZES = tuple(2**power for power in range(13))
 _RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+_SECONDS_BETWEEN_REPORTS = 3.0
 _ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 
 
@@ -20,21 +22,9 @@ def layouts(config: PlanConfig) -> Iterator[PretrainConfig]:
 
     Sequence parallelism goes with tensor parallelism. Under DeepSpeed the stages of ZeRO take the place of layouts.
     """
-    cluster, train = config.cluster, config.train
+    train = config.train
     stages = _ZERO if config.engine.name == "deepspeed" else (config.engine.zero_stage,)
-    # Tensor-parallel ranks share a machine: what they send for every layer would not bear another network.
-    within = [size for size in _SIZES if size <= cluster.devices]
-    across = [size for size in _SIZES if size <= cluster.ranks]
-    dimensions = itertools.product(within, across, (1, 2, 4), across, across)
-    for tensor, pipeline, virtual, context, expert in dimensions:
-        parallel = ParallelConfig(
-            tensor=tensor,
-            sequence=tensor > 1,
-            pipeline=pipeline,
-            virtual_pipeline=virtual,
-            expert=expert,
-            context=context,
-        )
+    for parallel in _cuts(config):
         for micro_batch, recompute, stage in itertools.product(_SIZES[:6], _RECOMPUTE, stages):
             run = replace(
                 config,
@@ -42,8 +32,29 @@ def layouts(config: PlanConfig) -> Iterator[PretrainConfig]:
                 train=replace(train, micro_batch_size=micro_batch, recompute=recompute, recompute_modules=None),
                 engine=replace(config.engine, zero_stage=stage),
             )
-            if _valid(run, cluster.ranks):
+            if _valid(run, config.cluster.ranks):
                 yield run
+
+
+def _cuts(config: PlanConfig) -> Iterator[ParallelConfig]:
+    """What the cluster's ranks and the model's layers and experts leave of the powers of two."""
+    ranks = config.cluster.ranks
+    sizes = [size for size in _SIZES if ranks % size == 0]
+    # Tensor-parallel ranks share a machine: what they send for every layer would not bear another network.
+    within = [size for size in sizes if size <= config.cluster.devices]
+    stages = [size for size in sizes if size <= config.model.num_layers]
+    shared = [size for size in sizes if size <= max(config.model.moe.num_experts, 1)]
+    for tensor, pipeline, context, expert in itertools.product(within, stages, sizes, shared):
+        if ranks % (tensor * pipeline * context) == 0:
+            for virtual in (1, 2, 4) if pipeline > 1 else (1,):
+                yield ParallelConfig(
+                    tensor=tensor,
+                    sequence=tensor > 1,
+                    pipeline=pipeline,
+                    virtual_pipeline=virtual,
+                    expert=expert,
+                    context=context,
+                )
 
 
 def _valid(config: PretrainConfig, ranks: int) -> bool:
@@ -54,7 +65,15 @@ def _valid(config: PretrainConfig, ranks: int) -> bool:
     return True
 
 
-def search(config: PlanConfig, planner: Planner) -> list[Plan]:
-    """The plans of all layouts that fit, the fastest first; of equal ones the one that takes less memory."""
-    plans = (planner.plan(layout) for layout in layouts(config))
+def search(config: PlanConfig, planner: Planner, report: Callable[[str], None]) -> list[Plan]:
+    """The plans of all layouts that fit, the fastest first; of equal ones the one that takes less memory.
+
+    `report` is told how far it is, every few seconds.
+    """
+    candidates, plans, said = list(layouts(config)), [], time.monotonic()
+    for number, layout in enumerate(candidates, 1):
+        plans.append(planner.plan(layout))
+        if time.monotonic() - said > _SECONDS_BETWEEN_REPORTS:
+            said = time.monotonic()
+            report(f"planned {number} of {len(candidates)} layouts")
     return sorted((plan for plan in plans if plan.fits), key=lambda plan: (plan.seconds, plan.memory()))
