@@ -3,14 +3,16 @@
 python launch/convert.py export --checkpoint runs/laptop --output weights/laptop
 python launch/convert.py export --checkpoint runs/dense --output hub/dense --layout hf
 python launch/convert.py import --source hub/Qwen2.5-0.5B --output weights/qwen
+python launch/convert.py upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from models.config import MoEConfig
 from trainer.cli import ConfigError, entry, fail
 
 
@@ -90,6 +92,47 @@ class ImportConfig:
         require_size(self.max_file_gb)
 
 
+@dataclass
+class UpcycleConfig:
+    """What to make a mixture of experts of.
+
+    Attributes:
+        source: A dense model: a directory of weights, a run directory (its newest whole checkpoint), or one checkpoint.
+        output: The directory to write; it must not exist, or be empty.
+        moe: The experts, as in a run's model.moe.
+        router_std: Standard deviation of the routers' weights; small, so that no expert begins as the favourite.
+        diversify: Share of the weights of each routed copy that is set to zero, others in each (0 for none).
+        seed: Of the routers' weights and the zeros.
+        dtype: fp32 or bf16; routers and decays are float32 always.
+        max_file_gb: Weights that are larger than this are put into several files (10^9 bytes).
+    """
+
+    source: str = "weights"
+    output: str = "upcycled"
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    router_std: float = 1e-3
+    diversify: float = 0.0
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    max_file_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not Path(self.source).is_dir():
+            raise ConfigError(f"source: {self.source} does not exist; give weights or a run directory")
+        require_free(self.output)
+        if self.moe.num_experts == 0:
+            raise ConfigError("moe.num_experts is 0: say how many experts each layer gets")
+        if self.moe.activation != "swiglu":
+            raise ConfigError(
+                f"moe.activation is {self.moe.activation}: the dense feed-forward is swiglu; leave it out"
+            )
+        if self.router_std <= 0:
+            raise ConfigError(f"router_std is {self.router_std}: it must be positive, or all experts stay alike")
+        if not 0 <= self.diversify < 1:
+            raise ConfigError(f"diversify is {self.diversify}: it must be in [0, 1)")
+        require_size(self.max_file_gb)
+
+
 def export_weights(config: ExportConfig) -> None:
     """Write the parameters of a checkpoint as safetensors."""
     from trainer.export import export
@@ -113,10 +156,29 @@ def import_model(config: ImportConfig) -> None:
     print(f"{config.output}: the parameters of {config.source}")
 
 
+def upcycle_model(config: UpcycleConfig) -> None:
+    """Write weights of a mixture of experts whose experts are copies of a dense model's feed-forwards."""
+    from trainer.upcycle import upcycle
+
+    dense = upcycle(
+        Path(config.source),
+        Path(config.output),
+        config.moe,
+        router_std=config.router_std,
+        diversify=config.diversify,
+        seed=config.seed,
+        precision=config.dtype,
+        max_file_bytes=config.max_file_gb * 1e9,
+        report=show,
+    )
+    print(f"{config.output}: {dense} with {config.moe.num_experts} + {config.moe.shared_experts} experts a layer")
+
+
 # Each with what it reads, and a line about it.
 COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
     "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
     "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
+    "upcycle": (upcycle_model, UpcycleConfig, "Write weights with experts that are copies of a dense model's."),
 }
 
 

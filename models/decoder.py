@@ -225,7 +225,7 @@ def initialize(model: Decoder, seed: int) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
-            generator = _generator(seed, f"{path}.{name}")
+            generator = seeded_generator(seed, f"{path}.{name}")
             if isinstance(module, ShortConvolution):
                 bound = parameter.shape[1] ** -0.5
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
@@ -241,15 +241,23 @@ def initialize(model: Decoder, seed: int) -> None:
     # After the rest, of which some is drawn anew here.
     for path, module in model.named_modules():
         if isinstance(module, Mixer):
-            module.initialize_decay(_generator(seed, f"{path}.decay"))
+            module.initialize_decay(seeded_generator(seed, f"{path}.decay"))
         if isinstance(module, Router):
             module.initialize_temperature()
-            module.seed = _hash(seed, f"{path}.noise")
+    seed_routers(model, seed)
     if model.lower_bounds is not None:
         nn.init.zeros_(model.lower_bounds)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def seed_routers(model: Decoder, seed: int) -> None:
+    """Have every router draw its noise by (seed, name), which no parameter holds."""
+    for path, module in model.named_modules():
+        if isinstance(module, Router):
+            module.seed = _hash(seed, f"{path}.noise")
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator for one parameter."""
     return torch.Generator().manual_seed(_hash(seed, name))
 
 

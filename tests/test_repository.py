@@ -120,6 +120,12 @@ def test_data_configurations_are_valid(path, monkeypatch):
     assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experts").rglob("*.yaml")), ids=name_of)
+def test_experts_are_valid(path):
+    parse(PretrainConfig, make_parser(PretrainConfig, ""), ["--model.moe", str(path)])
+    assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
+
+
 def test_there_is_a_laptop_recipe():
     assert (ROOT / "configs" / "pretrain" / "laptop.yaml").is_file()
 

@@ -13,7 +13,7 @@ from trainer import weights
 from trainer.cli import ConfigError
 from trainer.inference import open_checkpoint
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export(
@@ -39,7 +39,7 @@ def export(
         ConfigError: no usable checkpoint there, or transformers has no such model.
     """
     stored = open_checkpoint(checkpoint)
-    dtype = stored.dtype if precision is None else _DTYPES[precision]
+    dtype = stored.dtype if precision is None else DTYPES[precision]
     model = shapes(stored.model, stored.vocab_size)
     cast_parameters(model, dtype)
     layout: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def import_weights(
     stored = {name: tensor for name, tensor in weights.read_headers(source).items() if not name.endswith(spare)}
     model = shapes(model_config, config["vocab_size"])
     weights.require_tensors(source, stored, model, hub_name)
-    cast_parameters(model, _DTYPES[precision])
+    cast_parameters(model, DTYPES[precision])
     weights.write(
         output,
         model,

@@ -227,12 +227,13 @@ def start(model: "Decoder", config: PretrainConfig) -> None:
 
     They are read from checkpoint.init, or drawn: so, too, where a checkpoint is about to take their place.
     """
-    from models.decoder import initialize
+    from models.decoder import initialize, seed_routers
 
     if config.checkpoint.init is None or not starts_anew(config):
         initialize(model, config.train.seed)
     else:
         fill(model, open_weights(config.checkpoint.init))
+        seed_routers(model, config.train.seed)
 
 
 def fill(model: "Decoder", weights: Weights) -> None:

@@ -11,6 +11,8 @@ from tests.helpers import VOCABULARY, tiny_decoder, tiny_model_config
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference import load_model
 
+UPCYCLE = ("upcycle", "--source", "RUN", "--moe.num_experts", "4")
+
 
 def test_an_export_is_the_checkpoint_and_its_tokenizer(launch, trained, tmp_path):
     checkpoint = trained / "checkpoints" / "step_00000003"
@@ -59,6 +61,19 @@ def test_a_hugging_face_model_becomes_weights(launch, tmp_path):
     assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in parameters.items())
 
 
+def test_a_dense_run_becomes_experts_that_a_run_starts_from(launch, trained, tmp_path):
+    (tmp_path / "experts.yaml").write_text("num_experts: 4\nshared_experts: 1\nrouter: {top_k: 1}\n")
+    arguments = ("--source", str(trained), "--output", "weights", "--moe", "experts.yaml", "--max_file_gb", "5e-5")
+    code, out, errors, imported = launch("convert", "upcycle", *arguments)
+    assert code == 0, errors
+    assert out.strip() == f"weights: {trained / 'checkpoints/step_00000006'} with 4 + 1 experts a layer"
+    assert "gates add up to 0.25: the experts' matrices are 0.9283 of the dense ones" in errors
+    assert imported == ["torch"]
+    run = ("--config", str(trained / "config.yaml"), "--run.dir", "run", "--model.moe", "experts.yaml")
+    code, _, errors, _ = launch("pretrain", *run, "--checkpoint.init", "weights", "--check")
+    assert code == 0, errors
+
+
 def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
     arguments = ("export", "--checkpoint", str(trained), "--output", "hub", "--layout", "hf")
     code, _, errors, _ = launch("convert", *arguments)
@@ -69,7 +84,7 @@ def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("exports",), "no command 'exports'; choose from export, import"),
+        (("exports",), "no command 'exports'; choose from export, import, upcycle"),
         (("export", "--checkpoint", "nowhere"), "checkpoint: nowhere does not exist; give a run directory"),
         (("export", "--checkpoint", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
         (("export", "--checkpoint", "RUN", "--max_file_gb", "0"), "max_file_gb is 0.0: it must be positive"),
@@ -77,6 +92,14 @@ def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
         (("export", "--outptu", "x"), "did you mean 'output'"),
         (("import", "--source", "nowhere"), "source: nowhere is not a directory; download the model"),
         (("import", "--source", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
+        (("upcycle", "--source", "nowhere"), "source: nowhere does not exist; give weights or a run directory"),
+        (("upcycle", "--source", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
+        (("upcycle", "--source", "RUN"), "moe.num_experts is 0: say how many experts each layer gets"),
+        ((*UPCYCLE, "--moe.activation", "geglu"), "moe.activation is geglu: the dense feed-forward is swiglu; leave"),
+        ((*UPCYCLE, "--router_std", "0"), "router_std is 0.0: it must be positive, or all experts stay alike"),
+        ((*UPCYCLE, "--diversify", "1"), "diversify is 1.0: it must be in [0, 1)"),
+        ((*UPCYCLE, "--moe.router.top_k", "5"), "model.moe.router.top_k=5 exceeds model.moe.num_experts=4"),
+        ((*UPCYCLE, "--moe.num_expert", "5"), "did you mean 'moe.num_experts'"),
     ],
 )
 def test_bad_input_is_one_line_before_torch(launch, trained, arguments, message):

@@ -114,6 +114,13 @@ def test_options_of_the_other_commands(script, keys):
     }
 
 
+def test_options_of_upcycling():
+    own = "help config print_config source output router_std diversify seed dtype max_file_gb moe.dense_layers+"
+    experts = {key.removeprefix("model.") for key in written_down() if key.startswith("model.moe")}
+    options = options_of("launch/convert.py", "upcycle")
+    assert options == {"-h"} | {f"--{key}" for key in (*own.split(), *experts)}
+
+
 def test_the_listing_sees_abbreviations_nowhere():
     """An abbreviation would be a second, unwritten name of an option."""
     from trainer.cli import make_parser

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from models.config import MixerLayoutConfig, RetentionConfig
+from models.config import MixerLayoutConfig, MoEConfig, RetentionConfig, RouterLossConfig
 from models.decoder import Decoder, initialize, shapes
+from models.moe.statistics import routers
 from tests.helpers import VOCABULARY, tiny_model_config
 from tests.trainer.conftest import finish, in_process_config, metrics
 from trainer import weights
@@ -98,6 +99,18 @@ def test_a_stage_opens_only_the_files_that_have_its_tensors(tmp_path):
         opened.tensors[name].file.unlink()
     fill(stage, opened)
     assert all(torch.equal(parameter, drawn[name]) for name, parameter in own.items())
+
+
+def test_routers_draw_the_same_noise_from_weights_and_from_a_checkpoint(tiny_data, tmp_path):
+    """Their seeds are in neither: a resumed run, whose parameters are drawn first, must have the same."""
+    experts = tiny_model_config(moe=MoEConfig(num_experts=2, losses=RouterLossConfig(balance=0)))
+    write(tmp_path / "weights", experts)
+    drawn, started = Decoder(experts, VOCABULARY), Decoder(experts, VOCABULARY)
+    config = replace(in_process_config(tiny_data, tmp_path / "run", seed=5), model=experts)
+    weights.start(drawn, config)
+    weights.start(started, replace(config, checkpoint=CheckpointConfig(init=str(tmp_path / "weights"))))
+    seeds = [[router.seed for router in routers([model]).values()] for model in (drawn, started)]
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 2
 
 
 # Refusals

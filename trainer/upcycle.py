@@ -1,0 +1,171 @@
+"""Mixtures of experts from dense models (sparse upcycling, arXiv 2212.05055). Imports neither megatron nor deepspeed.
+
+Every routed and shared expert is a copy of the layer's feed-forward, F. With S shared experts and gates that add up to
+G(x) the layer computes (S + G(x)) F(x); each of the three matrices of every copy is scaled by
+
+    alpha = (S + G)^(-1/3),  G the mean of G(x)
+
+so that the output has the size of F(x) (SpikingBrain, arXiv 2509.05276, section 3.2, whose G is k / N). This is exact
+for alpha = 1 alone: SiLU is not homogeneous, and G(x) is a mean.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig, MoEConfig
+from models.decoder import seeded_generator, shapes
+from models.moe.router import Router, token_keys
+from models.parallel import cast_parameters
+from trainer import weights
+from trainer.cli import ConfigError
+from trainer.export import DTYPES
+from trainer.inference import open_checkpoint
+
+# Tokens that the mean of gates with noise is taken over: its error is below 1 %.
+_TOKENS = 4096
+
+
+class _Dense(NamedTuple):
+    """A dense model on disk: what StoredModel has, of checkpoints and weights alike."""
+
+    path: Path
+    model: ModelConfig
+    vocab_size: int
+    tokenizer: Path | None
+    read: Callable[[dict[str, Tensor]], None]
+
+
+def upcycle(
+    source: Path,
+    output: Path,
+    moe: MoEConfig,
+    *,
+    router_std: float,
+    diversify: float,
+    seed: int,
+    precision: Literal["fp32", "bf16"],
+    max_file_bytes: float,
+    report: Callable[[str], None],
+) -> Path:
+    """Write weights of a mixture of experts whose experts are copies of a dense model's feed-forwards.
+
+    Args:
+        source: A dense model: a directory of weights, a run directory or one of its checkpoints.
+        output: Where the weights go: an empty directory, or a name that is free.
+        moe: The experts; their gates at the first training step set the scale.
+        router_std: Standard deviation of the routers' weights.
+        diversify: Share of the weights of each routed copy that is set to zero, another for each; the others grow by
+            1 / (1 - share), as in dropout. 0 leaves the copies equal.
+        seed: Router weights and zeros are drawn by (seed, name).
+        precision: Of the weights; routers and decays are float32 always.
+        max_file_bytes: More are put into several files.
+        report: Told of the scale, and of every file.
+
+    Returns:
+        The checkpoint or directory that was read.
+
+    Raises:
+        ConfigError: no dense model there, or none that `moe` can be made of.
+    """
+    dense = _open(source, precision)
+    model = shapes(_with_experts(dense, moe), dense.vocab_size)
+    cast_parameters(model, DTYPES[precision])
+    gates = expected_gates(moe)
+    alpha = (moe.shared_experts + gates) ** (-1 / 3)
+    report(f"gates add up to {gates:.4g}: the experts' matrices are {alpha:.4g} of the dense ones")
+    originals = dict(shapes(dense.model, dense.vocab_size).named_parameters())
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        dense.read({name: tensor for name, tensor in tensors.items() if name in originals})
+        for name, tensor in tensors.items():
+            if ".ffn.router." in name:
+                tensor.copy_(_router(moe, dense.model.hidden_size, router_std, seed, name))
+            elif name not in originals:
+                original = name.replace(".ffn.experts.", ".ffn.").replace(".ffn.shared_experts.", ".ffn.")
+                matrix = torch.empty_like(originals[original], device="cpu")
+                dense.read({original: matrix})
+                _copy(alpha * matrix, tensor, diversify if ".ffn.experts." in name else 0.0, seed, name)
+
+    weights.write(output, model, read, tokenizer=dense.tokenizer, max_file_bytes=max_file_bytes, report=report)
+    return dense.path
+
+
+def expected_gates(moe: MoEConfig) -> float:
+    """What a token's gates add up to at the first training step, on average, with routers whose weights are near zero.
+
+    k / N where all scores add up to one, 1 where the chosen ones do, k / 2 for sigmoids left as they are; of a
+    dense-to-sparse gate the share that it keeps, its noise included.
+    """
+    router = Router(replace(moe, capacity_factor=None, pad_to_capacity=False), hidden_size=1)
+    nn.init.zeros_(router.weight)
+    router.initialize_temperature()
+    router.step = 0
+    tokens = torch.arange(_TOKENS)[:, None]
+    routing = router(torch.zeros(_TOKENS, 1, 1), token_keys(tokens, torch.zeros_like(tokens)))
+    return routing.gates.detach().double().sum(-1).mean().item()
+
+
+def _open(source: Path, precision: Literal["fp32", "bf16"]) -> _Dense:
+    if (source / weights.CONFIG_NAME).is_file():
+        opened = weights.open_weights(source)
+        weights.require_tensors(source, opened.tensors, shapes(opened.model, opened.vocab_size))
+        return _Dense(
+            source,
+            opened.model,
+            opened.vocab_size,
+            source,
+            lambda tensors: weights.read_tensors(tensors, opened.tensors),
+        )
+    stored = open_checkpoint(source)
+    main = (stored.dtype, DTYPES[precision]) == (torch.bfloat16, torch.float32)
+    return _Dense(
+        stored.path, stored.model, stored.vocab_size, stored.tokenizer, lambda tensors: stored.read(tensors, main)
+    )
+
+
+def _with_experts(dense: _Dense, moe: MoEConfig) -> ModelConfig:
+    """The model with experts.
+
+    Raises:
+        ConfigError: the model has experts already, or those of `moe` cannot be copies.
+    """
+    if dense.model.moe.num_experts:
+        raise ConfigError(f"source: {dense.path} has experts already; name a dense model")
+    width = dense.model.ffn_hidden_size
+    if moe.expert_hidden_size not in (None, width):
+        raise ConfigError(
+            f"moe.expert_hidden_size is {moe.expert_hidden_size}, and the feed-forward of {dense.path} {width} wide; "
+            "experts are copies of it: leave the key out"
+        )
+    try:
+        return replace(dense.model, moe=moe)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _router(moe: MoEConfig, hidden_size: int, std: float, seed: int, name: str) -> Tensor:
+    """The parameter or state of a new router that a name ends with."""
+    router = Router(moe, hidden_size)
+    router.initialize_temperature()
+    nn.init.normal_(router.weight, std=std, generator=seeded_generator(seed, name))
+    tensor: Tensor = router.state_dict()[name.rsplit(".", 1)[-1]]
+    return tensor
+
+
+def _copy(matrix: Tensor, into: Tensor, masked: float, seed: int, name: str) -> None:
+    """Fill experts [E, O, D], or shared ones side by side in one matrix, with copies of a matrix [O, D]."""
+    if into.dim() == 2:
+        # The shared experts' inner channels follow each other: rows of gate and up, columns of down.
+        into.copy_(matrix.repeat(into.shape[0] // matrix.shape[0], into.shape[1] // matrix.shape[1]))
+        return
+    for expert, copy in enumerate(into):
+        if masked:
+            drawn = torch.rand(matrix.shape, generator=seeded_generator(seed, f"{name}.{expert}"))
+            copy.copy_(matrix * (drawn >= masked) / (1 - masked))
+        else:
+            copy.copy_(matrix)
