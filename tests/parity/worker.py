@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 from models.decoder import Decoder, initialize
 from models.parallel import apply_experts, expert_parameters, sharded_parameters, token_dispatcher
@@ -105,6 +106,7 @@ def build(job):
 
 def run(job):
     """Losses and gradient norms of every step, the gradients of the first, a validation at the end."""
+    groups = set(_world.pg_map)
     engine, config = build(job)
     if job.get("load"):
         engine.load(Path(job["load"]))
@@ -124,14 +126,26 @@ def run(job):
     own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size)
     (validation,) = engine.all_reduce([engine.loss_sum(iter(own), len(own))])
     parallel_state.destroy_model_parallel()
+    if isinstance(engine, MegatronEngine):
+        leave(set(_world.pg_map) - groups)
     return {"steps": steps, "gradients": first, "validation": validation, "metrics": metrics}
+
+
+def leave(groups):
+    """End a job's process groups: gloo's have threads, of which there would be thousands after a hundred jobs.
+
+    DeepSpeed's stay, for it goes on to use those of its first engine.
+    """
+    dist.barrier()
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 def dispatch(job):
     """Whether tokens of this rank come back from the experts of all, each having been where its map says, and whether
     gradients do: integers, so that sums are exact whatever their order.
     """
-    ranks, experts = dist.get_world_size(), job["experts"]
+    groups, ranks, experts = set(_world.pg_map), dist.get_world_size(), job["experts"]
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=ranks, expert_tensor_parallel_size=1, create_gloo_process_groups=False
     )
@@ -159,6 +173,7 @@ def dispatch(job):
         mine, theirs = (torch.autograd.grad(out.square().sum(), (x, gates), retain_graph=True) for out in (y, expected))
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     parallel_state.destroy_model_parallel()
+    leave(set(_world.pg_map) - groups)
     return {"exact": len(job["cases"])}
 
 
