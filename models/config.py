@@ -510,6 +510,8 @@ class MoEConfig:
         capacity_factor: Drop, in training, what goes to an expert beyond this times the mean, the least probable first
             (on each rank, of its own tokens); null drops nothing.
         pad_to_capacity: Fill up the experts' rows to the capacity, so that all shapes stay the same.
+        recompute_above: An expert that gets more than this times the mean of a micro-batch, over a rank's own experts,
+            computes its activations again in backward in place of keeping them; null keeps those of all.
         router: Which experts a token goes to.
         losses: What balances the experts.
     """
@@ -521,13 +523,14 @@ class MoEConfig:
     activation: Literal["swiglu", "geglu", "gelu", "relu_squared"] = "swiglu"
     capacity_factor: float | None = None
     pad_to_capacity: bool = False
+    recompute_above: float | None = None
     router: RouterConfig = field(default_factory=RouterConfig)
     losses: RouterLossConfig = field(default_factory=RouterLossConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "shared_experts"):
             _require(getattr(self, name) >= 0, f"model.moe.{name} is {getattr(self, name)}: it must not be negative")
-        for name in ("expert_hidden_size", "capacity_factor"):
+        for name in ("expert_hidden_size", "capacity_factor", "recompute_above"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"model.moe.{name} is {value}: it must be positive")
         _require(

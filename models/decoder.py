@@ -34,7 +34,8 @@ class Block(nn.Module):
     """x = x + mixer(norm(x)); x = x + ffn(norm(x)).
 
     Attributes:
-        recompute: What runs again in backward in place of being kept: mixer, ffn, or the whole block.
+        recompute: What runs again in backward in place of being kept: mixer, ffn, or the whole block; of a mixture of
+            experts moe_activation or moe_experts (models.moe.layer.MoELayer).
     """
 
     groups: Groups = WHOLE
@@ -115,6 +116,8 @@ class Decoder(nn.Module):
         """Have every block run `parts` of it again in backward (see Block)."""
         for block in self.layers.values():
             vars(block)["recompute"] = parts
+            if isinstance(block.ffn, MoELayer):
+                vars(block.ffn)["recompute"] = parts
 
     def copies(self) -> frozenset[str]:
         """The parameters that an earlier stage has, too: a tied head, and lower bounds."""

@@ -91,8 +91,10 @@ class TrainConfig:
         recompute: Activations that backward computes again in place of keeping them: none; selective, those of
             recompute_modules; full, all but what enters each block. The numbers stay the same. Utilisation does not
             count what is computed again: it is that of the model's own operations.
-        recompute_modules: What selective recomputes of every block, mixer or ffn, each with the norm before it; null
-            takes the mixer, which saves the most memory for its operations.
+        recompute_modules: What selective recomputes of every block, mixer or ffn, each with the norm before it; of a
+            mixture of experts also less than ffn: moe_activation, the router and the activation between the experts'
+            products, or moe_experts, routed and shared experts. Null takes the mixer, which saves the most memory for
+            its operations.
     """
 
     steps: int = 1000
@@ -103,7 +105,7 @@ class TrainConfig:
     global_batch_size: int = 8
     max_skipped_steps: int = 10
     recompute: Literal["none", "selective", "full"] = "none"
-    recompute_modules: list[Literal["mixer", "ffn"]] | None = None
+    recompute_modules: list[Literal["mixer", "ffn", "moe_activation", "moe_experts"]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
@@ -118,6 +120,11 @@ class TrainConfig:
         _require(
             self.recompute_modules != [],
             "train.recompute_modules is empty; name mixer or ffn, or use train.recompute=none",
+        )
+        of_experts = [name for name in self.recompute_modules or [] if name.startswith("moe_")]
+        _require(
+            not of_experts or "ffn" not in (self.recompute_modules or []),
+            f"train.recompute_modules has {', '.join(of_experts)} beside ffn, which contains it; name one of them",
         )
 
     @property
@@ -382,6 +389,12 @@ class PretrainConfig:
         _require(
             self.evaluation.stride is None or self.evaluation.stride <= window,
             f"evaluation.stride={self.evaluation.stride} exceeds the evaluation window of {window} tokens",
+        )
+        of_experts = sorted(part for part in self.train.recomputed_parts if part.startswith("moe_"))
+        _require(
+            not of_experts or self.model.moe.num_experts > 0,
+            f"train.recompute_modules has {', '.join(of_experts)}, but the model has no experts; set "
+            "model.moe.num_experts, or name ffn",
         )
         if self.model.moe.num_experts and self.parallel.tensor > 1:
             # Each tensor-parallel rank routes tokens of its own.

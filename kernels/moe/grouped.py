@@ -91,7 +91,8 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight_EOD) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
-            grad_weight[tokens_per_expert_E == 0] = 0.0
+            # Not by a mask, which would read and write every matrix.
+            grad_weight.index_fill_(0, (tokens_per_expert_E == 0).nonzero()[:, 0], 0.0)
         for expert, rows in _experts(tokens_per_expert_E):
             if grad_x is not None:
                 torch.mm(grad[rows], weight_EOD[expert], out=grad_x[rows])

@@ -4,17 +4,21 @@ y = sum over the kept experts e of gate_e(x) FFN_e(x), plus FFN_shared(x) (arXiv
 size of tokens times experts times width: rows are gathered by expert, multiplied group by group, and added up.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.activations import swiglu
 from kernels.moe import grouped_linear
 from models.config import ModelConfig
 from models.moe.router import Router
 from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, apply_experts, enter_region
+from models.recompute import run_region
 
 _GATED = {"swiglu": swiglu, "geglu": lambda gate, up: F.gelu(gate) * up}
 _PLAIN = {"gelu": F.gelu, "relu_squared": lambda x: F.relu(x).square()}
@@ -51,12 +55,15 @@ class Experts(nn.Module):
         self.up_proj = ExpertLinear(experts, d_model, d_ffn)
         self.down_proj = ExpertRowLinear(experts, d_ffn, d_model)
 
-    def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor, recompute_activation: bool = False) -> Tensor:
         """Transform the rows, sorted by expert."""
         up = self.up_proj(rows_ND, tokens_per_expert_E)
         gate = None if self.gate_proj is None else self.gate_proj(rows_ND, tokens_per_expert_E)
-        down_ND: Tensor = self.down_proj(_activate(self.activation, gate, up), tokens_per_expert_E)
-        return down_ND
+        hidden = _activate(self.activation, gate, up)
+        if not recompute_activation:
+            return self.down_proj(hidden, tokens_per_expert_E)
+        with _recomputing(hidden, lambda: _activate(self.activation, gate, up)):
+            return self.down_proj(hidden, tokens_per_expert_E)
 
 
 class SharedExperts(nn.Module):
@@ -71,11 +78,14 @@ class SharedExperts(nn.Module):
         self.up_proj = ColumnLinear(d_model, d_ffn, bias=False)
         self.down_proj = RowLinear(d_ffn, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recompute_activation: bool = False) -> Tensor:
         """Transform x [T, B, D]."""
-        gate = None if self.gate_proj is None else self.gate_proj(x)
-        down: Tensor = self.down_proj(_activate(self.activation, gate, self.up_proj(x)))
-        return down
+        up, gate = self.up_proj(x), None if self.gate_proj is None else self.gate_proj(x)
+        hidden = _activate(self.activation, gate, up)
+        if not recompute_activation:
+            return self.down_proj(hidden)
+        with _recomputing(hidden, lambda: _activate(self.activation, gate, up)):
+            return self.down_proj(hidden)
 
 
 class MoELayer(nn.Module):
@@ -83,10 +93,14 @@ class MoELayer(nn.Module):
 
     Attributes:
         dispatcher: Exchanges tokens between the ranks that share the experts (models.parallel.token_dispatcher).
+        recompute: What of the block runs again in backward. Of it this layer heeds moe_activation (the router, and the
+            activation between the experts' products) and moe_experts (routed and shared experts, without the exchange
+            of tokens); the block, what contains all of it.
     """
 
     groups: Groups = WHOLE
     dispatcher: Any = None
+    recompute: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,13 +114,50 @@ class MoELayer(nn.Module):
 
         token_keys, int64 [T, B], tell the tokens apart for the router's noise.
         """
-        routing = self.router(x, token_keys)
+        routing = run_region("moe_activation" in self.recompute, self.router, x, token_keys)
         tokens_ND = x.flatten(0, 1)
-        routed = apply_experts(tokens_ND, routing.gates, routing.routing_map, self.experts, self.dispatcher)
+        routed = apply_experts(tokens_ND, routing.gates, routing.routing_map, self._run_experts, self.dispatcher)
         y = routed.view_as(x)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(enter_region(x, self.groups))
+            y = y + self._run(self.shared_experts, enter_region(x, self.groups))
         return y
+
+    def _run(self, experts: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        whole = "moe_experts" in self.recompute
+        activation = "moe_activation" in self.recompute and not whole
+        return run_region(whole, partial(experts, recompute_activation=activation), *inputs)
+
+    def _run_experts(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+        above = self.config.recompute_above
+        if above is None or not torch.is_grad_enabled() or self.recompute & {"moe_experts", "ffn", "block"}:
+            return self._run(self.experts, rows_ND, tokens_per_expert_E)
+        busy_E = tokens_per_expert_E > above * tokens_per_expert_E.float().mean()
+        of_busy_N = busy_E.repeat_interleave(tokens_per_expert_E, output_size=len(rows_ND))
+        busy_N, others_N = of_busy_N.nonzero()[:, 0], (~of_busy_N).nonzero()[:, 0]
+        if not len(busy_N):
+            return self._run(self.experts, rows_ND, tokens_per_expert_E)
+        kept = self._run(self.experts, rows_ND.index_select(0, others_N), tokens_per_expert_E * ~busy_E)
+        again = run_region(True, self.experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E)
+        # Not by index_copy, which would keep what it copies.
+        return torch.cat([kept, again]).index_select(0, torch.cat([others_N, busy_N]).argsort())
+
+
+def _recomputing(hidden: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
+    """In here backward keeps `hidden` by how to compute it `again`, and everything else as it is.
+
+    A region of the activation and the product after it would run that product again, too.
+    """
+    # By the storage's address alone, so that the hooks do not keep the tensor.
+    address = hidden.untyped_storage()._cdata
+
+    def pack(x: Tensor) -> Tensor | torch.Size:
+        return x.shape if x.untyped_storage()._cdata == address else x
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        with torch.no_grad():
+            return kept if isinstance(kept, Tensor) else again().view(kept)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def _activate(name: str, gate: Tensor | None, up: Tensor) -> Tensor:

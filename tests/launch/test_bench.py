@@ -70,6 +70,21 @@ def test_linear_attention_writes_its_fields(tmp_path):
     assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in timed)
 
 
+def test_moe_writes_its_fields(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "result.json"
+    sizes = {"tokens": "[32]", "scaling_tokens": "[16,32]", "scaling_experts": "[2,4]", "experts": 4}
+    sizes |= {"hidden_size": 16, "expert_hidden_size": 24, "rounds": 1, "warmup": 0, "threads": 1, "clock": "cpu"}
+    done = _bench("moe", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(path.read_text())
+    peers = ["a loop with index_add", "Mixtral's block, eager", "Mixtral's block, grouped_mm"]
+    growths = ["growth with tokens from 16 to 32", "growth with experts from 2 to 4"]
+    assert [line["case"] for line in lines] == [*(f"{peer}, 32 tokens" for peer in peers), *growths]
+    assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines[:3])
+    assert [line["peer"] for line in lines[3:]] == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -80,6 +95,8 @@ def test_linear_attention_writes_its_fields(tmp_path):
         (["train_step", "--clock=cpu"], "--threads 1"),
         (["linear_attention", "--seq_lens", "[0]"], "seq_lens"),
         (["linear_attention", "--parts", "[sdap]"], "parts"),
+        (["moe", "--top_k=16"], "top_k"),
+        (["moe", "--clock=cpu"], "--threads 1"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, expected):

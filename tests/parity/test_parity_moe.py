@@ -89,11 +89,21 @@ def test_tokens_come_back_from_wherever_they_were_sent(pools, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["EP2 x DP2", "EP2 x TP2", "EP2 x PP2"])
-def test_nothing_is_counted_twice_in_the_recomputation(pools, layout):
+@pytest.mark.parametrize(
+    ("layout", "modules"),
+    [
+        ("EP2 x DP2", None),
+        ("EP2 x TP2", None),
+        ("EP2 x PP2", None),
+        ("EP2 x TP2", ["moe_activation"]),
+        ("EP2 x TP2", ["moe_experts"]),
+    ],
+)
+def test_nothing_is_counted_twice_in_the_recomputation(pools, layout, modules):
     ranks, keys = ranks_of(LAYOUTS[layout])
     kept = with_experts(**keys)
-    recomputed = kept | {"train": kept["train"] | {"recompute": "full"}}
+    choice = {"recompute": "selective", "recompute_modules": modules} if modules else {"recompute": "full"}
+    recomputed = kept | {"train": kept["train"] | choice}
     theirs, ours = (whole(pools(ranks).run({"config": config, "steps": STEPS})) for config in (kept, recomputed))
     assert ours["steps"] == theirs["steps"]
     assert ours["metrics"] == theirs["metrics"]

@@ -9,7 +9,7 @@ import yaml
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import LINEAR_MIXERS, AttentionConfig, HGRN2Config, MixerLayoutConfig, ModelConfig
+from models.config import LINEAR_MIXERS, AttentionConfig, HGRN2Config, MixerLayoutConfig, ModelConfig, MoEConfig
 from models.decoder import Decoder, flops_per_token, initialize
 from models.generation import generate
 from tests.trainer.conftest import in_process_config
@@ -214,6 +214,7 @@ def test_a_run_goes_on_with_another_choice(tmp_path):
     """Memory may be short on the next machine: recomputation belongs to the machine, not to the run."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(PretrainConfig())))
     assert differing_keys(tmp_path, PretrainConfig(train=TrainConfig(recompute="full"))) == []
+    assert differing_keys(tmp_path, PretrainConfig(ModelConfig(moe=MoEConfig(recompute_above=2.0)))) == []
     assert differing_keys(tmp_path, PretrainConfig(train=TrainConfig(recompute="full", seed=1)))
 
 
@@ -224,6 +225,8 @@ def test_a_run_goes_on_with_another_choice(tmp_path):
         ({"recompute": "full", "recompute_modules": ["ffn"]}, "use train.recompute=selective, or leave it out"),
         ({"recompute_modules": ["mixer"]}, "means nothing with train.recompute=none"),
         ({"recompute": "selective", "recompute_modules": []}, "name mixer or ffn, or use train.recompute=none"),
+        ({"recompute": "selective", "recompute_modules": ["ffn", "moe_experts"]}, "moe_experts beside ffn"),
+        ({"recompute": "selective", "recompute_modules": ["moe_activation"]}, "the model has no experts"),
     ],
 )
 def test_what_makes_no_sense_is_refused(train, message):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
 
 from models.config import DenseToSparseConfig, MoEConfig, RouterConfig, RouterLossConfig
 from models.decoder import Decoder, flops_per_token, initialize
@@ -143,11 +144,14 @@ def test_routers_stay_float32():
     assert names == [f"layers.{layer}.ffn.router.weight" for layer in (0, 1)]
 
 
-@pytest.mark.parametrize("parts", [{"ffn"}, {"mixer"}, {"block"}], ids=str)
+PARTS = [{"ffn"}, {"mixer"}, {"block"}, {"moe_activation"}, {"moe_experts"}, {"moe_activation", "moe_experts", "mixer"}]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(sorted(parts)))
 def test_recomputation_changes_neither_gradients_nor_counts(parts):
     """With noise, capacity and every loss: what a router does twice is the same, and counted once."""
     losses = RouterLossConfig(balance=0.1, scope="micro_batch", z=0.01)
-    model = build(router=SPARSE, losses=losses, capacity_factor=1.0)
+    model = build(router=SPARSE, losses=losses, capacity_factor=1.0, shared_experts=1)
     results = []
     for recomputed in (set(), parts):
         model.recompute(frozenset(recomputed))
@@ -159,6 +163,64 @@ def test_recomputation_changes_neither_gradients_nor_counts(parts):
     (loss, counted, gradients), (loss_2, counted_2, gradients_2) = results
     assert loss == loss_2 and counted == counted_2
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_2, strict=True))
+
+
+def run_with(parts, tokens=32, **moe):
+    """Bytes that a layer keeps for backward, each storage once and no parameters; its output; its gradients."""
+    config = tiny_model_config(moe=MoEConfig(num_experts=4, shared_experts=1, router=RouterConfig(top_k=1), **moe))
+    layer = randomized(MoELayer(config))
+    layer.recompute = frozenset(parts)
+    known, kept, alive = {p.untyped_storage().data_ptr() for p in layer.parameters()}, {}, []
+
+    def pack(tensor):
+        # Alive, so that no other storage gets its address.
+        alive.append(tensor)
+        if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(tokens, 1, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.no_grad():
+        counts = layer.router(x).routing_map.sum(0)
+
+    def inner(its_pack, unpack):
+        # Hooks within hooks are the only ones that see a tensor.
+        return saved_tensors_hooks(lambda tensor: pack(its_pack(tensor)), unpack)
+
+    with pytest.MonkeyPatch.context() as patch, saved_tensors_hooks(pack, lambda tensor: tensor):
+        patch.setattr("models.moe.layer.saved_tensors_hooks", inner)
+        y = layer(x)
+    y.square().sum().backward()
+    return sum(kept.values()), y.detach(), [x.grad, *(p.grad for p in layer.parameters())], counts
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu_squared"])
+def test_each_level_of_recomputation_keeps_less(activation):
+    """The bytes of tensors [rows, 48]: the routed rows are as many as the tokens, and so are the shared ones."""
+    everything, y, gradients, _ = run_with((), activation=activation)
+    light, moderate = (run_with({part}, activation=activation) for part in ("moe_activation", "moe_experts"))
+    hidden = 2 * 32 * 48 * 4
+    assert everything - light[0] >= hidden
+    # At least what enters the activation and what leaves it.
+    assert everything - moderate[0] >= (2 if activation == "relu_squared" else 3) * hidden
+    assert light[0] > moderate[0]
+    for _, output, others, _ in (light, moderate):
+        assert torch.equal(output, y)
+        assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
+
+
+@pytest.mark.parametrize("parts", [set(), {"moe_activation"}], ids=["none", "moe_activation"])
+def test_busy_experts_recompute_their_activations(parts):
+    everything, y, gradients, counts = run_with(parts)
+    for above in (0.5, 1.2, 100.0):
+        kept, output, others, _ = run_with(parts, recompute_above=above)
+        busy = int(counts[counts > above * counts.float().mean()].sum())
+        assert (busy > 0) == (above < 100)
+        # Gate, up and, where it was kept, their product; less an index and a place for each row, and counts once more.
+        saved = busy * 48 * 4 * (2 if parts else 3) - 2 * 32 * 8 - 4 * 8
+        assert everything - kept == (saved if busy else 0)
+        assert torch.equal(output, y)
+        assert all(torch.equal(a, b) for a, b in zip(others, gradients, strict=True))
 
 
 def test_the_reported_loss_is_the_language_models_alone():
