@@ -205,7 +205,8 @@ def _total_peak_flops(config: PretrainConfig, engine: Engine) -> float | None:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     engine.barrier()
     peak = peak_flops(engine.device, dtype)
-    total = engine.all_reduce([peak or 0.0])[0]
+    # all_reduce counts one rank for each data-parallel one.
+    total = engine.all_reduce([peak or 0.0])[0] * engine.world_size / engine.data_parallel_size
     if engine.rank == 0 and total:
         _LOGGER.info("peak of matrix multiplication: %.0f GFLOP/s", total / 1e9)
     return total or None

@@ -3,8 +3,10 @@
 import json
 import logging
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,3 +115,17 @@ def test_a_crash_is_reported(tiny_data, tmp_path, monkeypatch):
     assert status(tmp_path / "run")["state"] == "failed"
     assert "RuntimeError: the disk is on fire (test_pretrain.py:" in status(tmp_path / "run")["message"]
     logging.getLogger("spiketrain").handlers.clear()
+
+
+def test_the_peak_is_that_of_all_ranks_where_a_model_is_cut(monkeypatch):
+    """Two data-parallel ranks of a model on two each: what the engine sums counts one of each two."""
+    monkeypatch.setattr(pretrain, "peak_flops", lambda *_: 3.0)
+    engine = SimpleNamespace(
+        rank=0,
+        world_size=4,
+        data_parallel_size=2,
+        device=torch.device("cpu"),
+        barrier=lambda: None,
+        all_reduce=lambda values: [2 * value for value in values],
+    )
+    assert pretrain._total_peak_flops(PretrainConfig(), engine) == 12.0
