@@ -15,6 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# Each layout's groups bring gloo threads, and not all of them end with the groups.
+JOBS_OF_A_POOL = 12
+
+
 class Pool:
     """`ranks` processes that train what they are told to, one job after another."""
 
@@ -59,6 +63,10 @@ class Pool:
         assert not errors, errors[0]
         return results
 
+    def is_used_up(self):
+        """Whether a process has ended, or has run so many jobs that what gloo leaves behind of each slows it down."""
+        return self.number >= JOBS_OF_A_POOL or any(process.poll() is not None for process in self.processes)
+
     def close(self):
         """End the processes."""
         for process in self.processes:
@@ -73,7 +81,7 @@ def pools(tmp_path_factory):
     running = {}
 
     def pool(ranks):
-        if ranks in running and any(process.poll() is not None for process in running[ranks].processes):
+        if ranks in running and running[ranks].is_used_up():
             running.pop(ranks).close()
         if ranks not in running:
             running[ranks] = Pool(ranks, tmp_path_factory.mktemp(f"pool_{ranks}_"))

@@ -3,6 +3,7 @@
 It waits for FOLDER/job_N.json, N = 0, 1, …, runs it with the other ranks, and leaves FOLDER/result_N_RANK.pt.
 """
 
+import gc
 import json
 import os
 import sys
@@ -201,6 +202,8 @@ def main(folder):
         part.rename(folder / f"result_{number}_{rank}.pt")
         if "error" in result:
             return
+        # Engines are in cycles with their groups, whose threads end with the last reference.
+        gc.collect()
         number += 1
 
 
