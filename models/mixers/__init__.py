@@ -1,5 +1,7 @@
 """Token mixers, selected per layer by name."""
 
+from collections.abc import Callable
+
 from models.config import ModelConfig, branches
 from models.mixers.base import Mixer
 from models.mixers.delta_net import DeltaNet
@@ -12,7 +14,7 @@ from models.mixers.retention import Retention
 from models.mixers.softmax import FullAttention, SlidingWindowAttention
 from models.mixers.spikingbrain_gla import SpikingBrainGLA, SpikingBrainTiedGLA
 
-_MIXERS: dict[str, type[Mixer]] = {
+_MIXERS: dict[str, Callable[[ModelConfig], Mixer]] = {
     "full_attention": FullAttention,
     "sliding_window_attention": SlidingWindowAttention,
     "gated_delta_net": GatedDeltaNet,
@@ -29,5 +31,5 @@ _MIXERS: dict[str, type[Mixer]] = {
 
 def build_mixer(layer: str, config: ModelConfig) -> Mixer:
     """The mixer of one layer, by one of the names that ModelConfig.layer_mixers gives."""
-    mixers = [_MIXERS[name](config) for name in branches(layer)]  # type: ignore[call-arg]
+    mixers = [_MIXERS[name](config) for name in branches(layer)]
     return mixers[0] if len(mixers) == 1 else ParallelBranches(mixers, config)

@@ -231,7 +231,8 @@ class DeepSpeedEngine:
         # Over all ranks, each data-parallel one as often as it has ranks: what one alone knows, a signal, must come
         # to all.
         dist.all_reduce(total)
-        return (total / self._tensor_ranks).tolist()  # type: ignore[no-any-return]
+        sums: list[float] = (total / self._tensor_ranks).tolist()
+        return sums
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable object, on every rank."""
