@@ -90,21 +90,17 @@ class _GroupedLinear(torch.autograd.Function):
         x_ND, weight_EOD, tokens_per_expert_E = ctx.saved_tensors
         grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight_EOD) if ctx.needs_input_grad[1] else None
-        if grad_weight is not None:
-            # Not by a mask, which would read and write every matrix.
-            grad_weight.index_fill_(0, (tokens_per_expert_E == 0).nonzero()[:, 0], 0.0)
         for expert, rows in _experts(tokens_per_expert_E):
             if grad_x is not None:
                 torch.mm(grad[rows], weight_EOD[expert], out=grad_x[rows])
-            if grad_weight is not None:
+            if grad_weight is not None:  # without rows it is zero, which the product of nothing is
                 torch.mm(grad[rows].T, x_ND[rows], out=grad_weight[expert])
         return grad_x, grad_weight, None
 
 
 def _experts(tokens_per_expert_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which."""
+    """Each expert and its rows, which may be none."""
     begin = 0
     for expert, rows in enumerate(tokens_per_expert_E.tolist()):
-        if rows:
-            yield expert, slice(begin, begin + rows)
+        yield expert, slice(begin, begin + rows)
         begin += rows
