@@ -512,6 +512,9 @@ class MoEConfig:
         pad_to_capacity: Fill up the experts' rows to the capacity, so that all shapes stay the same.
         recompute_above: An expert that gets more than this times the mean of a micro-batch, over a rank's own experts,
             computes its activations again in backward in place of keeping them; null keeps those of all.
+        replicated_experts: Where ranks share the experts, copy at most so many of them, the busiest, to every rank in a
+            step; their tokens then stay on their ranks. 0 copies none.
+        replicate_above: Copy an expert only while it got more than this times the mean load in the step before.
         router: Which experts a token goes to.
         losses: What balances the experts.
     """
@@ -524,11 +527,13 @@ class MoEConfig:
     capacity_factor: float | None = None
     pad_to_capacity: bool = False
     recompute_above: float | None = None
+    replicated_experts: int = 0
+    replicate_above: float = 2.0
     router: RouterConfig = field(default_factory=RouterConfig)
     losses: RouterLossConfig = field(default_factory=RouterLossConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "shared_experts"):
+        for name in ("num_experts", "shared_experts", "replicated_experts"):
             _require(getattr(self, name) >= 0, f"model.moe.{name} is {getattr(self, name)}: it must not be negative")
         for name in ("expert_hidden_size", "capacity_factor", "recompute_above"):
             value = getattr(self, name)
@@ -537,12 +542,20 @@ class MoEConfig:
             self.capacity_factor is not None or not self.pad_to_capacity,
             "model.moe.pad_to_capacity needs a capacity; set model.moe.capacity_factor",
         )
+        _require(
+            self.replicate_above >= 1,
+            f"model.moe.replicate_above is {self.replicate_above}: it must be at least 1, the mean load",
+        )
         if self.num_experts == 0:
             return
         router = self.router
         _require(
             router.top_k <= self.num_experts,
             f"model.moe.router.top_k={router.top_k} exceeds model.moe.num_experts={self.num_experts}",
+        )
+        _require(
+            self.replicated_experts <= self.num_experts,
+            f"model.moe.replicated_experts={self.replicated_experts} exceeds model.moe.num_experts={self.num_experts}",
         )
         _require(
             self.num_experts % router.num_groups == 0

@@ -10,13 +10,14 @@ what leaves is summed over them; inside, each rank has its heads and channels. W
 reduce-scattered where it leaves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kernels.embedding import sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
@@ -208,6 +209,48 @@ def apply_experts(
     combined = dispatcher.token_combine(dispatcher.combine_preprocess(rows.to(x_ND.dtype)))
     y_ND: Tensor = dispatcher.combine_postprocess(combined)
     return y_ND
+
+
+class _Replicate(torch.autograd.Function):
+    """Copies of some experts' weights on every rank; backward sums the copies' gradients where the expert is.
+
+    In float32, as one product over all of its rows would.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_EOD: Tensor, experts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.shape = group, weight_EOD.shape
+        # The rank that has an expert, and its place there.
+        ctx.places = [divmod(expert, len(weight_EOD)) for expert in experts]
+        copies = weight_EOD.new_empty(len(experts), *weight_EOD.shape[1:])
+        for copy_OD, (owner, place) in zip(copies, ctx.places, strict=True):
+            if owner == dist.get_rank(group):
+                copy_OD.copy_(weight_EOD[place])
+            dist.broadcast(copy_OD, group=group, group_src=owner)
+        return copies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        grad_weight = None
+        # A copy in any case, for on ranks that do not get the sum the collective leaves something else in it.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grads = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
+        for grad_OD, (owner, place) in zip(grads, ctx.places, strict=True):
+            dist.reduce(grad_OD, group=ctx.group, group_dst=owner)
+            if owner == dist.get_rank(ctx.group):
+                grad_weight = grad.new_zeros(ctx.shape) if grad_weight is None else grad_weight
+                grad_weight[place] = grad_OD
+        return grad_weight, None, None
+
+
+def replicate_experts(weight_EOD: Tensor, experts: Sequence[int], groups: Groups) -> Tensor:
+    """The weights [R, O, D] of R experts, counted over all ranks that share them, from this rank's own [E, O, D].
+
+    Every rank must ask for the same experts in the same order.
+    """
+    copies: Tensor = _Replicate.apply(weight_EOD, experts, groups.expert)
+    return copies
 
 
 def token_dispatcher(num_experts: int, group: dist.ProcessGroup) -> Any:

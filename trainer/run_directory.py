@@ -21,8 +21,8 @@ _FIXED = (
     "engine.name",
     "checkpoint.init",
 )
-# Where stdlib is prepared changes nothing, nor does what is computed again.
-_FREE = ("data.cache_dir", "model.moe.recompute_above")
+# Where stdlib is prepared changes nothing, nor does what is computed again, or where.
+_FREE = ("data.cache_dir", "model.moe.recompute_above", "model.moe.replicate_above")
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:

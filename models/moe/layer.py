@@ -4,7 +4,7 @@ y = sum over the kept experts e of gate_e(x) FFN_e(x), plus FFN_shared(x) (arXiv
 size of tokens times experts times width: rows are gathered by expert, multiplied group by group, and added up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 from kernels.activations import swiglu
 from kernels.moe import grouped_linear
 from models.config import ModelConfig
 from models.moe.router import Router
-from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, apply_experts, enter_region
+from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, apply_experts, enter_region, replicate_experts
 from models.recompute import run_region
 
 _GATED = {"swiglu": swiglu, "geglu": lambda gate, up: F.gelu(gate) * up}
@@ -116,28 +117,66 @@ class MoELayer(nn.Module):
         """
         routing = run_region("moe_activation" in self.recompute, self.router, x, token_keys)
         tokens_ND = x.flatten(0, 1)
-        routed = apply_experts(tokens_ND, routing.gates, routing.routing_map, self._run_experts, self.dispatcher)
+        if self.router.replicated:
+            routed = self._apply_with_copies(tokens_ND, routing.gates, routing.routing_map, self.router.replicated)
+        else:
+            run = self._run_own_experts
+            routed = apply_experts(tokens_ND, routing.gates, routing.routing_map, run, self.dispatcher)
         y = routed.view_as(x)
         if self.shared_experts is not None:
             y = y + self._run(self.shared_experts, enter_region(x, self.groups))
         return y
+
+    def _apply_with_copies(
+        self, x_ND: Tensor, gates_NE: Tensor, routing_map_NE: Tensor, copied: Sequence[int]
+    ) -> Tensor:
+        """`apply_experts`, but tokens of the experts that every rank gets a copy of stay where they are.
+
+        A rank without such tokens takes part all the same: the others wait for its share of the gradients, zeros.
+        """
+        weights = {
+            name: replicate_experts(weight, copied, self.groups) for name, weight in self.experts.named_parameters()
+        }
+        others = len(set(self.dispatcher.local_expert_indices).difference(copied))
+        places = torch.tensor(copied, device=x_ND.device)
+
+        def copies(*inputs: Any, **options: Any) -> Tensor:
+            y_ND: Tensor = functional_call(self.experts, weights, inputs, options)
+            return y_ND
+
+        def run_copies(rows_ND: Tensor, tokens_per_expert_R: Tensor) -> Tensor:
+            mean = routing_map_NE.sum() / routing_map_NE.shape[1]
+            return self._run_experts(copies, rows_ND, tokens_per_expert_R, mean)
+
+        def run_others(rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+            return self._run_experts(self.experts, rows_ND, tokens_per_expert_E, len(rows_ND) / max(others, 1))
+
+        sent_map = routing_map_NE.index_fill(1, places, False)
+        sent = apply_experts(x_ND, gates_NE, sent_map, run_others, self.dispatcher)
+        kept = apply_experts(x_ND, gates_NE.index_select(1, places), routing_map_NE.index_select(1, places), run_copies)
+        return sent + kept
 
     def _run(self, experts: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         whole = "moe_experts" in self.recompute
         activation = "moe_activation" in self.recompute and not whole
         return run_region(whole, partial(experts, recompute_activation=activation), *inputs)
 
-    def _run_experts(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    def _run_own_experts(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+        return self._run_experts(self.experts, rows_ND, tokens_per_expert_E, len(rows_ND) / len(tokens_per_expert_E))
+
+    def _run_experts(
+        self, experts: Callable[..., Tensor], rows_ND: Tensor, tokens_per_expert_E: Tensor, mean: Tensor | float
+    ) -> Tensor:
         above = self.config.recompute_above
         if above is None or not torch.is_grad_enabled() or self.recompute & {"moe_experts", "ffn", "block"}:
-            return self._run(self.experts, rows_ND, tokens_per_expert_E)
-        busy_E = tokens_per_expert_E > above * tokens_per_expert_E.float().mean()
+            return self._run(experts, rows_ND, tokens_per_expert_E)
+        busy_E = tokens_per_expert_E > above * mean
         of_busy_N = busy_E.repeat_interleave(tokens_per_expert_E, output_size=len(rows_ND))
         busy_N, others_N = of_busy_N.nonzero()[:, 0], (~of_busy_N).nonzero()[:, 0]
         if not len(busy_N):
-            return self._run(self.experts, rows_ND, tokens_per_expert_E)
-        kept = self._run(self.experts, rows_ND.index_select(0, others_N), tokens_per_expert_E * ~busy_E)
-        again = run_region(True, self.experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E)
+            return self._run(experts, rows_ND, tokens_per_expert_E)
+        kept = self._run(experts, rows_ND.index_select(0, others_N), tokens_per_expert_E * ~busy_E)
+        again = run_region(True, experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E)
         # Not by index_copy, which would keep what it copies.
         return torch.cat([kept, again]).index_select(0, torch.cat([others_N, busy_N]).argsort())
 

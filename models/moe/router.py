@@ -9,6 +9,7 @@ into micro-batches and over ranks. It is added in backward, where the layer is; 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ class Router(nn.Module):
         loss_scale: What a micro-batch's loss is multiplied with before backward.
         seed: Of the noise.
         statistics: What was counted since the start of the step, see `models.moe.statistics`; None if nobody asks.
+        replicated: The experts of which every rank has a copy in this step, in ascending order.
         bias: Added to the scores for the choice of experts alone, float32 [E]; None where it is not asked for.
         load: Share of each expert in the batch of the step before, float32 [E]; likewise.
     """
@@ -49,6 +51,7 @@ class Router(nn.Module):
     step: int | None = None
     loss_scale: float = 1.0
     seed: int = 0
+    replicated: tuple[int, ...] = ()
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class Router(nn.Module):
         self.bias: Tensor | None
         self.load: Tensor | None
         self.register_buffer("bias", torch.zeros(experts) if router.bias_update_rate else None)
-        follows_load = losses.balance and losses.scope == "global"
+        follows_load = (losses.balance and losses.scope == "global") or config.replicated_experts
         self.register_buffer("load", torch.full((experts,), 1 / experts) if follows_load else None)
         self.statistics: Tensor | None = None
 
@@ -90,6 +93,15 @@ class Router(nn.Module):
         if not is_recomputing():
             self._count(probabilities, keep, dropped, balance, z, temperature)
         return Routing(gates, routing_map)
+
+    def choose_replicated(self) -> None:
+        """Have the step copy the busiest experts of the step before, where ranks share them.
+
+        Every rank knows the same load, and so chooses the same. Before the first step it is even, and none is chosen.
+        """
+        number = self.config.replicated_experts
+        if number and self.groups.expert is not None and self.load is not None:
+            self.replicated = busiest(self.load.tolist(), number, self.config.replicate_above)
 
     def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router = self.config.router
@@ -141,7 +153,7 @@ class Router(nn.Module):
 
     def _share(self, keep_TBE: Tensor) -> Tensor:
         """The load of each expert, a share of what is kept: float32 [E], or [B, E] for that of each sequence."""
-        if self.load is not None:
+        if self.load is not None and self.config.losses.scope == "global":
             return self.load.float()
         by_sequence = self.config.losses.scope == "sequence"
         counts = sum_counts(keep_TBE.float().sum(0 if by_sequence else (0, 1)), self.groups)
@@ -172,7 +184,7 @@ class Router(nn.Module):
             return
         tokens = len(keep)
         entropy = torch.special.entr(probabilities).sum()
-        rest = [dropped, entropy, balance, z, temperature * tokens, tokens]
+        rest = [dropped, entropy, balance, z, temperature * tokens, len(self.replicated) * tokens, tokens]
         counted = [torch.as_tensor(value, dtype=torch.float64, device=keep.device).reshape(1) for value in rest]
         self.statistics += torch.cat([keep.sum(0).double(), *counted])
 
@@ -188,6 +200,16 @@ class _AddLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, torch.full_like(ctx.like, ctx.scale), None
+
+
+def busiest(load: Sequence[float], number: int, above: float) -> tuple[int, ...]:
+    """At most `number` experts with the largest loads of those beyond `above` times the mean, in ascending order.
+
+    Of equal ones the first.
+    """
+    limit = above * sum(load) / len(load)
+    busy = [expert for expert, share in enumerate(load) if share > limit]
+    return tuple(sorted(sorted(busy, key=lambda expert: -load[expert])[:number]))
 
 
 def fit_capacity(gates: Tensor, keep: Tensor, capacity: int) -> Tensor:

@@ -1,9 +1,9 @@
 """What routers count in a step, summed over micro-batches and ranks, and what follows from it.
 
-Each router adds up, once for each micro-batch (not again in the recomputation), float64 [E + 6]: the load of every
-expert before any are dropped, then dropped assignments, entropy (nats), balance loss, z-loss, temperature, each summed
-over tokens, and tokens. The engine sums the rows of all layers over all ranks, along with the loss: every token is on
-one rank, and a pipeline stage has zeros for the layers that it lacks.
+Each router adds up, once for each micro-batch (not again in the recomputation), float64 [E + 7]: the load of every
+expert before any are dropped, then dropped assignments, entropy (nats), balance loss, z-loss, temperature, experts of
+which every rank has a copy, each summed over tokens, and tokens. The engine sums the rows of all layers over all ranks,
+along with the loss: every token is on one rank, and a pipeline stage has zeros for the layers that it lacks.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.moe.router import Router
 
-_AFTER_LOAD = ("dropped", "entropy", "balance", "z", "temperature", "tokens")
+_AFTER_LOAD = ("dropped", "entropy", "balance", "z", "temperature", "replicated", "tokens")
 
 
 def routers(decoders: Iterable[Decoder]) -> dict[int, Router]:
@@ -41,6 +41,7 @@ def begin_step(decoders: Iterable[Decoder], step: int, loss_scale: float = 1.0) 
     set_step(decoders, step)
     for router in routers(decoders).values():
         router.loss_scale = loss_scale
+        router.choose_replicated()
         size = router.config.num_experts + len(_AFTER_LOAD)
         router.statistics = torch.zeros(size, dtype=torch.float64, device=router.weight.device)
 
@@ -71,8 +72,8 @@ def finish_step(decoders: Iterable[Decoder], config: ModelConfig, totals: list[f
 
 
 def metrics(config: ModelConfig, totals: list[float]) -> dict[str, Any]:
-    """The `moe/` metrics of a step from the sums over all ranks: means over layers, but `dead_experts` and
-    `dropped_tokens` (assignments), which are sums, and `load`, the experts' shares by layer.
+    """The `moe/` metrics of a step from the sums over all ranks: means over layers, but `dead_experts`,
+    `dropped_tokens` (assignments) and `replicated_experts`, which are sums, and `load`, the experts' shares by layer.
     """
     if not config.moe_layers():
         return {}
@@ -87,6 +88,7 @@ def metrics(config: ModelConfig, totals: list[float]) -> dict[str, Any]:
         "entropy": (sums["entropy"] / tokens).mean(),
         "dropped_tokens": sums["dropped"].sum(),
         "dead_experts": (loads == 0).sum(),
+        "replicated_experts": (sums["replicated"] / tokens).sum(),
         "balance_loss": (sums["balance"] / tokens).mean(),
         "z_loss": (sums["z"] / tokens).mean(),
         "temperature": (sums["temperature"] / tokens).mean(),
@@ -96,7 +98,7 @@ def metrics(config: ModelConfig, totals: list[float]) -> dict[str, Any]:
 
 
 def _parts(config: ModelConfig, totals: list[float]) -> tuple[Tensor, Tensor]:
-    """The loads [L, E] of the MoE layers, and the rest [L, 6]."""
+    """The loads [L, E] of the MoE layers, and the rest [L, 7]."""
     layers, experts = len(config.moe_layers()), config.moe.num_experts
     rows = torch.tensor(totals, dtype=torch.float64).view(layers, experts + len(_AFTER_LOAD) if layers else 0)
     return rows[:, :experts], rows[:, experts:]

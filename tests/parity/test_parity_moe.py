@@ -57,11 +57,17 @@ def with_experts(gate="variable", **keys):
 def check(pools, one_process, layout, gate, **settings):
     ranks, keys = ranks_of(LAYOUTS[layout])
     ours = whole(pools(ranks).run({"config": with_experts(gate, **settings, **keys), "steps": STEPS}))
-    reference = one_process(with_experts(gate, **settings))
+    agree(ours, one_process(with_experts(gate, **settings)))
+
+
+def agree(ours, reference):
+    """Losses, gradients and metrics; one process has nothing to copy."""
     compare(ours, reference)
     for mine, theirs in zip(ours["metrics"], reference["metrics"], strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
+            if name == "moe/replicated_experts":
+                continue
             torch.testing.assert_close(torch.tensor(value), torch.tensor(theirs[name]), rtol=1e-4, atol=1e-7, msg=name)
 
 
@@ -78,6 +84,85 @@ SLOW += [
 @pytest.mark.parametrize(("layout", "gate"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_experts(pools, one_process, layout, gate):
     check(pools, one_process, layout, gate)
+
+
+def with_copies(config, replicated=2, **keys):
+    """Every expert above the mean load counts as busy, so that there are some in every layer."""
+    copies = {"replicated_experts": replicated, "replicate_above": 1.0} | keys
+    return config | {"model": config["model"] | {"moe": config["model"]["moe"] | copies}}
+
+
+def recomputing(config, *modules):
+    return config | {"train": config["train"] | {"recompute": "selective", "recompute_modules": list(modules)}}
+
+
+COPIES = [
+    ("EP2 x DP2", "top-k", []),
+    ("EP2 x DP2", "variable", ["ffn"]),
+    ("EP4 x DP4", "top-k", []),
+    ("EP2 x TP2", "top-k", ["moe_experts"]),
+    ("EP2 x TP2", "top-k", ["moe_activation"]),
+    ("EP4 x TP2 x DP2", "variable", []),
+    ("EP2 of DP4", "top-k", []),
+    ("EP2 x PP2", "top-k", []),
+    ("EP2 x PP2 interleaved", "top-k", ["ffn"]),
+    ("EP2 x CP2", "top-k", []),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "gate", "modules"), [COPIES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in COPIES[1:])]
+)
+def test_copies_of_busy_experts(pools, one_process, layout, gate, modules):
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    config = with_copies(with_experts(gate, **keys))
+    ours = whole(pools(ranks).run({"config": recomputing(config, *modules) if modules else config, "steps": STEPS}))
+    agree(ours, one_process(with_experts(gate)))
+    copied = [metrics["moe/replicated_experts"] for metrics in ours["metrics"]]
+    assert copied[0] == 0, "no load is known yet"
+    # Two of a layer's at most, in three layers.
+    assert all(0 < number <= 6 for number in copied[1:]), copied
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("EP2 x DP2", {}),
+        pytest.param("EP2 x DP2", {"recompute_above": 1.1}, marks=pytest.mark.slow),
+        pytest.param("EP2 x TP2", {"capacity_factor": 0.8}, marks=pytest.mark.slow),
+        pytest.param("EP4 x DP4", {"capacity_factor": 1.0, "pad_to_capacity": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_of_copied_experts_stay(pools, layout, changes):
+    """The second step, the first with copies: loss and gradients as without, fewer bytes of tokens, weights instead."""
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    runs = []
+    for replicated in (0, 2):
+        config = with_copies(with_experts("top-k", **keys), replicated, **changes)
+        job = {"config": config, "steps": 2, "gradients_of": 1, "count": True}
+        runs.append((results := pools(ranks).run(job), whole(results)))
+    (plain, reference), (copying, ours) = runs
+    assert ours["metrics"][1]["moe/replicated_experts"] > 0
+    compare(ours, reference)
+    for mine, theirs in zip(copying, plain, strict=True):
+        (before, after), (unchanged, all_sent) = mine["sent"], theirs["sent"]
+        assert before == unchanged
+        assert after["alltoall_base"] < all_sent["alltoall_base"]
+        assert "broadcast" not in all_sent and after["broadcast"] == after["reduce"] > 0
+
+
+@pytest.mark.slow
+def test_copies_in_bfloat16(pools):
+    """Over ten steps no further from float32 than the run without copies."""
+    ranks, keys = ranks_of(LAYOUTS["EP2 x DP2"])
+    losses = {}
+    for name, precision, replicated in (("exact", "fp32", 0), ("plain", "bf16", 0), ("copies", "bf16", 2)):
+        config = with_copies(with_experts("top-k", **keys), replicated)
+        config |= {"train": config["train"] | {"precision": precision}}
+        results = whole(pools(ranks).run({"config": config, "steps": STEPS}))
+        losses[name] = torch.tensor([step[0] for step in results["steps"]])
+    plain, copies = ((losses[name] - losses["exact"]).abs().max() for name in ("plain", "copies"))
+    assert copies < 2 * plain
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.distributed.distributed_c10d import _world
 from models.decoder import Decoder, initialize
 from models.parallel import apply_experts, expert_parameters, sharded_parameters, token_dispatcher
 from trainer.cli import from_mapping
+from trainer.communication import SentBytes
 from trainer.config import PretrainConfig
 from trainer.data.batch import make_batch
 from trainer.engines import megatron_cpu
@@ -106,18 +108,24 @@ def build(job):
 
 
 def run(job):
-    """Losses and gradient norms of every step, the gradients of the first, a validation at the end."""
+    """Losses and gradient norms of every step, the gradients of the first (or another), a validation at the end; asked
+    to count, the bytes sent between the ranks that share experts, by step and collective.
+    """
     groups = set(_world.pg_map)
     engine, config = build(job)
     if job.get("load"):
         engine.load(Path(job["load"]))
-    steps, metrics, first = [], [], None
+    steps, metrics, sent, first = [], [], [], None
     for step in range(job.get("first_step", 0), job["steps"]):
         own = batches(config, step, engine.data_parallel_rank, engine.data_parallel_size)
-        result = engine.train_step(iter(own), len(own), config.optim.lr, step)
+        with SentBytes() if job.get("count") else nullcontext() as counted:
+            result = engine.train_step(iter(own), len(own), config.optim.lr, step)
+        if counted is not None:
+            name = parallel_state.get_expert_model_parallel_group().group_name
+            sent.append({what: size for (group, what), size in counted.by_group.items() if group == name})
         steps.append((result.loss, result.grad_norm, result.tokens))
         metrics.append(result.metrics)
-        if first is None:
+        if step == job.get("gradients_of", job.get("first_step", 0)):
             first = gradients(engine)
         if step + 1 == job.get("save_after"):
             if engine.rank == 0:
@@ -129,7 +137,7 @@ def run(job):
     parallel_state.destroy_model_parallel()
     if isinstance(engine, MegatronEngine):
         leave(set(_world.pg_map) - groups)
-    return {"steps": steps, "gradients": first, "validation": validation, "metrics": metrics}
+    return {"steps": steps, "gradients": first, "validation": validation, "metrics": metrics, "sent": sent}
 
 
 def leave(groups):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import DenseToSparseConfig, MoEConfig, RouterConfig, RouterLossConfig
-from models.moe.router import Router, fit_capacity, gumbel, gumbel_noise, token_keys
+from models.moe.router import Router, busiest, fit_capacity, gumbel, gumbel_noise, token_keys
+from models.parallel import Groups
 
 EXPERTS, WIDTH, T, B = 8, 16, 6, 3
 
@@ -87,7 +88,7 @@ def test_accumulated_balance_is_that_of_the_batch(scope, same):
 
 def test_evaluation_has_no_noise_drops_nothing_and_counts_nothing():
     router = build(router=sparse(gumbel_noise=True, threshold=0.1), capacity_factor=0.2)
-    router.statistics = torch.zeros(EXPERTS + 6, dtype=torch.float64)
+    router.statistics = torch.zeros(EXPERTS + 7, dtype=torch.float64)
     x = draw()
     keys = token_keys(torch.arange(T * B).view(T, B), torch.zeros(T, B, dtype=torch.int64))
     trained = router(x, keys)
@@ -162,6 +163,34 @@ def test_capacity(tokens, experts, capacity, share, seed):
             assert gates[taken, e].min() >= gates[wanted & ~taken, e].max()
 
 
+@pytest.mark.parametrize(
+    ("load", "number", "above", "expected"),
+    [
+        ([0.1, 0.5, 0.1, 0.3], 4, 1.0, (1, 3)),
+        ([0.1, 0.5, 0.1, 0.3], 1, 1.0, (1,)),
+        ([0.1, 0.5, 0.1, 0.3], 4, 1.5, (1,)),
+        ([0.1, 0.5, 0.1, 0.3], 4, 2.0, ()),
+        ([5.0, 1.0, 5.0, 5.0], 2, 1.0, (0, 2)),
+        ([0.25] * 4, 4, 1.0, ()),
+    ],
+)
+def test_the_busiest_experts(load, number, above, expected):
+    assert busiest(load, number, above) == expected
+
+
+def test_experts_are_copied_while_they_are_busy_and_where_ranks_share_them():
+    router = build(replicated_experts=2, replicate_above=2.0, losses=RouterLossConfig(balance=0.0))
+    router.load.copy_(torch.tensor([0.3, 0.0, 0.1, 0.0, 0.0, 0.4, 0.1, 0.1]))
+    router.choose_replicated()
+    assert router.replicated == (), "one rank has them all"
+    router.groups = Groups(expert=object())
+    router.choose_replicated()
+    assert router.replicated == (0, 5)
+    router.load.fill_(1 / EXPERTS)
+    router.choose_replicated()
+    assert router.replicated == ()
+
+
 def test_a_full_expert_drops_and_an_emptier_one_is_filled_up():
     x = draw()
     whole, dropped, padded = (
@@ -169,7 +198,7 @@ def test_a_full_expert_drops_and_an_emptier_one_is_filled_up():
         for factor, pad in ((None, False), (0.75, False), (0.75, True))
     )
     for router in (dropped, padded):
-        router.statistics = torch.zeros(EXPERTS + 6, dtype=torch.float64)
+        router.statistics = torch.zeros(EXPERTS + 7, dtype=torch.float64)
     free, held, filled = (router(x) for router in (whole, dropped, padded))
     capacity = math.ceil(0.75 * T * B * 2 / EXPERTS)
     assert held.routing_map.sum(0).max() == capacity < free.routing_map.sum(0).max()

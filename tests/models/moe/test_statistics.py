@@ -16,11 +16,11 @@ CONFIG = tiny_model_config(
         num_experts=4, dense_layers=[1], router=RouterConfig(bias_update_rate=0.5), losses=RouterLossConfig(balance=1.0)
     ),
 )
-# Layers 0, 2 and 3: loads, then dropped, entropy, balance, z, temperature, tokens.
+# Layers 0, 2 and 3: loads, then dropped, entropy, balance, z, temperature, replicated, tokens.
 TOTALS = [
-    *(8.0, 8.0, 8.0, 8.0, 2.0, 16 * math.log(4), 16.0, 8.0, 8.0, 16.0),
-    *(16.0, 0.0, 0.0, 0.0, 0.0, 0.0, 48.0, 0.0, 16.0, 16.0),
-    *(6.0, 2.0, 4.0, 4.0, 1.0, 16.0, 32.0, 16.0, 24.0, 16.0),
+    *(8.0, 8.0, 8.0, 8.0, 2.0, 16 * math.log(4), 16.0, 8.0, 8.0, 32.0, 16.0),
+    *(16.0, 0.0, 0.0, 0.0, 0.0, 0.0, 48.0, 0.0, 16.0, 0.0, 16.0),
+    *(6.0, 2.0, 4.0, 4.0, 1.0, 16.0, 32.0, 16.0, 24.0, 16.0, 16.0),
 ]
 
 
@@ -42,6 +42,7 @@ def test_metrics_of_known_counts():
             "moe/entropy": (math.log(4) + 0 + 1) / 3,
             "moe/dropped_tokens": 3,
             "moe/dead_experts": 3,
+            "moe/replicated_experts": 3,
             "moe/balance_loss": (1 + 3 + 2) / 3,
             "moe/z_loss": 0.5,
             "moe/temperature": 1.0,
