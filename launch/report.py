@@ -3,12 +3,11 @@
 python launch/report.py --runs '[runs/laptop]' --output docs/laptop.png
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trainer.cli import ConfigError, entry
+from trainer.curves import read_metrics, smooth
 
 
 @dataclass
@@ -31,23 +30,6 @@ class ReportConfig:
                 raise ConfigError(f"runs: {run}/metrics.jsonl does not exist; give run directories")
         if Path(self.output).suffix not in (".png", ".svg"):
             raise ConfigError(f"output: {self.output} must end in .png or .svg")
-
-
-def read_metrics(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of training steps, and those of validations."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "grad_norm" in line], [line for line in lines if "split" in line]
-
-
-def smooth(values: list[float], half_life: float = 20.0) -> list[float]:
-    """Exponential moving average, unbiased from the first value on."""
-    decay = 0.5 ** (1 / half_life)
-    total = weight = 0.0
-    out = []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        out.append(total / weight)
-    return out
 
 
 def main(config: ReportConfig) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 from models.config import DenseToSparseConfig, ModelConfig, RouterConfig
 from trainer.benchmarks.report import Comparison, report, say
 from trainer.cli import ConfigError, fail, from_mapping
+from trainer.curves import read_metrics, smooth
 
 DESCRIPTION = "Dense-to-sparse gates against top-k at equal active parameters and equal training FLOPs."
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,13 @@ ROOT = Path(__file__).resolve().parents[2]
 GATES: dict[str, Literal["none", "tanh"] | None] = {"top-k": None, "linear": "none", "tanh": "tanh"}
 # Parts of a run: every expert at first, then fewer and fewer, then top-k.
 _PLATEAU, _DECAY = 0.1, 0.3
+# What the table says of the last fifth of a run.
+_LATE = {
+    "experts_per_token": "experts a token",
+    "load_cv": "variation of the load",
+    "max_load": "largest load over the mean",
+    "dead_experts": "experts without a token",
+}
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -87,11 +95,10 @@ class Cost(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A finished run: its directory, and FLOPs, validation and router's metrics along its steps."""
+    """A finished run: its steps, the FLOPs up to each, and its validations."""
 
     gate: str
     seed: int
-    path: Path
     steps: list[dict[str, Any]]
     flops: list[float]
     validations: list[dict[str, Any]]
@@ -191,15 +198,13 @@ def _train(config: Config, values: dict[str, Any], gate: str, seed: int, steps: 
 
 
 def _read(config: Config, values: dict[str, Any], cost: Cost, gate: str, seed: int) -> Run:
-    path = _directory(config, gate, seed)
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "grad_norm" in line]
+    steps, validations = read_metrics(_directory(config, gate, seed))
     tokens = values["train"]["global_batch_size"] * values["train"]["seq_len"]
     flops, total = [], 0.0
     for line in steps:
         total += tokens * cost.of(line["moe/experts_per_token"])
         flops.append(total)
-    return Run(gate, seed, path, steps, flops, [line for line in lines if "split" in line])
+    return Run(gate, seed, steps, flops, validations)
 
 
 def run(config: Config) -> list[Run]:
@@ -246,16 +251,8 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     return lines
 
 
-_LATE = {
-    "experts_per_token": "experts a token",
-    "load_cv": "variation of the load",
-    "max_load": "largest load over the mean",
-    "dead_experts": "experts without a token",
-}
-
-
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Validation loss against FLOPs, experts per token and variation of the load against the part of the run."""
+    """Validation loss, experts per token and variation of the load, against FLOPs."""
     try:
         import matplotlib
     except ImportError as missing:
@@ -272,7 +269,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         points = [(teraflops[line["step"] - 1], line["bits_per_byte"]) for line in run.validations]
         left.plot(*zip(*points, strict=True), marker="o", markersize=2.5, label=label, **style)
         for axes, name in ((middle, "experts_per_token"), (right, "load_cv")):
-            axes.plot(teraflops, _smooth([line[f"moe/{name}"] for line in run.steps]), label=label, **style)
+            axes.plot(teraflops, smooth([line[f"moe/{name}"] for line in run.steps]), label=label, **style)
     # The start, from near 4 bits per byte, would hide the end.
     ends = [line["bits_per_byte"] for run in runs for line in run.validations[len(run.validations) // 4 :]]
     left.set_ylim(min(ends) - 0.02, max(ends) + 0.02)
@@ -286,10 +283,6 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     say(f"drawn: {path}")
-
-
-def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
-    return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
 def main(config: Config) -> None:
