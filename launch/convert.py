@@ -122,6 +122,10 @@ class UpcycleConfig:
         require_free(self.output)
         if self.moe.num_experts == 0:
             raise ConfigError("moe.num_experts is 0: say how many experts each layer gets")
+        if self.moe.spawn_step is not None:
+            raise ConfigError(
+                f"moe.spawn_step is {self.moe.spawn_step}: upcycling spawns them all; leave it out, and set diversify"
+            )
         if self.moe.activation != "swiglu":
             raise ConfigError(
                 f"moe.activation is {self.moe.activation}: the dense feed-forward is swiglu; leave it out"

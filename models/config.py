@@ -515,6 +515,11 @@ class MoEConfig:
         replicated_experts: Where ranks share the experts, copy at most so many of them, the busiest, to every rank in a
             step; their tokens then stay on their ranks. 0 copies none.
         replicate_above: Copy an expert only while it got more than this times the mean load in the step before.
+        spawn_step: Until this training step every token goes to the first expert alone. Then the others start as copies
+            of it, and the gate with them: its schedules count from there (EvoMoE, arXiv 2112.14397). null starts all
+            experts at once.
+        spawn_diversify: Share of the weights of each spawned expert that is set to zero, another for each; the others
+            grow by 1 / (1 - share), as in dropout.
         router: Which experts a token goes to.
         losses: What balances the experts.
     """
@@ -529,6 +534,8 @@ class MoEConfig:
     recompute_above: float | None = None
     replicated_experts: int = 0
     replicate_above: float = 2.0
+    spawn_step: int | None = None
+    spawn_diversify: float = 0.01
     router: RouterConfig = field(default_factory=RouterConfig)
     losses: RouterLossConfig = field(default_factory=RouterLossConfig)
 
@@ -545,6 +552,13 @@ class MoEConfig:
         _require(
             self.replicate_above >= 1,
             f"model.moe.replicate_above is {self.replicate_above}: it must be at least 1, the mean load",
+        )
+        _require(
+            self.spawn_step is None or self.spawn_step >= 1,
+            f"model.moe.spawn_step is {self.spawn_step}: it must be at least 1, or null for all experts from the start",
+        )
+        _require(
+            0 <= self.spawn_diversify < 1, f"model.moe.spawn_diversify is {self.spawn_diversify}: it must be in [0, 1)"
         )
         if self.num_experts == 0:
             return
@@ -566,10 +580,24 @@ class MoEConfig:
 
     def experts_at(self, step: int | None) -> int:
         """Routed experts that a token keeps at most at a training step; None for the end of all schedules."""
-        router = self.router
+        if not self.is_spawned(step):
+            return 1
+        router, step = self.router, self.gate_step(step)
         if router.gate == "top_k" or router.dense_to_sparse.is_hard(step):
             return router.top_k
         return router.dense_to_sparse.max_experts(step, self.num_experts, router.top_k)
+
+    def is_spawned(self, step: int | None) -> bool:
+        """Whether there is more than the first expert at a training step; None for after all of them."""
+        return self.spawn_step is None or step is None or step >= self.spawn_step
+
+    def spawns_at(self, step: int) -> bool:
+        """Whether the others are spawned before a training step."""
+        return self.num_experts > 0 and self.spawn_step == step
+
+    def gate_step(self, step: int | None) -> int | None:
+        """Steps since the gate began, before a training step."""
+        return step if step is None else step - (self.spawn_step or 0)
 
 
 @dataclass

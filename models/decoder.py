@@ -16,7 +16,7 @@ from models.mixers.base import LayerCache, Mixer, SequenceInfo
 from models.mixers.hgrn import layer_bounds
 from models.mixers.parallel_branches import WeightedSum
 from models.moe.layer import MoELayer
-from models.moe.router import Router, token_keys
+from models.moe.router import SPAWNED_ROUTER_STD, Router, token_keys
 from models.parallel import (
     WHOLE,
     ColumnLinear,
@@ -218,9 +218,9 @@ def initialize(model: Decoder, seed: int) -> None:
 
     So a parameter starts the same whatever the layout of ranks and whatever other layers exist. Matrices are normal
     with std `init_std`, those that write into the residual stream smaller (GPT-2's rule) where the configuration says
-    so; short convolutions are uniform in +-width^-0.5 (torch's rule); biases are 0 and norms 1; parallel branches
-    weigh the same. What makes the decays is drawn by the mixers themselves (`initialize_decay`); HGRN's lower bounds
-    start evenly spaced over the depth.
+    so, routers near zero where all experts begin as one; short convolutions are uniform in +-width^-0.5 (torch's rule);
+    biases are 0 and norms 1; parallel branches weigh the same. What makes the decays is drawn by the mixers themselves
+    (`initialize_decay`); HGRN's lower bounds start evenly spaced over the depth.
     """
     config = model.model_config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std
@@ -234,6 +234,8 @@ def initialize(model: Decoder, seed: int) -> None:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
             else:
                 std = residual_std if getattr(module, "writes_residual", False) else config.init_std
+                if isinstance(module, Router) and config.moe.spawn_step is not None:
+                    std = SPAWNED_ROUTER_STD
                 nn.init.normal_(parameter, std=std, generator=generator)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -396,6 +396,17 @@ class PretrainConfig:
             f"train.recompute_modules has {', '.join(of_experts)}, but the model has no experts; set "
             "model.moe.num_experts, or name ffn",
         )
+        spawn_step = self.model.moe.spawn_step if self.model.moe.num_experts else None
+        _require(
+            spawn_step is None or spawn_step < self.train.steps,
+            f"model.moe.spawn_step={spawn_step} lies past the end of the run, train.steps={self.train.steps}; spawn "
+            "earlier, or leave it out",
+        )
+        _require(
+            spawn_step is None or self.checkpoint.init is None,
+            f"model.moe.spawn_step={spawn_step} would overwrite the experts of checkpoint.init={self.checkpoint.init} "
+            "with the first of each layer; leave one of them out",
+        )
         if self.model.moe.num_experts and self.parallel.tensor > 1:
             # Each tensor-parallel rank routes tokens of its own.
             self.parallel = replace(self.parallel, sequence=True)

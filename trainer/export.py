@@ -10,6 +10,7 @@ from models.decoder import shapes
 from models.hub.dense import from_hub, hub_name, to_hub
 from models.parallel import cast_parameters
 from trainer import weights
+from trainer.checkpoint import read_progress
 from trainer.cli import ConfigError
 from trainer.inference import open_checkpoint
 
@@ -39,6 +40,11 @@ def export(
         ConfigError: no usable checkpoint there, or transformers has no such model.
     """
     stored = open_checkpoint(checkpoint)
+    moe, steps = stored.model.moe, read_progress(stored.path).step
+    if moe.num_experts and not moe.is_spawned(steps - 1):
+        raise ConfigError(
+            f"checkpoint: {stored.path} has experts that are to be spawned at step {moe.spawn_step}; train on past it"
+        )
     dtype = stored.dtype if precision is None else DTYPES[precision]
     model = shapes(stored.model, stored.vocab_size)
     cast_parameters(model, dtype)

@@ -194,6 +194,10 @@ def _about_experts(config: PretrainConfig) -> list[str]:
         f"over {parallel.expert} ranks; a token goes to at most {moe.experts_at(0)} at first, {moe.experts_at(None)} "
         "in the end"
     ]
+    if moe.spawn_step is not None:
+        lines.append(
+            f"up to step {moe.spawn_step} all tokens go to the first expert; then the others become copies of it"
+        )
     if parallel.tensor > 1:
         lines.append("parallel.sequence=true: with experts each tensor-parallel rank routes tokens of its own")
     warning = moe.router.dense_to_sparse.warning()

@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig, MoEConfig
 from models.decoder import seeded_generator, shapes
-from models.moe.router import Router, token_keys
+from models.moe.router import Router
+from models.moe.spawning import expected_gates, masked_copy
 from models.parallel import cast_parameters
 from trainer import weights
 from trainer.cli import ConfigError
 from trainer.export import DTYPES
 from trainer.inference import open_checkpoint
-
-# Tokens that the mean of gates with noise is taken over: its error is below 1 %.
-_TOKENS = 4096
 
 
 class _Dense(NamedTuple):
@@ -95,21 +93,6 @@ def upcycle(
     return dense.path
 
 
-def expected_gates(moe: MoEConfig) -> float:
-    """What a token's gates add up to at the first training step, on average, with routers whose weights are near zero.
-
-    k / N where all scores add up to one, 1 where the chosen ones do, k / 2 for sigmoids left as they are; of a
-    dense-to-sparse gate the share that it keeps, its noise included.
-    """
-    router = Router(replace(moe, capacity_factor=None, pad_to_capacity=False), hidden_size=1)
-    nn.init.zeros_(router.weight)
-    router.initialize_temperature()
-    router.step = 0
-    tokens = torch.arange(_TOKENS)[:, None]
-    routing = router(torch.zeros(_TOKENS, 1, 1), token_keys(tokens, torch.zeros_like(tokens)))
-    return routing.gates.detach().double().sum(-1).mean().item()
-
-
 def _open(source: Path, precision: Literal["fp32", "bf16"]) -> _Dense:
     if (source / weights.CONFIG_NAME).is_file():
         opened = weights.open_weights(source)
@@ -164,8 +147,4 @@ def _copy(matrix: Tensor, into: Tensor, masked: float, seed: int, name: str) -> 
         into.copy_(matrix.repeat(into.shape[0] // matrix.shape[0], into.shape[1] // matrix.shape[1]))
         return
     for expert, copy in enumerate(into):
-        if masked:
-            drawn = torch.rand(matrix.shape, generator=seeded_generator(seed, f"{name}.{expert}"))
-            copy.copy_(matrix * (drawn >= masked) / (1 - masked))
-        else:
-            copy.copy_(matrix)
+        copy.copy_(masked_copy(matrix, masked, seed, f"{name}.{expert}"))

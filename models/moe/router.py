@@ -21,6 +21,9 @@ from models.config import MoEConfig
 from models.parallel import WHOLE, Groups, sum_counts
 from models.recompute import is_recomputing
 
+# Of a router whose experts begin alike: its gates begin near what they are on average.
+SPAWNED_ROUTER_STD = 1e-3
+
 
 class Routing(NamedTuple):
     """Where tokens go.
@@ -81,6 +84,8 @@ class Router(nn.Module):
         logits = F.linear(x_TBD.flatten(0, 1).float(), self.weight.float())
         training = self.training and torch.is_grad_enabled()
         temperature = self._temperature()
+        if not self.config.is_spawned(self.step):
+            return self._to_the_first(logits, temperature, training)
         if self.config.router.gate == "top_k":
             probabilities, gates, keep = self._top_k(logits)
         else:
@@ -100,8 +105,23 @@ class Router(nn.Module):
         Every rank knows the same load, and so chooses the same. Before the first step it is even, and none is chosen.
         """
         number = self.config.replicated_experts
-        if number and self.groups.expert is not None and self.load is not None:
+        if not number or self.groups.expert is None or self.load is None:
+            return
+        if self.config.is_spawned(self.step):
             self.replicated = busiest(self.load.tolist(), number, self.config.replicate_above)
+        else:
+            self.replicated = (0,)
+
+    def _to_the_first(self, logits: Tensor, temperature: Tensor | float, training: bool) -> Routing:
+        """Every token goes to the first expert as to a feed-forward: no losses, no capacity."""
+        keep = torch.zeros_like(logits, dtype=torch.bool)
+        keep[:, 0] = True
+        # Zeros, so that the router's parameters have a gradient, which the sums over ranks may wait for.
+        gates = keep.float() + 0.0 * (logits + temperature)
+        if training and not is_recomputing():
+            nothing = logits.new_zeros(())
+            self._count(keep.float(), keep, nothing, nothing, nothing, temperature)
+        return Routing(gates, keep)
 
     def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router = self.config.router
@@ -118,13 +138,13 @@ class Router(nn.Module):
     def _dense_to_sparse(
         self, logits: Tensor, temperature: Tensor | float, token_keys_TB: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sparse, noise = self.config.router.dense_to_sparse, None
+        sparse, noise, step = self.config.router.dense_to_sparse, None, self.config.gate_step(self.step)
         if sparse.gumbel_noise and token_keys_TB is not None:
             noise = gumbel_noise(token_keys_TB.flatten(), self.config.num_experts, self.seed, self.step or 0)
         return dense_to_sparse_gate(
             logits,
             temperature,
-            0.0 if sparse.is_hard(self.step) else sparse.threshold,
+            0.0 if sparse.is_hard(step) else sparse.threshold,
             activation=sparse.activation,
             noise_TE=noise,
             max_experts=self.config.experts_at(self.step),
@@ -135,7 +155,9 @@ class Router(nn.Module):
         sparse = self.config.router.dense_to_sparse
         if self.config.router.gate == "top_k":
             return 1.0
-        return sparse.temperature(self.step) if self.log_temperature is None else self.log_temperature.float().exp()
+        if self.log_temperature is not None:
+            return self.log_temperature.float().exp()
+        return sparse.temperature(self.config.gate_step(self.step))
 
     def _losses(
         self, logits: Tensor, probabilities: Tensor, keep: Tensor, shape_TB: torch.Size

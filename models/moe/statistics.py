@@ -65,6 +65,9 @@ def finish_step(decoders: Iterable[Decoder], config: ModelConfig, totals: list[f
         if layer not in own or load.sum() == 0:
             continue
         router = own[layer]
+        if not router.config.is_spawned(router.step):
+            # The only expert's load is no measure of a choice.
+            continue
         if router.bias is not None:
             router.bias += config.moe.router.bias_update_rate * (load.mean() - load).sign().to(router.bias)
         if router.load is not None:

@@ -96,6 +96,7 @@ def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
         (("upcycle", "--source", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
         (("upcycle", "--source", "RUN"), "moe.num_experts is 0: say how many experts each layer gets"),
         ((*UPCYCLE, "--moe.activation", "geglu"), "moe.activation is geglu: the dense feed-forward is swiglu; leave"),
+        ((*UPCYCLE, "--moe.spawn_step", "5"), "moe.spawn_step is 5: upcycling spawns them all; leave it out"),
         ((*UPCYCLE, "--router_std", "0"), "router_std is 0.0: it must be positive, or all experts stay alike"),
         ((*UPCYCLE, "--diversify", "1"), "diversify is 1.0: it must be in [0, 1)"),
         ((*UPCYCLE, "--moe.router.top_k", "5"), "model.moe.router.top_k=5 exceeds model.moe.num_experts=4"),

@@ -170,6 +170,8 @@ WRONG_EXPERTS = [
     ({"replicated_experts": -1}, "model.moe.replicated_experts is -1: it must not be negative"),
     ({"replicated_experts": 5}, "model.moe.replicated_experts=5 exceeds model.moe.num_experts=4"),
     ({"replicate_above": 0.5}, "model.moe.replicate_above is 0.5: it must be at least 1, the mean load"),
+    ({"spawn_step": 0}, "model.moe.spawn_step is 0: it must be at least 1, or null for all experts from the start"),
+    ({"spawn_diversify": 1.0}, "model.moe.spawn_diversify is 1.0: it must be in [0, 1)"),
     ({"router": {"top_k": 5}}, "model.moe.router.top_k=5 exceeds model.moe.num_experts=4"),
     ({"router": {"top_k": 0}}, "model.moe.router.top_k is 0: it must be positive"),
     ({"router": {"num_groups": 3}}, "model.moe.router.num_groups=3 must divide num_experts=4 into groups"),

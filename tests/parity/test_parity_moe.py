@@ -45,6 +45,7 @@ LAYOUTS = {
     "EP2 x CP2": {"expert": 2, "context": 2},
     "TP2": {"tensor": 2},
     "PP2": {"pipeline": 2},
+    "DP2": {"data": 2},
 }
 
 
@@ -163,6 +164,83 @@ def test_copies_in_bfloat16(pools):
         losses[name] = torch.tensor([step[0] for step in results["steps"]])
     plain, copies = ((losses[name] - losses["exact"]).abs().max() for name in ("plain", "copies"))
     assert copies < 2 * plain
+
+
+SPAWN_STEP = 3
+
+
+def with_spawning(gate="variable", **keys):
+    config = with_experts(gate, **keys)
+    experts = {"spawn_step": SPAWN_STEP, "spawn_diversify": 0.1}
+    model = config["model"] | {"moe": config["model"]["moe"] | experts}
+    # The engines leave gradients before, or after they are clipped.
+    return config | {"model": model, "optim": config["optim"] | {"clip_grad": 0.0}}
+
+
+def spawning(pools, ranks, config):
+    """Compared are the gradients of the first step with all experts; before, routers have none."""
+    return whole(pools(ranks).run({"config": config, "steps": STEPS, "gradients_of": SPAWN_STEP}))
+
+
+SPAWNING = [
+    ("EP2 x DP2", "variable", {}),
+    ("EP2 x TP2", "variable", {}),
+    ("EP2 x PP2 interleaved", "top-k", {}),
+    ("EP4 x DP4", "learned", {}),
+    ("TP2", "top-k", {}),
+    *[("DP2", "learned" if stage == 2 else "variable", {"zero_stage": stage}) for stage in range(4)],
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "gate", "engine"),
+    [SPAWNING[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in SPAWNING[1:])],
+    ids=str,
+)
+def test_experts_spawned_during_the_run(pools, layout, gate, engine):
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    config = with_spawning(gate, **keys)
+    if engine:
+        config |= {"engine": {"name": "deepspeed"} | engine}
+    ours, reference = spawning(pools, ranks, config), spawning(pools, 1, with_spawning(gate))
+    agree(ours, reference)
+    # Of three layers with four experts each.
+    dead = [metrics["moe/dead_experts"] for metrics in ours["metrics"]]
+    assert dead[:SPAWN_STEP] == [9] * SPAWN_STEP and dead[SPAWN_STEP] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "engine"), [("EP2 x DP2", {}), *[("DP2", {"zero_stage": stage}) for stage in (1, 2, 3)]], ids=str
+)
+def test_spawned_experts_are_what_is_trained_on(pools, layout, engine):
+    """In bfloat16, with updates that change nothing: the float32 copies, too, are the spawned ones."""
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    config = with_spawning(**keys)
+    config |= {"train": config["train"] | {"precision": "bf16"}, "optim": config["optim"] | {"lr": 1e-12}}
+    if engine:
+        config |= {"engine": {"name": "deepspeed"} | engine}
+    validations = {}
+    for name, steps, spawn_step in (("before", 1, 1), ("after", 3, 1), ("others", 1, None)):
+        moe = config["model"]["moe"] | {"spawn_step": spawn_step, "spawn_diversify": 0.0}
+        moe |= {"router": {"top_k": 2, "normalize": "after"}}
+        job = {"config": config | {"model": config["model"] | {"moe": moe}}, "steps": steps}
+        validations[name] = whole(pools(ranks).run(job))["validation"]
+    assert validations["after"] == pytest.approx(validations["before"], rel=1e-3)
+    assert validations["others"] != pytest.approx(validations["before"], rel=5e-3)
+
+
+@pytest.mark.slow
+def test_until_they_are_spawned_every_rank_has_the_first_expert(pools):
+    """With copies of busy experts no token travels before."""
+    ranks, keys = ranks_of(LAYOUTS["EP2 x DP2"])
+    config = with_copies(with_spawning("top-k", **keys))
+    results = pools(ranks).run({"config": config, "steps": STEPS, "gradients_of": SPAWN_STEP, "count": True})
+    agree(whole(results), spawning(pools, 1, with_spawning("top-k")))
+    assert [metrics["moe/replicated_experts"] for metrics in results[0]["metrics"]][:3] == [3] * 3
+    for result in results:
+        first, spawned = (result["sent"][step].get("alltoall_base", 0) for step in (0, 3))
+        assert first < spawned
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

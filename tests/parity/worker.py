@@ -47,7 +47,7 @@ def batches(config, step, rank, ranks):
 def gradients(engine):
     """The gradients of this rank's stages after a step, whole, where this rank is the one to report them."""
     if isinstance(engine, DeepSpeedEngine):
-        return engine.first_gradients
+        return engine.gradients
     tensor, expert = (
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_expert_model_parallel_group(),
@@ -82,17 +82,17 @@ def gathered(decoder, gradients, tensor, expert=None):
     return found
 
 
-def keep_first_gradients(engine, decoder):
-    """Have DeepSpeed's engine leave the gradients of its first update in `first_gradients`, before they are clipped."""
+def keep_gradients(engine, decoder):
+    """Have DeepSpeed's engine leave unclipped gradients in `gradients`, of the first update that finds None there."""
     update, from_zero = engine._update, engine._deepspeed.utils.safe_get_full_grad
 
     def keep_and_update():
-        if engine.first_gradients is None:
+        if engine.gradients is None:
             own = {name: from_zero(parameter) for name, parameter in decoder.named_parameters()}
-            engine.first_gradients = gathered(decoder, own, decoder.groups.tensor)
+            engine.gradients = gathered(decoder, own, decoder.groups.tensor)
         return update()
 
-    engine.first_gradients, engine._update = None, keep_and_update
+    engine.gradients, engine._update = None, keep_and_update
 
 
 def build(job):
@@ -103,7 +103,7 @@ def build(job):
     decoder = Decoder(config.model, VOCAB)
     initialize(decoder, config.train.seed)
     engine = DeepSpeedEngine(config, decoder, torch.device("cpu"))
-    keep_first_gradients(engine, decoder)
+    keep_gradients(engine, decoder)
     return engine, config
 
 
@@ -115,9 +115,12 @@ def run(job):
     engine, config = build(job)
     if job.get("load"):
         engine.load(Path(job["load"]))
-    steps, metrics, sent, first = [], [], [], None
+    steps, metrics, sent, found = [], [], [], None
+    gradients_of = job.get("gradients_of", job.get("first_step", 0))
     for step in range(job.get("first_step", 0), job["steps"]):
         own = batches(config, step, engine.data_parallel_rank, engine.data_parallel_size)
+        if step == gradients_of:
+            vars(engine)["gradients"] = None
         with SentBytes() if job.get("count") else nullcontext() as counted:
             result = engine.train_step(iter(own), len(own), config.optim.lr, step)
         if counted is not None:
@@ -125,8 +128,8 @@ def run(job):
             sent.append({what: size for (group, what), size in counted.by_group.items() if group == name})
         steps.append((result.loss, result.grad_norm, result.tokens))
         metrics.append(result.metrics)
-        if step == job.get("gradients_of", job.get("first_step", 0)):
-            first = gradients(engine)
+        if step == gradients_of:
+            found = gradients(engine)
         if step + 1 == job.get("save_after"):
             if engine.rank == 0:
                 Path(job["save"]).mkdir()
@@ -137,7 +140,7 @@ def run(job):
     parallel_state.destroy_model_parallel()
     if isinstance(engine, MegatronEngine):
         leave(set(_world.pg_map) - groups)
-    return {"steps": steps, "gradients": first, "validation": validation, "metrics": metrics, "sent": sent}
+    return {"steps": steps, "gradients": found, "validation": validation, "metrics": metrics, "sent": sent}
 
 
 def leave(groups):

@@ -101,6 +101,14 @@ MISTAKES = {
         ["--parallel.expert=2"],
         "parallel.expert=2 shares experts, of which the model has none; set model.moe.num_experts",
     ),
+    "experts spawned after the end": (
+        ["--model.moe.num_experts=4", "--model.moe.spawn_step=50", "--train.steps=50"],
+        "model.moe.spawn_step=50 lies past the end of the run, train.steps=50; spawn earlier, or leave it out",
+    ),
+    "experts spawned over weights": (
+        ["--model.moe.num_experts=4", "--model.moe.spawn_step=50", "--checkpoint.init=weights"],
+        "model.moe.spawn_step=50 would overwrite the experts of checkpoint.init=weights with the first of each layer",
+    ),
     "batch that does not divide": (
         ["--train.micro_batch_size=3", "--train.global_batch_size=8"],
         "train.global_batch_size=8 does not divide by train.micro_batch_size=3 times 1 data-parallel ranks; use a",

@@ -31,7 +31,7 @@ KEYS = {
     "min_log_decay",
     "model.spikingbrain_gla": "num_heads num_kv_heads head_dim qkv_bias gate_low_rank gate_normalizer",
     "model.moe": "num_experts shared_experts expert_hidden_size dense_layers activation capacity_factor "
-    "pad_to_capacity recompute_above replicated_experts replicate_above router losses",
+    "pad_to_capacity recompute_above replicated_experts replicate_above spawn_step spawn_diversify router losses",
     "model.moe.router": "gate score top_k normalize num_groups group_top_k bias_update_rate dense_to_sparse",
     "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",

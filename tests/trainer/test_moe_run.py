@@ -6,6 +6,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.moe.statistics import routers
 from tests.trainer.conftest import finish, metrics, trajectory
+from trainer.cli import ConfigError
+from trainer.export import export
 from trainer.inference import load_model
 
 MODEL = (
@@ -46,3 +48,36 @@ def test_a_run_reports_its_experts_and_goes_on_to_the_bit(tiny_run, tmp_path):
     (router,) = routers([opened.model]).values()
     assert router.step == 5, "its schedules stand where the last validation had them"
     torch.testing.assert_close(router.load.tolist(), lines[-1]["moe/load"][0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_where_experts_are_spawned_goes_on_to_the_bit(tiny_run, tmp_path):
+    """Its checkpoint holds them as they were before; it can be evaluated, and not be exported."""
+    spawning = (
+        "--model.moe.num_experts=4",
+        "--model.moe.dense_layers=[0]",
+        "--model.moe.spawn_step=4",
+        "--model.moe.spawn_diversify=0.1",
+        "--train.precision=bf16",
+        "--train.steps=6",
+        "--checkpoint.every=4",
+    )
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    code, output = finish(tiny_run(whole, *spawning))
+    assert code == 0, output
+    assert "up to step 4 all tokens go to the first expert; then the others become copies of it" in output
+    routed = [line["moe/experts_per_token"] for line in metrics(whole) if "grad_norm" in line]
+    assert routed == [1.0] * 4 + [2.0] * 2
+
+    stopped = whole / "checkpoints/step_00000004"
+    (router,) = routers([load_model(stopped, torch.device("cpu")).model]).values()
+    assert router(torch.randn(3, 2, 32)).routing_map.sum(0).tolist() == [6, 0, 0, 0]
+    options = {"precision": None, "max_file_bytes": 1e9, "report": print}
+    with pytest.raises(ConfigError, match="has experts that are to be spawned at step 4; train on past it"):
+        export(stopped, tmp_path / "weights", **options)
+    assert not (tmp_path / "weights").exists()
+    export(whole, tmp_path / "weights", **options)
+
+    code, output = finish(tiny_run(resumed, *spawning, f"--checkpoint.resume={stopped}"))
+    assert code == 0, output
+    assert trajectory(resumed)[0] == trajectory(whole)[0][4:]

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from models.decoder import Decoder, no_weight_decay
 from models.moe import statistics
+from models.moe.spawning import expert_weights, spawned
 from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients, sharded_parameters
 from trainer.cli import ConfigError
 from trainer.config import ParallelConfig, PretrainConfig
@@ -89,7 +90,7 @@ class DeepSpeedEngine:
         self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
         self.data_parallel_size = self.world_size // self._tensor_ranks
         cut(decoder, self._groups)
-        self._decoder, self._model_config = decoder, config.model
+        self._decoder, self._model_config, self._seed = decoder, config.model, config.train.seed
         self._parameters: dict[str, Any] = dict(decoder.named_parameters())
         self._shards = _shards(decoder, self._groups)
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
@@ -154,6 +155,8 @@ class DeepSpeedEngine:
         assert micro_batches == self._micro_batches, "DeepSpeed was told at the start how many there are"
         for group in self._adam.param_groups:
             group["lr"] = lr
+        if self._model_config.moe.spawns_at(step):
+            self._spawn_experts()
         local = [next(batches).to(self.device) for _ in range(micro_batches)]
         tokens = self.all_reduce([float(sum(int(batch.loss_mask.sum()) for batch in local))])[0]
         scale = micro_batches * self.data_parallel_size / max(tokens, 1.0)
@@ -214,6 +217,17 @@ class DeepSpeedEngine:
 
     def _forward(self, batch: Batch) -> Tensor:
         return self._engine(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)
+
+    def _spawn_experts(self) -> None:
+        """Make all routed experts masked copies of the first. Adam's moments stay, those of the others zero."""
+        for name, weight, writes_output in expert_weights(self._decoder):
+            with self._deepspeed.zero.GatheredParameters([weight], enabled=self._stage == 3):
+                experts = spawned(weight, name, writes_output, self._model_config.moe, self._seed, self._groups)
+            piece = self._owned(name, _MAIN)
+            piece.values.copy_(experts.flatten()[piece.start : piece.start + piece.values.numel()])
+            if self._stage == 3:
+                self._give_back(name, _MAIN, piece.values)
+        self._publish()
 
     def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
         """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""

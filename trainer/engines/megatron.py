@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.decoder import Decoder, no_weight_decay
 from models.moe import statistics
+from models.moe.spawning import expert_weights, spawned
 from models.parallel import (
     Groups,
     cast_parameters,
@@ -114,7 +115,7 @@ class MegatronEngine:
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         self._clip = config.optim.clip_grad
-        self._parallel, self._model_config = config.parallel, config.model
+        self._parallel, self._model_config, self._seed = config.parallel, config.model, config.train.seed
         self._groups = layer_groups(config.parallel)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         transformer_config = _transformer_config(config, dtype)
@@ -232,6 +233,8 @@ class MegatronEngine:
 
     def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float, step: int = 0) -> StepResult:
         """Forward and backward over this rank's micro-batches, one update at learning rate `lr`, the `step`-th."""
+        if self._model_config.moe.spawns_at(step):
+            self._spawn_experts()
         statistics.begin_step(self._decoders, step)
         for stage in self._stages:
             stage.zero_grad_buffer()
@@ -264,6 +267,17 @@ class MegatronEngine:
             group["lr"] = lr
         optimizer.step_with_ready_grads()
         return grad_norm
+
+    def _spawn_experts(self) -> None:
+        """Make all routed experts masked copies of the first. Adam's moments stay, those of the others zero."""
+        moe = self._model_config.moe
+        for decoder in self._decoders:
+            for name, weight, writes_output in expert_weights(decoder):
+                weight.data.copy_(spawned(weight, name, writes_output, moe, self._seed, self._groups))
+        for part in self._optimizer.chained_optimizers:
+            # mcore keeps experts apart, so that no other weight's float32 copy is rounded.
+            if all(group["is_expert_parallel"] for group in part.param_groups):
+                part.reload_model_params()
 
     def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
         """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""
