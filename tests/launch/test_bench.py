@@ -1,6 +1,7 @@
 """The benchmark command: it runs, writes its fields, and refuses what it does not know in one line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_moe_writes_its_fields(tmp_path):
     path = tmp_path / "result.json"
     sizes = {"tokens": "[32]", "scaling_tokens": "[16,32]", "scaling_experts": "[2,4]", "experts": 4}
     sizes |= {"hidden_size": 16, "expert_hidden_size": 24, "rounds": 1, "warmup": 0, "threads": 1, "clock": "cpu"}
+    sizes |= {"parts": "[peers,tokens,experts]"}
     done = _bench("moe", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
     assert done.returncode == 0, done.stderr
     lines = json.loads(path.read_text())
@@ -83,6 +85,52 @@ def test_moe_writes_its_fields(tmp_path):
     assert [line["case"] for line in lines] == [*(f"{peer}, 32 tokens" for peer in peers), *growths]
     assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines[:3])
     assert [line["peer"] for line in lines[3:]] == [1.0, 0.0]
+
+
+@pytest.mark.slow
+def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
+    """Two ranks of N tokens, each to 2 of E experts, D and F wide: FLOPs and bytes to the last one."""
+    path = tmp_path / "result.json"
+    N, D, E, F = 32, 16, 8, 24
+    sizes = {"tokens": f"[{N}]", "experts": E, "hidden_size": D, "expert_hidden_size": F, "skew": 2, "threads": 1}
+    done = _bench("moe", "--parts=[systems]", *(f"--{name}={value}" for name, value in sizes.items()), f"--json={path}")
+    assert done.returncode == 0, done.stderr
+    lines = {line["case"]: line for line in json.loads(path.read_text())}
+    cases = ["none", "moe_activation", "moe_experts", "ffn", "recompute_above=2", "replicated_experts=1"]
+    copies = "replicated_experts=2"
+    cases += [copies, f"{copies} + recompute_above=2", f"{copies} + moe_experts"]
+    figures = ["kept, larger rank", "FLOPs, busier rank", "sent, both ranks"]
+    assert list(lines) == [f"{case}, {figure}" for case in cases for figure in figures]
+    kept, busier, sent = ({case: lines[f"{case}, {figure}"]["ours"] for case in cases} for figure in figures)
+
+    def noted(figure, pattern):
+        return {case: float(re.search(pattern, lines[f"{case}, {figure}"]["note"])[1]) for case in cases}
+
+    copied = noted(figures[0], r"copied: (\d)")
+    assert [copied[case] for case in cases] == [0, 0, 0, 0, 0, 1, 2, 2, 2]
+    assert kept["none"] > kept["moe_activation"] > kept["moe_experts"] > kept["ffn"]
+    assert kept["none"] > kept["recompute_above=2"] > kept["moe_experts"]
+    assert kept["none"] > kept["replicated_experts=1"] > kept[copies] > kept[f"{copies} + recompute_above=2"]
+
+    flops = noted(figures[1], r"(\S+) GFLOP on both")
+    routing, forward = 2 * 2 * N * D * E / 1e9, 3 * 2 * (2 * N * 2) * D * F / 1e9
+    assert flops["none"] == pytest.approx(3 * forward + 3 * routing, rel=1e-5)
+    again = {case: flops[case] - flops["none"] for case in cases}
+    assert again["moe_activation"] == pytest.approx(routing, rel=1e-3)
+    assert again["moe_experts"] == again[f"{copies} + moe_experts"] == pytest.approx(forward, rel=1e-3)
+    assert again["ffn"] == pytest.approx(forward + routing, rel=1e-3)
+    assert again["replicated_experts=1"] == again[copies] == 0 < again["recompute_above=2"] < forward
+    assert busier["none"] > busier["replicated_experts=1"] > busier[copies]
+
+    tokens, weights = noted(figures[2], r"(\S+) MB of tokens"), noted(figures[2], r"(\S+) MB of weights")
+    assert [sent[case] for case in cases] == pytest.approx([tokens[case] + weights[case] for case in cases])
+    assert sent["none"] == sent["moe_activation"] == sent["moe_experts"] == sent["recompute_above=2"]
+    assert tokens["none"] > tokens["replicated_experts=1"] > tokens[copies]
+    # Three float32 matrices, copied forward and their gradients summed backward.
+    assert weights == pytest.approx({case: copied[case] * 2 * 3 * D * F * 4 / 1e6 for case in cases})
+    # The exchange there and back runs three times in place of twice; ranks tell each other E numbers before each.
+    numbers = 2 * E * 8 / 1e6
+    assert tokens["ffn"] - numbers * 2 == pytest.approx((tokens["none"] - numbers) * 1.5)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +144,8 @@ def test_moe_writes_its_fields(tmp_path):
         (["linear_attention", "--seq_lens", "[0]"], "seq_lens"),
         (["linear_attention", "--parts", "[sdap]"], "parts"),
         (["moe", "--top_k=16"], "top_k"),
+        (["moe", "--parts=[systems]", "--experts=9"], "experts"),
+        (["moe", "--skew=-1"], "skew"),
         (["moe", "--clock=cpu"], "--threads 1"),
     ],
 )

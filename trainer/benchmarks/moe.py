@@ -1,6 +1,7 @@
 """Forward and backward of a mixture-of-experts layer against a loop over experts and transformers' Mixtral block.
 
-All sides have the same weights and the same choice of experts, and must agree before any is timed.
+All sides have the same weights and the same choice of experts, and must agree before any is timed. The part `systems`
+times nothing: it counts what recomputation and copies of experts cost and save (trainer.benchmarks.moe_systems).
 """
 
 import importlib.util
@@ -33,13 +34,15 @@ class Config:
     Attributes:
         json: Write the comparisons to this file.
         parts: What to measure; all by default.
-        tokens: Tokens of the comparisons; the growth with the number of experts is measured at the first.
+        tokens: Tokens of the comparisons; the growth with the number of experts is measured at the first, and each rank
+            of the part systems has as many.
         scaling_tokens: Tokens over which the growth of time is fitted.
         scaling_experts: Numbers of experts over which it is.
         experts: Experts.
         top_k: Experts that a token goes to.
         hidden_size: Width of the residual stream.
         expert_hidden_size: Inner width of an expert.
+        skew: How uneven the load of the part systems is: the n-th expert's logit is lowered by so many times log(n).
         rounds: Timed calls of each side.
         warmup: Untimed calls of each side before.
         threads: CPU threads; 0 takes every core.
@@ -48,7 +51,9 @@ class Config:
     """
 
     json: str | None = None
-    parts: list[Literal["peers", "tokens", "experts"]] = field(default_factory=lambda: ["peers", "tokens", "experts"])
+    parts: list[Literal["peers", "tokens", "experts", "systems"]] = field(
+        default_factory=lambda: ["peers", "tokens", "experts", "systems"]
+    )
     tokens: list[int] = field(default_factory=lambda: [4096, 1024, 16384])
     scaling_tokens: list[int] = field(default_factory=lambda: [1 << n for n in range(10, 15)])
     scaling_experts: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
@@ -56,6 +61,7 @@ class Config:
     top_k: int = 2
     hidden_size: int = 512
     expert_hidden_size: int = 1408
+    skew: float = 0.65
     rounds: int = 5
     warmup: int = 1
     threads: int = 0
@@ -74,6 +80,10 @@ class Config:
                 raise ConfigError(f"{name} needs two numbers to fit a growth to")
         if self.top_k > min(self.experts, *self.scaling_experts):
             raise ConfigError(f"top_k={self.top_k} exceeds the smallest number of experts")
+        if not (math.isfinite(self.skew) and self.skew >= 0):
+            raise ConfigError(f"skew is {self.skew}: it must be a number from 0 on")
+        if "systems" in self.parts and self.experts % 2:
+            raise ConfigError(f"experts is {self.experts}: the two ranks of part systems must share them evenly")
         if self.clock == "cpu" and self.threads != 1:
             raise ConfigError("clock=cpu adds up the threads' time; use it with --threads 1")
         if "peers" in self.parts and importlib.util.find_spec("transformers") is None:
@@ -88,7 +98,12 @@ def main(config: Config) -> None:
     if config.keep_freed_memory:
         keep_freed_memory()
     threads = configure_threads(config.threads)
-    parts = {"peers": _against_peers, "tokens": _growth_with_tokens, "experts": _growth_with_experts}
+    parts = {
+        "peers": _against_peers,
+        "tokens": _growth_with_tokens,
+        "experts": _growth_with_experts,
+        "systems": _systems,
+    }
     lines = [line for name, measure in parts.items() if name in config.parts for line in measure(config)]
     shape = f"{config.experts} experts of {config.expert_hidden_size}, top {config.top_k}, width {config.hidden_size}"
     report(
@@ -98,8 +113,11 @@ def main(config: Config) -> None:
     )
 
 
-def _layer(config: Config, experts: int) -> "MoELayer":
-    """A layer with weights that spread the tokens about evenly, and without auxiliary losses, which the peers lack."""
+def build_layer(config: Config, experts: int, **keys: Any) -> "MoELayer":
+    """A layer with weights that spread the tokens about evenly, and without auxiliary losses, which the peers lack.
+
+    `keys` are more of those of model.moe.
+    """
     import torch
 
     from models.moe.layer import MoELayer
@@ -109,6 +127,7 @@ def _layer(config: Config, experts: int) -> "MoELayer":
         expert_hidden_size=config.expert_hidden_size,
         router=RouterConfig(top_k=config.top_k, normalize="after"),
         losses=RouterLossConfig(balance=0.0, z=0.0),
+        **keys,
     )
     layer = MoELayer(ModelConfig(num_layers=1, hidden_size=config.hidden_size, moe=moe))
     generator = torch.Generator().manual_seed(0)
@@ -118,10 +137,11 @@ def _layer(config: Config, experts: int) -> "MoELayer":
     return layer
 
 
-def _inputs(config: Config, tokens: int) -> "Tensor":
+def make_inputs(config: Config, tokens: int, seed: int = 1) -> "Tensor":
+    """Normal numbers [tokens, 1, hidden_size] that want a gradient."""
     import torch
 
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, 1, config.hidden_size, generator=generator).requires_grad_()
 
 
@@ -180,17 +200,22 @@ def _medians(config: Config, sides: Mapping[str, Step]) -> dict[str, float]:
 
 
 def _require_equal(forwards: "Mapping[str, Callable[[Tensor], Tensor]]", x: "Tensor") -> float:
-    """The largest relative difference of outputs and of gradients of x from those of the first side.
-
-    Raises:
-        RuntimeError: it is above 1e-4.
-    """
+    """`largest_difference` of outputs and of gradients of x."""
     import torch
 
     results = []
     for forward in forwards.values():
         y = forward(x)
         results.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
+    return largest_difference(results)
+
+
+def largest_difference(results: "Sequence[Sequence[Tensor]]") -> float:
+    """The largest relative difference of any side's tensors from those of the first side.
+
+    Raises:
+        RuntimeError: it is above 1e-4.
+    """
     first, *others = results
     largest = max(float((b - a).norm() / a.norm()) for other in others for a, b in zip(first, other, strict=True))
     if not largest < 1e-4:
@@ -203,7 +228,7 @@ def _against_peers(config: Config) -> list[Comparison]:
 
     from trainer.device import measure_matmul
 
-    layer = _layer(config, config.experts)
+    layer = build_layer(config, config.experts)
     blocks = {f"Mixtral's block, {name}": _mixtral(config, layer, name) for name in ("eager", "grouped_mm")}
     forwards: dict[str, Callable[[Tensor], Tensor]] = {
         "ours": layer,
@@ -213,7 +238,7 @@ def _against_peers(config: Config) -> list[Comparison]:
     lines = []
     for tokens in config.tokens:
         say(f"against the peers, {tokens} tokens")
-        x = _inputs(config, tokens)
+        x = make_inputs(config, tokens)
         difference = _require_equal(forwards, x)
         weights = {name: list(blocks.get(name, layer).parameters()) for name in forwards}
         sides = {name: _step(forward, x, weights[name]) for name, forward in forwards.items()}
@@ -238,18 +263,24 @@ def _growth(name: str, sizes: Sequence[int], seconds: Sequence[float], expected:
 
 def _growth_with_tokens(config: Config) -> list[Comparison]:
     sizes = sorted(set(config.scaling_tokens))
-    layer, sides = _layer(config, config.experts), {}
+    layer, sides = build_layer(config, config.experts), {}
     say("growth with the number of tokens")
     for tokens in sizes:
-        sides[str(tokens)] = _step(layer, _inputs(config, tokens), list(layer.parameters()))
+        sides[str(tokens)] = _step(layer, make_inputs(config, tokens), list(layer.parameters()))
     return [_growth("tokens", sizes, list(_medians(config, sides).values()), 1.0)]
 
 
 def _growth_with_experts(config: Config) -> list[Comparison]:
-    sizes, x = sorted(set(config.scaling_experts)), _inputs(config, config.tokens[0])
+    sizes, x = sorted(set(config.scaling_experts)), make_inputs(config, config.tokens[0])
     say(f"growth with the number of experts, {config.tokens[0]} tokens")
     sides = {}
     for experts in sizes:
-        layer = _layer(config, experts)
+        layer = build_layer(config, experts)
         sides[str(experts)] = _step(layer, x, list(layer.parameters()))
     return [_growth("experts", sizes, list(_medians(config, sides).values()), 0.0)]
+
+
+def _systems(config: Config) -> list[Comparison]:
+    from trainer.benchmarks.moe_systems import measure
+
+    return measure(config)
