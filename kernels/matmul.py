@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kernels.backend import resolve
 
@@ -163,6 +164,7 @@ def _onednn_is_faster() -> bool:
     )
 
 
+@_disable_current_modes()  # the question may come in a run on shapes alone, or while operations are counted
 def _keeps_digits() -> bool:
     """Whether a product through oneDNN is a float32 one: it has the last word over what is known of the processor."""
     generator = torch.Generator().manual_seed(0)

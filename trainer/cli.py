@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -75,10 +75,36 @@ def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str
         ConfigError: an unknown key, a wrong type, a missing file, or a value that the dataclass refuses.
     """
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args(_reset_groups(config_class, arguments))
         return _build(config_class, parser, namespace), namespace
     except _PARSE_ERRORS as error:
         raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error
+
+
+def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
+    """Set a group to its defaults before a file that is named for it, as in `--model FILE`.
+
+    Else keys that the file leaves out would stay as the configuration has them: a dense model over one with experts
+    would have experts.
+    """
+    groups = _groups(config_class)
+    reset: list[str] = []
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        group = groups.get(name.removeprefix("--"))
+        if group is not None and Path(value or next(iter(arguments[i + 1 : i + 2]), "")).is_file():
+            reset.append(f"{name}={json.dumps(asdict(group()))}")
+        reset.append(argument)
+    return reset
+
+
+def _groups(config_class: type, prefix: str = "") -> dict[str, type]:
+    """The dataclasses within a dataclass by their dotted keys."""
+    hints = get_type_hints(config_class)
+    found = {prefix + item.name: hints[item.name] for item in fields(config_class) if is_dataclass(hints[item.name])}
+    for name, group in list(found.items()):
+        found |= _groups(group, f"{name}.")
+    return found
 
 
 def _build(config_class: type[C], parser: ArgumentParser, namespace: Namespace) -> C:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import matmul as module
 from kernels.matmul import batched_matmul, linear, linear_reference, matmul
@@ -120,3 +122,9 @@ def test_a_library_that_rounds_is_found_out(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not module._keeps_digits()
+
+
+def test_the_question_can_be_asked_in_a_run_on_shapes_alone():
+    with FakeTensorMode(), FlopCounterMode(display=False) as counted:
+        answer = module._keeps_digits()
+    assert answer == module._keeps_digits() and counted.get_total_flops() == 0

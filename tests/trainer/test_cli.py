@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.config import ModelConfig, MoEConfig
 from trainer.cli import ConfigError, dotted_keys, dump, fail, from_mapping, guess, make_parser, parse, write_status
 from trainer.config import PretrainConfig, TrainConfig
 
@@ -311,6 +312,26 @@ def test_a_dump_reads_back_as_the_same_configuration(steps, lr, tied, ratio, pro
     config = from_mapping(PretrainConfig, yaml.safe_load(text))
     assert (config.train.steps, config.optim.lr, config.model.mixers.linear_per_full) == (steps, lr, ratio)
     assert config.evaluation.prompt == prompt
+
+
+def test_a_file_named_for_a_group_is_all_of_it(tmp_path):
+    """But what a configuration and single options say of other groups stays."""
+    recipe, model, experts = (tmp_path / f"{name}.yaml" for name in ("recipe", "model", "experts"))
+    write(tmp_path, "recipe.yaml", {"model": {"num_layers": 2, "moe": {"num_experts": 4}}, "optim": {"lr": 0.5}})
+    write(tmp_path, "model.yaml", {"num_layers": 3})
+    write(tmp_path, "experts.yaml", {"num_experts": 8})
+
+    def read(*options):
+        arguments = ["--config", str(recipe), *options]
+        return parse(PretrainConfig, make_parser(PretrainConfig, ""), arguments)[0]
+
+    for options in (["--model", str(model)], [f"--model={model}"]):
+        config = read(*options, "--model.hidden_size=128")
+        assert config.model == ModelConfig(num_layers=3, hidden_size=128) and config.optim.lr == 0.5
+    config = read("--model", str(model), "--model.moe", str(experts))
+    assert config.model == ModelConfig(num_layers=3, moe=MoEConfig(num_experts=8))
+    assert read("--model.moe", str(experts)).model.num_layers == 2
+    assert read("--model.moe.shared_experts=1").model.moe == MoEConfig(num_experts=4, shared_experts=1)
 
 
 def test_mappings_are_checked_too():
