@@ -92,7 +92,8 @@ def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
     for i, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         group = groups.get(name.removeprefix("--"))
-        if group is not None and Path(value or next(iter(arguments[i + 1 : i + 2]), "")).is_file():
+        # Not by pathlib: a section can also be written out, longer than a name may be.
+        if group is not None and os.path.isfile(value or next(iter(arguments[i + 1 : i + 2]), "")):
             reset.append(f"{name}={json.dumps(asdict(group()))}")
         reset.append(argument)
     return reset

@@ -1,5 +1,6 @@
 """Open a checkpoint for generation and evaluation. Imports neither megatron nor deepspeed."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,10 @@ class StoredModel:
         named = {prefix + name: name for name in parameters}
         # The optimizer knows nothing of what routers count.
         kept = {name if name in stored else _PREFIX + own: parameters[own] for name, own in named.items()}
-        load(kept, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            # That there is one process is what no_dist says.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(kept, storage_reader=reader, no_dist=True)
 
 
 def open_checkpoint(path: str | Path) -> StoredModel:

@@ -88,6 +88,7 @@ def check(config: PretrainConfig) -> bool:
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"run.dir: {run_dir} cannot be written under {existing}; name another directory")
+    _check_spawning(config)
     steps = checkpoint_steps(run_dir)
     if not steps:
         return False
@@ -115,3 +116,21 @@ def check(config: PretrainConfig) -> bool:
             "overwrite; choose another run.dir"
         )
     return False
+
+
+def _check_spawning(config: PretrainConfig) -> None:
+    """Hold the step at which experts are spawned against that of a checkpoint named to go on from.
+
+    Raises:
+        ConfigError: they differ: experts would count as spawned that are not, or be overwritten.
+    """
+    if config.checkpoint.resume in ("auto", "never") or not config.model.moe.num_experts:
+        return
+    path = Path(config.checkpoint.resume) / "config.yaml"
+    if not path.is_file():
+        return
+    theirs, ours = yaml.safe_load(path.read_text())["model"]["moe"].get("spawn_step"), config.model.moe.spawn_step
+    if theirs != ours:
+        raise ConfigError(
+            f"checkpoint.resume: {path.parent} has model.moe.spawn_step={theirs}, not {ours}; go on with that"
+        )

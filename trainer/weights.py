@@ -37,6 +37,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TYPES = ("F64", "F32", "F16", "BF16")
 # They matter where parameters are drawn; the embedding's rows are compared as they are.
 _NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple")
+# The weights hold all experts, however these came to be, and whatever is kept of them in training.
+_NOT_COMPARED_OF_EXPERTS = ("spawn_step", "spawn_diversify", "recompute_above", "replicate_above")
 _NAMES_SHOWN = 3
 
 
@@ -338,6 +340,7 @@ def _compared(model: ModelConfig, read: set[str]) -> dict[str, Any]:
     """The keys that give parameters their meaning, of mixers those in the sections `read`."""
     unread = {mixer_section(mixer) for mixer in MIXERS} - read
     values = {name: value for name, value in asdict(model).items() if name not in (*_NOT_COMPARED, *unread)}
+    values["moe"] = {name: value for name, value in values["moe"].items() if name not in _NOT_COMPARED_OF_EXPERTS}
     return flatten({"model": values | {"mixers": ", ".join(model.layer_mixers())}})
 
 

@@ -21,6 +21,7 @@ from models.parallel import Groups
 _TOKENS = 4096
 
 
+@torch.enable_grad()  # the router takes what has no gradient for validation, and leaves out the noise
 def expected_gates(moe: MoEConfig) -> float:
     """What a token's gates add up to at the gate's first training step, on average, with router weights near zero.
 

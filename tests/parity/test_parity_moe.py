@@ -187,8 +187,10 @@ SPAWNING = [
     ("EP2 x TP2", "variable", {}),
     ("EP2 x PP2 interleaved", "top-k", {}),
     ("EP4 x DP4", "learned", {}),
+    ("EP2 x CP2", "top-k", {}),
     ("TP2", "top-k", {}),
-    *[("DP2", "learned" if stage == 2 else "variable", {"zero_stage": stage}) for stage in range(4)],
+    *[("DP2", "variable", {"zero_stage": stage}) for stage in (0, 1, 3)],
+    ("DP2", "learned", {"zero_stage": 2, "offload": "optimizer"}),
 ]
 
 

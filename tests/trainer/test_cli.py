@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.config import ModelConfig, MoEConfig
+from models.config import ModelConfig, MoEConfig, RouterConfig
 from trainer.cli import ConfigError, dotted_keys, dump, fail, from_mapping, guess, make_parser, parse, write_status
 from trainer.config import PretrainConfig, TrainConfig
 
@@ -331,6 +331,8 @@ def test_a_file_named_for_a_group_is_all_of_it(tmp_path):
     config = read("--model", str(model), "--model.moe", str(experts))
     assert config.model == ModelConfig(num_layers=3, moe=MoEConfig(num_experts=8))
     assert read("--model.moe", str(experts)).model.num_layers == 2
+    router = RouterConfig(top_k=3)
+    assert read("--model.moe.router", json.dumps(asdict(router))).model.moe == MoEConfig(num_experts=4, router=router)
     assert read("--model.moe.shared_experts=1").model.moe == MoEConfig(num_experts=4, shared_experts=1)
 
 

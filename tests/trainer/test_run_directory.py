@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import yaml
 
-from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig
+from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig
 from trainer.cli import ConfigError
 from trainer.config import (
     CheckpointConfig,
@@ -150,6 +150,21 @@ def test_a_checkpoint_of_another_run_does_not_continue_this_one(run_dir, tmp_pat
     (tmp_path / "other" / "checkpoints" / "step_00000050").mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds checkpoints of its own"):
         check(configuration(run_dir, str(tmp_path / "other" / "checkpoints" / "step_00000050")))
+
+
+def test_experts_are_spawned_when_the_checkpoint_s_run_would_have(tmp_path):
+    """Also into a fresh directory: a step that has passed would leave experts that are no copies."""
+
+    def spawning(step, **parts):
+        return {"model": ModelConfig(moe=MoEConfig(num_experts=4, spawn_step=step)), **parts}
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(asdict(configuration(tmp_path / "run", **spawning(150)))))
+    assert check(configuration(tmp_path / "new", str(checkpoint), **spawning(150))) is False
+    for other in (90, None):
+        with pytest.raises(ConfigError, match=f"has model.moe.spawn_step=150, not {other}; go on with that"):
+            check(configuration(tmp_path / "new", str(checkpoint), **spawning(other)))
 
 
 @pytest.mark.parametrize("place", ["file", "file/below/that"])

@@ -221,6 +221,8 @@ def test_what_means_nothing_to_the_parameters_may_differ(config):
     layout = MixerLayoutConfig(linear_per_full=1)
     changes = {"init_std": 1.0, "vocab_multiple": 512, "retention": RetentionConfig(num_heads=2), "mixers": layout}
     check_all(replace(config, model=replace(config.model, **changes)))
+    experts = replace(config.model.moe, spawn_diversify=0.5, recompute_above=2.0)
+    check_all(replace(config, model=replace(config.model, moe=experts)))
 
 
 def test_another_vocabulary_is_refused(config):
