@@ -64,7 +64,7 @@ class Config:
     json: str | None = None
     plot: str | None = None
     output: str = "runs/dense_to_sparse"
-    recipe: str = "configs/pretrain/laptop-moe.yaml"
+    recipe: str = "configs/pretrain/laptop.yaml"
     steps: int = 800
     top_k: int = 2
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -168,7 +168,7 @@ def _command(config: Config, values: dict[str, Any], gate: str, seed: int, steps
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
         *("launch/pretrain.py", "--config", str(Path(config.recipe).resolve())),
-        *("--run.dir", str(_directory(config, gate, seed))),
+        *("--run.dir", str(_directory(config, gate, seed)), "--run.threads", "1"),
         *("--model.moe.router", json.dumps(asdict(router))),
         *("--train.steps", str(steps), "--train.seed", str(seed), "--optim.warmup_steps", str(warmup)),
         *("--checkpoint.every", str(max(steps // 4, 1)), "--evaluation.every", str(max(steps // 10, 1))),
