@@ -55,9 +55,9 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(values).items() if counts(key)}
 
 
-def differing_keys(run_dir: Path, config: PretrainConfig) -> list[str]:
-    """The keys in which the run that run_dir holds differs from `config`, as `key: theirs -> ours`."""
-    path = run_dir / "config.yaml"
+def differing_keys(run: Path, config: PretrainConfig) -> list[str]:
+    """The keys in which a run, its directory or a checkpoint, differs from `config`, as `key: theirs -> ours`."""
+    path = run / "config.yaml"
     if not path.exists():
         return []
     # A key that did not exist when the run began stands at its default.
@@ -88,9 +88,9 @@ def check(config: PretrainConfig) -> bool:
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"run.dir: {run_dir} cannot be written under {existing}; name another directory")
-    _check_spawning(config)
     steps = checkpoint_steps(run_dir)
     if not steps:
+        _check_source(config)
         return False
     if config.checkpoint.resume == "never":
         raise ConfigError(
@@ -118,19 +118,18 @@ def check(config: PretrainConfig) -> bool:
     return False
 
 
-def _check_spawning(config: PretrainConfig) -> None:
-    """Hold the step at which experts are spawned against that of a checkpoint named to go on from.
+def _check_source(config: PretrainConfig) -> None:
+    """Hold the model against that of a checkpoint of another run, which a fresh run directory goes on from.
 
     Raises:
-        ConfigError: they differ: experts would count as spawned that are not, or be overwritten.
+        ConfigError: they differ: parameters would be read that mean something else.
     """
-    if config.checkpoint.resume in ("auto", "never") or not config.model.moe.num_experts:
+    if config.checkpoint.resume in ("auto", "never"):
         return
-    path = Path(config.checkpoint.resume) / "config.yaml"
-    if not path.is_file():
-        return
-    theirs, ours = yaml.safe_load(path.read_text())["model"]["moe"].get("spawn_step"), config.model.moe.spawn_step
-    if theirs != ours:
+    source = Path(config.checkpoint.resume)
+    differing = [key for key in differing_keys(source, config) if key.startswith("model.")]
+    if differing:
         raise ConfigError(
-            f"checkpoint.resume: {path.parent} has model.moe.spawn_step={theirs}, not {ours}; go on with that"
+            f"checkpoint.resume: {source} is of another model ({'; '.join(differing)}); restore these keys, or choose "
+            "another checkpoint"
         )

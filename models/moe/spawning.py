@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from models.config import MoEConfig
 from models.decoder import Decoder, seeded_generator
-from models.moe.layer import ExpertRowLinear
 from models.moe.router import Router, token_keys
 from models.parallel import Groups
 
@@ -49,7 +48,7 @@ def expert_weights(decoder: Decoder) -> Iterator[tuple[str, nn.Parameter, bool]]
     """The weights of routed experts by name, and whether they write the experts' output."""
     for path, module in decoder.named_modules():
         for name in getattr(module, "expert_weights", ()):
-            yield f"{path}.{name}", getattr(module, name), isinstance(module, ExpertRowLinear)
+            yield f"{path}.{name}", getattr(module, name), getattr(module, "writes_residual", False)
 
 
 def spawned(weight_EOD: Tensor, name: str, writes_output: bool, moe: MoEConfig, seed: int, groups: Groups) -> Tensor:

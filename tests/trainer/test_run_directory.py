@@ -152,19 +152,23 @@ def test_a_checkpoint_of_another_run_does_not_continue_this_one(run_dir, tmp_pat
         check(configuration(run_dir, str(tmp_path / "other" / "checkpoints" / "step_00000050")))
 
 
-def test_experts_are_spawned_when_the_checkpoint_s_run_would_have(tmp_path):
-    """Also into a fresh directory: a step that has passed would leave experts that are no copies."""
+def test_a_fresh_directory_goes_on_from_another_run_with_its_model_alone(tmp_path):
+    """A step for spawning experts that has passed, too, would leave experts that are no copies."""
 
-    def spawning(step, **parts):
-        return {"model": ModelConfig(moe=MoEConfig(num_experts=4, spawn_step=step)), **parts}
+    def spawning(step, **changes):
+        return {"model": ModelConfig(moe=MoEConfig(num_experts=4, spawn_step=step), **changes)}
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000100"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(asdict(configuration(tmp_path / "run", **spawning(150)))))
-    assert check(configuration(tmp_path / "new", str(checkpoint), **spawning(150))) is False
-    for other in (90, None):
-        with pytest.raises(ConfigError, match=f"has model.moe.spawn_step=150, not {other}; go on with that"):
-            check(configuration(tmp_path / "new", str(checkpoint), **spawning(other)))
+    others = TrainConfig(steps=300, seq_len=64)
+    assert check(configuration(tmp_path / "new", str(checkpoint), train=others, **spawning(150))) is False
+    for model, key in (
+        (spawning(90), "moe.spawn_step: 150 -> 90"),
+        (spawning(150, norm_eps=0.1), "norm_eps: 1e-06 ->"),
+    ):
+        with pytest.raises(ConfigError, match=rf"step_00000100 is of another model \(model\.{key}"):
+            check(configuration(tmp_path / "new", str(checkpoint), **model))
 
 
 @pytest.mark.parametrize("place", ["file", "file/below/that"])

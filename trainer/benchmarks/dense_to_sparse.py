@@ -12,7 +12,6 @@ Each run is a launch/pretrain.py of its own. Those that are finished are kept, a
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -189,9 +188,8 @@ def _train(config: Config, values: dict[str, Any], gate: str, seed: int, steps: 
         directory.mkdir(parents=True, exist_ok=True)
         log = directory.with_suffix(".log")
         with log.open("a") as sink:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
             command = _command(config, values, gate, seed, steps)
-            result = subprocess.run(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+            result = subprocess.run(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
         if result.returncode:
             raise RuntimeError(f"{gate}, seed {seed} ended with {result.returncode}: see {log}")
     say(f"{gate}, seed {seed}: done")
