@@ -7,13 +7,15 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from trainer import yaml_files
 
 EXIT_CONFIG_ERROR = 2
 EXIT_STOPPED = 75
@@ -23,6 +25,12 @@ _SECONDS_FOR_RANK_0 = 10.0
 
 # What jsonargparse, PyYAML and the dataclasses raise on bad input.
 _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
+
+# Keys by their last part whose values are paths.
+_PATHS = frozenset(
+    {"dir", "path", "tokenizer", "validation_path", "cache_dir", "resume", "init", "source", "output", "checkpoint"}
+    | {"data", "prompt_file", "validation", "test", "weights"}
+)
 
 # Of `from_mapping`: to make one takes half a second.
 _PARSERS: dict[type, ArgumentParser] = {}
@@ -75,10 +83,39 @@ def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str
         ConfigError: an unknown key, a wrong type, a missing file, or a value that the dataclass refuses.
     """
     try:
+        _check_files(config_class, arguments)
         namespace = parser.parse_args(_reset_groups(config_class, arguments))
+        _expand_home(config_class, namespace)
         return _build(config_class, parser, namespace), namespace
     except _PARSE_ERRORS as error:
         raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of the options of a command line, whether given as `--name value` or as `--name=value`."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            yield name, value if equals else next(iter(arguments[i + 1 : i + 2]), "")
+
+
+def _check_files(config_class: type, arguments: Sequence[str]) -> None:
+    """Refuse settings files that the parser would misread, or complain of without naming them."""
+    groups = _groups(config_class)
+    for name, value in _options(arguments):
+        if name == "config" and os.path.isfile(value):
+            yaml_files.check(Path(value), config_class)
+        # A section can also be written out: `--data {path: books}`.
+        elif name in groups and not value.lstrip().startswith("{"):
+            yaml_files.check_named(value, groups[name], name)
+
+
+def _expand_home(config_class: type, namespace: Namespace) -> None:
+    """Replace `~` at the beginning of paths, which a shell leaves as it is in `--run.dir=~/runs` and in files."""
+    for key in dotted_keys(config_class):
+        value = namespace.get(key)
+        if key.rsplit(".", 1)[-1] in _PATHS and isinstance(value, str):
+            namespace[key] = os.path.expanduser(value)
 
 
 def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
@@ -88,13 +125,13 @@ def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
     would have experts.
     """
     groups = _groups(config_class)
+    files = iter(_options(arguments))
     reset: list[str] = []
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        group = groups.get(name.removeprefix("--"))
+    for argument in arguments:
+        name, value = next(files) if argument.startswith("--") else ("", "")
         # Not by pathlib: a section can also be written out, longer than a name may be.
-        if group is not None and os.path.isfile(value or next(iter(arguments[i + 1 : i + 2]), "")):
-            reset.append(f"{name}={json.dumps(asdict(group()))}")
+        if name in groups and os.path.isfile(value):
+            reset.append(f"--{name}={json.dumps(asdict(groups[name]()))}")
         reset.append(argument)
     return reset
 
@@ -139,16 +176,16 @@ def guess(arguments: Sequence[str], key: str) -> str | None:
         name, _, value = argument.partition("=")
         value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
         if name == f"--{key}":
-            return value
+            return os.path.expanduser(value)
         if name == "--config" and Path(value).is_file():
             found = _lookup(Path(value), key) or found
-    return str(found) if found else None
+    return os.path.expanduser(str(found)) if found else None
 
 
 def _lookup(path: Path, key: str) -> Any:
     try:
-        node: Any = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
+        node: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
@@ -162,6 +199,10 @@ def _one_line(message: str, known: list[str]) -> str:
     text = re.sub(r"Expected an? <class '(\w+)'>\.", r"expected \1.", text)
     text = re.sub(r"Expected an? typing.Literal\[(.*?)\]\.", r"expected one of \1,", text)
     text = re.sub(r"[.,] Got value:", ", got", text)
+    text = re.sub(r", got$", ", got nothing", text)
+    text = re.sub(
+        r"^(\S+): Unable to load config '(.*?)' - .*", r"\1: \2 is not YAML; write keys as in {key: value}", text
+    )
     text = re.sub(r"Does not validate .* Union subtypes Subtypes: \[(.*?)\].*Given value: ", _union, text)
     text = re.sub(r"Group '([^']+)' does not accept option '([^']+)'", r"Key '\1.\2'", text)
     unknown = re.search(r"unrecognized arguments: --(\S+)|[Oo]ption '([^']+)' is not accepted|Key '([^']+)'", text)

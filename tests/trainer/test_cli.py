@@ -80,7 +80,7 @@ MISTAKES = {
     "wrong type in YAML": (["--config=wrong_type.yaml"], "train.steps: expected int, got many"),
     "wrong type where null may be": (["--model.vocab_size=many"], "model.vocab_size: expected int or null, got many"),
     "wrong choice": (["--train.precision=fp8"], "train.precision: expected one of 'fp32', 'bf16', got fp8"),
-    "YAML that is none": (["--config=broken.yaml"], "parsing"),
+    "YAML that is none": (["--config=broken.yaml"], "broken.yaml:2: not YAML: "),
     "bad value": (["--optim.lr=-1"], "optim.lr is -1.0: it must be a positive number"),
     "infinite value": (["--optim.lr=.inf"], "optim.lr is inf: it must be a positive number"),
     "bad value in YAML": (["--config=bad_value.yaml"], "train.micro_batch_size is 0: it must be positive"),
@@ -93,7 +93,7 @@ MISTAKES = {
         "model.hidden_size=260 gives no even head size over model.attention.num_heads=4; set model.attention.head_dim",
     ),
     "no such mixer": (["--model.mixers.pattern=mamba"], "model.mixers.pattern: no mixer 'mamba'; choose from"),
-    "missing configuration": (["--config=missing.yaml"], "missing.yaml does not exist; check the path"),
+    "missing configuration": (["--config=nowhere.yaml"], "nowhere.yaml does not exist; check the path"),
     "missing data": (["--data.path=missing"], "no token data at missing: missing.bin does not exist; prepare it with"),
     "missing tokenizer": (["--data.tokenizer=missing.model"], "data.tokenizer: missing.model does not exist"),
     "missing checkpoint": (["--checkpoint.resume=missing"], "checkpoint.resume: missing is neither auto, never, nor"),
@@ -116,6 +116,28 @@ MISTAKES = {
     ),
 }
 
+# The same, but that no process is started for each.
+MISTAKES_IN_FILES = {
+    "no value": (["--train.steps="], "train.steps: expected int, got nothing"),
+    "key given twice": (["--config=twice.yaml"], "twice.yaml:3: 'steps' was given on line 2 already; keep one"),
+    "source given twice": (["--config=blend.yaml"], "blend.yaml:4: 'a' was given on line 3 already; keep one"),
+    "empty section": (["--config=section.yaml"], "section.yaml:1: train is empty; give its keys, or leave the line"),
+    "null for a number": (["--config=null.yaml"], "null.yaml:2: train.steps is null; give it a value, or leave"),
+    "list for a section": (["--config=array.yaml"], "array.yaml:1: train must be a section with keys such as"),
+    "list for everything": (["--config=list.yaml"], "list.yaml holds no keys; write keys such as run.dir"),
+    "empty file": (["--config=empty.yaml"], "empty.yaml is empty; write keys such as run.dir"),
+    "tab": (["--config=tab.yaml"], "tab.yaml:2: a tab; YAML is indented with spaces"),
+    "other encoding": (["--config=latin.yaml"], "latin.yaml: byte 9 is not UTF-8; save the file as UTF-8"),
+    "missing file of a section": (["--model=mising.yaml"], "--model: the file mising.yaml does not exist (did you "),
+    "missing file of a section in JSON": (["--model", "none.json"], "--model: the file none.json does not exist; "),
+    "missing file in a file": (
+        ["--config=names.yaml"],
+        "names.yaml:1: model names the file shape.yml, which does not exist (did you mean shape.yaml?)",
+    ),
+    "key given twice in a file of a section": (["--model=shape.yaml"], "shape.yaml:2: 'num_layers' was given on"),
+    "section written out wrongly": (["--model={a"], "model: {a is not YAML; write keys as in {key: value}"),
+}
+
 
 @pytest.fixture
 def files(tmp_path):
@@ -125,6 +147,18 @@ def files(tmp_path):
     write(tmp_path, "wrong_type.yaml", {"train": {"steps": "many"}})
     write(tmp_path, "bad_value.yaml", {"train": {"micro_batch_size": 0}})
     write(tmp_path, "broken.yaml", "train: [1\n")
+    write(tmp_path, "twice.yaml", "train:\n  steps: 3\n  steps: 5\n")
+    write(tmp_path, "blend.yaml", "data:\n  blend:\n    a: 1\n    a: 2\n")
+    write(tmp_path, "section.yaml", "train:\nmodel: {}\n")
+    write(tmp_path, "null.yaml", "train:\n  steps:\n")
+    write(tmp_path, "array.yaml", "train: [1, 2]\n")
+    write(tmp_path, "list.yaml", "- train\n")
+    write(tmp_path, "empty.yaml", "# nothing yet\n")
+    write(tmp_path, "tab.yaml", "train:\n\tsteps: 3\n")
+    (tmp_path / "latin.yaml").write_bytes(b"data: caf\xe9\n")
+    write(tmp_path, "names.yaml", "model: shape.yml\n")
+    write(tmp_path, "shape.yaml", "num_layers: 2\nnum_layers: 4\n")
+    write(tmp_path, "missing.yaml", "num_layers: 2\n")
     return tmp_path
 
 
@@ -138,6 +172,30 @@ def test_a_mistake_is_one_line(command, files, arguments, message):
     status = json.loads((files / "here" / "status.json").read_text())
     assert status == {"state": "config_error", "exit_code": 2, "message": line.removeprefix("error: ")}
     assert [path.name for path in (files / "here").iterdir()] == ["status.json"]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return make_parser(PretrainConfig, "")
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES_IN_FILES.values(), ids=MISTAKES_IN_FILES)
+def test_a_mistake_in_a_file_names_file_line_and_key(parser, files, monkeypatch, arguments, message):
+    monkeypatch.chdir(files)
+    with pytest.raises(ConfigError) as refusal:
+        parse(PretrainConfig, parser, arguments)
+    assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+    assert guess(arguments, "run.dir") is None
+
+
+def test_a_home_directory_is_written_out(command, parser, tmp_path):
+    write(tmp_path, "home.yaml", {"run": {"dir": "~/from-file"}})
+    result, _ = command("--config=home.yaml", "--train.steps=0", HOME=str(tmp_path))
+    assert result.returncode == 2
+    assert (tmp_path / "from-file" / "status.json").exists() and not (tmp_path / "~").exists()
+    config, namespace = parse(PretrainConfig, parser, ["--run.dir=~/x", "--evaluation.prompt=~/x"])
+    assert config.run.dir == os.path.expanduser("~/x") and config.evaluation.prompt == "~/x"
+    assert yaml.safe_load(dump(parser, namespace, PretrainConfig))["run"]["dir"] == config.run.dir
 
 
 def test_world_sizes_that_do_not_divide(command, tmp_path):
