@@ -16,7 +16,7 @@ from tests.trainer.conftest import ROOT
 from trainer.cli import from_mapping
 from trainer.planning.config import PlanConfig
 from trainer.planning.dry_run import Cut, DryRun
-from trainer.planning.plan import CHOICES, Planner, in_flight
+from trainer.planning.plan import Planner, choices, in_flight
 from trainer.planning.report import as_values, compare, describe, verdict
 from trainer.planning.search import layouts, search
 
@@ -192,6 +192,18 @@ def test_recomputation_costs_time_and_saves_memory():
     assert kept[0] > kept[1] > kept[2]
 
 
+def test_recomputing_parts_of_experts_can_be_planned():
+    """Every choice that training takes is planned, also one that the others are not compared with."""
+    experts = {"num_experts": 4, "router": {"top_k": 2}}
+    asked = {"recompute": "selective", "recompute_modules": ["moe_activation", "mixer"]}
+    plan = planned(values(experts=experts, **asked))
+    kept = plan.stages[0].activations
+    assert plan.recompute == "selective [mixer, moe_activation]" and plan.memory() == plan.memory(plan.recompute)
+    assert kept["none"] > kept["selective [moe_activation]"] > kept["selective [moe_experts]"]
+    assert kept["selective [mixer]"] > kept[plan.recompute] > kept["full"]
+    assert "moe" not in "".join(planned(values()).stages[0].activations)
+
+
 def test_slow_networks_are_charged_to_those_who_cross_them():
     near, far = values({"context": 2}), values()
     fast = {"intra_node": 100.0, "inter_node": 100.0}
@@ -205,7 +217,7 @@ def test_the_report_and_the_values_agree():
     plan = planned(values({"pipeline": 2}))
     text, plain = describe(plan), as_values(plan)
     assert "pipeline=2" in text and "fits" in text and plain["fits"]
-    assert len(plain["stages"]) == 2 and set(plain["stages"][0]["activations"]) == set(CHOICES)
+    assert len(plain["stages"]) == 2 and set(plain["stages"][0]["activations"]) == set(choices(plan.config))
     assert plain["memory"] == plan.memory()
     json.dumps(plain)
 

@@ -241,6 +241,8 @@ class DryRun:
         whole = self.layer(number, cut_to, tokens, frozenset(), False).kept
         ffn = self.layer(number, cut_to, tokens, frozenset({"mixer"}), False).kept - enters
         mixer = whole - ffn
+        if of_experts := frozenset(part for part in recompute if part.startswith("moe_")):
+            ffn -= whole - self.layer(number, cut_to, tokens, of_experts, False).kept
         return (enters if "mixer" in recompute else mixer) + (enters if "ffn" in recompute else ffn)
 
     def sent(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str]) -> tuple[float, ...]:

@@ -9,20 +9,35 @@ from trainer.config import PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
 
-# What train.recompute and train.recompute_modules can ask for (models.decoder.Block).
-CHOICES: dict[str, frozenset[str]] = {
-    "none": frozenset(),
-    "selective [mixer]": frozenset({"mixer"}),
-    "selective [ffn]": frozenset({"ffn"}),
-    "selective [mixer, ffn]": frozenset({"mixer", "ffn"}),
-    "full": frozenset({"block"}),
-}
+# What a plan compares of train.recompute and train.recompute_modules (models.decoder.Block), the cheapest first.
+_CHOICES = ((), ("moe_activation",), ("moe_experts",), ("mixer",), ("ffn",), ("mixer", "ffn"), ("block",))
 # Of the buckets that trainer.engines.deepspeed asks for.
 ZERO_BUCKET_ELEMENTS = 50_000_000
 # ZeRO 3 keeps a gathered parameter that is used again within this many elements (stage3_max_reuse_distance). From
 # forward to backward they count twice, so that of the last layers half as many stay.
 ZERO_REUSE_ELEMENTS = 1_000_000_000
 MAIN = 4  # bytes of an element of main parameters, their gradients and Adam's moments: float32
+
+
+def choices(config: PretrainConfig) -> dict[str, frozenset[str]]:
+    """The parts that are recomputed under every choice that a plan compares, the configuration's own among them.
+
+    Keys are as the choice is written: `none`, `full`, or `selective [mixer, ffn]`.
+    """
+    compared = [frozenset(parts) for parts in _CHOICES]
+    if not config.model.moe.num_experts:
+        compared = [parts for parts in compared if not any(part.startswith("moe_") for part in parts)]
+    own = config.train.recomputed_parts
+    # Before the full recomputation, which saves the most.
+    compared[-1:] = [*([] if own in compared else [own]), compared[-1]]
+    return {_written(parts): parts for parts in compared}
+
+
+def _written(parts: frozenset[str]) -> str:
+    if "block" in parts or not parts:
+        return "full" if parts else "none"
+    order = ("mixer", "ffn", "moe_activation", "moe_experts")
+    return f"selective [{', '.join(sorted(parts, key=order.index))}]"
 
 
 @dataclass(frozen=True)
@@ -102,9 +117,8 @@ class Plan:
 
     @property
     def recompute(self) -> str:
-        """The configuration's choice, by its name in CHOICES."""
-        parts = self.config.train.recomputed_parts
-        return next(name for name, choice in CHOICES.items() if choice == parts)
+        """The configuration's choice, as `choices` names it."""
+        return _written(self.config.train.recomputed_parts)
 
     def memory(self, choice: str | None = None) -> float:
         """Bytes of the fullest device."""
@@ -243,7 +257,7 @@ class Planner:
         shared = replicas * parallel.context
         held = states(parameters, config, shared, shared * parallel.tensor // parallel.expert)
         activations, again = {}, {}
-        for name, parts in CHOICES.items():
+        for name, parts in choices(config).items():
             kept = [self._chunk_kept(config, layers, parts) for layers in chunks]
             activations[name] = in_flight(kept, number, parallel.pipeline, micro_batches)
             again[name] = train.micro_batch_size * max(self._again(config, layers, parts) for layers in chunks)
@@ -302,7 +316,7 @@ class Planner:
         parts, total = train.recomputed_parts, 0.0
         for layer in layers:
             mixer, ffn = self._run.flops(self._run.kinds[layer], train.seq_len)
-            again = mixer * bool(parts & {"mixer", "block"}) + ffn * bool(parts & {"ffn", "block"})
+            again = mixer * bool(parts & {"mixer", "block"}) + ffn * bool(parts & {"ffn", "moe_experts", "block"})
             # Forward is a third of both passes.
             total += mixer + ffn + again / 3
         if layers.stop == self._model.num_layers:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trainer.config import PretrainConfig
-from trainer.planning.plan import CHOICES, Plan, Stage
+from trainer.planning.plan import Plan, Stage
 
 GB = 1e9
 
@@ -47,7 +47,10 @@ def describe(plan: Plan) -> str:
         "less: in host memory": [-stage.states.host for stage in stages],
     }
     rows = [[name, *map(_gb, sizes)] for name, sizes in memory.items() if any(sizes)]
-    rows += [[f"activations, {name}", *(_gb(_activations(stage, name)) for stage in stages)] for name in CHOICES]
+    rows += [
+        [f"activations, {name}", *(_gb(_activations(stage, name)) for stage in stages)]
+        for name in stages[0].activations
+    ]
     rows.append([f"together, {plan.recompute}", *(_gb(stage.memory(plan.recompute)) for stage in stages)])
     kinds = [kind for kind in stages[0].sent if any(stage.sent[kind] for stage in stages)]
     sent = [[kind, *(_gb(stage.sent[kind]) for stage in stages)] for kind in kinds]
@@ -90,7 +93,7 @@ def verdict(plan: Plan) -> str:
 
 def _remedies(plan: Plan) -> list[str]:
     """What would make it fit, or else what shrinks the larger part of it."""
-    enough = [name for name in CHOICES if plan.memory(name) <= plan.cluster.budget]
+    enough = [name for name in plan.stages[0].activations if plan.memory(name) <= plan.cluster.budget]
     if enough:
         name, _, modules = enough[0].partition(" ")
         return [f"use train.recompute={name}" + (f" with train.recompute_modules={modules}" if modules else "")]
@@ -114,7 +117,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
             {
                 "layers": [[layers.start, layers.stop] for layers in stage.layers],
                 "states": asdict(stage.states),
-                "activations": {name: _activations(stage, name) for name in CHOICES},
+                "activations": {name: _activations(stage, name) for name in stage.activations},
                 "sent": stage.sent,
             }
             for stage in plan.stages
