@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.helpers import STEP_KEYS
-from trainer.callbacks.metrics import MetricsFile, TensorBoard, cut_back, heat_map
+from trainer.callbacks.metrics import History, MetricsFile, TensorBoard, cut_back, heat_map
 from trainer.checkpoint import Progress
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
+from trainer.curves import read_metrics, smooth
 from trainer.engines.base import StepResult
 from trainer.loop import Trainer
 
@@ -83,6 +85,42 @@ def test_every_nth_step_and_the_last(trainer, tmp_path):
     run(trainer(), MetricsFile(tmp_path / "metrics.jsonl", 4), 1, STEPS)
     steps = [line["step"] for line in lines(tmp_path / "metrics.jsonl") if "split" not in line]
     assert steps == [4, 6]
+
+
+def test_numbers_that_are_not_finite_are_null(trainer, tmp_path):
+    """JSON has no NaN: other readers than Python's refuse the line, and with it the file."""
+    callback, running = MetricsFile(tmp_path / "metrics.jsonl", 1), trainer()
+    callback.on_start(running)
+    callback.on_step(
+        running, step_metrics(1) | {"loss": math.nan, "grad_norm": math.inf, "moe/load": [[math.nan, 1.0]]}
+    )
+    callback.on_step(running, step_metrics(2))
+    callback.on_end(running)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=refuse) for line in text)
+    assert (first["loss"], first["grad_norm"], first["moe/load"]) == (None, None, [[None, 1.0]])
+    assert second == step_metrics(2)
+    losses = [line["loss"] for line in read_metrics(tmp_path)[0]]
+    assert math.isnan(losses[0])
+    assert smooth([2.0, *losses], half_life=1.0) == [2.0, 2.0, (0.5 * 2.0 + losses[1]) / 1.5]
+
+
+def test_large_matrices_are_not_in_every_line(trainer, tmp_path):
+    callback, running = MetricsFile(tmp_path / "metrics.jsonl", 1), trainer()
+    callback.on_start(running)
+    for step in range(1, 203):
+        callback.on_step(
+            running, step_metrics(step) | {"moe/load": [[0.5] * 512] * (2 + (step > 1)), "moe/row": [[1.0]]}
+        )
+    callback.on_end(running)
+    written = lines(tmp_path / "metrics.jsonl")
+    # The first is just small enough.
+    assert [line["step"] for line in written if "moe/load" in line] == [1, 101, 201]
+    assert all("moe/row" in line for line in written)
 
 
 def test_lines_are_there_at_once(trainer, tmp_path):
@@ -160,6 +198,18 @@ def test_a_matrix_becomes_an_image_over_time(trainer, tmp_path):
     read = events(tmp_path)
     assert "moe/load" not in read.Tags()["scalars"]
     assert [(image.step, image.height, image.width) for image in read.Images("moe/load")] == [(3, 4, 3), (6, 4, 6)]
+
+
+def test_history_is_bounded_and_keeps_the_mean():
+    history = History(columns=4)
+    for step in range(45):
+        history.append([float(step), 1.0])
+    # Of 4 steps each; the last column is of one step.
+    assert history._steps == 8 and [float(mean[0]) for mean in history._means] == [3.5, 11.5, 19.5, 27.5, 35.5]
+    assert len(history._open) == 5 and history.image().shape == (2, 4)
+    for _ in range(10_000):
+        history.append([0.0, 0.0])
+    assert len(history._means) < 8
 
 
 def test_a_heat_map_is_no_wider_than_it_may_be():

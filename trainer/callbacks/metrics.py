@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +18,51 @@ if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 _RESULTS = ("loss", "bits_per_byte")
+# A line of metrics.jsonl holds matrices up to this many elements; larger ones stand in every hundredth line only. The
+# loads of 60 layers of 256 experts are 300 kB of text.
+_ELEMENTS_IN_EVERY_LINE = 1024
+_LINES_BETWEEN_MATRICES = 100
+# Columns of an image over time. It is what TensorBoard keeps of a matrix in memory, and as wide as a screen shows.
+_COLUMNS = 512
+
+
+def as_json(metrics: dict[str, Any]) -> str:
+    """One line of JSON, which has no NaN or infinity: such a number is null, as after a skipped step."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(element) for element in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps({name: finite(value) for name, value in metrics.items()}, allow_nan=False) + "\n"
+
+
+class History:
+    """A vector over time in bounded memory: at most 2 * `columns` means over equally many consecutive steps.
+
+    When they are full, neighbours are averaged, so a column stands for 1, 2, 4, … steps.
+    """
+
+    def __init__(self, columns: int = _COLUMNS) -> None:
+        self._columns, self._steps = columns, 1
+        self._means: list[np.ndarray] = []
+        self._open: list[np.ndarray] = []
+
+    def append(self, values: list[float]) -> None:
+        """Add the next step's vector [lines]."""
+        self._open.append(np.array(values, np.float32))
+        if len(self._open) < self._steps:
+            return
+        self._means.append(np.mean(self._open, axis=0))
+        self._open = []
+        if len(self._means) == 2 * self._columns:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._steps *= 2
+
+    def image(self) -> np.ndarray:
+        """What was appended as an image [lines, columns], bytes; steps that do not fill a column yet are its last."""
+        unfinished = [np.mean(self._open, axis=0)] if self._open else []
+        return heat_map([*self._means, *unfinished], self._columns)
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -34,7 +81,7 @@ def cut_back(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def heat_map(columns: list[list[float]], most: int = 512) -> np.ndarray:
+def heat_map(columns: Sequence[np.ndarray | list[float]], most: int = _COLUMNS) -> np.ndarray:
     """Columns of an image [lines, columns], bytes, the largest value white: at most `most`, neighbours averaged."""
     values = np.array(columns).T
     groups = min(values.shape[1], most)
@@ -43,11 +90,15 @@ def heat_map(columns: list[list[float]], most: int = 512) -> np.ndarray:
 
 
 class MetricsFile(Callback):
-    """One JSON object a line: training steps every `every` steps, and every validation."""
+    """One JSON object a line: training steps every `every` steps, and every validation.
+
+    Large matrices stand in the first line, then in every hundredth.
+    """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self._file: IO[str] | None = None
+        self._lines = 0
 
     def on_start(self, trainer: Trainer) -> None:
         """Cut the file back to the step that the run continues from."""
@@ -58,12 +109,15 @@ class MetricsFile(Callback):
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Write the step's line."""
         if self._file and (metrics["step"] % self.every == 0 or trainer.finished):
-            self._file.write(json.dumps(metrics) + "\n")
+            if self._lines % _LINES_BETWEEN_MATRICES:
+                metrics = {name: value for name, value in metrics.items() if not _is_large(value)}
+            self._lines += 1
+            self._file.write(as_json(metrics))
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Write the validation's line."""
         if self._file:
-            self._file.write(json.dumps(metrics) + "\n")
+            self._file.write(as_json(metrics))
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the file."""
@@ -71,17 +125,21 @@ class MetricsFile(Callback):
             self._file.close()
 
 
+def _is_large(value: Any) -> bool:
+    return isinstance(value, list) and sum(map(len, value)) > _ELEMENTS_IN_EVERY_LINE
+
+
 class TensorBoard(Callback):
     """Scalars, text samples and hyper-parameters as TensorBoard events; a matrix over time as an image.
 
     Of a metric that is a list of rows (experts' loads by layer) the image has a line for each element and a column for
-    each step since the run began or went on; it is drawn anew at every validation.
+    each step since the run began or went on, or for equally many of them; it is drawn anew at every validation.
     """
 
     def __init__(self, directory: Path, every: int) -> None:
         self.directory, self.every = directory, every
         self._writer: SummaryWriter | None = None
-        self._history: dict[str, list[list[float]]] = {}
+        self._history: dict[str, History] = {}
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the writer; events after the step that the run continues from are hidden."""
@@ -97,7 +155,7 @@ class TensorBoard(Callback):
         if self._writer and (metrics["step"] % self.every == 0 or trainer.finished):
             for name, value in metrics.items():
                 if isinstance(value, list):
-                    self._history.setdefault(name, []).append([element for row in value for element in row])
+                    self._history.setdefault(name, History()).append([element for row in value for element in row])
                 elif name != "step" and value is not None:
                     self._writer.add_scalar(f"train/{name}" if "/" not in name else name, value, metrics["step"])
 
@@ -108,8 +166,8 @@ class TensorBoard(Callback):
         for name in _RESULTS:
             if metrics[name] is not None:
                 self._writer.add_scalar(f"{metrics['split']}/{name}", metrics[name], metrics["step"])
-        for name, columns in self._history.items():
-            self._writer.add_image(name, heat_map(columns), metrics["step"], dataformats="HW")
+        for name, history in self._history.items():
+            self._writer.add_image(name, history.image(), metrics["step"], dataformats="HW")
         for i, text in enumerate(trainer.samples):
             self._writer.add_text(f"sample/{i}", f"```\n{text}\n```", metrics["step"])
         if trainer.finished:
