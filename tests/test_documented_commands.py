@@ -1,0 +1,230 @@
+"""README.md's and docs/' commands: each is accepted as it is written, and the slow test runs them one after the other."""
+
+import gzip
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.documented import ROOT, Command, documented_commands
+from trainer import cli
+
+COMMANDS = documented_commands()
+# What stands for something of the reader's, in sentences.
+PLACEHOLDERS = {"N": "1024", "DIR": "data/some", "NAME": "train_step", "FILE": "some.json"}
+# Commands that the slow test leaves to others, by a pattern and with the reason.
+NOT_RUN_HERE = {
+    r"make (pretrain|install)": "CI's and the reader's first command: it installs, and its recipe is run below",
+    r"make ": "what CI runs",
+    r"source ": "the other commands are run in the environment that it sets up",
+    r"sbatch ": "tests/slurm submits jobs",
+    r"pytest -m gpu|.*gpu[-_]check": "needs a GPU; tests/test_gpu_check.py runs it without one",
+    r"spiketrain bench \w": "minutes each; tests/launch runs every benchmark at small sizes",
+    r"python -m kernels.compile": "minutes each; tests/kernels/triton/test_compile.py",
+    r".*tinystories": "fetches from the hub",
+    r"python -m trainer.combinations": "rewrites the page it stands on; tests/trainer/test_combinations.py",
+}
+
+
+class Accepted(Exception):  # noqa: N818
+    """The command line was understood."""
+
+
+def in_sentence(command: Command) -> bool:
+    """Whether the command is only hinted at, as in `sbatch --signal=… …`."""
+    return not command.in_block and "…" in command.text
+
+
+def parse_alone(monkeypatch):
+    """Have commands end when their options have been read and checked."""
+    whole = cli.parse
+
+    def parse(*arguments):
+        whole(*arguments)
+        raise Accepted
+
+    monkeypatch.setattr(cli, "parse", parse)
+
+
+@pytest.fixture(scope="module")
+def desk_with_results(tmp_path_factory):
+    """As if the commands that make runs and weights had been run."""
+    folder = lay_out(tmp_path_factory.mktemp("desk") / "spiketrain")
+    for name in ("runs/laptop", "runs/dense", "runs/full-attention", "weights/laptop", "weights/qwen"):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+def lay_out(folder: Path) -> Path:
+    """A copy of what is tracked, its recipes made tiny, with the reader's own files beside them."""
+    folder.mkdir()
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    make_recipes_tiny(folder / "configs")
+    lay_out_inputs(folder)
+    return folder
+
+
+def make_recipes_tiny(configs: Path) -> None:
+    """Same keys, smaller numbers. The recipes keep more steps than the documented `spawn_step`."""
+    small = {
+        "hidden_size": 32, "ffn_hidden_size": 32, "expert_hidden_size": 32, "head_dim": 8, "seq_len": 16, "steps": 310,
+        "warmup_steps": 2, "plateau_steps": 1, "decay_steps": 2, "sample_tokens": 4, "batches": 1, "every": 300,
+    }  # fmt: skip
+
+    def shrink(node):
+        if isinstance(node, dict):
+            return {key: small[key] if key in small else shrink(value) for key, value in node.items()}
+        return node
+
+    for file in [*configs.glob("*/laptop*.yaml")]:
+        if file.parent.name != "cluster":
+            values = shrink(yaml.safe_load(file.read_text()))
+            if "evaluation" in values:
+                values["evaluation"]["seq_len"] = 1024
+            file.write_text(yaml.safe_dump(values))
+
+
+def lay_out_inputs(folder: Path) -> None:
+    """The texts, tokenizer and models that documented commands read."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))[:40]
+    texts = [source.read_text(encoding="utf-8") for source in sources]
+    for name in ("books", "text/deep", "crawl"):
+        (folder / name).mkdir(parents=True)
+    for number, text in enumerate(texts):
+        (folder / f"books/{number}.txt").write_text(text)
+        (folder / f"text/deep/{number}.md").write_text(text)
+    rows = [json.dumps({"text": text, "content": text}) + "\n" for text in texts]
+    (folder / "crawl/rows.jsonl").write_text("".join(rows))
+    (folder / "held.jsonl").write_text("".join(rows[:3]))
+    with gzip.open(folder / "train.jsonl.gz", "wt") as file:
+        file.write("".join(rows))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts[:3], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder / "hub/Qwen2.5-0.5B")
+    tokenizer.save(str(folder / "hub/Qwen2.5-0.5B/tokenizer.json"))
+
+
+def launched(words: list[str]) -> tuple[str, list[str], int] | None:
+    """The script of launch/ that a command runs, its options, and on how many ranks; None where it is another."""
+    if words[0] == "spiketrain":
+        if len(words) == 1 or words[1].startswith("-"):
+            return None
+        from launch.main import take_ranks
+
+        ranks, options = take_ranks(words[2:])
+        return words[1], options, ranks
+    scripts = [place for place, word in enumerate(words) if re.fullmatch(r"launch/\w+\.py", word)]
+    if words[0] in ("python", "torchrun") and scripts:
+        ranks = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 1
+        return Path(words[scripts[0]]).stem, words[scripts[0] + 1 :], ranks
+    if words[0] == "sbatch":
+        script = words.index("launch/slurm/pretrain.sbatch")
+        devices = re.search(r"--nodes=(\d+) --gpus-per-node=(\d+)", " ".join(words))
+        assert devices is not None
+        ranks = int(devices.group(1)) * int(devices.group(2))
+        return "pretrain", ["--config", *words[script + 1 :]], ranks
+    return None
+
+
+def accept(name: str, options: list[str], ranks: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Have a script of launch/ read and check its options; its exit code."""
+    if name == "pretrain":
+        # Weights and data that the commands before this one make are not there yet.
+        for option in ("--checkpoint.init", "--init", "--data.path"):
+            while option in options:
+                place = options.index(option)
+                options = options[:place] + options[place + 2 :]
+        options = [*options, *([] if "--check" in options else ["--check"])]
+        options += [] if "--world-size" in options else ["--world-size", str(ranks)]
+    else:
+        parse_alone(monkeypatch)
+    script = ROOT / "launch" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *options])
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except Accepted:
+        return 0
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_documented_command_is_accepted(command, desk_with_results, monkeypatch, capsys):
+    if in_sentence(command):
+        pytest.skip("hinted at in a sentence, with … for what is left out")
+    monkeypatch.chdir(desk_with_results)
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    words = [PLACEHOLDERS.get(word, word) for word in command.words]
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "source":
+        assert Path(words[1]).is_file()
+    elif words[0] == "pytest":
+        assert words[1:] == ["-m", "gpu"]
+    elif words[:2] == ["python", "-m"]:
+        spec = importlib.util.find_spec(words[2])
+        assert spec is not None and spec.origin is not None
+        source = Path(spec.origin).read_text()
+        assert all(f'"{word}"' in source for word in words[3:] if word.startswith("--"))
+    elif launch := launched(words):
+        code = accept(*launch, monkeypatch)
+        assert code == 0, capsys.readouterr().err
+    else:
+        assert words in (["spiketrain"], ["spiketrain", "--help"]), f"{command}: unknown kind of command"
+
+
+@pytest.mark.slow
+def test_documented_commands_run_as_written(tmp_path):
+    """In their order, in one shell environment, each with exit code 0."""
+    desk = lay_out(tmp_path / "spiketrain")
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "COLUMNS")}
+    environment |= {"PYTHONPATH": str(desk), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ran, seen = [], set()
+    for command in COMMANDS:
+        elsewhere = any(re.match(pattern, command.text) for pattern in NOT_RUN_HERE)
+        if not command.in_block or elsewhere or command.text in seen:
+            continue
+        seen.add(command.text)
+        result = subprocess.run(
+            ["bash", "-c", f"source .venv/bin/activate && {command.text}"],
+            cwd=desk,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, f"{command}: {command.text}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        ran.append(command)
+    print(f"documented commands: {len(COMMANDS)} found, {len(seen)} run as written")
+    assert len(ran) > 20
