@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: help install pretrain test test-parity test-slurm lint typecheck format bench coverage clean
+.PHONY: help install pretrain test test-parity test-slurm gpu-check lint typecheck format bench coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test-parity: install  ## every parallel layout against one process, with times; 
 test-slurm: install  ## jobs on a SLURM cluster of two nodes on this machine; installs SLURM (apt-get, as root)
 	bash tests/slurm/install.sh
 	$(BIN)/python -m pytest tests/slurm -rs
+
+gpu-check:  ## every kernel on this machine's GPU, with the Python, torch and Triton that are there; see docs/gpu.md
+	@if test -x $(BIN)/python; then $(BIN)/python -m tests.gpu_check; else $(PYTHON) -m tests.gpu_check; fi
 
 lint: install
 	$(BIN)/ruff check .

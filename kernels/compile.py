@@ -34,7 +34,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bf16", "fp32")
 PEERS = ("fla",)

@@ -2,15 +2,20 @@
 
 import os
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.interpreter import round_to_nearest
 
 # Several test processes share the cores. torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton reads this when it is imported: without a GPU its kernels run in the interpreter.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        round_to_nearest()
 
 _NEEDS_GPU = "needs a GPU"
 

@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="import-untyped"
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,10 +25,18 @@ from kernels.triton.chunk_kernels import (
     scan_kernel,
     scores_backward_kernel,
 )
-from kernels.triton.launch import KernelSpec, dot_precision, next_power, target_name
+from kernels.triton.launch import KernelSpec, dot_precision, log_known_faults, next_power, target_name
 from kernels.triton.sequences import ChunkTable, Launcher, chunk_table
 
 _LARGEST_KEY = 256
+
+PLAN_VARIABLE = "SPIKETRAIN_TRITON_PLAN"
+_SWITCHES = {
+    "chunk": (16, 32, 64),
+    "block_key": (16, 32, 64, 128),
+    "num_warps": (1, 2, 4, 8),
+    "scan_warps": (1, 2, 4, 8),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,10 @@ class Plan:
     scan_key: int
     scan_value: int
     prepare_key: int
+    scan_warps: int
     prepare_warps: int
     prepare_backward_warps: int
+    warps: int
 
     @property
     def levels(self) -> int:
@@ -73,12 +84,14 @@ def make_plan(
     amd, wide, long = target.startswith("gfx"), operand == torch.float32, key_dim > 128
     # NVIDIA's threads have 255 registers, AMD's 512 in programs of four warps; float32 products take three times the
     # operands on NVIDIA.
-    small = not amd and (decay == PER_CHANNEL or wide or target == "sm_80")
-    largest_value = 16 if wide and not amd else 32 if target == "sm_100" else 64
-    # The backward scan of sm_100 spills at 32, where other targets' does not; half the chunk is twice the states saved.
-    chunk = 16 if wide and target == "sm_100" and key_dim > 64 else 32 if small or long else 64
+    blackwell, synchronous = target in ("sm_100", "sm_103"), target not in ("sm_90", "sm_100", "sm_103")
+    small = not amd and (decay == PER_CHANNEL or wide or synchronous)
+    largest_value = 16 if wide and not amd else 32 if blackwell else 64
+    # The backward scan of Blackwell spills at 32, where others' does not; half the chunk is twice the states saved.
+    chunk = 16 if wide and blackwell and key_dim > 64 else 32 if small or long else 64
     block_value = min(max(16, next_power(value_dim)), largest_value)
-    return Plan(
+    # On Hopper fla-core 0.6 leaves out 4 warps with blocks of 32 keys, for wrong results, and keeps those with 64.
+    plan = Plan(
         heads,
         key_dim,
         value_dim,
@@ -86,14 +99,51 @@ def make_plan(
         delta,
         target,
         chunk=chunk,
-        block_key=min(max(16, next_power(key_dim)), 32),
+        block_key=min(max(16, next_power(key_dim)), 32 if wide or target != "sm_90" else 64),
         block_value=block_value,
         scan_key=min(max(16, next_power(key_dim)), 64 if wide and not amd else _LARGEST_KEY),
         scan_value=min(block_value, 16 if long or (wide and not amd) else 32),
         prepare_key=16 if small else 32,
+        scan_warps=4,
         prepare_warps=4 if amd or small else 8,
         prepare_backward_warps=4 if amd else 8,
+        warps=4,
     )
+    return _switched(plan)
+
+
+def plan_switches() -> dict[str, int]:
+    """What SPIKETRAIN_TRITON_PLAN asks for, "scan_warps=2,chunk=32": ways around faults of a compiler.
+
+    chunk       tokens of a chunk
+    block_key   of the kernels that are parallel over chunks, if K is so large
+    num_warps   at most so many in each program, but for the scans; 2 use no warp-group instruction of NVIDIA's
+    scan_warps  the same for the scans over the states
+
+    Raises:
+        ValueError: a switch or a value that does not exist.
+    """
+    found = {}
+    for entry in filter(None, (part.strip() for part in os.environ.get(PLAN_VARIABLE, "").split(","))):
+        name, _, value = (part.strip() for part in entry.partition("="))
+        if value not in map(str, _SWITCHES.get(name, ())):
+            known = "; ".join(f"{switch}={'|'.join(map(str, values))}" for switch, values in _SWITCHES.items())
+            raise ValueError(f"{PLAN_VARIABLE}: {entry!r} is none of {known}, which commas part")
+        found[name] = int(value)
+    return found
+
+
+def _switched(plan: Plan) -> Plan:
+    changes: dict[str, int] = {}
+    for name, value in plan_switches().items():
+        if name == "num_warps":
+            for field in ("prepare_warps", "prepare_backward_warps", "warps"):
+                changes[field] = min(value, getattr(plan, field))
+        elif name == "block_key":
+            changes[name] = min(max(16, next_power(plan.key_dim)), value)
+        else:
+            changes[name] = value
+    return replace(plan, **changes)
 
 
 def _operand(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
@@ -205,6 +255,7 @@ class _Problem:
         self.launch(
             scan_kernel,
             (table.num_sequences * plan.heads, triton.cdiv(plan.value_dim, plan.scan_value)),
+            num_warps=plan.scan_warps,
             flops=self._flops(plan.key_dim * plan.value_dim * (1 + plan.delta)),
             v=self.v,
             k_decayed=prepared.k_decayed,
@@ -235,6 +286,7 @@ class _Problem:
         self.launch(
             outputs_kernel,
             (self.groups, triton.cdiv(plan.value_dim, plan.block_value)),
+            num_warps=plan.warps,
             flops=self._flops(plan.key_dim * plan.value_dim, plan.chunk * plan.value_dim),
             q_decayed=prepared.q_decayed,
             scores=scores,
@@ -263,6 +315,7 @@ class _Problem:
         self.launch(
             scan_backward_kernel,
             (table.num_sequences * plan.heads, triton.cdiv(plan.value_dim, plan.scan_value)),
+            num_warps=plan.scan_warps,
             flops=self._flops(plan.key_dim * plan.value_dim * (2 + plan.delta), plan.chunk * plan.value_dim),
             d_o=d_o,
             **prepared._asdict(),
@@ -291,6 +344,7 @@ class _Problem:
         self.launch(
             scores_backward_kernel,
             (self.groups,),
+            num_warps=plan.warps,
             flops=self._flops(plan.chunk * plan.value_dim * (1 + plan.delta)),
             d_o=d_o,
             d_v=d_v,
@@ -320,6 +374,7 @@ class _Problem:
         self.launch(
             reads_backward_kernel,
             (self.groups, triton.cdiv(plan.key_dim, plan.block_key)),
+            num_warps=plan.warps,
             flops=self._flops(plan.key_dim * plan.value_dim * (2 + plan.delta)),
             d_o=d_o,
             d_v=d_v,
@@ -466,7 +521,10 @@ def chunked(
     """
     heads = max(x.shape[2] for x in (q, k, v, log_decay, beta) if x is not None)
     dims, operand = (q.shape[-1], v.shape[-1]), _operand(q, k, v)
-    plan = make_plan(heads, dims, log_decay, beta is not None, operand, target_name(q.device))
+    target = target_name(q.device)
+    if q.is_cuda:
+        log_known_faults(target)
+    plan = make_plan(heads, dims, log_decay, beta is not None, operand, target)
     table = chunk_table(sequence_bounds(q.shape[0], q.shape[1], cu_seqlens), plan.chunk, q.device)
     return _Chunked.apply(q, k, v, log_decay, beta, initial_state, scale, plan, table)
 

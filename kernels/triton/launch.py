@@ -4,10 +4,12 @@
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
+import logging
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +27,8 @@ __all__ = [
     "dtype_bytes",
     "implementations",
     "interpreting",
+    "known_faults",
+    "log_known_faults",
     "next_power",
     "target_name",
     "unit_stride",
@@ -33,9 +37,68 @@ __all__ = [
 ]
 
 # What one program may allocate of shared memory (NVIDIA: "maximum shared memory per block"; AMD: LDS per workgroup).
-SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536, "gfx950": 163840}
+SHARED_BYTES = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_103": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
 
 _INTERPRETING = tl.constexpr(interpreting())
+
+
+class _Fault(NamedTuple):
+    """What a compiler is known to do wrong to kernels like ours: from release `first` on, before release `mended`."""
+
+    targets: tuple[str, ...]
+    first: tuple[int, ...]
+    mended: tuple[int, ...]
+    text: str
+
+
+# docs/gpu.md has the reports in full. None of them was seen in these kernels, which had no GPU yet.
+_FAULTS = (
+    _Fault(
+        ("sm_90",),
+        (3, 4),
+        (3, 7, 1),
+        "Triton from 3.4 to 3.7.0 multiplies a transposed register tile wrongly on Hopper "
+        "(flash-linear-attention #640), as the backward of per-head decays does; should gradients be wrong, set "
+        "SPIKETRAIN_TRITON_PLAN=chunk=32",
+    ),
+    _Fault(
+        ("sm_100",),
+        (0,),
+        (3, 7),
+        "Triton before 3.7 may race in scans over states on Blackwell (triton #9871), seen with two stages or more "
+        "where these have one; should two runs differ, set SPIKETRAIN_TRITON_PLAN=scan_warps=2",
+    ),
+    _Fault(
+        ("sm_103",),
+        (0,),
+        (3, 8),
+        "Triton before 3.8 may race in scans over states on Blackwell Ultra (triton #10590), seen with two stages or "
+        "more where these have one; should two runs differ, set SPIKETRAIN_TRITON_PLAN=scan_warps=2",
+    ),
+)
+
+
+def known_faults(target: str, version: str) -> list[str]:
+    """What this release of Triton, "3.6.0", is known to do wrong on `target`, with the way around it."""
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    return [fault.text for fault in _FAULTS if target in fault.targets and fault.first <= release < fault.mended]
+
+
+@cache
+def log_known_faults(target: str) -> None:
+    """Warns of `known_faults`, once a process."""
+    for fault in known_faults(target, triton.__version__):
+        logging.getLogger("spiketrain").warning("%s; python -m tests.gpu_check tells", fault)
 
 
 @dataclass(frozen=True)

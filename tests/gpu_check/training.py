@@ -1,0 +1,137 @@
+"""A short training of a hybrid mixture of experts on the device: with Triton's kernels, and on the torch path.
+
+The decoder alone, in plain PyTorch: no engine is needed, and none of its packages.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.backend import ENVIRONMENT_VARIABLE
+
+_OPERATIONS = (
+    "gla",
+    "retention",
+    "gated_delta_rule",
+    "hgrn",
+    "causal_conv1d",
+    "rms_norm",
+    "gated_rms_norm",
+    "l2_norm",
+    "swiglu",
+    "swiglu_packed",
+    "apply_rotary",
+    "linear_cross_entropy",
+    "top_k_gate",
+    "dense_to_sparse_gate",
+    "permute",
+    "unpermute",
+)
+# Of bfloat16 activations on the two paths, after some steps: far below what a wrong gradient makes.
+_LARGEST_DIFFERENCE = 0.03
+
+
+@contextmanager
+def _backends(choice: str) -> Iterator[None]:
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+def _choices(backend: str) -> str:
+    # On a GPU the experts' products have no other path in every dtype than the plain one.
+    grouped = "triton" if backend == "triton" else "reference"
+    return ",".join([*(f"{op}={backend}" for op in _OPERATIONS), f"grouped_linear={grouped}"])
+
+
+def _model_config(small: bool) -> Any:
+    from models.config import (
+        AttentionConfig,
+        GatedDeltaNetConfig,
+        GatedLinearAttentionConfig,
+        MixerLayoutConfig,
+        ModelConfig,
+        MoEConfig,
+    )
+
+    head = 16 if small else 64
+    return ModelConfig(
+        num_layers=3,
+        hidden_size=4 * head,
+        ffn_hidden_size=8 * head,
+        vocab_size=64,
+        mixers=MixerLayoutConfig(pattern="gated_delta_net, gated_linear_attention, full_attention"),
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1),
+        gated_delta_net=GatedDeltaNetConfig(num_heads=2, head_dim=head),
+        gated_linear_attention=GatedLinearAttentionConfig(num_heads=2),
+        moe=MoEConfig(num_experts=4, expert_hidden_size=2 * head, dense_layers=[0]),
+    )
+
+
+def _losses(device: torch.device, backend: str) -> list[float]:
+    from models.decoder import Decoder, initialize
+
+    small = device.type != "cuda"
+    batch, time, steps = (1, 6, 2) if small else (8, 512, 30)
+    with torch.device(device):
+        model = Decoder(_model_config(small), 64)
+    initialize(model, 1)
+    model = model.to(device, torch.float32 if small else torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    # The same ones in every step: what is learned is them, which a right gradient does in any few steps.
+    tokens = _repeating(batch, time + 1, generator).to(device)
+    losses = []
+    with _backends(_choices(backend)):
+        for _ in range(steps):
+            loss = _loss(model, tokens)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def _repeating(batch: int, time: int, generator: torch.Generator) -> Tensor:
+    """Token ids `[B, T]`: eight at random, again and again."""
+    period = torch.randint(64, (batch, 8), generator=generator)
+    return period.repeat(1, -(-time // 8))[:, :time]
+
+
+def _loss(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+    total, _ = model(inputs.contiguous(), positions, labels=labels.contiguous())
+    mean: Tensor = total / labels.numel()
+    return mean
+
+
+def train(device: torch.device) -> dict[str, Any]:
+    """The losses of both paths; wrong where they part, or where Triton's do not fall."""
+    ours, plain = _losses(device, "triton"), _losses(device, "torch")
+    apart = max(abs(a - b) / b for a, b in zip(ours, plain))
+    faults = []
+    if not ours[-1] < ours[0]:
+        faults.append(f"the loss does not fall: {ours[0]:.3f} to {ours[-1]:.3f}")
+    if not apart <= _LARGEST_DIFFERENCE:
+        faults.append(f"the losses part from the torch path's by {apart:.1e} of {_LARGEST_DIFFERENCE:.0e}")
+    return {
+        "state": "wrong" if faults else "ok",
+        "message": "; ".join(faults) or f"loss {ours[0]:.3f} to {ours[-1]:.3f}, as the torch path's on this device",
+        "worst": "loss",
+        "error": apart,
+        "limit": _LARGEST_DIFFERENCE,
+        "losses": ours,
+        "torch_losses": plain,
+    }
