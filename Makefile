@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: help install pretrain test test-parity test-slurm gpu-check lint typecheck format bench coverage clean
+.PHONY: help install pretrain test test-slow test-parity test-slurm gpu-check lint typecheck format bench coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,12 +20,17 @@ install: .venv/.installed  ## create .venv with everything that is run here
 pretrain: install  ## tokenizer, data, training and evaluation of the laptop recipe, about ten minutes on two cores
 	$(BIN)/torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain/laptop.yaml
 
-test: install lint typecheck  ## style, types and all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "not slow" --ignore tests/slurm
+# Files begin in the order that tests/conftest.py gives them, those that take longest first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs
 
-test-parity: install  ## every parallel layout against one process, with times; then the other slow tests
+test: install lint typecheck  ## style, types and all tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: install  ## all slow tests, SLURM's too where it is installed; OPTIONS="--budget 900" ends after 900 seconds
+	$(PYTEST) -p tests.budget -m slow --durations 30 $(OPTIONS)
+
+test-parity: install  ## every parallel layout against one process, with times
 	$(BIN)/python -m pytest tests/parity -rs --durations 0
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow -rs --ignore tests/parity --ignore tests/slurm
 
 test-slurm: install  ## jobs on a SLURM cluster of two nodes on this machine; installs SLURM (apt-get, as root)
 	bash tests/slurm/install.sh
@@ -50,7 +55,7 @@ bench: install  ## the training step against transformers, side by side
 	$(BIN)/python launch/bench.py train_step
 
 coverage: install  ## which lines the tests reach
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rs --ignore tests/slurm --cov --cov-report term --cov-report xml
+	$(PYTEST) --ignore tests/slurm --cov --cov-report term --cov-report xml
 
 clean:  ## remove caches; data, runs and .venv stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage coverage.xml build *.egg-info

@@ -1,7 +1,11 @@
 """One thread a process, and tests that need a GPU: skipped where there is none, and listed by name."""
 
 import os
+import shutil
+import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +22,54 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
         round_to_nearest()
 
 _NEEDS_GPU = "needs a GPU"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where the processes of this session meet that fork ranks for it, see tests.processes."""
+    if not hasattr(config, "workerinput"):
+        os.environ["TEST_FORK_SERVERS"] = tempfile.mkdtemp(prefix="forks-", suffix=f".{os.getpid()}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["TEST_FORK_SERVERS"])
+
+
+# What takes longest, in this order: whoever ends last should not have begun with a long file.
+_LONGEST_FIRST = (
+    "trainer/test_deepspeed_engine.py",
+    "parity/test_parity.py",
+    "trainer/test_resume.py",
+    "trainer/test_plan.py",
+    "trainer/test_weights.py",
+    "parity/test_parity_moe.py",
+    "trainer/test_failures.py",
+    "kernels/",
+    "trainer/",
+    "models/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within them stays."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.nodeid.removeprefix("tests/")
+        return next((i for i, long in enumerate(_LONGEST_FIRST) if name.startswith(long)), len(_LONGEST_FIRST))
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module ends the process groups that it began: each has threads, which would add up over a session."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        from tests.trainer.conftest import leave_groups
+
+        leave_groups()
+        pytest.fail(f"{request.node.name} leaves process groups: close its engines")
 
 
 @pytest.hookimpl(tryfirst=True)

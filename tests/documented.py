@@ -8,8 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # A line of a code block, or a text in backticks, is a command if it begins with one of these.
 PROGRAMS = ("make", "spiketrain", "python", "torchrun", "sbatch", "source", "pytest")
-_BLOCK = re.compile(r"^ {4,}(?=(?:%s)\b)" % "|".join(PROGRAMS))
-_INLINE = re.compile(r"`((?:%s) [^`]+)`" % "|".join(PROGRAMS))
+_ANY = "|".join(PROGRAMS)
+_BLOCK = re.compile(rf"^ {{4,}}(?=(?:{_ANY})\b)")
+_INLINE = re.compile(rf"`((?:{_ANY}) [^`]+)`")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Builders that several test files share."""
 
+import os
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ from models.config import (
 from models.decoder import Decoder, initialize
 
 VOCABULARY = 50
+# Seconds after which a test gives up what it waits for: only something that hangs takes as long, on any machine.
+WAIT = 600.0 * float(os.environ.get("TEST_TIME_FACTOR", "1"))
+
+
+def examples(count: int) -> int:
+    """How many examples of a large property test to try: all in the slow suite (tests/test_all_examples.py), else 8."""
+    return count if "TEST_ALL_EXAMPLES" in os.environ else min(count, 8)
 
 
 def tiny_model_config(pattern: str | None = None, **changes: Any) -> ModelConfig:

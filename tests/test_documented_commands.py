@@ -1,4 +1,4 @@
-"""README.md's and docs/' commands: each is accepted as it is written, and the slow test runs them one after the other."""
+"""README.md's and docs/' commands: each is accepted as it is written, and the slow test runs them in their order."""
 
 import gzip
 import importlib.util
@@ -34,7 +34,7 @@ NOT_RUN_HERE = {
 }
 
 
-class Accepted(Exception):  # noqa: N818
+class Accepted(Exception):
     """The command line was understood."""
 
 

@@ -145,6 +145,16 @@ def test_blends_match_their_weights_everywhere(weights):
         assert np.all(np.abs(counts - (sample + 1) * shares) < len(weights))
 
 
+@pytest.mark.parametrize(
+    ("weights", "sources"),
+    [([1, 1], [0, 1] * 5), ([1, 2], [1, 0, 1] * 3), ([1, 1, 2], [2, 0, 1, 2] * 2), ([3, 2], [0, 1, 0, 1, 0] * 2)],
+)
+def test_the_order_of_a_blend_stays(weights, sources):
+    """Shares are rounded half up: another rule would give the next step of a blended run other samples."""
+    ratios = split_ratios(weights)
+    assert [blend(sample, ratios)[0] for sample in range(len(sources))] == sources
+
+
 def test_blends_are_exact_far_out():
     ratios = split_ratios([0.1, 0.2, 0.7])
     for start in (10**9, 10**15 + 3):

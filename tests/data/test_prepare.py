@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from tests.helpers import WAIT
 from trainer.cli import ConfigError, make_parser, parse
 from trainer.data import corpus
 from trainer.data.dataset import EvaluationStream, open_training_data
@@ -169,7 +170,7 @@ def test_sigterm_stops_resumably(lines, tmp_path):
     while not list(tmp_path.glob("out/.partial/parts/*.json")):
         time.sleep(0.002)
     process.terminate()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=WAIT)
     assert process.returncode == 75
     assert "the same command continues" in errors and "Traceback" not in errors
 
@@ -177,7 +178,7 @@ def test_sigterm_stops_resumably(lines, tmp_path):
 def test_two_processes_prepare_once(lines, prepared, tmp_path):
     output = tmp_path / "out"
     processes = [subprocess.Popen(arguments_for(lines, output), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=WAIT)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted("learned" in error for error in errors) == [False, True]
     assert digests(output) == digests(prepared)

@@ -1,6 +1,7 @@
 """Every attention backend against the definition, and what no backend may do: leak, or spend T² memory or work."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +198,56 @@ def test_errors() -> None:
         attention(q[:, -1:], k, v, cu_seqlens=_bounds(6))
     with pytest.raises(ValueError, match="banded"):
         attention(q, k, v, window=2, backend="sdpa")
+
+
+# flash-attn, which has no CPU form: what its documentation promises, in place of the library.
+
+
+def _stand_in_for_flash() -> SimpleNamespace:
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, window_size: Any
+    ) -> Tensor:
+        """Query i sees the keys i + Tk - Tq - left to i + Tk - Tq + right; -1 is no bound."""
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        place = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        key = torch.arange(k.shape[1])
+        left, right = window_size[0], 0 if causal else window_size[1]
+        visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        if left >= 0:
+            visible &= key >= place - left
+        if right >= 0:
+            visible &= key <= place + right
+        scores = torch.einsum("bthk,bshk->bhts", q, k) * softmax_scale
+        return torch.einsum("bhts,bshv->bthv", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+    ) -> Tensor:
+        bounds = cu_seqlens_q.tolist()
+        assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_k.tolist() == bounds
+        longest = max(end - start for start, end in itertools.pairwise(bounds))
+        assert options.pop("max_seqlen_q") == options.pop("max_seqlen_k") == longest
+        documents = [[x[None, start:end] for x in (q, k, v)] for start, end in itertools.pairwise(bounds)]
+        return torch.cat([flash_attn_func(*document, **options)[0] for document in documents])
+
+    return SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5])
+@pytest.mark.parametrize("lengths", [None, (4, 1, 7)], ids=["whole", "packed"])
+def test_flash_is_asked_for_what_it_calls_it(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] | None, window: int | None
+) -> None:
+    """Its window counts the keys before the query, ours the query's own as well."""
+    monkeypatch.setattr(module, "_flash_attn", _stand_in_for_flash)
+    monkeypatch.setattr(module, "_available", lambda *inputs: ["flash"])
+    inputs = _draw((4, 2, 8, 8), (12, 12))
+    _compare(inputs, "flash", window=window, cu_seqlens=None if lengths is None else _bounds(*lengths))
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_flash_over_a_cache(monkeypatch: pytest.MonkeyPatch, queries: int, window: int | None) -> None:
+    monkeypatch.setattr(module, "_flash_attn", _stand_in_for_flash)
+    monkeypatch.setattr(module, "_available", lambda *inputs: ["flash"])
+    _compare(_draw((4, 2, 8, 8), (queries, 9)), "flash", window=window)

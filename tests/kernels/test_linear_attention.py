@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.linear_attention import _chunks, delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
 from kernels.linear_attention._chunks import chunk_layout
+from tests.helpers import examples
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
 OPS: dict[str, Op] = {
@@ -27,7 +28,7 @@ DELTA_RULES = ("delta_rule", "gated_delta_rule", "kimi_delta_rule")
 # Which of an op's inputs is v, and which log_decay where every token has one.
 VALUE = {"hgrn": 0, "hgrn2": 1}
 DECAY = {"gla": 3, "hgrn": 1, "hgrn2": 2, "gated_delta_rule": 3, "kimi_delta_rule": 3}
-SETTINGS = settings(max_examples=20, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=examples(20), deadline=None, derandomize=True)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 

@@ -1,9 +1,5 @@
 """A vocabulary cut over 2 and 4 ranks equals one rank's: the loss with every gradient, and the embedding."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,25 +11,16 @@ from kernels.embedding import sharded_embedding
 from kernels.losses import linear_cross_entropy as module
 from kernels.triton import usable
 from tests.kernels.triton._compare import DEVICE, error, random
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = settings(max_examples=12, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize(
     ("world", "backend"), [(2, "gloo"), (4, "gloo"), pytest.param(1, "nccl", marks=pytest.mark.gpu)]
 )
-def test_ranks_equal_one(world: int, backend: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.kernels.vocabulary_ranks"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(tmp_path / "store"), backend], cwd=ROOT, stderr=subprocess.PIPE
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
-    failed = [message for process, message in zip(ranks, errors) if process.returncode]
-    assert not failed, "\n".join(failed)
+def test_ranks_equal_one(world: int, backend: str) -> None:
+    run_ranks(world, "-m", "tests.kernels.vocabulary_ranks", backend)
 
 
 def halves(backend: str) -> tuple[module._Half, module._Half]:

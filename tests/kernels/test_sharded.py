@@ -1,38 +1,20 @@
 """Linear attention and short convolutions over 2 and 4 ranks equal one rank: outputs, states and every gradient."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from kernels.convolution import causal_conv1d
 from kernels.linear_attention import _sharded
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_ranks(world: int, what: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "tests.kernels.sharded_ranks"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder / "store"), what], cwd=ROOT, stderr=subprocess.PIPE
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
-    failed = [error for process, error in zip(ranks, errors) if process.returncode]
-    assert not failed, "\n".join(failed)
+from tests.processes import run_ranks
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_equal_one(world: int, tmp_path: Path) -> None:
-    run_ranks(world, "results", tmp_path)
+def test_ranks_equal_one(world: int) -> None:
+    run_ranks(world, "-m", "tests.kernels.sharded_ranks", "results")
 
 
-def test_what_travels_has_the_size_of_states_whatever_the_length(tmp_path: Path) -> None:
-    run_ranks(3, "traffic", tmp_path)
+def test_what_travels_has_the_size_of_states_whatever_the_length() -> None:
+    run_ranks(3, "-m", "tests.kernels.sharded_ranks", "traffic")
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, bounds: list[int], time: int, rank: int, world: int) -> _sharded.Shard:

@@ -1,8 +1,5 @@
 """Attention over 2, 3 and 4 ranks equals one rank, in outputs, gradients and bytes; who sends what to whom."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,20 +9,12 @@ from hypothesis import strategies as st
 
 from kernels.attention import attention
 from kernels.attention_sharded import halo_lengths, sent_lengths, split_heads
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_ranks
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_equal_one(world: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.kernels.sharded_attention_ranks"]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(world), str(tmp_path / "store")], cwd=ROOT, stderr=subprocess.PIPE)
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1].decode() for process in ranks]
-    failed = [error for process, error in zip(ranks, errors) if process.returncode]
-    assert not failed, "\n".join(failed)
+def test_ranks_equal_one(world: int) -> None:
+    run_ranks(world, "-m", "tests.kernels.sharded_attention_ranks")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

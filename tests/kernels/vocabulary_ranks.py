@@ -178,10 +178,11 @@ def check_tied(device: str, group: dist.ProcessGroup) -> None:
     assert_close("d_weight", gathered(leaf.grad, group), whole.grad, 1e-10)
 
 
-def main(rank: int, world: int, store: str, backend: str) -> None:
+def main(backend: str) -> None:
     torch.set_num_threads(1)
     device = "cuda" if backend == "nccl" else "cpu"
-    dist.init_process_group(backend, store=dist.FileStore(store, world), rank=rank, world_size=world)
+    dist.init_process_group(backend)
+    rank, world = dist.get_rank(), dist.get_world_size()
     module._block_tokens = lambda weight: BLOCK_TOKENS
     module._SOFTMAX_ELEMENTS = 2 * ROWS  # rows by two
     group = dist.group.WORLD
@@ -196,4 +197,4 @@ def main(rank: int, world: int, store: str, backend: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(sys.argv[1])

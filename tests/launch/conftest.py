@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.helpers import WAIT
 from tests.trainer.conftest import ROOT, in_process_config
 
 
@@ -47,7 +48,7 @@ def launch(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=WAIT,
             check=False,
         )
         stdout, _, imported = done.stdout.rpartition("\nimported:")

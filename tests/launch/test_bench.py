@@ -5,8 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from tests.helpers import WAIT
+from trainer.benchmarks import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +36,7 @@ TINY = [f"--{name}={value}" for name, value in _SIZES.items()]
 
 def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "launch/bench.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "launch/bench.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WAIT
     )
 
 
@@ -51,7 +56,29 @@ def test_train_step_writes_its_fields(tmp_path):
         assert set(line) == {"case", "ours", "peer", "ratio", "unit", "note"}
         assert line["ours"] > 0
         assert line["ratio"] == pytest.approx(line["ours"] / line["peer"])
+    for speed, used in zip(lines[::2], lines[1::2], strict=True):
+        # The same work on both sides: who uses half the peak is half as quick.
+        assert (speed["unit"], used["unit"]) == ("tokens/s", "of matmul peak")
+        assert used["ratio"] == pytest.approx(speed["ratio"])
+        assert "2 x 16 tokens a step" in speed["note"] or "hybrid" in speed["case"]
     assert "dense fp32, transformers eager" in done.stdout
+
+
+def test_train_step_compares_medians_and_counts_flops():
+    model = torch.nn.Linear(10, 100, bias=False)
+    setup = train_step._Setup(
+        name="dense fp32",
+        engine=SimpleNamespace(model=model),
+        peer=model,
+        batch=SimpleNamespace(tokens=torch.zeros(2, 8)),
+        dtype=torch.float32,
+        flops=10.0,
+    )
+    seconds = {"ours": [1.0, 2.0, 30.0], "eager": [4.0, 1.0, 50.0]}
+    speed, used = train_step._compare(setup, seconds, peak=1000.0)
+    assert (speed.ours, speed.peer, speed.ratio, speed.unit) == (8.0, 4.0, 2.0, "tokens/s")
+    assert (used.ours, used.peer, used.ratio) == pytest.approx((0.08, 0.04, 2.0))
+    assert "0.0 M parameters, 2 x 8 tokens a step" in speed.note and "ours 0.16 in its quickest step" in used.note
 
 
 def test_linear_attention_writes_its_fields(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import WAIT
 from trainer.benchmarks import communication
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +17,7 @@ TINY = ["--seq_lens=[64,128]", "--full_seq_lens=[64,128]", "--window=8", "--head
 def test_counts_equal_the_formulas(tmp_path):
     path = tmp_path / "result.json"
     command = [sys.executable, "launch/bench.py", "communication", *TINY, "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 0, done.stderr
     lines = json.loads(path.read_text())
     assert len(lines) == 8 * 2 * (2 + 4)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from models.config import DenseToSparseConfig
+from tests.launch.test_report import assert_drawn
 from trainer.benchmarks import dense_to_sparse as bench
 from trainer.cli import ConfigError
 
@@ -68,7 +69,7 @@ def test_the_table_compares_the_same_seeds(tmp_path):
     assert "1.5000 ± 1.2706" in linear.note and "-0.1000 ± 0.0000" in linear.note
     assert "+0.0100 ± 0.0000" in tanh.note and "variation of the load 0.500" in tanh.note
     bench.draw(runs, tmp_path / "gates.png")
-    assert (tmp_path / "gates.png").stat().st_size > 10_000
+    assert_drawn(tmp_path / "gates.png")
 
 
 @pytest.mark.parametrize(

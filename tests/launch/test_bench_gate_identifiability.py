@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers import WAIT
 from trainer.benchmarks import gate_identifiability as bench
 from trainer.benchmarks import gaussian_experts as mixture
 from trainer.cli import ConfigError
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _bench(*arguments):
     command = [sys.executable, "launch/bench.py", "gate_identifiability", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
 
 
 @pytest.mark.parametrize("experts", [2, 3])

@@ -1,19 +1,14 @@
 """Pools of worker processes, one for each world size, reused by every case."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
+from tests.helpers import WAIT
+from tests.processes import start
 
 # Each layout's groups bring gloo threads, and not all of them end with the groups.
 JOBS_OF_A_POOL = 12
@@ -24,26 +19,9 @@ class Pool:
 
     def __init__(self, ranks, folder):
         self.ranks, self.folder, self.number = ranks, folder, 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.processes = []
-        for rank in range(ranks):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONWARNINGS": "ignore",
-            }
-            with (folder / f"log_{rank}").open("w") as log:
-                command = [sys.executable, "-m", "tests.parity.worker", str(folder)]
-                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        self.process = start("-m", "tests.parity.worker", folder, ranks=ranks, imported="deepspeed")
 
-    def run(self, job, timeout=240):
+    def run(self, job, timeout=WAIT):
         """Every rank's result of a job."""
         path = self.folder / f"job_{self.number}.json"
         path.with_suffix(".part").write_text(json.dumps(job))
@@ -53,10 +31,10 @@ class Pool:
         end = time.monotonic() + timeout
         while not all(path.exists() for path in paths):
             failed = [torch.load(path)["error"] for path in paths if path.exists() and "error" in torch.load(path)]
-            dead = [rank for rank, process in enumerate(self.processes) if process.poll() is not None]
-            if failed or dead or time.monotonic() > end:
-                logs = [(self.folder / f"log_{rank}").read_text()[-2000:] for rank in dead]
-                raise AssertionError("\n".join([f"ranks {dead} have ended, {len(failed)} failed", *failed[:1], *logs]))
+            ended = self.process.poll() is not None
+            if failed or ended or time.monotonic() > end:
+                told = [f"{len(failed)} ranks failed" + ", and all have ended" * ended, *failed[:1]]
+                raise AssertionError("\n".join([*told, self.process.output()[-4000:]]))
             time.sleep(0.02)
         results = [torch.load(path) for path in paths]
         errors = [result["error"] for result in results if "error" in result]
@@ -65,14 +43,11 @@ class Pool:
 
     def is_used_up(self):
         """Whether a process has ended, or has run so many jobs that what gloo leaves behind of each slows it down."""
-        return self.number >= JOBS_OF_A_POOL or any(process.poll() is not None for process in self.processes)
+        return self.number >= JOBS_OF_A_POOL or self.process.poll() is not None
 
     def close(self):
         """End the processes."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+        self.process.kill()
 
 
 @pytest.fixture(scope="session")

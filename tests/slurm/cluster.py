@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.helpers import WAIT
+
 # Debian keeps the daemons out of an ordinary user's PATH.
 _PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "pkill")
@@ -105,7 +107,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """Output of a command that speaks to this cluster."""
         result = subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, timeout=60, check=False
+            command, env=self.environment | environment, capture_output=True, text=True, timeout=WAIT, check=False
         )
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(command)}: {result.stderr}")
@@ -131,7 +133,7 @@ class Cluster:
         lines = self.run("scontrol", "--oneliner", "show", "nodes", check=False).splitlines()
         return [word.split("=")[1] for line in lines for word in line.split() if word.startswith("State=")]
 
-    def _wait(self, condition, what: str, timeout: float = 60) -> None:
+    def _wait(self, condition, what: str, timeout: float = WAIT) -> None:
         end = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > end or any(daemon.poll() is not None for daemon in self._daemons):

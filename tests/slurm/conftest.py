@@ -10,11 +10,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers import WAIT
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.trainer.conftest import ROOT, in_process_config
 
 SCRIPT = "launch/slurm/pretrain.sbatch"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+def pytest_collection_modifyitems(items):
+    """They need a cluster: none of them is for `make test`."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +53,7 @@ class Job:
         """A field of `scontrol show job`."""
         return self.cluster.job(self.number)[name]
 
-    def wait_until(self, condition, what: str, timeout: float = 240, ended: bool = False) -> None:
+    def wait_until(self, condition, what: str, timeout: float = WAIT, ended: bool = False) -> None:
         """Poll until the condition holds; fails where the job ends before it does, unless it has `ended` already."""
         end = time.monotonic() + timeout
         while not condition():

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import processes
+from tests.processes import QUIET
+from tests.processes import ROOT as ROOT
+from tests.processes import finish as finish
 
 
 @pytest.fixture
 def tiny_run(tiny_data, tmp_path):
-    """Start `launch/pretrain.py` (or another script) on a 2-layer hybrid; returns a function."""
+    """Start `launch/pretrain.py` (or another script) on a 2-layer hybrid; returns a function.
 
-    def start(run_dir, *overrides, ranks=1, script="launch/pretrain.py", script_arguments=()):
+    Forked from a process that has imported all of it, unless true torchrun is asked for.
+    """
+
+    def start(run_dir, *overrides, ranks=1, script="launch/pretrain.py", script_arguments=(), torchrun=False):
         arguments = [
             f"--run.dir={run_dir}",
             "--run.threads=1",
@@ -40,22 +46,31 @@ def tiny_run(tiny_data, tmp_path):
             "--checkpoint.every=3",
             *overrides,
         ]
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(ROOT / script), *script_arguments, *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [str(ROOT / script), *script_arguments, *arguments]
+        if not torchrun:
+            imported = "deepspeed" if "--engine.name=deepspeed" in overrides else "megatron"
+            several = ranks if ranks > 1 else None
+            return processes.start(*command, ranks=several, folder=tmp_path, imported=imported)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*torchrun, *command],
+            cwd=tmp_path,
+            env=os.environ | QUIET,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     return start
 
 
-def finish(process, timeout=120):
-    """Exit code and output of a started run."""
-    output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output
+def leave_groups():
+    """What engine.close() does, for a run in this process that has failed and left its engine as it was."""
+    from megatron.core import parallel_state
+    from torch import distributed
+
+    parallel_state.destroy_model_parallel()
+    distributed.destroy_process_group()
 
 
 def metrics(run_dir):

@@ -1,6 +1,6 @@
 """What test_deepspeed_engine.py runs on several ranks: a list of jobs, one engine after another in the same processes.
 
-python -m torch.distributed.run ... deepspeed_ranks.py DATA JOBS.json RESULTS.json
+python -m tests.trainer.deepspeed_ranks DATA JOBS.json RESULTS.json
 
 A job is a dictionary: engine, stage, offload, precision, tensor, sequence, whether the model has experts; first and
 last step; a checkpoint to `load` before, and those to `save` by step; `poison`, what of step 1 is no number on rank 0
@@ -18,6 +18,7 @@ import torch
 
 from models.config import MoEConfig
 from models.decoder import Decoder, initialize
+from tests.helpers import WAIT
 from tests.trainer.conftest import in_process_config
 from trainer.cli import ConfigError, from_mapping
 from trainer.config import EngineConfig, ParallelConfig
@@ -78,7 +79,7 @@ def build(data, job):
 
 
 def wait_for(path):
-    end = time.monotonic() + 100
+    end = time.monotonic() + WAIT
     while not path.exists():
         assert time.monotonic() < end, f"{path} was not written"
         time.sleep(0.05)

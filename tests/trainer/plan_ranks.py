@@ -1,6 +1,6 @@
 """A rank that trains one step of each job, and measures what it holds, keeps and sends.
 
-python -m torch.distributed.run ... plan_ranks.py JOBS.json RESULTS
+python -m tests.trainer.plan_ranks JOBS.json RESULTS
 
 A job is a configuration as plain values; results are RESULTS.RANK.json.
 """

@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from models.config import MixerLayoutConfig, MoEConfig, RouterConfig
 from models.decoder import Decoder, initialize
-from tests.trainer.conftest import finish, in_process_config, status, trajectory
+from tests.helpers import WAIT
+from tests.trainer.conftest import finish, in_process_config, leave_groups, status, trajectory
+from tests.trainer.test_callbacks import fake_trainer as idle_trainer
 from tests.trainer.test_deepspeed_engine import read_parameters
 from tests.trainer.test_megatron_engine import build, run_step
 from trainer import checkpoint, pretrain
@@ -22,9 +23,6 @@ from trainer.checkpoint import BackgroundSave, Progress
 from trainer.config import CheckpointConfig, EngineConfig
 from trainer.data.sources import find_sources
 from trainer.engines.base import PendingSave
-from trainer.engines.megatron import parallel_state
-
-WAIT = 20
 
 
 class FakeEngine:
@@ -143,15 +141,10 @@ def test_all_ranks_have_to_have_written(tmp_path):
 
 
 def fake_trainer(tmp_path, engine, step, steps=10):
-    return SimpleNamespace(
-        engine=engine,
-        progress=Progress(step),
-        finished=step >= steps,
-        resumed=False,
-        run_dir=tmp_path,
-        config_yaml="",
-        tokenizer=None,
-    )
+    """A true trainer, over an engine that only saves, as it is after `step` steps."""
+    trainer = idle_trainer(step, steps)
+    trainer.engine, trainer.run_dir = engine, tmp_path
+    return trainer
 
 
 def test_training_goes_on_meanwhile_and_the_next_save_waits(tmp_path):
@@ -263,8 +256,7 @@ def test_megatron_reports_what_a_write_raised(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(filesystem_async, "_write_item", refuse)
     with pytest.raises(CheckpointException, match="no space left on device"):
         pretrain.run(config, "")
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    leave_groups()
     assert status(tmp_path / "run")["state"] == "failed"
     assert "no space left on device" in json.dumps(status(tmp_path / "run"))
     assert names(tmp_path / "run") == [".saving_step_00000003"]

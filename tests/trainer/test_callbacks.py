@@ -1,5 +1,7 @@
 """When callbacks act, with a trainer that pretends: giving up, stopping on signals, saving; and the loop's calls."""
 
+import copy
+import functools
 import logging
 import os
 import signal
@@ -13,23 +15,25 @@ from trainer.callbacks.health import NonFiniteGuard, TrainingDiverged
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
 from trainer.checkpoint import Progress
-from trainer.config import OptimConfig, PretrainConfig, TrainConfig
+from trainer.config import OptimConfig, PretrainConfig, RunConfig, TrainConfig
 from trainer.engines.base import StepResult
 from trainer.loop import Outcome, Trainer
 
 
-def fake_trainer(step=0, steps=10, rank=0, resumed=False):
-    return SimpleNamespace(
-        engine=SimpleNamespace(rank=rank),
-        progress=Progress(step=step),
-        finished=step >= steps,
-        resumed=resumed,
-        stop_requested=False,
-        run_dir="run",
-        config_yaml="",
-        tokenizer=None,
-        config=PretrainConfig(train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0)),
+@functools.cache
+def idle_trainer(steps, rank):
+    engine = SimpleNamespace(
+        rank=rank, data_parallel_rank=rank, data_parallel_size=1, model=SimpleNamespace(vocab_size=64), device=None
     )
+    config = PretrainConfig(run=RunConfig(dir="run"), train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0))
+    return Trainer(config, "", engine, None, None, [], Progress(), None)
+
+
+def fake_trainer(step=0, steps=10, rank=0, resumed=False):
+    """A true trainer, over an engine that does nothing, as it is after `step` steps."""
+    trainer = copy.copy(idle_trainer(steps, rank))
+    trainer.progress, trainer.resumed = Progress(step=step), resumed
+    return trainer
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import ModelConfig, MoEConfig, RouterConfig
+from tests.helpers import WAIT
 from trainer.cli import ConfigError, dotted_keys, dump, fail, from_mapping, guess, make_parser, parse, write_status
 from trainer.config import PretrainConfig, TrainConfig
 
@@ -49,7 +50,7 @@ def command(tripwire, tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=WAIT,
         )
         return result, (tripwire / "imported").exists()
 

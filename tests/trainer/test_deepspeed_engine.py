@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from tests.trainer.conftest import ROOT, finish, metrics, status
+from tests.processes import finish, start
+from tests.trainer.conftest import metrics, status
 from trainer.engines.pieces import boxes
 from trainer.inference import load_model
 
@@ -102,20 +100,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder, tiny_data):
     """Both lists of jobs at once: each waits for the other's checkpoints."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     started, outcomes = [], {}
-    for ranks, jobs in ((1, jobs_of_one_rank(folder)), (2, jobs_of_two_ranks(folder))):
-        (folder / f"jobs{ranks}.json").write_text(json.dumps(jobs))
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(ROOT / "tests/trainer/deepspeed_ranks.py"), str(tiny_data)]
-        command += [str(folder / f"jobs{ranks}.json"), str(folder / f"results{ranks}.json")]
-        started.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
+    for ranks, jobs in ((None, jobs_of_one_rank(folder)), (2, jobs_of_two_ranks(folder))):
+        files = folder / f"jobs{ranks or 1}.json", folder / f"results{ranks or 1}.json"
+        files[0].write_text(json.dumps(jobs))
+        command = ("-m", "tests.trainer.deepspeed_ranks", tiny_data, *files)
+        started.append(start(*command, ranks=ranks, imported="deepspeed"))
     for ranks, process in enumerate(started, start=1):
-        code, output = finish(process, timeout=300)
+        code, output = finish(process)
         assert code == 0, output
         outcomes |= json.loads((folder / f"results{ranks}.json").read_text())
     return outcomes
@@ -257,6 +249,8 @@ def test_a_run_is_quiet_and_its_checkpoint_opens_without_deepspeed(tiny_run, tmp
         "--logging.progress=false",
         "--train.steps=4",
         ranks=2,
+        # What a rank says while it imports DeepSpeed is heard of true ranks alone.
+        torchrun=tensor == 1,
     )
     code, output = finish(process)
     assert code == 0, output

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from models.config import MIXERS, MixerLayoutConfig, ModelConfig
+from tests.helpers import WAIT
 from tests.trainer.conftest import ROOT, finish, status
 from trainer import peers
 from trainer.config import ParallelConfig, PretrainConfig
@@ -28,13 +29,11 @@ WRONG = {
 def test_check_refuses_a_wrong_layout_without_torch(tmp_path, overrides, ranks, message):
     program = "import runpy, sys\ntry: runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
     program += "finally: assert 'torch' not in sys.modules\n"
-    start = time.monotonic()
     command = [sys.executable, "-c", program, str(ROOT / "launch/pretrain.py"), "--check", f"--world-size={ranks}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *overrides], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
-    assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize(
@@ -47,11 +46,9 @@ def test_check_refuses_a_wrong_layout_without_torch(tmp_path, overrides, ranks, 
     ],
     ids=["heads", "layers", "world-size", "length"],
 )
-def test_torchrun_says_a_wrong_layout_once_at_eight_ranks(tiny_run, tmp_path, layout, message):
-    start = time.monotonic()
+def test_a_wrong_layout_is_said_once_at_eight_ranks(tiny_run, tmp_path, layout, message):
     batch = ("--train.global_batch_size=2", "--train.seq_len=36")
-    code, output = finish(tiny_run(tmp_path / "run", layout, *batch, ranks=8))
-    assert time.monotonic() - start < 20
+    code, output = finish(tiny_run(tmp_path / "run", layout, *batch, ranks=8, torchrun="tensor=8" in layout))
     assert code == 1
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], output
@@ -67,8 +64,8 @@ def test_every_mixer_takes_context_parallel_ranks():
         ).validate_layout(2)
 
 
-def wait_until(condition, seconds=240):
-    end = time.monotonic() + seconds
+def wait_until(condition):
+    end = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.05)
@@ -87,30 +84,30 @@ def steps_taken(run_dir):
 
 ENDLESS = ("--train.steps=1000000", "--checkpoint.every=0", "--evaluation.every=0")
 DEATHS = {
-    "rank 1 of 2": (2, 1, (), 5),
-    "rank 0 of 2": (2, 0, (), 5),
-    "rank 3 of PP2 x DP2": (4, 3, ("--parallel.pipeline=2",), 5),
-    "rank 1 of 2, ZeRO 2": (2, 1, ("--engine.name=deepspeed", "--engine.zero_stage=2"), 5),
-    "rank 1 of 2, in start-up": (2, 1, (), 0),
+    "rank 1 of 2": (2, 1, (), 5, False),
+    "rank 0 of 2, torchrun": (2, 0, (), 5, True),
+    "rank 3 of PP2 x DP2": (4, 3, ("--parallel.pipeline=2",), 5, False),
+    "rank 1 of 2, ZeRO 2": (2, 1, ("--engine.name=deepspeed", "--engine.zero_stage=2"), 5, False),
+    "rank 1 of 2, in start-up": (2, 1, (), 0, False),
 }
 
 
-@pytest.mark.parametrize(("ranks", "victim", "overrides", "steps"), list(DEATHS.values()), ids=list(DEATHS))
-def test_a_rank_that_dies_takes_the_others_down_and_is_named(tiny_run, tmp_path, ranks, victim, overrides, steps):
+@pytest.mark.parametrize(("ranks", "victim", "overrides", "steps", "torchrun"), list(DEATHS.values()), ids=list(DEATHS))
+def test_a_rank_that_dies_takes_the_others_down_and_is_named(
+    tiny_run, tmp_path, ranks, victim, overrides, steps, torchrun
+):
     run_dir = tmp_path / "run"
-    torchrun = tiny_run(run_dir, *ENDLESS, *overrides, ranks=ranks)
-    wait_until(lambda: len(peers.ranks_of(torchrun.pid)) == ranks)
-    pids = peers.ranks_of(torchrun.pid)
+    process = tiny_run(run_dir, *ENDLESS, *overrides, ranks=ranks, torchrun=torchrun)
+    wait_until(lambda: len(peers.ranks_of(process.pid)) == ranks)
+    pids = peers.ranks_of(process.pid)
     wait_until(lambda: all(listens(pid) for pid in pids.values()) and steps_taken(run_dir) >= steps)
     os.kill(pids[victim], signal.SIGKILL)
-    start = time.monotonic()
-    code, output = finish(torchrun)
-    assert time.monotonic() - start < 60
+    code, output = finish(process)
     assert code == 1
     named = f"rank {victim} (pid {pids[victim]}) on {socket.gethostname()} died"
     told = status(run_dir)
     assert (told["state"], told["exit_code"]) == ("failed", 1) and told["message"].startswith(named)
-    assert output.count(f"error: {named}") == 1 and "(SIGKILL)" in output
+    assert output.count(f"error: {named}") == 1 and ("(SIGKILL)" in output) == torchrun
     assert named in (run_dir / "run.log").read_text()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
 
@@ -118,8 +115,7 @@ def test_a_rank_that_dies_takes_the_others_down_and_is_named(tiny_run, tmp_path,
 def test_a_rank_that_fails_says_so_itself(tiny_run, tmp_path):
     """Not rank 0's broken connection, which follows from it, but what happened on the rank that failed first."""
     run_dir = tmp_path / "run"
-    torchrun = tiny_run(run_dir, *ENDLESS, ranks=2, script="tests/trainer/pretrain_failing.py")
-    code, output = finish(torchrun, timeout=240)
+    code, output = finish(tiny_run(run_dir, *ENDLESS, ranks=2, script="tests/trainer/pretrain_failing.py"))
     assert code == 1
     told = status(run_dir)
     assert told["state"] == "failed"
@@ -129,7 +125,7 @@ def test_a_rank_that_fails_says_so_itself(tiny_run, tmp_path):
 
 
 def test_a_stop_on_request_during_start_up_is_no_death(tiny_run, tmp_path):
-    torchrun = tiny_run(tmp_path / "run", *ENDLESS, ranks=2)
+    torchrun = tiny_run(tmp_path / "run", *ENDLESS, ranks=2, torchrun=True)
     wait_until(lambda: len(peers.ranks_of(torchrun.pid)) == 2)
     wait_until(lambda: all(listens(pid) for pid in peers.ranks_of(torchrun.pid).values()))
     torchrun.terminate()

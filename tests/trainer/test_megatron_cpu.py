@@ -2,12 +2,16 @@
 
 import multiprocessing
 import queue
+import subprocess
+import sys
 
 import megatron.core
 import numpy as np
 import pytest
 import torch
 
+from tests.helpers import WAIT
+from tests.processes import ROOT
 from trainer.engines import megatron_cpu
 
 
@@ -53,6 +57,40 @@ def test_torch_itself_still_has_no_cuda():
         torch.zeros(1, device="cuda")
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1).cuda()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_a_start_imports_neither_dynamo_nor_inductor():
+    """Mcore's fused functions are what they were written as; torch.compile is itself again after the import."""
+    code = (
+        "import sys, torch\n"
+        "compile = torch.compile\n"
+        "from trainer.engines import megatron, megatron_cpu\n"
+        "megatron_cpu.adapt()\n"
+        "from megatron.core.fusions.fused_bias_geglu import bias_geglu\n"
+        "print(torch.compile is compile, bias_geglu(torch.ones(1, 2), torch.ones(2)).item())\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])\n"
+    )
+    # In a process of its own, since tests that ran before in this one may have imported anything.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=WAIT
+    )
+    assert done.returncode == 0, done.stderr
+    itself, modules = done.stdout.splitlines()
+    assert itself.startswith("True 3.9") and modules == "[]"
+
+
+def test_nothing_is_compiled_in_any_form_of_the_decorator():
+    def double(x):
+        return 2 * x
+
+    original = torch.compile
+    with megatron_cpu.nothing_compiled():
+        assert torch.cuda.is_available() or torch.compile(double) is torch.compile(mode="x")(double) is double
+    assert torch.compile is original
+    with pytest.raises(ValueError, match="inside"), megatron_cpu.nothing_compiled():
+        raise ValueError("inside")
+    assert torch.compile is original
 
 
 def test_cpu_tensors_pass_for_cuda_only_inside():

@@ -9,7 +9,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import schedules
 
 from models.decoder import Decoder, initialize, no_weight_decay
-from tests.trainer.conftest import finish, in_process_config, metrics, status
+from tests.trainer.conftest import finish, in_process_config, leave_groups, metrics, status
 from trainer import pretrain
 from trainer.data.sources import find_sources
 from trainer.engines import megatron
@@ -160,6 +160,7 @@ def test_too_many_skipped_steps_stop_the_run(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_step", poisoned)
     config = in_process_config(tiny_data, tmp_path / "run", max_skipped_steps=3)
     assert pretrain.run(config, "") == 1
+    leave_groups()
     assert status(tmp_path / "run")["state"] == "failed"
     assert "3 steps in a row had a non-finite loss or gradient" in status(tmp_path / "run")["message"]
     lines = [line for line in metrics(tmp_path / "run") if "grad_norm" in line]

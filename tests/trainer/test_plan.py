@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.parity.worker import VOCAB
-from tests.trainer.conftest import ROOT
+from tests.processes import ROOT, run_ranks
 from trainer.cli import from_mapping
 from trainer.planning.config import PlanConfig
 from trainer.planning.dry_run import Cut, DryRun
@@ -81,15 +81,8 @@ def measured(tmp_path_factory):
     """By rank and layout what two ranks measured in a step."""
     folder = tmp_path_factory.mktemp("plan")
     (folder / "jobs.json").write_text(json.dumps(ON_MEGATRON | ON_DEEPSPEED))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, "tests/trainer/plan_ranks.py", str(folder / "jobs.json"), str(folder / "measured")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    command = ("-m", "tests.trainer.plan_ranks", folder / "jobs.json", folder / "measured")
+    run_ranks(2, *command, imported="deepspeed")
     return [json.loads((folder / f"measured.{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -11,11 +11,14 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kernels import backend
+from models.decoder import flops_per_token, shapes
 from tests.helpers import STEP_KEYS
-from tests.trainer.conftest import finish, in_process_config, metrics, status
+from tests.trainer.conftest import finish, in_process_config, leave_groups, metrics, status
 from trainer import pretrain
 from trainer.cli import from_mapping
 from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig
+
+PEAK = 1e9  # FLOP/s that the run is told the machine can do
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,9 @@ def run_dir(tiny_data, tmp_path_factory):
         evaluation=EvaluationConfig(every=4, batches=2, samples=2, sample_tokens=8, compare_compressors=True),
         logging=LoggingConfig(profile_step=2),
     )
-    assert pretrain.run(config, yaml.safe_dump(asdict(config))) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "peak_flops", lambda *_: PEAK)
+        assert pretrain.run(config, yaml.safe_dump(asdict(config))) == 0
     return run_dir
 
 
@@ -47,7 +52,11 @@ def test_metrics_have_the_agreed_keys(run_dir):
     assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
     assert all(line.keys() == STEP_KEYS for line in training)
     assert [line["tokens"] for line in training] == [128 * step for step in range(1, 7)]
-    assert all(0 < line["model_flops_utilization"] < 1.5 for line in training)
+    saved = from_mapping(PretrainConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
+    flops = flops_per_token(shapes(saved.model, 512), saved.train.seq_len)
+    for line in training:
+        assert line["model_flops_utilization"] == pytest.approx(flops * line["tokens_per_second"] / PEAK)
+        assert line["tokens_per_second"] == pytest.approx(128 / line["step_seconds"])
     validations = [line for line in lines if "split" in line]
     assert [line.keys() for line in validations] == [{"step", "split", "loss", "bits_per_byte"}] * 2
     assert [line["step"] for line in validations] == [4, 6]
@@ -112,6 +121,7 @@ def test_a_crash_is_reported(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.loop.Trainer._step", fail)
     with pytest.raises(RuntimeError, match="on fire"):
         pretrain.run(in_process_config(tiny_data, tmp_path / "run"), "")
+    leave_groups()
     assert status(tmp_path / "run")["state"] == "failed"
     assert "RuntimeError: the disk is on fire (test_pretrain.py:" in status(tmp_path / "run")["message"]
     logging.getLogger("spiketrain").handlers.clear()

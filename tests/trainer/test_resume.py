@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.helpers import WAIT
 from tests.trainer.conftest import finish, in_process_config, status, trajectory
 
 
@@ -29,54 +30,54 @@ def reference(uninterrupted, tiny_run, tmp_path):
     return get
 
 
-def wait_for_step(run_dir, step, process, timeout=90):
-    end = time.monotonic() + timeout
-    path = run_dir / "metrics.jsonl"
-    while time.monotonic() < end and process.poll() is None:
-        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines()):
-            return
+def wait_for(condition, process):
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.communicate(timeout=1)[0]
         time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
 
 
-# Long enough for a signal from outside to arrive on the way.
-LONG = ("--train.steps=150", "--checkpoint.every=0", "--evaluation.every=60")
+def steps_taken(run_dir):
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+WAITING = "tests/trainer/pretrain_waiting.py"
 
 
 @pytest.mark.parametrize(
-    ("ranks", "number"),
-    [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)],
+    ("ranks", "number", "torchrun"),
+    [(1, signal.SIGTERM, False), (1, signal.SIGINT, False), (2, signal.SIGTERM, True)],
     ids=["1-SIGTERM", "1-SIGINT", "2-SIGTERM"],
 )
-def test_a_signal_saves_and_the_resumed_run_is_the_same(reference, tiny_run, tmp_path, ranks, number):
-    run_dir = tmp_path / "run"
-    process = tiny_run(run_dir, *LONG, ranks=ranks)
-    wait_for_step(run_dir, 2, process)
+def test_a_signal_saves_and_the_resumed_run_is_the_same(reference, tiny_run, tmp_path, ranks, number, torchrun):
+    run_dir, no_others = tmp_path / "run", "--checkpoint.every=0"
+    process = tiny_run(run_dir, no_others, ranks=ranks, script=WAITING, script_arguments=("4",), torchrun=torchrun)
+    wait_for(lambda: steps_taken(run_dir) == 4, process)
     process.send_signal(number)
     code, output = finish(process)
     # torchrun turns every failure into 1: status.json tells.
     assert code == 75 if ranks == 1 else code != 0, output
     assert status(run_dir) == {"state": "stopped", "exit_code": 75, "message": ""}
     (saved,) = (run_dir / "checkpoints").iterdir()
-    assert 2 <= int(saved.name.removeprefix("step_")) < 150
-    code, output = finish(tiny_run(run_dir, *LONG, ranks=ranks))
+    assert saved.name == "step_00000005", "the step that is under way is taken"
+    code, output = finish(tiny_run(run_dir, no_others, ranks=ranks))
     assert code == 0, output
     assert f"resumed from {saved}" in output
     assert status(run_dir)["state"] == "done"
-    assert trajectory(run_dir) == reference(ranks, *LONG)
+    assert trajectory(run_dir) == reference(ranks)
 
 
 def test_a_signal_during_set_up_leaves_a_resumable_run(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
-    process = tiny_run(run_dir, "--train.steps=100000")
-    end = time.monotonic() + 60
-    while not (run_dir / "run.log").exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(0.2)  # past the line that takes the signals, before mcore is imported
+    process = tiny_run(run_dir, script=WAITING, script_arguments=("set-up",))
+    wait_for((run_dir / "run.log").exists, process)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code == 75, output
     assert status(run_dir)["state"] == "stopped"
+    assert finish(tiny_run(run_dir, "--train.steps=1"))[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from trainer.engines import megatron_cpu
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.random_state import random_state, set_random_state
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
     # mcore says at import that TransformerEngine and Apex are missing; the torch fallbacks are what we want.
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel

@@ -11,6 +11,8 @@ version it was written for: another version is refused rather than half adapted.
   (`cpu_tensors_pass_for_cuda`).
 - The exchange of tokens between experts copies what it counts to the host, as numpy arrays, where it is on a GPU, and
   hands it to collectives that want plain numbers: here, where it is on the host already, it becomes them, too.
+- `torch.compile` decorates mcore's fused functions, none of which runs here. Only to be applied it imports dynamo and
+  inductor, a third of a start: while mcore is imported it returns what it is given (`nothing_compiled`).
 - The checkpoint writer spawns a manager process and forks two writers for each save. Without a GPU to keep busy that
   only costs seconds, forks under OpenMP, and outlives a killed run: here it writes in the process.
 """
@@ -182,6 +184,24 @@ def _write_checkpoints_in_process() -> None:
 
     writer.write_preloaded_data_multiproc = staticmethod(write)
     filesystem_async._results_queue = queue.Queue()
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """In here `torch.compile` gives functions back as they are, unless there is a GPU. For imports of megatron.core."""
+    if torch.cuda.is_available():
+        yield
+        return
+    original = torch.compile
+
+    def as_it_is(model: Any = None, **options: Any) -> Any:
+        return as_it_is if model is None else model
+
+    torch.compile = as_it_is
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 @contextmanager

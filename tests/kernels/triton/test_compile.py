@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kernels.compile import DTYPES, HEAD_DIMS, TARGETS, kernel_modules, main
+from tests.helpers import WAIT
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
@@ -79,7 +80,7 @@ def run(*arguments: str, path: Path | None = None, code: str | None = None) -> s
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*([] if path is None else [str(path)]), str(ROOT)])
     command = [sys.executable, *(["-m", "kernels.compile"] if code is None else ["-c", code]), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WAIT)
 
 
 def test_specifications_name_every_argument_of_their_kernels() -> None:
@@ -97,7 +98,7 @@ def test_specifications_name_every_argument_of_their_kernels() -> None:
                         assert spec.bytes > 0
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_every_kernel_fits(target: str, tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     finished = run("--target", target, "--head-dim", "64", "--dtype", "bf16", "--json", str(file))
