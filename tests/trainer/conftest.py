@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def tiny_run(tiny_data, tmp_path):
     """Start `launch/pretrain.py` (or another script) on a 2-layer hybrid; returns a function."""
 
-    def start(run_dir, *overrides, ranks=1, script="launch/pretrain.py", script_arguments=()):
+    def start(run_dir, *overrides, ranks=1, script="launch/pretrain.py", script_arguments=(), own_launcher=False):
         arguments = [
             f"--run.dir={run_dir}",
             "--run.threads=1",
@@ -41,12 +41,21 @@ def tiny_run(tiny_data, tmp_path):
             *overrides,
         ]
         command = [sys.executable]
-        if ranks > 1:
+        if own_launcher:
+            # In a process group of its own, which a test may signal as a whole.
+            command += [str(ROOT / "launch/main.py"), "pretrain", "--ranks", str(ranks)]
+        elif ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(ROOT / script), *script_arguments, *arguments]
+        command += [*([] if own_launcher else [str(ROOT / script)]), *script_arguments, *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=own_launcher,
         )
 
     return start
