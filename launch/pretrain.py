@@ -1,13 +1,15 @@
 """Pre-train a language model.
 
-torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain/laptop.yaml
+spiketrain pretrain --config configs/pretrain/laptop.yaml
+spiketrain pretrain --ranks 2 --config configs/pretrain/laptop.yaml --run.dir runs/two-ranks
+torchrun --standalone --nproc-per-node 2 launch/pretrain.py --config configs/pretrain/laptop.yaml
 python launch/pretrain.py --config configs/pretrain/laptop.yaml --check --world-size 8
 """
 
 import sys
 from pathlib import Path
 
-from trainer import run_directory, weights
+from trainer import run_directory, run_lock, weights
 from trainer.cli import (
     EXIT_CONFIG_ERROR,
     ConfigError,
@@ -21,6 +23,7 @@ from trainer.cli import (
 )
 from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.peers import PeerWatch
+from trainer.watchdog import dump_stacks_on_request
 
 
 def main() -> int:
@@ -41,8 +44,9 @@ def main() -> int:
         if check_only:
             weights.check_tensors(config)
     except ValueError as error:
-        if not check_only:
-            run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir
+        run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir
+        # The status of a run that trains there is not ours to write.
+        if not check_only and run_lock.other_owner(run_dir) is None:
             write_status(run_dir, "config_error", EXIT_CONFIG_ERROR, str(error))
         fail(str(error))
     if check_only:
@@ -51,15 +55,31 @@ def main() -> int:
     if finished:
         print(f"{config.run.dir} has already reached step {config.train.steps}; raise train.steps to go on")
         return 0
+    try:
+        with run_lock.owned(config.run.dir):
+            return train(config, dump(parser, namespace, PretrainConfig))
+    except ConfigError as error:
+        fail(str(error))
+
+
+def train(config: PretrainConfig, config_yaml: str) -> int:
+    """Train in a run directory that this launch owns.
+
+    Raises:
+        ConfigError: an input turned out to be unusable; run.dir/status.json says so, too.
+    """
+    dump_stacks_on_request()
     # A rank may die while the others import.
     peers = PeerWatch(config.run.dir)
-    from trainer.pretrain import run
-
     try:
-        return run(config, dump(parser, namespace, PretrainConfig), peers)
+        # Again, now that nobody else writes there.
+        run_directory.check(config)
+        from trainer.pretrain import run
+
+        return run(config, config_yaml, peers)
     except ConfigError as error:
         write_status(Path(config.run.dir), "config_error", EXIT_CONFIG_ERROR, str(error))
-        fail(str(error))
+        raise
 
 
 # mcore's checkpoint writer starts processes that import this file again.

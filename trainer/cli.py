@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -241,10 +242,20 @@ def _nearest(key: str, known: list[str]) -> str | None:
 def fail(message: str) -> NoReturn:
     """Say why, once over all ranks, and exit with 2."""
     if rank() == 0:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        line = f"error: {' '.join(message.split())}"
+        print(line, file=sys.stderr, flush=True)
+        _tell_torchrun(line)
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
     sys.exit(EXIT_CONFIG_ERROR)
+
+
+def _tell_torchrun(line: str) -> None:
+    """Have torchrun, whose own report follows, end that report with the line in place of advice on tracebacks."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
 def write_status(run_dir: str | Path, state: str, exit_code: int, message: str = "", any_rank: bool = False) -> None:
@@ -252,15 +263,27 @@ def write_status(run_dir: str | Path, state: str, exit_code: int, message: str =
     if rank() != 0 and not any_rank:
         return
     path = Path(run_dir)
+    temporary = path / f".status.json.{rank()}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f".status.json.{rank()}.tmp"
         temporary.write_text(json.dumps({"state": state, "exit_code": exit_code, "message": message}) + "\n")
         os.replace(temporary, path / "status.json")
-    except OSError:
-        # run.dir may be the very thing that is wrong: a second error must not hide the first.
+    except OSError as error:
+        # run.dir, or a full disk, may be the very thing that is wrong: a second error must not hide the first.
+        if path.is_dir():
+            temporary.unlink(missing_ok=True)
         if state != "config_error":
-            raise
+            print(
+                f"error: {path}/status.json cannot be written: {disk_error(path, error)}", file=sys.stderr, flush=True
+            )
+
+
+def disk_error(path: Path, error: OSError) -> str:
+    """What an error of a file system says, and which file system it is."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    mount = next(parent for parent in (there, *there.parents) if parent.is_mount())
+    free = shutil.disk_usage(there).free
+    return f"{error.strerror or error} (the file system at {mount} has {free / 1e6:.0f} MB free)"
 
 
 def entry(main: Callable[[Any], int | None], config_class: type, description: str) -> NoReturn:

@@ -25,16 +25,33 @@ class RunConfig:
         device: cpu or cuda; auto takes CUDA where there is one.
         threads: CPU threads for each process; 0 shares the cores evenly among the processes of this machine.
         deterministic: Ask torch for deterministic algorithms (on CPU the same inputs always give the same numbers).
+        timeout_seconds: A run of several ranks ends, and names the rank that hangs, when a step or a part of a
+            validation takes this long; six times as long for starting (up to the first step), saving and ending.
     """
 
     dir: str = "runs/pretrain"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     deterministic: bool = False
+    timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir is empty; name a directory")
+        _require(
+            0 < self.timeout_seconds < math.inf,
+            f"run.timeout_seconds is {self.timeout_seconds}: it must be a positive number of seconds",
+        )
         _require(self.threads >= 0, f"run.threads={self.threads} must be 0 (automatic) or more")
+
+    def phase_seconds(self, phase: str) -> float:
+        """How long a phase of the run (see trainer.loop.Trainer.enter) may take without progress."""
+        # Starting compiles kernels and reads checkpoints; saving writes what may be terabytes.
+        return self.timeout_seconds * (6 if phase in ("start", "save", "end") else 1)
+
+    @property
+    def collective_seconds(self) -> float:
+        """The longest that a collective waits: a phase's limit and half again, so that the phase's comes first."""
+        return 1.5 * self.phase_seconds("start")
 
 
 @dataclass

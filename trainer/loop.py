@@ -1,5 +1,6 @@
 """The training loop: batches in, steps through the engine, callbacks around them."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.device import peak_memory_bytes
 from trainer.engines.base import Engine
 from trainer.optim import learning_rate
+from trainer.watchdog import Watchdog
+
+_LOGGER = logging.getLogger("spiketrain")
 
 
 class Outcome(Enum):
@@ -38,9 +42,11 @@ class Trainer:
         callbacks: In the order in which they are called.
         progress: Where to continue; step 0 for a new run.
         peak_flops: Matrix-multiplication peak of all ranks together, None if unknown.
+        watchdog: Told how far this rank has come; None where nobody watches.
 
     Attributes:
         stop_requested: Set by anyone, on any rank, to stop after the current step.
+        cut_short: Set on all ranks by a callback that a stop kept from finishing its work of the last step.
         samples: The newest text samples.
     """
 
@@ -54,6 +60,7 @@ class Trainer:
         callbacks: Sequence[Callback],
         progress: Progress,
         peak_flops: float | None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.config, self.config_yaml = config, config_yaml
         self.engine, self.sampler, self.tokenizer = engine, sampler, tokenizer
@@ -61,9 +68,11 @@ class Trainer:
         self.progress = progress
         self.resumed = progress.step > 0
         self.run_dir = Path(config.run.dir)
-        self.stop_requested = False
+        self.stop_requested = self.cut_short = False
         self.samples: list[str] = []
-        self._peak_flops = peak_flops
+        self._peak_flops, self._watchdog = peak_flops, watchdog
+        # Kernels are compiled and buffers allocated in the first step.
+        self._phase_of_step = "start"
         whole = shapes(config.model, engine.model.vocab_size)
         self._flops_per_token = flops_per_token(whole, config.train.seq_len)
         self._flops_per_expert = 0.0
@@ -81,20 +90,51 @@ class Trainer:
         """Train to the last step, or until a stop is asked for."""
         self._call("on_start")
         try:
-            while not self.finished:
-                if self._agreed_to_stop():
-                    self._call("on_stop")
-                    return Outcome.STOPPED
-                self._call("on_step", self._step())
-            return Outcome.DONE
-        finally:
-            self._call("on_end")
+            outcome = self._take_steps()
+        except BaseException:
+            self._end_after_failure()
+            raise
+        self.enter("end")
+        for callback in self.callbacks:
+            callback.on_end(self)
+        return outcome
+
+    def _take_steps(self) -> Outcome:
+        if self.resumed:
+            self._call("on_resume")
+        while not self.finished:
+            if self.agreed_to_stop():
+                self._call("on_stop")
+                return Outcome.STOPPED
+            self.enter(self._phase_of_step)
+            metrics = self._step()
+            self._phase_of_step = "train"
+            self._call("on_step", metrics)
+        return Outcome.STOPPED if self.cut_short else Outcome.DONE
+
+    def _end_after_failure(self) -> None:
+        """Call on_end; what fails there must not hide what failed before (files on a full disk cannot be closed)."""
+        for callback in self.callbacks:
+            try:
+                callback.on_end(self)
+            except Exception as error:
+                _LOGGER.warning("%s could not end: %s", type(callback).__name__, error)
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
+            self.enter(callback.phase)
             getattr(callback, hook)(self, *arguments)
 
-    def _agreed_to_stop(self) -> bool:
+    def enter(self, phase: str) -> None:
+        """Note that this rank has come this far: `start`, `train`, `validate`, `save` or `end`.
+
+        Every rank calls it as often as the others.
+        """
+        if self._watchdog is not None:
+            self._watchdog.enter(phase, self.progress.step)
+
+    def agreed_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls it."""
         return self.engine.all_reduce([float(self.stop_requested)])[0] > 0
 
     def _step(self) -> dict[str, Any]:

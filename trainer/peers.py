@@ -1,7 +1,7 @@
 """When a rank dies, the ranks beside it say which one it was, and end. Imports neither torch nor megatron.
 
-torchrun tells the ranks of a node of a death by SIGTERM, which is also what a stop on request looks like. The one that
-died is then no longer torchrun's child; on request all of them still are.
+Their launcher (torchrun, or launch/main.py) tells the ranks of a node of a death by SIGTERM, which is also what a stop
+on request looks like. The one that died is then no longer the launcher's child; on request all of them still are.
 """
 
 import os
@@ -11,18 +11,20 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from trainer import run_lock
 from trainer.cli import EXIT_STOPPED, rank, write_status
 
 # torchrun looks at its ranks every 0.1 s.
-_SECONDS_FOR_TORCHRUN = 5.0
+_SECONDS_FOR_LAUNCHER = 5.0
 
 
 class PeerWatch:
-    """Watches over the ranks that torchrun started on this node. To be made once, by the main thread.
+    """Watches over the ranks that the launcher started on this node. To be made once, by the main thread.
 
     Until the training loop takes the signals over there is nothing to save: a stop on request leaves at once.
     """
@@ -35,7 +37,7 @@ class PeerWatch:
         self._ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pids = ranks_of(self._agent)
         self._nobody_died = threading.Event()
-        # Without torchrun above, or with a wrapper in between, which hides the others, there is nothing to see.
+        # Without a launcher above, or with a wrapper in between, which hides the others, there is nothing to see.
         self._sees_peers = len(self._ranks) > 1 and self._pids.get(rank()) == os.getpid()
         if self._sees_peers:
             self._listen()
@@ -53,45 +55,49 @@ class PeerWatch:
 
     def _serve(self, read_end: int) -> None:
         while True:
-            # A rank that torchrun is only just starting is not to be seen yet.
+            # A rank that is only just being started is not to be seen yet.
             while len(self._pids) < len(self._ranks) and not select.select([read_end], [], [], 1.0)[0]:
                 self._pids |= ranks_of(self._agent)
             if os.read(read_end, 1)[0] == signal.SIGTERM and (dead := self._dead()):
                 # Of those that are left on this node, one is enough to say it.
                 if rank() == min(set(self._ranks) - set(dead)):
-                    self._report(self._name(dead))
+                    self.report(self._name(dead))
                 # The main thread may never come back from a collective.
-                os._exit(1)
+                leave_at_once()
             self._nobody_died.set()
 
     def _dead(self) -> list[int]:
-        """Ranks of this node that torchrun has taken the exit code of."""
+        """Ranks of this node that the launcher has taken the exit code of."""
+        if os.getppid() != self._agent:
+            # The launcher itself has died: to stop and save is the best that is left.
+            return []
         self._pids = ranks_of(self._agent) | self._pids
         return [peer for peer in self._ranks if peer not in self._pids or _parent(self._pids[peer]) != self._agent]
 
     def _name(self, dead: list[int]) -> str:
         pids = [f"rank {peer}" + (f" (pid {self._pids[peer]})" if peer in self._pids else "") for peer in dead]
-        return f"{', '.join(pids)} on {socket.gethostname()} died; torchrun's report has the exit code or signal"
+        return f"{', '.join(pids)} on {socket.gethostname()} died; the launcher's report has the exit code or signal"
 
-    def _report(self, message: str) -> None:
-        """Write down what ended the run, unless a rank of this start has already said so."""
-        if self._has_been_told():
+    def report(self, message: str) -> None:
+        """Write down what ended the run, unless a rank of this start has already said so, or another has the run."""
+        if self._has_been_told() or not run_lock.belongs_to_this_launch(self._run_dir):
             return
-        write_status(self._run_dir, "failed", 1, message, any_rank=True)
+        # First where it cannot fail: the disk may be what failed.
         print(f"error: {message}", file=sys.stderr, flush=True)
-        with (self._run_dir / "run.log").open("a") as log:
+        write_status(self._run_dir, "failed", 1, message, any_rank=True)
+        with suppress(OSError), (self._run_dir / "run.log").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def report_own_failure(self, message: str) -> None:
         """Write down a failure of this rank, unless it follows from the death of another.
 
-        Connections to a rank that died break at once, a little before torchrun says that it did.
+        Connections to a rank that died break at once, a little before the launcher says that it did.
         """
         if self._sees_peers:
-            time.sleep(_SECONDS_FOR_TORCHRUN)
+            time.sleep(_SECONDS_FOR_LAUNCHER)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             message = f"rank {rank()} (pid {os.getpid()}) on {socket.gethostname()} failed: {message}"
-        self._report(message)
+        self.report(message)
 
     def _has_been_told(self) -> bool:
         """Whether a rank of this start has already written how it ended."""
@@ -102,10 +108,16 @@ class PeerWatch:
         return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
     def _leave(self, number: int, frame: FrameType | None) -> NoReturn:
-        self._nobody_died.wait(_SECONDS_FOR_TORCHRUN)
+        self._nobody_died.wait(_SECONDS_FOR_LAUNCHER)
         if not self._has_been_told():
             write_status(self._run_dir, "stopped", EXIT_STOPPED, "stopped before the first step")
         sys.exit(EXIT_STOPPED)
+
+
+def leave_at_once() -> NoReturn:
+    """End this process as failed, whatever its main thread is waiting for."""
+    run_lock.release()
+    os._exit(1)
 
 
 def ranks_of(agent: int) -> dict[int, int]:

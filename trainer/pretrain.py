@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models.decoder import Decoder, shapes
-from trainer import checkpoint, logs, run_directory, weights
+from trainer import checkpoint, logs, run_directory, run_lock, weights
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -23,6 +23,7 @@ from trainer.device import choose_device, configure_threads, keep_freed_memory, 
 from trainer.engines.base import Engine
 from trainer.loop import Outcome, Trainer
 from trainer.peers import PeerWatch
+from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")
 
@@ -31,32 +32,35 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
     """Train; return the exit code: 0 done, 75 stopped on request. `peers` where the process made one before.
 
     Raises:
-        ConfigError: an input turned out to be unusable.
+        ConfigError: an input turned out to be unusable, or another process has the run directory.
     """
     run_dir = Path(config.run.dir)
-    peers = peers or PeerWatch(run_dir)
-    try:
+    with run_lock.owned(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.dir: {run_dir} cannot be made ({error.strerror}); name another directory") from error
-    logs.configure(run_dir, rank())
-    try:
-        outcome = _train(config, config_yaml)
-    except (ConfigError, SystemExit):
-        raise
-    except TrainingDiverged as error:
-        write_status(run_dir, "failed", 1, str(error))
-        _LOGGER.error("%s", error)
-        return 1
-    except BaseException as error:
-        peers.report_own_failure(describe_failure(error))
-        raise
-    code = 0 if outcome is Outcome.DONE else EXIT_STOPPED
-    write_status(run_dir, outcome.value, code)
-    return code
+        logs.configure(run_dir, rank())
+        peers = peers or PeerWatch(run_dir)
+        watchdog = Watchdog(config.run, peers)
+        try:
+            outcome = _train(config, config_yaml, watchdog)
+        except (ConfigError, SystemExit):
+            raise
+        except TrainingDiverged as error:
+            write_status(run_dir, "failed", 1, str(error))
+            _LOGGER.error("%s", error)
+            return 1
+        except BaseException as error:
+            peers.report_own_failure(describe_failure(error))
+            raise
+        finally:
+            watchdog.close()
+    return _exit_code(outcome)
 
 
-def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
+def _exit_code(outcome: Outcome) -> int:
+    return 0 if outcome is Outcome.DONE else EXIT_STOPPED
+
+
+def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outcome:
     weights.check_tensors(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
@@ -69,7 +73,7 @@ def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
     engine = build_engine(config, vocab_size, device)
     progress = _resume(config, engine)
     if rank() == 0:
-        (Path(config.run.dir) / "config.yaml").write_text(config_yaml)
+        _write_configuration(config, config_yaml, progress)
     _describe(config, engine, threads)
     trainer = Trainer(
         config,
@@ -80,10 +84,24 @@ def _train(config: PretrainConfig, config_yaml: str) -> Outcome:
         build_callbacks(config, sources),
         progress,
         _total_peak_flops(config, engine),
+        watchdog,
     )
     outcome = trainer.fit()
+    # Before any rank leaves, which the launcher takes for a failure if it was stopped, and ends the others.
+    write_status(config.run.dir, outcome.value, _exit_code(outcome))
+    engine.barrier()
     engine.close()
     return outcome
+
+
+def _write_configuration(config: PretrainConfig, config_yaml: str, progress: Progress) -> None:
+    """Write config.yaml, and say what of the schedule is not as it was for the steps taken so far."""
+    run_dir = Path(config.run.dir)
+    saved = checkpoint.checkpoint_path(run_dir, progress.step)
+    change = run_directory.change_of_schedule(saved if saved.is_dir() else run_dir, config, progress.step)
+    if change is not None:
+        _LOGGER.warning("%s", change)
+    (run_dir / "config.yaml").write_text(config_yaml)
 
 
 def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) -> Engine:
@@ -100,7 +118,9 @@ def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) 
 
 
 def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callback]:
-    """In order: what reports a step comes before what saves it, and what may end the run comes last but for saving."""
+    """In order: what reports a step comes before what saves it, as does what may end the run; validation takes long, so
+    the step is saved before it.
+    """
     run_dir, reporting = Path(config.run.dir), config.logging
     callbacks: list[Callback] = [StopOnSignal(), MetricsFile(run_dir / "metrics.jsonl", reporting.every)]
     if reporting.tensorboard:
@@ -110,10 +130,10 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
     if reporting.profile_step:
         callbacks.append(Profiler(run_dir / "profile", reporting.profile_step))
     callbacks.append(NonFiniteGuard(config.train.max_skipped_steps))
-    if sources.validation is not None:
-        callbacks.append(Evaluator(sources))
     saving = config.checkpoint
     callbacks.append(Checkpointer(saving.every, saving.keep, saving.asynchronous))
+    if sources.validation is not None:
+        callbacks.append(Evaluator(sources))
     return callbacks
 
 

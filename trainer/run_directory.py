@@ -1,14 +1,16 @@
 """What a run directory holds, and whether a configuration may go on in it. Imports neither torch nor megatron."""
 
+import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trainer.cli import ConfigError
-from trainer.config import PretrainConfig
+from trainer.config import OptimConfig, PretrainConfig
+from trainer.optim import learning_rate
 
 # A run goes on only with the same model, the same data, the same batches and the same beginning.
 _FIXED = (
@@ -21,6 +23,8 @@ _FIXED = (
     "engine.name",
     "checkpoint.init",
 )
+# A schedule that goes on at a rate this much higher than it would have had is worth a word.
+_JUMP = 1.05
 # Where stdlib is prepared changes nothing, nor does what is computed again, or where.
 _FREE = ("data.cache_dir", "model.moe.recompute_above", "model.moe.replicate_above")
 
@@ -76,8 +80,49 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     ]
 
 
+def state_of(run_dir: Path) -> str | None:
+    """How the last start in a run directory ended, as status.json says; None where nothing does."""
+    try:
+        return str(json.loads((run_dir / "status.json").read_text())["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def change_of_schedule(earlier: Path, config: PretrainConfig, step: int) -> str | None:
+    """One line about a learning rate that goes on in another way than it was to; None if there is nothing to say.
+
+    Args:
+        earlier: Directory with the config.yaml of the steps taken so far.
+        config: Of the steps to come.
+        step: Steps taken.
+    """
+    path = earlier / "config.yaml"
+    saved = yaml.safe_load(path.read_text()) if path.is_file() else None
+    if not saved or not 0 < step < config.train.steps:
+        return None
+    known = {item.name for item in fields(OptimConfig)}
+    optim = OptimConfig(**{name: value for name, value in saved.get("optim", {}).items() if name in known})
+    steps = saved.get("train", {}).get("steps", config.train.steps)
+    changes = differences(flatten(asdict(optim), "optim."), flatten(asdict(config.optim), "optim."))
+    last, following = learning_rate(optim, step - 1, steps), learning_rate(config.optim, step, config.train.steps)
+    if steps != config.train.steps:
+        changes.append(f"train.steps: {steps} -> {config.train.steps}")
+    # The next step's rate under the earlier settings: past their end, that of their last step.
+    expected = learning_rate(optim, step, steps)
+    as_planned = expected / _JUMP <= following <= expected * _JUMP
+    if not changes or (as_planned and optim == config.optim):
+        return None
+    return (
+        f"the learning rate goes from {last:.2e} ({last / optim.lr:.2f} of the peak) at step {step} to {following:.2e} "
+        f"({following / config.optim.lr:.2f} of the peak) at step {step + 1}, for the settings have changed: "
+        f"{'; '.join(changes)}"
+    )
+
+
 def check(config: PretrainConfig) -> bool:
-    """Decide from names alone whether the run can start or go on; True if it has already finished.
+    """Decide from names and status.json whether the run can start or go on; True if it has already finished.
+
+    A run whose last step is saved, but whose last validation was interrupted, has not finished.
 
     Raises:
         ConfigError: going on would lose what is there, or would not be the same run.
@@ -103,7 +148,12 @@ def check(config: PretrainConfig) -> bool:
             f"{run_dir} holds another run ({'; '.join(differing)}); restore these keys, or choose another run.dir"
         )
     if config.checkpoint.resume == "auto":
-        return steps[-1] >= config.train.steps
+        if steps[-1] > config.train.steps:
+            raise ConfigError(
+                f"run.dir: the run in {run_dir} has reached step {steps[-1]}, past train.steps={config.train.steps}; "
+                f"set train.steps to {steps[-1]} or more, or choose another run.dir"
+            )
+        return steps[-1] == config.train.steps and state_of(run_dir) == "done"
     source = Path(config.checkpoint.resume).resolve()
     if source.parent != (run_dir / "checkpoints").resolve():
         raise ConfigError(

@@ -18,10 +18,18 @@ from tests.processes import finish as finish
 def tiny_run(tiny_data, tmp_path):
     """Start `launch/pretrain.py` (or another script) on a 2-layer hybrid; returns a function.
 
-    Forked from a process that has imported all of it, unless true torchrun is asked for.
+    Forked from a process that has imported all of it, unless true torchrun is asked for, or our own launcher.
     """
 
-    def start(run_dir, *overrides, ranks=1, script="launch/pretrain.py", script_arguments=(), torchrun=False):
+    def start(
+        run_dir,
+        *overrides,
+        ranks=1,
+        script="launch/pretrain.py",
+        script_arguments=(),
+        torchrun=False,
+        own_launcher=False,
+    ):
         arguments = [
             f"--run.dir={run_dir}",
             "--run.threads=1",
@@ -47,18 +55,24 @@ def tiny_run(tiny_data, tmp_path):
             *overrides,
         ]
         command = [str(ROOT / script), *script_arguments, *arguments]
-        if not torchrun:
+        if not torchrun and not own_launcher:
             imported = "deepspeed" if "--engine.name=deepspeed" in overrides else "megatron"
             several = ranks if ranks > 1 else None
             return processes.start(*command, ranks=several, folder=tmp_path, imported=imported)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if own_launcher:
+            command = [sys.executable, str(ROOT / "launch/main.py"), "pretrain", "--ranks", str(ranks), *arguments]
+        else:
+            started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            command = [*started, *command]
         return subprocess.Popen(
-            [*torchrun, *command],
+            command,
             cwd=tmp_path,
             env=os.environ | QUIET,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # In a process group of its own, which a test may signal as a whole.
+            start_new_session=own_launcher,
         )
 
     return start

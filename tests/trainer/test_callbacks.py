@@ -2,15 +2,19 @@
 
 import copy
 import functools
+import itertools
+import json
 import logging
 import os
 import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
+from trainer.callbacks.evaluator import Evaluator
 from trainer.callbacks.health import NonFiniteGuard, TrainingDiverged
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
@@ -229,6 +233,8 @@ def loop(monkeypatch):
             data_parallel_rank=0,
             data_parallel_size=1,
             all_reduce=lambda values: [value + others for value in values],
+            broadcast=lambda value: value,
+            loss_sum=lambda batches, count: float(len(list(itertools.islice(batches, count)))),
             train_step=lambda batches, count, lr, step: rates.append(lr) or result,
         )
         config = PretrainConfig(train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0))
@@ -287,3 +293,90 @@ def test_a_finished_run_takes_no_step(loop):
     trainer = loop([Recorder(calls, "a")], steps=3, step=3)
     assert trainer.fit() is Outcome.DONE and trainer.rates == []
     assert [what for _, what in calls] == ["start", "end"]
+
+
+def test_a_failing_end_does_not_hide_the_failure(loop, log):
+    def fail(trainer, metrics):
+        raise OSError("no space left on device")
+
+    class Stuck(Callback):
+        def on_end(self, trainer):
+            raise OSError("cannot close")
+
+    calls = []
+    with pytest.raises(OSError, match="no space left"):
+        loop([Recorder(calls, "a", fail), Stuck(), Recorder(calls, "b")]).fit()
+    assert calls[-2:] == [("a", "end"), ("b", "end")]
+    assert log == ["Stuck could not end: cannot close"]
+
+
+# Evaluator
+
+
+class FakeStream:
+    """`count` micro-batches; asks the trainer to stop as the `stop_at`-th is read."""
+
+    def __init__(self, trainer, count=20, stop_at=None):
+        self.trainer, self.count, self.stop_at, self.read = trainer, count, stop_at, 0
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        for number in range(self.count):
+            self.read += 1
+            if number == self.stop_at:
+                self.trainer.stop_requested = True
+            yield SimpleNamespace(loss_mask=torch.ones(1), labels=torch.zeros(1, dtype=torch.int64))
+
+
+class Evaluations(Callback):
+    def __init__(self, lines):
+        self.lines = lines
+
+    def on_evaluation(self, trainer, metrics):
+        self.lines.append(metrics)
+
+
+@pytest.fixture
+def validating(loop, tmp_path):
+    """A trainer that validates 20 micro-batches after its last step, its stream and the validations it reports."""
+
+    def build(stop_at=None, step=0):
+        lines, evaluator = [], Evaluator(SimpleNamespace(validation="v", eod_id=0, tokenizer=None))
+        trainer = loop([evaluator, Evaluations(lines)], steps=2, step=step)
+        trainer.engine.model_is_whole = False
+        trainer.run_dir = tmp_path
+        evaluator._streams[None] = stream = FakeStream(trainer, stop_at=stop_at)
+        return trainer, stream, lines
+
+    return build
+
+
+def test_the_whole_split_is_validated_a_few_micro_batches_at_a_time(validating):
+    trainer, stream, lines = validating()
+    counts = []
+    loss_sum = trainer.engine.loss_sum
+    trainer.engine.loss_sum = lambda batches, count: counts.append(count) or loss_sum(batches, count)
+    assert trainer.fit() is Outcome.DONE
+    assert counts == [8, 8, 4] and stream.read == 20
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 1.0)]
+
+
+def test_a_stop_is_heard_in_the_last_validation(validating):
+    trainer, stream, lines = validating(stop_at=3)
+    assert trainer.fit() is Outcome.STOPPED
+    assert stream.read == 8 and lines == []
+
+
+@pytest.mark.parametrize(
+    ("written", "validates"),
+    [([{"step": 2, "loss": 1.0}], True), ([{"step": 2, "split": "validation"}], False), (None, False)],
+    ids=["interrupted", "done", "another run's checkpoint"],
+)
+def test_a_run_that_goes_on_validates_what_it_had_no_time_for(validating, tmp_path, written, validates):
+    if written is not None:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    trainer, _, lines = validating(step=2)
+    assert trainer.fit() is Outcome.DONE and trainer.rates == []
+    assert len(lines) == validates

@@ -421,9 +421,19 @@ def test_only_rank_0_writes_the_status(tmp_path, monkeypatch):
     write_status(tmp_path / "here", "done", 0, "all is well")
     status = json.loads((tmp_path / "here" / "status.json").read_text())
     assert status == {"state": "done", "exit_code": 0, "message": "all is well"}
+
+
+@pytest.mark.parametrize(("state", "lines"), [("failed", 1), ("done", 1), ("config_error", 0)])
+def test_a_status_that_cannot_be_written_hides_nothing(tmp_path, capsys, state, lines):
+    """A full disk ends a run, and cannot take its status: one line names the file system. A wrong run.dir is said."""
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        write_status(tmp_path / "file", "done", 0)
+    write_status(tmp_path / "file", state, 1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    for line in said:
+        assert line.startswith(
+            f"error: {tmp_path}/file/status.json cannot be written: File exists (the file system at "
+        )
 
 
 def test_openmp_threads_are_kept_awake_unless_the_user_says_otherwise(monkeypatch):

@@ -16,7 +16,7 @@ from trainer.config import PretrainConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 KEYS = {
-    "run": "dir device threads deterministic",
+    "run": "dir device threads deterministic timeout_seconds",
     "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps init_std "
     "scale_residual_init mixers attention gated_delta_net gated_linear_attention retention hgrn2 delta_net "
     "kimi_delta_attention spikingbrain_gla moe",

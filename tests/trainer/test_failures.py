@@ -1,5 +1,6 @@
 """Layouts that cannot run are refused at once, and once; a rank that dies takes the others with it, by name."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from models.config import MIXERS, MixerLayoutConfig, ModelConfig
 from tests.helpers import WAIT
 from tests.trainer.conftest import ROOT, finish, status
 from trainer import peers
+from trainer.checkpoint import damage
 from trainer.config import ParallelConfig, PretrainConfig
 
 WRONG = {
@@ -46,12 +48,14 @@ def test_check_refuses_a_wrong_layout_without_torch(tmp_path, overrides, ranks, 
     ],
     ids=["heads", "layers", "world-size", "length"],
 )
-def test_a_wrong_layout_is_said_once_at_eight_ranks(tiny_run, tmp_path, layout, message):
+def test_torchrun_says_a_wrong_layout_once_at_eight_ranks(tiny_run, tmp_path, layout, message):
     batch = ("--train.global_batch_size=2", "--train.seq_len=36")
     code, output = finish(tiny_run(tmp_path / "run", layout, *batch, ranks=8, torchrun="tensor=8" in layout))
     assert code == 1
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], output
+    # torchrun's report, which cannot be had shorter, ends with the same line.
+    assert re.search(rf"traceback : error: .*{re.escape(message)}", output), output
     told = status(tmp_path / "run")
     assert told["state"] == "config_error" and message in told["message"]
 
@@ -75,6 +79,14 @@ def listens(pid):
     """Whether a process has a handler for SIGTERM."""
     caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def owner_of(run_dir):
+    """The process that the lock names, None while it is being written."""
+    try:
+        return json.loads((run_dir / "lock").read_text())["pid"]
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def steps_taken(run_dir):
@@ -132,3 +144,52 @@ def test_a_stop_on_request_during_start_up_is_no_death(tiny_run, tmp_path):
     _, output = finish(torchrun)
     assert "died" not in output
     assert status(tmp_path / "run")["state"] == "stopped"
+
+
+def test_a_rank_that_hangs_is_named(tiny_run, tmp_path):
+    """Not the one whose collective waits for it. Ranks that are stopped neither compute nor say so."""
+    run_dir = tmp_path / "run"
+    launcher = tiny_run(run_dir, *ENDLESS, "--run.timeout_seconds=15", ranks=2, own_launcher=True)
+    wait_until(lambda: steps_taken(run_dir) >= 5)
+    pids = peers.ranks_of(launcher.pid)
+    os.kill(pids[1], signal.SIGSTOP)
+    wait_until((run_dir / "status.json").exists)
+    os.kill(pids[1], signal.SIGKILL)
+    code, output = finish(launcher)
+    assert code == 1, output
+    named = rf"no progress for 15 s in train, step \d+: rank 1 \(pid {pids[1]}\) on \S+ does not respond since train"
+    assert re.match(named, status(run_dir)["message"])
+    assert output.count("error: no progress") == 1
+    assert "no progress" in (run_dir / "run.log").read_text()
+
+
+def test_a_signal_to_the_whole_process_group_stops_and_saves(tiny_run, tmp_path):
+    """As Ctrl-C, scancel and torchrun send it: to every rank at once, and to every process that a rank has started."""
+    run_dir = tmp_path / "run"
+    launcher = tiny_run(run_dir, *ENDLESS, "--checkpoint.asynchronous=true", ranks=2, own_launcher=True)
+    wait_until(lambda: steps_taken(run_dir) >= 2)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    code, output = finish(launcher)
+    assert code == 75, output
+    assert status(run_dir) == {"state": "stopped", "exit_code": 75, "message": ""}
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert damage(saved) is None
+    assert not (run_dir / "lock").exists() and not (run_dir / "ranks").exists()
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tiny_run, tmp_path):
+    run_dir = tmp_path / "run"
+    first = tiny_run(run_dir, *ENDLESS)
+    wait_until(lambda: steps_taken(run_dir) >= 2)
+    code, output = finish(tiny_run(run_dir, *ENDLESS, "--train.seed=7"))
+    assert code == 2 and len(output.splitlines()) == 1
+    assert re.match(rf"error: run\.dir: {run_dir} is in use by pid {first.pid} on ", output)
+    assert not (run_dir / "status.json").exists()
+    first.kill()
+    first.wait()
+    # A killed run can be started again at once.
+    again = tiny_run(run_dir, *ENDLESS)
+    wait_until(lambda: owner_of(run_dir) == again.pid and listens(again.pid))
+    again.terminate()
+    code, output = finish(again)
+    assert code == 75 and f"{run_dir}/lock is taken over: pid {first.pid} on " in output

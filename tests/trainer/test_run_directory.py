@@ -1,5 +1,6 @@
 """Whether a configuration may go on in a run directory, decided from names alone."""
 
+import json
 import os
 from dataclasses import asdict, replace
 
@@ -17,7 +18,7 @@ from trainer.config import (
     RunConfig,
     TrainConfig,
 )
-from trainer.run_directory import check, checkpoint_steps, differing_keys
+from trainer.run_directory import change_of_schedule, check, checkpoint_steps, differing_keys
 
 
 def configuration(run_dir, resume="auto", init=None, **parts):
@@ -54,9 +55,43 @@ def test_a_fresh_directory(tmp_path, resume):
     assert check(configuration(tmp_path, resume)) is False
 
 
-@pytest.mark.parametrize(("steps", "finished"), [(100, True), (200, True), (201, False), (300, False)])
-def test_a_finished_run(run_dir, steps, finished):
+@pytest.mark.parametrize(
+    ("steps", "state", "finished"),
+    [(200, "done", True), (200, "stopped", False), (200, None, False), (201, "done", False), (300, "done", False)],
+)
+def test_a_finished_run(run_dir, steps, state, finished):
+    """The last step's checkpoint is not all: its validation may have been interrupted."""
+    if state is not None:
+        (run_dir / "status.json").write_text(json.dumps({"state": state, "exit_code": 0, "message": ""}))
     assert check(configuration(run_dir, train=TrainConfig(steps=steps))) is finished
+
+
+def test_fewer_steps_than_were_taken(run_dir):
+    with pytest.raises(ConfigError, match=r"has reached step 200, past train\.steps=100; set train\.steps to 200 or"):
+        check(configuration(run_dir, train=TrainConfig(steps=100)))
+
+
+def test_a_schedule_that_jumps_is_said_with_its_figures(run_dir):
+    flat = OptimConfig(warmup_steps=0)
+    saved = configuration(run_dir, train=TrainConfig(steps=100), optim=flat)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(saved)))
+    longer = configuration(run_dir, train=TrainConfig(steps=200), optim=flat)
+    said = change_of_schedule(run_dir, longer, 100)
+    assert said == (
+        "the learning rate goes from 3.00e-05 (0.10 of the peak) at step 100 to 1.64e-04 (0.55 of the peak) at step "
+        "101, for the settings have changed: train.steps: 100 -> 200"
+    )
+    other = configuration(run_dir, train=TrainConfig(steps=100), optim=OptimConfig(warmup_steps=0, lr=6e-4))
+    assert "optim.lr: 0.0003 -> 0.0006" in change_of_schedule(run_dir, other, 50)
+    assert change_of_schedule(run_dir, saved, 50) is None
+    assert change_of_schedule(run_dir, longer, 0) is None
+
+
+def test_a_stable_schedule_may_be_lengthened_without_a_word(run_dir):
+    stable = OptimConfig(warmup_steps=0, schedule="wsd")
+    saved = configuration(run_dir, train=TrainConfig(steps=100), optim=stable)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(saved)))
+    assert change_of_schedule(run_dir, configuration(run_dir, train=TrainConfig(steps=200), optim=stable), 50) is None
 
 
 def test_never_does_not_touch_what_is_there(run_dir):

@@ -27,7 +27,7 @@ from models.recompute import run_region
 from trainer.benchmarks.moe import Config, build_layer, largest_difference, make_inputs
 from trainer.benchmarks.report import Comparison, say
 from trainer.communication import SentBytes
-from trainer.config import ParallelConfig
+from trainer.config import ParallelConfig, RunConfig
 
 if TYPE_CHECKING:
     from models.moe.layer import MoELayer
@@ -143,7 +143,7 @@ def _work(rank: int, config: Config, folder: str) -> None:
     try:
         megatron_cpu.adapt()
         parallel = ParallelConfig(expert=RANKS)
-        megatron.initialize_groups(torch.device("cpu"), parallel)
+        megatron.initialize_groups(torch.device("cpu"), parallel, RunConfig().collective_seconds)
         groups = megatron.layer_groups(parallel)
         counted: dict[str, Any] = {}
         expected: list[Tensor] = []

@@ -9,10 +9,19 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks of the training loop, called on every rank in the order of the callbacks; all default to nothing."""
+    """Hooks of the training loop, called on every rank in the order of the callbacks; all default to nothing.
+
+    Attributes:
+        phase: What the run does while its hooks run, which tells how long they may take (RunConfig.phase_seconds).
+    """
+
+    phase = "train"
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, the checkpoint already loaded."""
+
+    def on_resume(self, trainer: Trainer) -> None:
+        """After every on_start, where a run goes on: do what its last start had no time for after the last step."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """After a step; trainer.progress counts it, `metrics` is its line of metrics.jsonl."""

@@ -21,6 +21,8 @@ class Checkpointer(Callback):
     it, and so does the end of the run.
     """
 
+    phase = "save"
+
     def __init__(self, every: int, keep: int, asynchronous: bool = False) -> None:
         self.every, self.keep, self.asynchronous = every, keep, asynchronous
         self._saved_step = -1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from models.generation import generate
 from trainer.callbacks.base import Callback
+from trainer.data.batch import Batch
 from trainer.data.compressors import bits_per_byte_of_compressors
 from trainer.data.dataset import EvaluationStream
 
@@ -19,12 +23,27 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("spiketrain")
 
 
+def validated(path: Path, step: int) -> bool:
+    """Whether a metrics file has a validation of this step."""
+    with path.open() as lines:
+        return any(json.loads(line)["step"] == step for line in lines if '"split"' in line)
+
+
+# Micro-batches between two looks at whether to stop; what is read of the split at a time.
+_CHUNK = 8
+
+
 class Evaluator(Callback):
     """Validates every `evaluation.every` steps on a part of the split, and after the last step on all of it.
+
+    A stop request ends a validation on the way. The step has been saved before, and the run does it again from the
+    beginning when it goes on.
 
     Args:
         sources: With a validation split.
     """
+
+    phase = "validate"
 
     def __init__(self, sources: DataSources) -> None:
         assert sources.validation is not None
@@ -42,11 +61,25 @@ class Evaluator(Callback):
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Validate if it is time."""
+        self._validate_if_due(trainer)
+
+    def on_resume(self, trainer: Trainer) -> None:
+        """Validate if it was time after the last step, and the last start was stopped before or during it."""
+        path = trainer.run_dir / "metrics.jsonl"
+        # A fresh directory that goes on from another run's checkpoint has nothing to make up for.
+        missing = trainer.engine.rank == 0 and path.exists() and not validated(path, trainer.progress.step)
+        if trainer.engine.broadcast(missing):
+            self._validate_if_due(trainer)
+
+    def _validate_if_due(self, trainer: Trainer) -> None:
         evaluation = trainer.config.evaluation
         if trainer.finished:
             if trainer.engine.rank == 0:
                 _LOGGER.info("validating on the whole split: %d micro-batches", len(self._stream(trainer, None)))
-            self._validate(trainer, None)
+            trainer.cut_short = not self._validate(trainer, None)
+            if trainer.cut_short:
+                return
+            trainer.enter("end")
             if evaluation.compare_compressors and trainer.tokenizer and trainer.engine.rank == 0:
                 self._compare(trainer)
         elif evaluation.every and trainer.progress.step % evaluation.every == 0:
@@ -69,20 +102,32 @@ class Evaluator(Callback):
             )
         return self._streams[limit]
 
-    def _validate(self, trainer: Trainer, limit: int | None) -> None:
+    def _validate(self, trainer: Trainer, limit: int | None) -> bool:
+        """Whether it came to its end; False where it was stopped."""
         stream = self._stream(trainer, limit)
         counted = [0.0, 0.0]
 
-        def batches() -> Any:
+        def batches() -> Iterator[Batch]:
             for batch in stream:
                 counted[0] += float(batch.loss_mask.sum())
                 counted[1] += self._bytes(batch.labels, batch.loss_mask)
                 yield batch
 
-        nll = trainer.engine.loss_sum(batches(), len(stream))
+        nll, source = 0.0, batches()
+        stages = trainer.config.parallel.pipeline
+        # Pipeline stages are busy together for as many micro-batches as there are beyond the stages.
+        chunk = stages * max(_CHUNK // stages, 4 if stages > 1 else 1)
+        for first in range(0, len(stream), chunk):
+            if trainer.agreed_to_stop():
+                if trainer.engine.rank == 0:
+                    _LOGGER.info("the validation of step %d is left to the next start", trainer.progress.step)
+                return False
+            trainer.enter(self.phase)
+            nll += trainer.engine.loss_sum(source, min(chunk, len(stream) - first))
         nll_sum, tokens, text_bytes = trainer.engine.all_reduce([nll, *counted])
         trainer.samples = self._samples(trainer) if trainer.engine.rank == 0 else []
         trainer.report_evaluation("validation", nll_sum, tokens, text_bytes)
+        return True
 
     def _bytes(self, labels: torch.Tensor, mask: torch.Tensor) -> float:
         if self.token_bytes is None:
@@ -93,7 +138,9 @@ class Evaluator(Callback):
         evaluation, tokenizer = trainer.config.evaluation, trainer.tokenizer
         if tokenizer is None or not evaluation.samples or not trainer.engine.model_is_whole:
             return []
-        prompt = torch.tensor([tokenizer.encode(evaluation.prompt)] * evaluation.samples, device=trainer.engine.device)
+        # A document begins after the end of another.
+        ids = tokenizer.encode(evaluation.prompt) or [tokenizer.eod_id]
+        prompt = torch.tensor([ids] * evaluation.samples, device=trainer.engine.device)
         # A generator of its own: sampling text must not move the run's random numbers.
         generator = torch.Generator(trainer.engine.device).manual_seed(trainer.config.train.seed)
         rows = generate(

@@ -15,7 +15,6 @@ A checkpoint holds every parameter and its Adam moments in their own shapes (tra
 any number of ranks reads what any other wrote, and trainer.inference finds the parameters as in every checkpoint.
 """
 
-import datetime
 import importlib
 import json
 import logging
@@ -37,8 +36,9 @@ from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
 from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients, sharded_parameters
 from trainer.cli import ConfigError
-from trainer.config import ParallelConfig, PretrainConfig
+from trainer.config import PretrainConfig
 from trainer.data.batch import Batch
+from trainer.engines import groups as process_groups
 from trainer.engines import pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.pieces import Piece, Shard
@@ -81,11 +81,12 @@ class DeepSpeedEngine:
         self._stage, self._clip = config.engine.zero_stage, config.optim.clip_grad
         self._bf16 = config.train.precision == "bf16"
         self._deepspeed = _import_deepspeed(device)
-        _initialize_groups(device)
-        self._deepspeed.init_distributed(_backend(device), auto_mpi_discovery=False, verbose=False)
+        os.environ.setdefault("LOCAL_RANK", "0")
+        process_groups.initialize(device, config.run.collective_seconds)
+        self._deepspeed.init_distributed(process_groups.backend_of(device), auto_mpi_discovery=False, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._saving_group = dist.new_group(backend="gloo") if config.checkpoint.asynchronous else None
-        self._groups, unit = _model_parallel_groups(device, config.parallel)
+        self._groups, unit = _model_parallel_groups(device, config)
         self._tensor_ranks = config.parallel.tensor
         self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
         self.data_parallel_size = self.world_size // self._tensor_ranks
@@ -393,6 +394,7 @@ class DeepSpeedEngine:
 
             parallel_state.destroy_model_parallel()
         self._deepspeed.comm.destroy_process_group()
+        process_groups.close()
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -415,24 +417,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _backend(device: torch.device) -> str:
-    return "gloo" if device.type == "cpu" else "nccl"
-
-
-def _initialize_groups(device: torch.device) -> None:
-    # Without torchrun this is the only rank: a store in the process needs no port.
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if dist.is_initialized():
-        return
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(_backend(device), timeout=datetime.timedelta(minutes=10))
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
-
-
-def _model_parallel_groups(device: torch.device, parallel: ParallelConfig) -> tuple[Groups, Any]:
+def _model_parallel_groups(device: torch.device, config: PretrainConfig) -> tuple[Groups, Any]:
     """What the layers are told of the ranks that share them, and DeepSpeed's `mpu`; None where no ranks do."""
+    parallel = config.parallel
     if parallel.tensor == 1:
         return WHOLE, None
     from megatron.core import parallel_state
@@ -441,7 +428,7 @@ def _model_parallel_groups(device: torch.device, parallel: ParallelConfig) -> tu
 
     if device.type == "cpu":
         megatron_cpu.adapt()
-    megatron.initialize_groups(device, parallel)
+    megatron.initialize_groups(device, parallel, config.run.collective_seconds)
     unit = SimpleNamespace()
     # By the names of Megatron-LM's first versions and of later ones: DeepSpeed uses both.
     for theirs, ours in (("model", "tensor_model"), ("tensor_model", "tensor_model"), ("data", "data")):

@@ -1,9 +1,7 @@
 """The Megatron engine: mcore's schedules, DDP, distributed optimizer and dist_checkpointing."""
 
-import datetime
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +29,7 @@ from models.parallel import (
 from trainer import weights
 from trainer.config import ParallelConfig, PretrainConfig
 from trainer.data.batch import Batch
-from trainer.engines import megatron_cpu
+from trainer.engines import groups, megatron_cpu
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.random_state import random_state, set_random_state
 
@@ -108,7 +106,7 @@ class MegatronEngine:
         self._on_cpu = device.type == "cpu"
         if self._on_cpu:
             megatron_cpu.adapt()
-        initialize_groups(device, config.parallel)
+        initialize_groups(device, config.parallel, config.run.collective_seconds)
         if not self._on_cpu:
             tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -395,7 +393,7 @@ class MegatronEngine:
     def close(self) -> None:
         """Leave the process groups."""
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        groups.close()
 
 
 def _forward_step(batches: Iterator[Batch], stage: Any, *, device: torch.device) -> tuple[Tensor, Any]:
@@ -409,16 +407,12 @@ def _forward_step(batches: Iterator[Batch], stage: Any, *, device: torch.device)
     return stage(batch), loss
 
 
-def initialize_groups(device: torch.device, parallel: ParallelConfig) -> None:
-    """Make the process groups of a layout, those of all ranks first, unless they are there."""
-    if not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:
-            # Without torchrun this is the only rank: a store in the process needs no port.
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1)
-        else:
-            timeout = datetime.timedelta(minutes=10)
-            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timeout)
+def initialize_groups(device: torch.device, parallel: ParallelConfig, seconds: float) -> None:
+    """Make the process groups of a layout, those of all ranks first, unless they are there.
+
+    Collectives wait at most `seconds`.
+    """
+    groups.initialize(device, seconds)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

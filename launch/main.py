@@ -1,0 +1,202 @@
+"""`spiketrain COMMAND …`: every command of this directory by one name, and the ranks of one machine.
+
+spiketrain pretrain --config configs/pretrain/laptop.yaml
+spiketrain pretrain --ranks 2 --config configs/pretrain/laptop.yaml
+spiketrain prepare_data --help
+
+launch/main.py is behind that name. A command is the script launch/COMMAND.py, run as it is. With `--ranks N`, N
+processes of it run on this machine, in the environment that torchrun would give them. This module imports nothing
+that takes time.
+"""
+
+import ctypes
+import math
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_DIRECTORY = Path(__file__).resolve().parent
+COMMANDS = {
+    "prepare_data": "turn documents into token files",
+    "pretrain": "pre-train a language model",
+    "generate": "sample text from a checkpoint",
+    "evaluate": "bits per byte of a checkpoint",
+    "convert": "weights in and out: export, import, upcycle",
+    "plan": "what a run would take of a cluster",
+    "bench": "benchmarks, ours beside a peer",
+    "report": "draw training curves",
+}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_EXIT_STOPPED = 75
+# When one rank has left, the others have this long.
+_SECONDS_TO_LEAVE = 30.0
+_SECONDS_BETWEEN_LOOKS = 0.5
+# siginfo's si_code of a signal that the kernel sent, as for Ctrl-C; prctl's number (linux/prctl.h).
+_FROM_TERMINAL = 0x80
+_PR_SET_PDEATHSIG = 1
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    lines = [f"  {name:<13} {description}" for name, description in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: spiketrain COMMAND [--ranks N] [options; spiketrain COMMAND --help lists them]\n",
+            *lines,
+            "\n--ranks N starts N processes on this machine (pretrain); on a cluster use torchrun or launch/slurm.",
+        )
+    )
+
+
+def main() -> int:
+    """Run the command that the first argument names."""
+    arguments = sys.argv[1:]
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        return _refuse(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
+    try:
+        ranks, options = take_ranks(arguments[1:])
+    except ValueError as error:
+        return _refuse(str(error))
+    script = _DIRECTORY / f"{name}.py"
+    if ranks == 1:
+        sys.argv = [f"spiketrain {name}", *options]
+        runpy.run_path(str(script), run_name="__main__")
+        return 0
+    if name != "pretrain":
+        return _refuse(f"--ranks {ranks}: only pretrain runs on several ranks")
+    return Ranks([sys.executable, str(script), *options], ranks).wait()
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
+    """The number after `--ranks`, 1 without it, and the other arguments.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    others, given = [], "1"
+    values = iter(arguments)
+    for argument in values:
+        option, equals, value = argument.partition("=")
+        if option == "--ranks":
+            given = value if equals else next(values, "")
+        else:
+            others.append(argument)
+    if not given.isdigit() or int(given) < 1:
+        raise ValueError(f"--ranks {given}: give the number of processes to start, 1 or more")
+    return int(given), others
+
+
+class Ranks:
+    """Processes of one command that end together. What they say is all there is to read.
+
+    A signal that comes to this process alone is handed on; what a terminal sends to the whole group has reached them.
+
+    Args:
+        command: What each of them runs.
+        count: How many.
+    """
+
+    def __init__(self, command: list[str], count: int) -> None:
+        shared = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        # From here on signals wait until `wait` asks for them: none is lost while some ranks are yet to be started.
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})
+        prepare = _preparation(self._mask)
+        self._ranks = {
+            number: subprocess.Popen(
+                command,
+                env=os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
+                preexec_fn=prepare,
+            )
+            for number in range(count)
+        }
+        self._exit_code = 0
+        self._deadline = math.inf
+
+    def wait(self) -> int:
+        """Wait for all; 0, or the exit code of the first that failed (128 + N where signal N ended it)."""
+        while self._ranks:
+            if number := _next_signal(_SECONDS_BETWEEN_LOOKS):
+                self._send(number)
+            for rank, process in list(self._ranks.items()):
+                if process.poll() is not None:
+                    del self._ranks[rank]
+                    self._note_end(rank, process)
+            if time.monotonic() > self._deadline:
+                self._send(signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        return self._exit_code
+
+    def _send(self, number: int) -> None:
+        for process in self._ranks.values():
+            process.send_signal(number)
+
+    def _note_end(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
+        code = process.returncode
+        if code == 0 or self._exit_code:
+            return
+        self._exit_code = code if code > 0 else 128 - code
+        if code < 0:
+            name = signal.Signals(-code).name
+            print(f"error: rank {rank} (pid {process.pid}) was ended by {name}", file=sys.stderr, flush=True)
+        if code == _EXIT_STOPPED:
+            # The others are about to leave by themselves.
+            self._deadline = time.monotonic() + _SECONDS_TO_LEAVE
+        else:
+            self._send(signal.SIGTERM)
+            self._deadline = time.monotonic() + _SECONDS_TO_LEAVE
+
+
+def _next_signal(seconds: float) -> int | None:
+    """A signal to hand on, if one comes within `seconds`; a child's end comes as none, at once."""
+    if not hasattr(signal, "sigtimedwait"):
+        # macOS, which does not tell who sent it: what is handed on twice is taken for one request.
+        time.sleep(seconds)
+        pending = signal.sigpending() & set(_SIGNALS)
+        return signal.sigwait(pending) if pending else None
+    info = signal.sigtimedwait({*_SIGNALS, signal.SIGCHLD}, seconds)
+    if info is None or info.si_signo == signal.SIGCHLD or info.si_code == _FROM_TERMINAL:
+        return None
+    return info.si_signo
+
+
+def _preparation(mask: set[signal.Signals]) -> Callable[[], None]:
+    """What a rank does before it runs: it hears signals, and is asked to stop if this process dies (Linux)."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if prctl is not None:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return prepare
+
+
+def _free_port() -> int:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port: int = holder.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    sys.exit(main())
