@@ -1,5 +1,6 @@
 """The training loop: batches in, steps through the engine, callbacks around them."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.device import peak_memory_bytes
 from trainer.engines.base import Engine
 from trainer.optim import learning_rate
+
+_LOGGER = logging.getLogger("spiketrain")
 
 
 class Outcome(Enum):
@@ -63,7 +66,7 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.stop_requested = False
         self.samples: list[str] = []
-        self._peak_flops = peak_flops
+        self._peak_flops, self._peak_was_raised = peak_flops, False
         whole = shapes(config.model, engine.model.vocab_size)
         self._flops_per_token = flops_per_token(whole, config.train.seq_len)
         self._flops_per_expert = 0.0
@@ -127,12 +130,27 @@ class Trainer:
             "tokens": self.progress.tokens,
             "tokens_per_second": result.tokens / seconds,
             "step_seconds": seconds,
-            "model_flops_utilization": flops / self._peak_flops if self._peak_flops else None,
+            "model_flops_utilization": self._utilization(flops),
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "skipped": result.skipped,
             "skipped_total": self.progress.skipped,
             **result.metrics,
         }
+
+    def _utilization(self, flops: float) -> float | None:
+        """Share of the peak; a step that exceeds it is the peak from then on, for then it was measured too low."""
+        if self._peak_flops is None:
+            return None
+        if flops > self._peak_flops:
+            if self.engine.rank == 0 and not self._peak_was_raised:
+                _LOGGER.info(
+                    "a step ran at %.0f GFLOP/s, above the measured peak of %.0f: what the fastest step reaches is "
+                    "taken for the peak from here on",
+                    flops / 1e9,
+                    self._peak_flops / 1e9,
+                )
+            self._peak_flops, self._peak_was_raised = flops, True
+        return flops / self._peak_flops
 
     def report_evaluation(self, split: str, nll_sum: float, tokens: float, text_bytes: float) -> dict[str, Any]:
         """Tell the callbacks of a validation: nats, tokens and bytes of text, summed over all ranks.
