@@ -7,12 +7,18 @@ core of a Zen 5. oneDNN, which torch ships as well, reaches 180 to 240. Torch ca
 round operands to bfloat16, which oneDNN does where the processor has matrix units for that (AMX); where it has none,
 the permission changes the library and not one digit. Both add in float32.
 
+On a processor without instructions for bfloat16, torch multiplies such matrices by a plain loop, a hundred times slower
+than float32 ones. There they are multiplied in float32 and the result is rounded once. So does a processor that has the
+instructions, but it adds in another order: results differ in the last bit from one kind of processor to the other.
+
 Backends:
     torch      torch.mm, on every device and for every dtype; also by the name of reference
     onednn     float32 matrices on an AMD processor with AVX-512 and without AMX
+    float32    bfloat16 matrices on a CPU: operands made float32, multiplied, rounded once
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -29,17 +35,38 @@ from kernels.backend import resolve
 # Multiplications of the smallest product that oneDNN's longer set-up pays for: torch 7 µs and oneDNN 15 at 64³, 41 and
 # 30 at 128³.
 _MIN_ONEDNN_SIZE = 1 << 20
-
+# Values of ONEDNN_MAX_CPU_ISA under which oneDNN takes bfloat16, but has no instructions for it; below them it refuses.
+_ISA_WITHOUT_BFLOAT16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
-def matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
+@functools.cache
+@_disable_current_modes()  # the question may come in a run on shapes alone
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32.
+
+    So it does where it has instructions for that (on x86 AVX512-BF16 or AMX) and torch's oneDNN is allowed to use them
+    (ONEDNN_MAX_CPU_ISA).
+    """
+    mkldnn: Any = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not mkldnn._is_mkldnn_bf16_supported():
+        return False
+    features = torch.cpu.get_capabilities()
+    if features.get("architecture") != "x86_64":
+        return True  # oneDNN's answer is that of the processor
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    allowed = limit not in _ISA_WITHOUT_BFLOAT16
+    return allowed and any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Multiply two matrices, without a gradient of its own.
 
     Args:
         a, b: [M, K] and [K, N] of one floating dtype, any strides.
-        backend: "auto" or one of the module's backends; "auto" takes torch for small products.
+        out: [M, N] in their dtype, to be written; None for a new one.
+        backend: "auto" or one of the module's backends; "auto" takes torch for small products in float32.
 
     Returns:
         [M, N] in their dtype.
@@ -47,11 +74,12 @@ def matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: the backend cannot serve these inputs.
     """
-    size = a.shape[0] * b.numel()
-    if _choose(a, backend, size) == "torch":
-        return torch.mm(a, b)
-    with through_onednn():
-        return torch.mm(a, b)
+    choice = _choose(a, backend, a.shape[0] * b.numel())
+    if choice == "float32":
+        product = matmul(a.float(), b.float())
+        return product.to(a.dtype) if out is None else out.copy_(product)
+    with _through(choice):
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
 def batched_matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
@@ -67,9 +95,10 @@ def batched_matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: the backend cannot serve these inputs.
     """
-    if _choose(a, backend, a.shape[1] * b.shape[1] * b.shape[2]) == "torch":
-        return torch.bmm(a, b)
-    with through_onednn():
+    choice = _choose(a, backend, a.shape[1] * b.shape[1] * b.shape[2])
+    if choice == "float32":
+        return batched_matmul(a.float(), b.float()).to(a.dtype)
+    with _through(choice):
         return torch.bmm(a, b)
 
 
@@ -85,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         x: [..., K], floating.
         weight: [N, K] in x's dtype.
         bias: [N] or None.
-        backend: "auto" or one of the module's backends; "auto" takes torch for small products.
+        backend: "auto" or one of the module's backends; "auto" takes torch for small products in float32.
 
     Returns:
         [..., N] in x's dtype.
@@ -93,20 +122,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises:
         ValueError: the backend cannot serve these inputs.
     """
-    if _choose(x, backend, x.numel() * weight.shape[0]) == "onednn":
-        return _OneDNNLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    choice = _choose(x, backend, x.numel() * weight.shape[0])
+    return F.linear(x, weight, bias) if choice == "torch" else _Linear.apply(x, weight, bias, choice)
 
 
 def _choose(x: Tensor, backend: str, size: int) -> str:
-    """The library, onednn or torch, for a product of `size` multiplications."""
-    if x.dtype != torch.float32 or not x.is_cpu or not _onednn_is_faster():
-        available: tuple[str, ...] = ("torch", "reference")
-    elif backend == "auto" and size < _MIN_ONEDNN_SIZE:
-        return "torch"
-    else:
-        available = ("onednn", "torch", "reference")
-    return "onednn" if resolve("matmul", backend, available) == "onednn" else "torch"
+    """The backend, torch, onednn or float32, for a product of `size` multiplications."""
+    available: tuple[str, ...] = ("torch", "reference")
+    if x.is_cpu and x.dtype == torch.bfloat16:
+        available = (*available, "float32") if multiplies_bfloat16() else ("float32", *available)
+    elif x.is_cpu and x.dtype == torch.float32 and _onednn_is_faster():
+        if backend == "auto" and size < _MIN_ONEDNN_SIZE:
+            return "torch"
+        available = ("onednn", *available)
+    choice = resolve("matmul", backend, available)
+    return "torch" if choice == "reference" else choice
+
+
+def _through(choice: str) -> AbstractContextManager[None]:
+    return through_onednn() if choice == "onednn" else nullcontext()
 
 
 @contextmanager
@@ -175,24 +209,31 @@ def _keeps_digits() -> bool:
     return bool((rounded - exact).norm() < 1e-6 * exact.norm())
 
 
-class _OneDNNLinear(torch.autograd.Function):
-    """`linear` and its gradients dx = g · W, dW = gᵀ · x, db = sum(g)."""
+class _Linear(torch.autograd.Function):
+    """`linear` by onednn or in float32, and its gradients dx = g · W, dW = gᵀ · x, db = sum(g)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, choice: str) -> Tensor:
+        # As they are: what is kept for the backward is the same on every processor.
         ctx.save_for_backward(x, weight)
+        ctx.choice = choice
+        if choice == "float32":
+            return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
         with through_onednn():
             return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_MN = grad.reshape(-1, grad.shape[-1])
-        with through_onednn():
-            return (
-                torch.mm(grad_MN, weight).view(x.shape) if needs_x else None,
-                torch.mm(grad_MN.T, x.reshape(-1, x.shape[-1])) if needs_weight else None,
-                grad_MN.sum(0) if needs_bias else None,
-            )
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        g_MN, x_MK, w_NK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), weight
+        backend = ctx.choice
+        if backend == "float32":  # the gradient, which both products take, is converted once
+            g_MN, x_MK, w_NK, backend = g_MN.float(), x_MK.float(), w_NK.float(), "auto"
+        return (
+            matmul(g_MN, w_NK, backend=backend).to(x.dtype).view(x.shape) if needs_x else None,
+            matmul(g_MN.T, x_MK, backend=backend).to(weight.dtype) if needs_weight else None,
+            g_MN.sum(0).to(grad.dtype) if needs_bias else None,
+            None,
+        )

@@ -28,7 +28,7 @@ from trainer.watchdog import dump_stacks_on_request
 
 def main() -> int:
     """Parse, refuse what cannot run, then train; everything before training needs neither torch nor megatron."""
-    keep_threads_awake()
+    keep_threads_awake(guess(sys.argv[1:], "run.device"))
     parser = make_parser(PretrainConfig, "Pre-train a language model.")
     parser.add_argument("--check", action="store_true", help="validate configuration, layout and inputs, then exit")
     parser.add_argument("--world-size", type=int, default=None, help="with --check: the ranks that would be started")

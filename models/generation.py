@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.matmul import linear
 from models.decoder import Decoder
 from models.mixers.base import LayerCache
 
@@ -60,7 +61,7 @@ def stream_tokens(
         rows, length = tokens.shape
         positions = torch.arange(position, position + length, device=tokens.device).expand(rows, length)
         hidden_TBD = model.hidden_states(tokens, positions, caches=caches)
-        logits = torch.nn.functional.linear(hidden_TBD[-1], model.head_weight)[:, :vocab_size]
+        logits = linear(hidden_TBD[-1], model.head_weight)[:, :vocab_size]
         drawn = sample_token(logits, temperature, top_p, generator)
         yield drawn
         tokens, position = drawn[:, None], position + length

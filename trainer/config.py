@@ -23,7 +23,9 @@ class RunConfig:
     Attributes:
         dir: Run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, run.log, status.json.
         device: cpu or cuda; auto takes CUDA where there is one.
-        threads: CPU threads for each process; 0 shares the cores evenly among the processes of this machine.
+        threads: CPU threads for each process; 0 takes OMP_NUM_THREADS where the user has set it (the 1 that
+            torchrun sets for several processes does not count), else shares the cores evenly among the processes of
+            this machine.
         deterministic: Ask torch for deterministic algorithms (on CPU the same inputs always give the same numbers).
         timeout_seconds: A run of several ranks ends, and names the rank that hangs, when a step or a part of a
             validation takes this long; six times as long for starting (up to the first step), saving and ending.
@@ -100,7 +102,9 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps. Raising it later continues the run; earlier batches stay as they were.
         seed: Seed of the initialisation and of the order of the data.
-        precision: fp32, or bf16 (parameters and activations bfloat16; main parameters and gradients float32).
+        precision: fp32, bf16 (parameters and activations bfloat16; main parameters and gradients float32) or auto: that
+            of the run that is gone on with, else bf16 on a GPU and on a processor that multiplies it faster, fp32 on
+            others. The run's config.yaml says which it was.
         seq_len: Tokens in a sample.
         micro_batch_size: Samples that one rank computes at a time.
         global_batch_size: Samples in an optimizer step; gradient accumulation follows from it.
@@ -116,7 +120,7 @@ class TrainConfig:
 
     steps: int = 1000
     seed: int = 1234
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     seq_len: int = 512
     micro_batch_size: int = 8
     global_batch_size: int = 8

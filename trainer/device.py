@@ -5,11 +5,13 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Sequence
 
 import torch
 
-from kernels.matmul import matmul
+from kernels.matmul import linear
 from trainer.cli import ConfigError
+from trainer.peers import environment
 
 # Dense peak of the tensor cores, FLOP/s (vendors' data sheets), by a part of the device's name.
 _GPU_PEAKS = {
@@ -19,6 +21,9 @@ _GPU_PEAKS = {
     "B200": {torch.bfloat16: 2250e12, torch.float32: 1120e12},
     "MI300X": {torch.bfloat16: 1307e12, torch.float32: 653e12},
 }
+
+# Products of each size at the least, after one to warm up.
+_LEAST_RUNS = 3
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -37,12 +42,25 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def configure_threads(threads: int) -> int:
-    """Give this process its CPU threads; 0 shares the machine's cores evenly among its ranks."""
+    """Give this process its CPU threads; 0 takes OMP_NUM_THREADS, else the cores are shared by the local ranks."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chosen = threads or max(available // local_ranks, 1)
+    chosen = threads or _openmp_threads(local_ranks) or max(available // local_ranks, 1)
     torch.set_num_threads(chosen)
     return chosen
+
+
+def _openmp_threads(local_ranks: int) -> int | None:
+    """OMP_NUM_THREADS where the user has set it to a number, or to a list that begins with one.
+
+    For several ranks torchrun sets it to 1 where the user has not. Then it is not in what torchrun was started with.
+    """
+    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if not value.isdecimal() or int(value) == 0:
+        return None
+    if local_ranks > 1 and value == "1" and "OMP_NUM_THREADS" not in environment(os.getppid()):
+        return None
+    return int(value)
 
 
 def keep_freed_memory() -> bool:
@@ -62,22 +80,31 @@ def keep_freed_memory() -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Matrix-multiplication peak of this rank, FLOP/s: measured on CPU, the data sheet's of a known GPU; else None."""
+    """Matrix-multiplication peak of this rank, FLOP/s: measured on CPU, the data sheet's of a known GPU; else None.
+
+    A bf16 step multiplies in float32, too (scores, states), and on some processors faster: the best of both counts.
+    """
     if device.type == "cpu":
-        return measure_matmul(dtype)
+        return max(measure_matmul(each) for each in {dtype, torch.float32})
     name = torch.cuda.get_device_name(device)
     return next((peaks[dtype] for part, peaks in _GPU_PEAKS.items() if part in name), None)
 
 
-def measure_matmul(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    """Best FLOP/s of a square matrix multiplication, through the library that the models use, over about `seconds`."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        matmul(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def measure_matmul(dtype: torch.dtype, sizes: Sequence[int] = (256, 512, 1024), seconds: float = 0.3) -> float:
+    """Best FLOP/s of a product x · Wᵀ of square matrices, by the models' own path, over about `seconds` for all sizes.
+
+    The smallest fit into a core's cache, the largest occupy all cores; which is the fastest depends on the processor.
+    """
+    best = 0.0
+    for size in sizes:
+        x, weight = (torch.randn(size, size).to(dtype) for _ in range(2))
+        linear(x, weight)
+        end, runs = time.perf_counter() + seconds / len(sizes), 0
+        while runs < _LEAST_RUNS or time.perf_counter() < end:
+            start = time.perf_counter()
+            linear(x, weight)
+            best, runs = max(best, 2 * size**3 / (time.perf_counter() - start)), runs + 1
+    return best
 
 
 def peak_memory_bytes(device: torch.device) -> int:

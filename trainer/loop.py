@@ -70,7 +70,8 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.stop_requested = self.cut_short = False
         self.samples: list[str] = []
-        self._peak_flops, self._watchdog = peak_flops, watchdog
+        self._peak_flops, self._peak_was_raised = peak_flops, False
+        self._watchdog = watchdog
         # Kernels are compiled and buffers allocated in the first step.
         self._phase_of_step = "start"
         whole = shapes(config.model, engine.model.vocab_size)
@@ -167,12 +168,27 @@ class Trainer:
             "tokens": self.progress.tokens,
             "tokens_per_second": result.tokens / seconds,
             "step_seconds": seconds,
-            "model_flops_utilization": flops / self._peak_flops if self._peak_flops else None,
+            "model_flops_utilization": self._utilization(flops),
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "skipped": result.skipped,
             "skipped_total": self.progress.skipped,
             **result.metrics,
         }
+
+    def _utilization(self, flops: float) -> float | None:
+        """Share of the peak; a step that exceeds it is the peak from then on, for then it was measured too low."""
+        if self._peak_flops is None:
+            return None
+        if flops > self._peak_flops:
+            if self.engine.rank == 0 and not self._peak_was_raised:
+                _LOGGER.info(
+                    "a step ran at %.0f GFLOP/s, above the measured peak of %.0f: what the fastest step reaches is "
+                    "taken for the peak from here on",
+                    flops / 1e9,
+                    self._peak_flops / 1e9,
+                )
+            self._peak_flops, self._peak_was_raised = flops, True
+        return flops / self._peak_flops
 
     def report_evaluation(self, split: str, nll_sum: float, tokens: float, text_bytes: float) -> dict[str, Any]:
         """Tell the callbacks of a validation: nats, tokens and bytes of text, summed over all ranks.

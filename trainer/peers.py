@@ -125,12 +125,12 @@ def ranks_of(agent: int) -> dict[int, int]:
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         pid = int(path.name)
-        if _parent(pid) == agent and (number := _environment(pid).get("RANK")) is not None:
+        if _parent(pid) == agent and (number := environment(pid).get("RANK")) is not None:
             found[int(number)] = pid
     return found
 
 
-def _environment(pid: int) -> dict[str, str]:
+def environment(pid: int) -> dict[str, str]:
     """The environment that a process was started with; empty where it has ended or is another user's."""
     try:
         entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models.decoder import Decoder, shapes
-from trainer import checkpoint, logs, run_directory, run_lock, weights
+from trainer import checkpoint, logs, precision, run_directory, run_lock, weights
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -64,6 +64,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     weights.check_tensors(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
+    config, config_yaml = precision.settle(config, config_yaml, device)
     threads = configure_threads(config.run.threads)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)

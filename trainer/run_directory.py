@@ -65,9 +65,23 @@ def differing_keys(run: Path, config: PretrainConfig) -> list[str]:
     if not path.exists():
         return []
     # A key that did not exist when the run began stands at its default.
-    return differences(
-        _fixed(asdict(PretrainConfig())) | _fixed(yaml.safe_load(path.read_text())), _fixed(asdict(config))
-    )
+    theirs = _fixed(asdict(PretrainConfig())) | _fixed(yaml.safe_load(path.read_text()))
+    ours = _fixed(asdict(config))
+    if config.train.precision == "auto":
+        ours["train.precision"] = theirs["train.precision"]
+    return differences(theirs, ours)
+
+
+def precision_of_the_run(config: PretrainConfig) -> str | None:
+    """The precision of the run that `config` goes on with, by names alone; None where it begins one."""
+    if starts_anew(config):
+        return None
+    run_dir = Path(config.run.dir)
+    source = run_dir if checkpoint_steps(run_dir) else Path(config.checkpoint.resume)
+    path = source / "config.yaml"
+    values = flatten(yaml.safe_load(path.read_text())) if path.exists() else {}
+    precision: str | None = values.get("train.precision")
+    return precision
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kernels.matmul import multiplies_bfloat16
+
 CHUNK = 64  # measured: 32 and 128 are slower at K = V = 64 and 128, for 8 x 512 and 1 x 4096 tokens
 SMALLEST_CHUNK = 16
 # Of one tensor in a segment (see `segments`). Measured on a Zen 5 with 1 MiB of second-level cache a core.
@@ -166,11 +168,6 @@ def chunk_layout(bounds: tuple[int, ...], device: torch.device) -> ChunkLayout:
     return ChunkLayout(len(lengths), chunk, tuple(spans), order_index, index)
 
 
-@lru_cache(maxsize=1)
-def _cpu_multiplies_bfloat16() -> bool:
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-
-
 def operand_dtype(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> torch.dtype:
     """What large products round their operands to: bfloat16 if q, k and v are and the device is fast at it.
 
@@ -178,7 +175,7 @@ def operand_dtype(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> torch.
     bfloat16 products on a CPU are slower than float32 ones, and `dtype` is returned.
     """
     narrow = all(x.dtype == torch.bfloat16 for x in (q, k, v))
-    return torch.bfloat16 if narrow and (q.device.type != "cpu" or _cpu_multiplies_bfloat16()) else dtype
+    return torch.bfloat16 if narrow and (q.device.type != "cpu" or multiplies_bfloat16()) else dtype
 
 
 def product(a: Tensor, b: Tensor, operands: torch.dtype, result: torch.dtype) -> Tensor:

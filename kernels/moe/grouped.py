@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import resolve
-from kernels.matmul import fastest_products, with_fastest_products
+from kernels.matmul import matmul
 from kernels.triton import implementations
 
 
@@ -78,23 +78,21 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_ND, weight_EOD, tokens_per_expert_E)
         y_NO = x_ND.new_empty(len(x_ND), weight_EOD.shape[1])
-        with fastest_products(x_ND):
-            for expert, rows in _experts(tokens_per_expert_E):
-                torch.mm(x_ND[rows], weight_EOD[expert].T, out=y_NO[rows])
+        for expert, rows in _experts(tokens_per_expert_E):
+            matmul(x_ND[rows], weight_EOD[expert].T, out=y_NO[rows])
         return y_NO
 
     @staticmethod
     @once_differentiable
-    @with_fastest_products
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_ND, weight_EOD, tokens_per_expert_E = ctx.saved_tensors
         grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight_EOD) if ctx.needs_input_grad[1] else None
         for expert, rows in _experts(tokens_per_expert_E):
             if grad_x is not None:
-                torch.mm(grad[rows], weight_EOD[expert], out=grad_x[rows])
+                matmul(grad[rows], weight_EOD[expert], out=grad_x[rows])
             if grad_weight is not None:  # without rows it is zero, which the product of nothing is
-                torch.mm(grad[rows].T, x_ND[rows], out=grad_weight[expert])
+                matmul(grad[rows].T, x_ND[rows], out=grad_weight[expert])
         return grad_x, grad_weight, None
 
 

@@ -7,7 +7,7 @@ from kernels.linear_attention import gla
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
-from models.parallel import ColumnLinear, RowLinear
+from models.parallel import ColumnLinear, Linear, RowLinear
 
 
 class GatedLinearAttention(Mixer):
@@ -29,7 +29,7 @@ class GatedLinearAttention(Mixer):
         self.g_proj = ColumnLinear(d_model, value_size, bias=False)
         # The bottleneck is whole on every tensor-parallel rank; the expansion is cut with the heads.
         rank = gla_config.gate_low_rank
-        self.gk_proj = nn.Sequential(nn.Linear(d_model, rank, bias=False), ColumnLinear(rank, key_size))
+        self.gk_proj = nn.Sequential(Linear(d_model, rank, bias=False), ColumnLinear(rank, key_size))
         self.g_norm = GatedRMSNorm(value_size // self.num_heads, config.norm_eps)
         self.o_proj = RowLinear(value_size, d_model, bias=False)
 

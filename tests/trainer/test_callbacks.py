@@ -27,7 +27,11 @@ from trainer.loop import Outcome, Trainer
 @functools.cache
 def idle_trainer(steps, rank):
     engine = SimpleNamespace(
-        rank=rank, data_parallel_rank=rank, data_parallel_size=1, model=SimpleNamespace(vocab_size=64), device=None
+        rank=rank,
+        data_parallel_rank=rank,
+        data_parallel_size=1,
+        model=SimpleNamespace(vocab_size=64),
+        device=torch.device("cpu"),
     )
     config = PretrainConfig(run=RunConfig(dir="run"), train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0))
     return Trainer(config, "", engine, None, None, [], Progress(), None)
@@ -193,6 +197,40 @@ def test_progress_in_plain_lines(log, monkeypatch):
     assert log[-2] == "step 10  validation loss 1.5000  2.0000 bits per byte"
     assert log[-1] == "5 steps in 10 s of training"
     assert 3 < len(log) < 7  # one every ten seconds and the last, not one a step
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "device", "expected"),
+    [
+        # Ten steps after the first, which is slow; 600 more take ten minutes.
+        (
+            2400,
+            1.0,
+            "cpu",
+            [(11, "about 40 minutes to go on this machine", "--train.steps 611 --run.dir runs/pretrain-short")],
+        ),
+        (1211, 1.0, "cpu", []),
+        (1212, 1.0, "cpu", [(11, "about 20 minutes to go", "--train.steps 611")]),
+        (2400, 1.0, "cuda", []),
+        # Sixty seconds are enough to know.
+        (100, 100.0, "cpu", [(2, "about 163 minutes to go", "--train.steps 8")]),
+    ],
+)
+def test_a_long_run_on_a_cpu_is_told_of_once(log, monkeypatch, steps, seconds, device, expected):
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: False))
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    callback, said = ProgressLine(), []
+    callback.on_start(fake_trainer(0))
+    for step in range(1, 31):
+        trainer = fake_trainer(step, steps)
+        trainer.engine.device.type = device
+        line = {"step": step, "loss": 1.25, "tokens_per_second": 2048.0, "model_flops_utilization": None}
+        callback.on_step(trainer, line | {"step_seconds": 50 * seconds if step == 1 else seconds})
+        said += [(step, message) for message in log if "minutes to go" in message]
+        log.clear()
+    assert len(said) == len(expected)
+    for (step, message), (at, *parts) in zip(said, expected):
+        assert step == at and all(part in message for part in parts), message
 
 
 # The loop

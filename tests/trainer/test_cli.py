@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from models.config import ModelConfig, MoEConfig, RouterConfig
 from tests.helpers import WAIT
+from trainer import cli
 from trainer.cli import ConfigError, dotted_keys, dump, fail, from_mapping, guess, make_parser, parse, write_status
 from trainer.config import PretrainConfig, TrainConfig
 
@@ -80,7 +81,7 @@ MISTAKES = {
     "fraction for a number of steps": (["--train.steps=3.5"], "train.steps: expected int, got 3.5"),
     "wrong type in YAML": (["--config=wrong_type.yaml"], "train.steps: expected int, got many"),
     "wrong type where null may be": (["--model.vocab_size=many"], "model.vocab_size: expected int or null, got many"),
-    "wrong choice": (["--train.precision=fp8"], "train.precision: expected one of 'fp32', 'bf16', got fp8"),
+    "wrong choice": (["--train.precision=fp8"], "train.precision: expected one of 'fp32', 'bf16', 'auto', got fp8"),
     "YAML that is none": (["--config=broken.yaml"], "broken.yaml:2: not YAML: "),
     "bad value": (["--optim.lr=-1"], "optim.lr is -1.0: it must be a positive number"),
     "infinite value": (["--optim.lr=.inf"], "optim.lr is inf: it must be a positive number"),
@@ -436,12 +437,38 @@ def test_a_status_that_cannot_be_written_hides_nothing(tmp_path, capsys, state, 
         )
 
 
-def test_openmp_threads_are_kept_awake_unless_the_user_says_otherwise(monkeypatch):
-    from trainer.cli import keep_threads_awake
+GPU_FILES = {"/dev/nvidiactl", "/dev/dxg", "/dev/kfd"}
 
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    keep_threads_awake()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    keep_threads_awake()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+@pytest.mark.parametrize(
+    ("gpu", "device", "expected"),
+    [
+        (None, None, True),
+        (None, "auto", True),
+        (None, "cpu", True),
+        ("/dev/nvidiactl", None, False),
+        ("/dev/nvidiactl", "cuda", False),
+        ("/dev/kfd", "auto", False),
+        ("/dev/dxg", "auto", False),
+        ("/dev/nvidiactl", "cpu", True),
+    ],
+)
+def test_openmp_threads_spin_for_a_moment_where_no_gpu_computes(monkeypatch, gpu, device, expected):
+    monkeypatch.setattr(cli.os.path, "exists", lambda path: path == gpu)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    cli.keep_threads_awake(device)
+    assert ("GOMP_SPINCOUNT" in os.environ) == expected
+    assert "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+
+
+@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "7")])
+def test_openmps_settings_by_the_user_stay(monkeypatch, name, value):
+    before = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} - {name}
+    monkeypatch.setattr(cli.os.path, "exists", lambda path: False)
+    for other in before:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    cli.keep_threads_awake("cpu")
+    assert os.environ[name] == value and not before & os.environ.keys()

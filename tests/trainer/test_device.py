@@ -61,7 +61,8 @@ def threads(monkeypatch):
     """Threads that were asked of torch, which keeps its own number."""
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     return asked
 
 
@@ -77,6 +78,45 @@ def test_cores_are_shared_among_the_local_ranks(threads, monkeypatch, cores, ran
 def test_one_process_has_every_core(threads, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6), raising=False)
     assert configure_threads(0) == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "ranks", "started_with", "expected"),
+    [
+        ("1", 1, {}, 1),
+        ("3", 1, {}, 3),
+        ("3,1", 1, {}, 3),
+        ("3", 2, {}, 3),
+        ("", 1, {}, 8),
+        ("many", 1, {}, 8),
+        ("0", 1, {}, 8),
+        # torchrun's own, and the user's.
+        ("1", 2, {"HOME": "/"}, 4),
+        ("1", 2, {"HOME": "/", "OMP_NUM_THREADS": "1"}, 1),
+    ],
+)
+def test_the_users_number_of_openmp_threads_is_taken(threads, monkeypatch, value, ranks, started_with, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.setattr(module, "environment", lambda pid: {os.getppid(): started_with}[pid])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert configure_threads(0) == expected
+    assert configure_threads(5) == 5
+    assert threads == [expected, 5]
+
+
+@pytest.mark.parametrize("by_user", [True, False])
+def test_torchruns_number_of_threads_is_told_from_the_users(tmp_path, by_user):
+    (tmp_path / "rank.py").write_text(
+        "import os, trainer.device as d\n"
+        "d.os.sched_getaffinity = lambda process: range(6)\n"
+        "print('threads', os.environ['OMP_NUM_THREADS'], d.configure_threads(0), flush=True)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"OMP_NUM_THREADS": "1"} if by_user else {})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:2] == [f"threads 1 {1 if by_user else 3}"] * 2, result.stdout
 
 
 def test_threads_are_really_set():
@@ -121,12 +161,32 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_measured_peak_is_positive(dtype):
-    assert 0 < measure_matmul(dtype, size=64, seconds=0.02) < float("inf")
+    assert 0 < measure_matmul(dtype, sizes=(32, 64), seconds=0.02) < float("inf")
 
 
 def test_the_peak_of_a_cpu_is_measured(monkeypatch):
-    monkeypatch.setattr(module, "measure_matmul", lambda dtype: {torch.float32: 1.0, torch.bfloat16: 2.0}[dtype])
+    speeds = {torch.float32: 1.0, torch.bfloat16: 2.0}
+    monkeypatch.setattr(module, "measure_matmul", speeds.__getitem__)
     assert (peak_flops(CPU, torch.float32), peak_flops(CPU, torch.bfloat16)) == (1.0, 2.0)
+    # A bf16 step multiplies in float32, too.
+    speeds[torch.bfloat16] = 0.5
+    assert (peak_flops(CPU, torch.float32), peak_flops(CPU, torch.bfloat16)) == (1.0, 1.0)
+
+
+def test_the_peak_is_the_best_of_all_sizes(monkeypatch):
+    """By a clock on which the product of each size takes so long."""
+    now, seconds, counted = [0.0], {8: 4.0, 16: 1.0, 32: 100.0}, []
+
+    def product(x, weight):
+        assert x.dtype == weight.dtype == torch.bfloat16
+        counted.append(len(x))
+        now[0] += seconds[len(x)]
+
+    monkeypatch.setattr(module, "linear", product)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    assert measure_matmul(torch.bfloat16, sizes=(8, 16, 32), seconds=0.3) == 2 * 16**3
+    # One to warm up, and three more however long they take.
+    assert [counted.count(size) for size in seconds] == [4, 4, 4]
 
 
 @pytest.mark.parametrize(

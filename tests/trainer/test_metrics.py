@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard."""
 
 import json
+import logging
 import math
 from types import SimpleNamespace
 
@@ -268,14 +269,26 @@ def test_a_steps_line_has_the_promised_keys(trainer, monkeypatch):
     monkeypatch.setattr("trainer.loop.peak_memory_bytes", lambda device: 7)
     running.sampler = SimpleNamespace(micro_batches=lambda step, micro, rank, world: [])
     running.engine.train_step = lambda batches, count, lr, step: StepResult(2.5, 0.25, 100, True)
-    running._flops_per_token, running._peak_flops = 3.0, 1e6
+    running._flops_per_token, running._peak_flops = 3.0, 1e15
     line = running._step()
     assert set(line) == STEP_KEYS
     assert (line["step"], line["tokens"], line["skipped_total"], line["loss"]) == (1, 100, 1, 2.5)
     assert line["tokens_per_second"] == pytest.approx(100 / line["step_seconds"])
-    assert line["model_flops_utilization"] == pytest.approx(3.0 * line["tokens_per_second"] / 1e6)
+    assert line["model_flops_utilization"] == pytest.approx(3.0 * line["tokens_per_second"] / 1e15)
     assert running.progress == Progress(step=1, tokens=100, skipped=1)
     json.dumps(line)
+
+
+def test_no_step_is_above_the_peak(trainer, monkeypatch, caplog):
+    running = trainer()
+    running._peak_flops = 100.0
+    monkeypatch.setattr(logging.getLogger("spiketrain"), "propagate", True)
+    with caplog.at_level(logging.INFO, "spiketrain"):
+        assert [running._utilization(flops) for flops in (50.0, 200.0, 100.0, 400.0, 100.0)] == [0.5, 1, 0.5, 1, 0.25]
+    # Once, whoever goes above it again.
+    assert ["above the measured peak" in record.message for record in caplog.records] == [True]
+    running._peak_flops = None
+    assert running._utilization(1.0) is None
 
 
 def test_a_validations_line(trainer):

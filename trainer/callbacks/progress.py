@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 _PLAIN_SECONDS = 10.0
+# On a CPU a run that will take longer than this is told of, once, as soon as these steps or seconds have been measured.
+_LONG_SECONDS = 20 * 60.0
+_SHORT_SECONDS = 10 * 60.0
+_JUDGED_STEPS = 10
+_JUDGED_SECONDS = 60.0
 _LOGGER = logging.getLogger("spiketrain")
 
 
@@ -36,6 +41,8 @@ class ProgressLine(Callback):
         self._began = self._last_plain = time.monotonic()
         self._first_step = 0
         self._training_seconds = 0.0
+        self._first_seconds = 0.0
+        self._judged = False
 
     def on_start(self, trainer: Trainer) -> None:
         """Show the line."""
@@ -62,6 +69,7 @@ class ProgressLine(Callback):
         self._training_seconds += metrics["step_seconds"]
         if trainer.engine.rank != 0:
             return
+        self._judge_length(trainer, metrics)
         status = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:,.0f} tokens/s"
         if metrics["model_flops_utilization"] is not None:
             status += f"  {100 * metrics['model_flops_utilization']:.0f} % of peak"
@@ -72,6 +80,29 @@ class ProgressLine(Callback):
             taken = metrics["step"] - self._first_step
             left = (time.monotonic() - self._began) / taken * (trainer.config.train.steps - metrics["step"])
             _LOGGER.info("step %d/%d  %s  %.0f s left", metrics["step"], trainer.config.train.steps, status, left)
+
+    def _judge_length(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Say once, early, that a run on a CPU will take long, and how to have a smaller result sooner."""
+        taken = metrics["step"] - self._first_step
+        if taken == 1:  # slower than the others: left out
+            self._first_seconds = self._training_seconds
+        measured = self._training_seconds - self._first_seconds
+        if self._judged or taken < 2 or (taken <= _JUDGED_STEPS and measured < _JUDGED_SECONDS):
+            return
+        self._judged = True
+        config, seconds = trainer.config, measured / (taken - 1)
+        left = seconds * (config.train.steps - metrics["step"])
+        if trainer.engine.device.type != "cpu" or left <= _LONG_SECONDS:
+            return
+        steps = metrics["step"] + max(int(_SHORT_SECONDS / seconds), 1)
+        _LOGGER.info(
+            "about %.0f minutes to go on this machine; for a smaller result in about %.0f: --train.steps %d "
+            "--run.dir %s-short",
+            left / 60,
+            _SHORT_SECONDS / 60,
+            steps,
+            config.run.dir,
+        )
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Report a validation."""

@@ -1,6 +1,6 @@
 """The configuration of a plan: a pre-training run and a cluster. Imports neither torch nor megatron."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trainer.config import PretrainConfig
 
@@ -67,10 +67,16 @@ class ClusterConfig:
 
 @dataclass
 class PlanConfig(PretrainConfig):
-    """A pre-training run, and what is to train it.
+    """A pre-training run, and what is to train it. train.precision=auto is what its devices are faster in.
 
     Attributes:
         cluster: The machines.
     """
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.precision == "auto":
+            faster_in_bf16 = self.cluster.peak_bf16 > self.cluster.peak_fp32
+            self.train = replace(self.train, precision="bf16" if faster_in_bf16 else "fp32")
