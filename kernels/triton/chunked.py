@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.linear_attention._chunks import sequence_bounds
+from kernels.triton import LARGEST_KEY
 from kernels.triton.chunk_kernels import (
     NO_DECAY,
     PER_CHANNEL,
@@ -27,7 +28,7 @@ from kernels.triton.chunk_kernels import (
 from kernels.triton.launch import KernelSpec, dot_precision, next_power, target_name
 from kernels.triton.sequences import ChunkTable, Launcher, chunk_table
 
-_LARGEST_KEY = 256
+_LARGEST_KEY = LARGEST_KEY
 
 
 @dataclass(frozen=True)
