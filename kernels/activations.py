@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.triton import implementations
 
@@ -34,9 +34,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: shapes or dtypes differ, or the backend cannot serve these inputs.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
+    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
         raise ValueError(
-            f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree"
+            f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree, and float"
         )
     choice = resolve("swiglu", backend, implementations(_BACKENDS, gate, up))
     if choice == "reference":
@@ -54,8 +54,10 @@ def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
     Against `swiglu` on the two halves this saves the copies that join their gradients.
 
     Raises:
-        ValueError: the last dimension is odd, or the backend (as in `swiglu`) cannot serve gate_up.
+        ValueError: gate_up is not floating, its last dimension is odd, or the backend (as in `swiglu`) cannot serve it.
     """
+    if not gate_up.is_floating_point():
+        raise ValueError(f"swiglu_packed: gate and up must be floating, not {gate_up.dtype}")
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu_packed: the last dimension holds gate and up, but {gate_up.shape[-1]} is odd")
     choice = resolve("swiglu_packed", backend, implementations(_BACKENDS, gate_up))

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.attention_sharded import attention_sharded
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.matmul import batched_matmul
 
@@ -145,9 +145,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tens
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ValueError(f"attention: needs q [B, Tq, H, K], k [B, Tk, Hkv, K], v [B, Tk, Hkv, V], not {shapes}")
-    if q.shape[3] != k.shape[3] or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention: q and k must share K, and all three their dtype: {shapes}, {q.dtype}, {k.dtype}")
-    if q.shape[2] % k.shape[2]:
+    if q.shape[3] != k.shape[3] or not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise ValueError(f"attention: q and k must share K, and all three a floating dtype: {shapes}, {dtypes}")
+    if not q.shape[0] * q.shape[1] * k.shape[2] * q.shape[3] * v.shape[3]:
+        raise ValueError(f"attention: nothing to attend with: {shapes}")
+    if q.shape[2] % k.shape[2] or not q.shape[2]:
         raise ValueError(f"attention: the number of key heads must divide that of query heads: {shapes}")
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"attention: queries are the last of the keys' positions and cannot outnumber them: {shapes}")
@@ -159,6 +162,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tens
 
 def _document_lengths(cu_seqlens: Tensor, time: int) -> list[int]:
     """The lengths between the bounds, without empty documents."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"attention: cu_seqlens must be int32 [N+1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if bounds[:1] != [0] or bounds[-1] != time or min(lengths, default=0) < 0:
@@ -174,7 +179,8 @@ def _available(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[str]
     if half and q.shape[3] == v.shape[3] <= _FLASH_MAX_HEAD_DIM and _flash_attn() is not None:
         available.append("flash")
     # torch aligns is_causal to the first key, not to the last: right for as many queries as keys, and needless for one.
-    if window is None and q.shape[1] in (1, k.shape[1]):
+    # In double precision a GPU has no fused kernel for it.
+    if window is None and q.shape[1] in (1, k.shape[1]) and not (q.is_cuda and q.dtype == torch.float64):
         available.append("sdpa")
     # Forward and backward on the CPU, at 512 tokens, banded is 1.7 times as fast as sdpa in float32, 2.2 in bfloat16.
     position = 0 if q.is_cpu and q.shape[1] > 1 else len(available)
@@ -233,12 +239,8 @@ def _by_document(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Torch's fused attention for Tq = Tk or Tq = 1."""
-    key_dim, value_dim = q.shape[3], v.shape[3]
-    # Unequal widths would send torch to its unfused form, which holds [T, T].
-    if key_dim < value_dim:
-        q, k = (F.pad(x, (0, value_dim - key_dim)) for x in (q, k))
-    elif value_dim < key_dim:
-        v = F.pad(v, (0, key_dim - value_dim))
+    value_dim = v.shape[3]
+    q, k, v = _fused_operands(q, k, v, q.is_cuda)
     o_BHTV = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -248,6 +250,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return o_BHTV.transpose(1, 2)[..., :value_dim]
+
+
+def _fused_operands(q: Tensor, k: Tensor, v: Tensor, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same attention in a form that torch has a fused kernel for; the unfused one holds [T, T] scores.
+
+    All widths are equal. A GPU's kernels want rows of whole 16 bytes, and the one for float32 as many key heads as
+    query heads.
+    """
+    width = max(q.shape[3], v.shape[3])
+    if on_gpu:
+        width = -(-width // 8) * 8
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
+    if on_gpu and q.dtype == torch.float32 and groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    return q, k, v
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:

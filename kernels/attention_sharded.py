@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.autograd import once_differentiable
 
 
 class _Exchange(torch.autograd.Function):

@@ -11,17 +11,17 @@ sequences are shifted as one long one; the first W - 1 rows of each, where that 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _disable_current_modes
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.cache import cache_tensors
 from kernels.linear_attention._chunks import implementations, sequence_bounds
 from kernels.linear_attention._sharded import all_gather, begins_here, cut_documents, run_from, state_of_last
 from kernels.triton import implementations as with_triton
@@ -35,8 +35,10 @@ def _check_inputs(
     """Raises ValueError for inputs that do not fit together; returns the sequences' bounds."""
     if x.dim() != 3 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point [B, T, D] and not empty, got {x.dtype} {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
-        raise ValueError(f"weight must be [D, W] with D = {x.shape[2]}, got shape {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be floating-point [D, W] with D = {x.shape[2]}, got {weight.dtype} {tuple(weight.shape)}"
+        )
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     bounds = sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
@@ -85,8 +87,7 @@ class _Heads:
     final: Tensor
 
 
-@lru_cache(maxsize=32)  # every layer of a step asks for the same one
-@_disable_current_modes()  # a run on shapes alone shares it with real ones
+@cache_tensors
 def _find_heads(bounds: tuple[int, ...], width: int, device: torch.device) -> _Heads:
     starts, ends = torch.tensor(bounds[:-1]), torch.tensor(bounds[1:])
     taps = torch.arange(width - 1)

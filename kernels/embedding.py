@@ -1,4 +1,4 @@
-"""Embedding over a vocabulary that is cut over ranks.
+"""Embedding, whole or over a vocabulary that is cut over ranks.
 
     x_t = W[token_t] = sum_p W_p[token_t]     with W_p[token] = 0 where rank p does not hold that row
 
@@ -10,6 +10,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.indices import check_range
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Look up rows of weight [V, D]: [..., D], differentiable in weight.
+
+    Raises:
+        ValueError: a token is outside the vocabulary; on a GPU, a failed assertion of the device.
+    """
+    check_range("embedding", "token", tokens, len(weight))
+    return F.embedding(tokens, weight)
+
 
 def sharded_embedding(tokens: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Look up this rank's PARTIAL embedding: its own rows, zeros for tokens whose row another rank holds.
@@ -18,7 +30,7 @@ def sharded_embedding(tokens: Tensor, weight: Tensor, group: dist.ProcessGroup) 
     caller's choice. No rank talks to another here.
 
     Args:
-        tokens: int64 of any shape, the same on every rank.
+        tokens: int64 of any shape, the same on every rank, in the whole vocabulary.
         weight: [V, D], this rank's part, as large on every rank: rank r holds rows r · V to (r + 1) · V of the whole.
         group: the ranks over which the vocabulary is cut.
 
@@ -27,14 +39,15 @@ def sharded_embedding(tokens: Tensor, weight: Tensor, group: dist.ProcessGroup) 
         of weight is that of this rank's rows, and whole.
 
     Raises:
-        ValueError: weight is not a matrix.
-        IndexError: a token is outside the whole vocabulary; on a GPU, a failed assertion of the device.
+        ValueError: weight is not a matrix, or a token is outside the whole vocabulary; on a GPU, a failed assertion of
+            the device.
     """
     if weight.dim() != 2:
         raise ValueError(f"sharded_embedding: weight must be [V, D], not {tuple(weight.shape)}")
+    check_range("sharded_embedding", "token", tokens, len(weight) * dist.get_world_size(group))
     owner = tokens.div(len(weight), rounding_mode="floor")
     # Tokens of other ranks read, and add zeros to, rows all over the part, not crowded at one of them.
-    # Those of no rank go on as they are, so that the lookup refuses them.
+    # Those of no rank go on as they are, so that the lookup refuses them on a GPU, too.
     exists = (owner >= 0) & (owner < dist.get_world_size(group))
     rows = torch.where(exists, tokens.remainder(len(weight)), tokens)
     return F.embedding(rows, weight).masked_fill((owner != dist.get_rank(group))[..., None], 0.0)

@@ -27,9 +27,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 
 # Multiplications of the smallest product that oneDNN's longer set-up pays for: torch 7 µs and oneDNN 15 at 64³, 41 and

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
-from kernels.triton import implementations
+from kernels.triton import LARGEST_ROW, implementations
 
 Activation = Literal["silu", "sigmoid"]
 
@@ -69,7 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         ValueError: weight is not [D], or the backend cannot serve these inputs.
     """
     _check_weight("rms_norm", x, weight)
-    choice = resolve("rms_norm", backend, implementations(_BACKENDS, x, weight))
+    choice = resolve("rms_norm", backend, _implementations(x, weight))
     if choice == "reference":
         return rms_norm_reference(x, weight, eps)
     if choice == "triton":
@@ -103,7 +103,7 @@ def gated_rms_norm(
         raise ValueError(f"gated_rms_norm: gate {tuple(gate.shape)} must have x's shape {tuple(x.shape)}")
     if activation not in ("silu", "sigmoid"):
         raise ValueError(f"gated_rms_norm: activation must be silu or sigmoid, not {activation!r}")
-    choice = resolve("gated_rms_norm", backend, implementations(_BACKENDS, x, gate, weight))
+    choice = resolve("gated_rms_norm", backend, _implementations(x, gate, weight))
     if choice == "reference":
         return gated_rms_norm_reference(x, gate, weight, eps, activation)
     if choice == "triton":
@@ -125,9 +125,10 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
         [..., K] in x's dtype.
 
     Raises:
-        ValueError: the backend cannot serve x.
+        ValueError: x is not floating, or the backend cannot serve it.
     """
-    choice = resolve("l2_norm", backend, implementations(_BACKENDS, x))
+    _check_floating("l2_norm", x)
+    choice = resolve("l2_norm", backend, _implementations(x))
     if choice == "reference":
         return l2_norm_reference(x, eps)
     if choice == "triton":
@@ -137,9 +138,19 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     return _L2Norm.apply(x, eps)
 
 
+def _implementations(x: Tensor, *others: Tensor) -> tuple[str, ...]:
+    return implementations(_BACKENDS, x, *others, fits=x.shape[-1] <= LARGEST_ROW)
+
+
 def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
+    _check_floating(op, x)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight {tuple(weight.shape)} must be [{x.shape[-1]}], the last dimension of x")
+
+
+def _check_floating(op: str, x: Tensor) -> None:
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x must be floating [..., D] with D > 0, not {x.dtype} {tuple(x.shape)}")
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.indices import check_range
 from kernels.triton import implementations
+
+# float32 has every integer below it.
+_MAX_POSITIONS = 1 << 24
 
 # Elements per block of time on the CPU, so that a block's temporaries stay in the cache; measured on a Zen 5.
 _BLOCK_ELEMENTS = 1 << 17
@@ -24,7 +28,7 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Te
     """Cosines and sines of the angles.
 
     Args:
-        positions: integers [T] or [B, T]; they may start again at every packed document.
+        positions: integers [T] or [B, T] in [0, 2^24); they may start again at every packed document.
         dim: the head dimension K, even.
         theta: the base of the wavelengths, 10000 in the paper.
 
@@ -32,13 +36,15 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Te
         (cos, sin), float32 [T, K/2] or [B, T, K/2].
 
     Raises:
-        ValueError: dim is odd.
+        ValueError: dim is odd, or a position is none of these; on a GPU, its angles are NaN.
     """
-    if dim % 2:
+    if dim % 2 or dim < 2:
         raise ValueError(f"rotary_tables: the head dimension must be even to be split in halves, not {dim}")
+    check_range("rotary_tables", "position", positions, _MAX_POSITIONS)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     # Rounded as transformers and Megatron round it: far positions of imported models depend on it.
-    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    known = positions.float().masked_fill((positions < 0) | (positions >= _MAX_POSITIONS), torch.nan)
+    angles = known[..., None] * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
@@ -64,7 +70,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") 
     Raises:
         ValueError: the tables do not fit x, or the backend cannot serve these inputs.
     """
-    if x.dim() != 4 or cos.shape != sin.shape or cos.shape[-2:] != (x.shape[1], x.shape[3] // 2) or x.shape[3] % 2:
+    if not all(tensor.is_floating_point() for tensor in (x, cos, sin)):
+        raise ValueError(f"apply_rotary: x {x.dtype}, cos {cos.dtype} and sin {sin.dtype} must be floating")
+    fit = x.dim() == 4 and x.shape[3] % 2 == 0 and cos.shape == sin.shape
+    # A batch of one table serves every example.
+    if not fit or cos.shape[-2:] != (x.shape[1], x.shape[3] // 2) or cos.shape[:-2] not in ((), (1,), x.shape[:1]):
         raise ValueError(
             f"apply_rotary: x {tuple(x.shape)} as [B, T, H, K] needs tables [T, K/2] or [B, T, K/2], "
             f"not cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"

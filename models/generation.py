@@ -26,7 +26,7 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
-        ordered, indices = probabilities.sort(-1, descending=True)
+        ordered, indices = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays if what lies before it does not yet reach top_p: the most likely one always does.
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered)

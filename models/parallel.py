@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from kernels.embedding import sharded_embedding
+from kernels.autograd import once_differentiable
+from kernels.embedding import embedding, sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
 from kernels.moe import permute, unpermute
@@ -55,6 +55,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _sum(grad, ctx.group), None
 
@@ -67,6 +68,7 @@ class _Leave(torch.autograd.Function):
         return _sum(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
@@ -163,7 +165,7 @@ class VocabEmbedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """The residual stream [T, B, D] of token ids [T, B]."""
         if self.groups.tensor is None:
-            return super().forward(tokens)
+            return embedding(tokens, self.weight)
         return leave_region(sharded_embedding(tokens, self.weight, self.groups.tensor), self.groups)
 
 

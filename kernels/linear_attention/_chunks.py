@@ -9,13 +9,12 @@ one contiguous slice, whose r-th element continues the r-th sequence, and the sc
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from kernels.cache import cache_tensors
 from kernels.matmul import multiplies_bfloat16
 
 CHUNK = 64  # measured: 32 and 128 are slower at K = V = 64 and 128, for 8 x 512 and 1 x 4096 tokens
@@ -134,8 +133,7 @@ class ChunkLayout:
         return torch.empty_like(state).index_copy_(0, self.order, state)
 
 
-@lru_cache(maxsize=32)  # every layer of a step asks for the same one
-@_disable_current_modes()  # a run on shapes alone shares it with real ones
+@cache_tensors
 def chunk_layout(bounds: tuple[int, ...], device: torch.device) -> ChunkLayout:
     """The layout of the sequences between `bounds` (see `sequence_bounds`)."""
     lengths = [end - start for start, end in pairwise(bounds)]
@@ -225,12 +223,14 @@ def check_inputs(
         if x.dim() != (3 if dim is None else 4) or (dim is not None and x.shape[-1] != dim):
             wanted = "[B, T, H]" if dim is None else f"[B, T, H, {dim}]"
             raise ValueError(f"{name} must be {wanted}, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
     tensors = {"q": q, "k": k, "v": v} | {name: x for name, (x, _) in per_head.items()}
     heads = max(x.shape[2] for x in tensors.values())
     for name, x in tensors.items():
         if x.shape[:2] != q.shape[:2]:
             raise ValueError(f"{name} must begin with q's [B, T] = {tuple(q.shape[:2])}, got shape {tuple(x.shape)}")
-        if heads % max(x.shape[2], 1):
+        if not x.shape[2] or heads % x.shape[2]:
             raise ValueError(f"{name} has {x.shape[2]} heads, which does not divide the largest number, {heads}")
     if q.numel() == 0 or v.numel() == 0:
         raise ValueError(f"empty input: q has shape {tuple(q.shape)}, v {tuple(v.shape)}")

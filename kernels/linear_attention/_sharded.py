@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.linear_attention._chunks import sequence_bounds
 
 # What a piece's tokens [B, T, ...] do to a state: (M, C), M a factor of C's shape or a matrix in front of it.

@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.linear_attention._chunks import (
     ChunkLayout,
@@ -54,6 +54,7 @@ from kernels.linear_attention._decays import (
 )
 from kernels.linear_attention._sharded import run_sharded
 from kernels.matmul import fastest_products, through_mkl, with_fastest_products
+from kernels.triton import LARGEST_KEY
 from kernels.triton import implementations as with_triton
 
 
@@ -483,7 +484,8 @@ def gated_delta_rule(
         return run_sharded(one_rank, summarize, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = _check(q, k, v, log_decay, beta, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False), fastest_products(q):
-        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, beta, initial_state)
+        fits = q.shape[-1] <= LARGEST_KEY
+        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, beta, initial_state, fits=fits)
         choice = resolve("gated_delta_rule", backend, available)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if choice == "reference":

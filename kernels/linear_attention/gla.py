@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.linear_attention._chunks import (
     ChunkLayout,
@@ -39,6 +39,7 @@ from kernels.linear_attention._chunks import (
 from kernels.linear_attention._decays import block_groups, channel_scores, channel_scores_backward, sum_over_spans
 from kernels.linear_attention._sharded import decays_after, run_sharded
 from kernels.matmul import fastest_products, with_fastest_products
+from kernels.triton import LARGEST_KEY
 from kernels.triton import implementations as with_triton
 
 
@@ -249,7 +250,8 @@ def gla(
         return run_sharded(one_rank, summarize_gla, inputs, group, initial_state, output_final_state, cu_seqlens)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay, q.shape[-1])}, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False), fastest_products(q):
-        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state)
+        fits = q.shape[-1] <= LARGEST_KEY
+        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state, fits=fits)
         choice = resolve("gla", backend, available)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if choice == "reference":

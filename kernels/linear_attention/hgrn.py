@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.linear_attention._chunks import (
     ChunkLayout,
@@ -54,8 +54,11 @@ def _check(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlen
         raise ValueError(
             f"x must be a floating-point tensor [B, T, D] that is not empty, got {tuple(x.shape)} {x.dtype}"
         )
-    if log_decay.shape != x.shape:
-        raise ValueError(f"log_decay must have x's shape {tuple(x.shape)}, got {tuple(log_decay.shape)}")
+    if log_decay.shape != x.shape or not log_decay.is_floating_point():
+        raise ValueError(
+            f"log_decay must be a floating-point tensor of x's shape {tuple(x.shape)}, got {tuple(log_decay.shape)} "
+            f"{log_decay.dtype}"
+        )
     bounds = sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
     if initial_state is not None and initial_state.shape != (len(bounds) - 1, x.shape[2]):
         raise ValueError(

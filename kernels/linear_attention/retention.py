@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.linear_attention._chunks import (
     ChunkLayout,
@@ -37,6 +37,7 @@ from kernels.linear_attention._decays import pairwise_decays, sum_over_spans
 from kernels.linear_attention._sharded import run_sharded
 from kernels.linear_attention.gla import summarize_gla
 from kernels.matmul import fastest_products, with_fastest_products
+from kernels.triton import LARGEST_KEY
 from kernels.triton import implementations as with_triton
 
 
@@ -225,7 +226,8 @@ def retention(
     log_decay_BTH = _every_token(q, log_decay)
     heads, bounds = check_inputs(q, k, v, {"log_decay": (log_decay_BTH, None)}, initial_state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False), fastest_products(q):
-        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state)
+        fits = q.shape[-1] <= LARGEST_KEY
+        available = with_triton(implementations(q.shape[1]), q, k, v, log_decay, initial_state, fits=fits)
         choice = resolve("retention", backend, available)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if choice == "reference":

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.indices import check_range
 from kernels.matmul import matmul
 from kernels.triton import implementations
 
@@ -80,8 +81,8 @@ def linear_cross_entropy(
     Args:
         hidden: [N, D], floating.
         weight: [V, D] in hidden's dtype; the (perhaps tied) output embedding.
-        labels: int64 [N]; a token whose label is -100 counts nothing.
-        token_weights: float32 [N] or None for ones; a token whose weight is 0 counts nothing.
+        labels: int64 [N] in [0, V), or -100 for a token that counts nothing; with `group` V is that of all ranks.
+        token_weights: float32 [N] or None for ones, without a gradient; a token whose weight is 0 counts nothing.
         group: the ranks over which the vocabulary is cut, or None. weight is then this rank's part, [V, D] on each:
             rank r holds rows r · V to (r + 1) · V of the whole. All else is the same on every rank.
         backend: auto, reference, torch or triton, of which the last two differ in the softmax alone.
@@ -92,17 +93,19 @@ def linear_cross_entropy(
         by the token count. With `group` they are those of the whole vocabulary, the same on every rank.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other, or the backend cannot serve these inputs.
+        ValueError: shapes or dtypes do not fit each other, a label is outside the vocabulary, the token weights want a
+            gradient, or the backend cannot serve these inputs. On a GPU, where looking at labels would wait for it, one
+            that is outside makes the loss, its token's and every gradient NaN.
 
     With `group`, the gradient of weight is that of this rank's rows and whole, while the gradient of hidden is this
     rank's PARTIAL one, through its own rows: the caller adds up the ranks', as where any tensor-parallel region is
-    entered. Every rank backpropagates from the whole loss, not from a share of it. A label beyond the whole vocabulary
-    makes the loss infinite (the reference refuses it).
+    entered. Every rank backpropagates from the whole loss, not from a share of it.
 
     Logits come from a matmul in hidden's dtype and are float32 after it. The largest temporary holds the logits of one
     block of tokens; the gradient of weight is summed in float32.
     """
-    _check(hidden, weight, labels, token_weights)
+    vocabulary = len(weight) * (1 if group is None else dist.get_world_size(group))
+    _check(hidden, weight, labels, token_weights, vocabulary)
     available = implementations(("torch", "reference"), hidden, weight, labels, token_weights)
     choice = resolve("linear_cross_entropy", backend, available)
     if choice == "reference":
@@ -111,7 +114,9 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled(), choice, group)
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None) -> None:
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, vocabulary: int) -> None:
+    if not hidden.is_floating_point():
+        raise ValueError(f"linear_cross_entropy: hidden must be floating, not {hidden.dtype}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"linear_cross_entropy: hidden [N, D] and weight [V, D] must share D and dtype, not "
@@ -123,6 +128,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor
         )
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"linear_cross_entropy: token_weights {tuple(token_weights.shape)} must be [{len(hidden)}]")
+    if token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("linear_cross_entropy: token_weights would get no gradient: detach them first")
+    check_range("linear_cross_entropy", "label", labels, vocabulary, besides=IGNORE_LABEL)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -140,10 +148,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        scale_N = (labels != IGNORE_LABEL).to(wide)
+        vocabulary = len(weight) * (1 if group is None else dist.get_world_size(group))
+        exists_N = (labels >= 0) & (labels < vocabulary)
+        # Labels that nobody could look at: their tokens read the row of another, and count as NaN.
+        unknown_N = ~exists_N & (labels != IGNORE_LABEL)
+        scale_N = exists_N.to(wide).masked_fill_(unknown_N, torch.nan)
         if token_weights is not None:
             scale_N = scale_N * token_weights
-        target_N = labels.clamp(min=0)
+        target_N = labels.masked_fill(~exists_N, 0)
         if group is not None:
             target_N -= dist.get_rank(group) * len(weight)
         nll_N = torch.empty_like(scale_N)
@@ -166,7 +178,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for logits_CR, grad_RD in zip(logits.split(_PRODUCT_ROWS, dim=1), grad_weight.split(_PRODUCT_ROWS)):
                     add(grad_RD, matmul(logits_CR.T, hidden_CD))
         # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
-        nll_N.masked_fill_(scale_N == 0, 0.0)
+        nll_N.masked_fill_(scale_N == 0, 0.0).masked_fill_(unknown_N, torch.nan)
         loss = torch.dot(nll_N, scale_N)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(nll_N)

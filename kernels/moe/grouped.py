@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.indices import check_counts
 from kernels.matmul import matmul
-from kernels.triton import implementations
+from kernels.triton import LARGEST_ROW, implementations
 
 
 def grouped_linear_reference(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
@@ -36,15 +37,15 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor
     Args:
         x_ND: rows sorted by expert, as `permute` gives them.
         weight_EOD: a matrix for each expert, in x's dtype.
-        tokens_per_expert_E: int64, how many rows each expert has; they add up to N, which is not checked: that would
-            wait for the device.
+        tokens_per_expert_E: int64, how many rows each expert has; they add up to N.
         backend: auto, reference, torch or triton.
 
     Returns:
         `[N, O]` in x's dtype. The gradient of the matrix of an expert without rows is zero.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or the backend cannot serve these inputs.
+        ValueError: shapes or dtypes do not fit, the counts do not add up to N, or the backend cannot serve these
+            inputs. On a GPU, where looking at the counts would wait for it, wrong ones make the output NaN.
     """
     fits = x_ND.ndim == 2 and weight_EOD.ndim == 3 and x_ND.shape[1] == weight_EOD.shape[2]
     if not fits or tokens_per_expert_E.shape != weight_EOD.shape[:1] or x_ND.dtype != weight_EOD.dtype:
@@ -52,8 +53,12 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor
             f"grouped_linear: x {tuple(x_ND.shape)} {x_ND.dtype}, weight {tuple(weight_EOD.shape)} {weight_EOD.dtype} "
             f"and tokens per expert {tuple(tokens_per_expert_E.shape)} must be [N, D], [E, O, D] of x's dtype and [E]"
         )
+    if not x_ND.is_floating_point():
+        raise ValueError(f"grouped_linear: x must be floating, not {x_ND.dtype}")
+    check_counts("grouped_linear", tokens_per_expert_E, len(x_ND))
     others = ("torch", "reference") if x_ND.is_cpu or _grouped_mm_takes(x_ND, weight_EOD) else ("reference",)
-    choice = resolve("grouped_linear", backend, implementations(others, x_ND, weight_EOD))
+    available = implementations(others, x_ND, weight_EOD, fits=len(weight_EOD) < LARGEST_ROW)
+    choice = resolve("grouped_linear", backend, available)
     if choice == "reference":
         return grouped_linear_reference(x_ND, weight_EOD, tokens_per_expert_E)
     if choice == "triton":
@@ -62,8 +67,16 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor
         return grouped.grouped_linear(x_ND, weight_EOD, tokens_per_expert_E)
     if x_ND.is_cpu:
         return _GroupedLinear.apply(x_ND, weight_EOD, tokens_per_expert_E)
+    return _grouped_mm(x_ND, weight_EOD, tokens_per_expert_E)
+
+
+def _grouped_mm(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """`grouped_linear` through torch, which checks no count."""
     ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x_ND, weight_EOD.mT, offs=ends_E)
+    fit = (tokens_per_expert_E >= 0).all() & (ends_E[-1] == len(x_ND))
+    # Where they do not, one expert takes all rows: nothing is read out of bounds.
+    y_NO = F.grouped_mm(x_ND, weight_EOD.mT, offs=torch.where(fit, ends_E, len(x_ND)))
+    return torch.where(fit, y_NO, torch.nan)
 
 
 def _grouped_mm_takes(x_ND: Tensor, weight_EOD: Tensor) -> bool:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.indices import check_range, on_host
 from kernels.triton import implementations
 
 _BACKENDS = ("torch", "reference")
@@ -64,6 +65,8 @@ def permute(
     Raises:
         ValueError: the shapes do not fit, the map is not bool, or the backend cannot serve these inputs.
     """
+    if not x_TD.is_floating_point() or x_TD.ndim != 2:
+        raise ValueError(f"permute: x must be floating [tokens, D], not {x_TD.dtype} {tuple(x_TD.shape)}")
     if routing_map_TE.dtype != torch.bool or routing_map_TE.ndim != 2 or len(routing_map_TE) != len(x_TD):
         raise ValueError(
             f"permute: the map {tuple(routing_map_TE.shape)} {routing_map_TE.dtype} must be bool "
@@ -111,13 +114,17 @@ def unpermute(
         order of the sum is that of the rows, in every run.
 
     Raises:
-        ValueError: the shapes do not fit, or the backend cannot serve these inputs.
+        ValueError: the shapes do not fit, a row's token is out of range, or the backend cannot serve these inputs. On a
+            GPU, where looking at the tokens would wait for it, one out of range makes the output NaN.
     """
+    if not rows_ND.is_floating_point() or rows_ND.ndim != 2:
+        raise ValueError(f"unpermute: rows must be floating [N, D], not {rows_ND.dtype} {tuple(rows_ND.shape)}")
     if row_tokens_N.shape != rows_ND.shape[:1] or (row_probs_N is not None and row_probs_N.shape != row_tokens_N.shape):
         probs = "" if row_probs_N is None else f" and their probs {tuple(row_probs_N.shape)}"
         raise ValueError(
             f"unpermute: the rows' tokens {tuple(row_tokens_N.shape)}{probs} must be [{len(rows_ND)}], as many as rows"
         )
+    check_range("unpermute", "row's token", row_tokens_N, num_tokens)
     choice = resolve("unpermute", backend, implementations(_BACKENDS, rows_ND, row_probs_N))
     if choice == "reference":
         return unpermute_reference(rows_ND, row_tokens_N, num_tokens, row_probs_N)
@@ -144,8 +151,11 @@ def _add_up(rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N:
     if row_probs_N is not None:
         rows_ND = rows_ND.to(torch.promote_types(rows_ND.dtype, row_probs_N.dtype))
         weights = row_probs_N.to(rows_ND.dtype)[order_N]
-    bags = torch.embedding_bag(rows_ND, order_N, bounds, per_sample_weights=weights, include_last_offset=True)
-    return bags[0].to(narrow)
+    bags = torch.embedding_bag(rows_ND, order_N, bounds, per_sample_weights=weights, include_last_offset=True)[0]
+    if not on_host(row_tokens_N):
+        # Rows of tokens that do not exist are in no sum: it must not look whole.
+        bags = torch.where((bounds[0] == 0) & (bounds[-1] == len(order_N)), bags, torch.nan)
+    return bags.to(narrow)
 
 
 class _TakeOnce(torch.autograd.Function):

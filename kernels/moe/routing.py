@@ -24,6 +24,10 @@ With q = gates / scale, g the gradient of the gates, ⟨·,·⟩ a sum over expe
 The arithmetic is float32 (float64 of float64 logits), and so are the results. Equal values go to the lower index in all
 implementations: they compare logits, activated logits, or scores with their bias, whichever rounds least. A choice
 between values that differ in their last digit alone is not the same everywhere.
+
+NaN counts as the largest value, the first NaN before the others, in all implementations. So a token with a NaN logit
+has as many experts as any other, a NaN gate among them, and the output is NaN: what went wrong shows. It is chosen by
+`dense_to_sparse_gate` for one expert alone, since NaN reaches no threshold.
 """
 
 from typing import Any, Literal
@@ -31,10 +35,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.backend import resolve
-from kernels.triton import implementations
+from kernels.triton import LARGEST_ROW, implementations
 
 Score = Literal["softmax", "sigmoid"]
 Normalize = Literal["before", "after", "none"]
@@ -72,15 +76,13 @@ def top_k_gate_reference(
         in_group = _largest_by_sort(best, group_top_k)
         values = values.masked_fill(~in_group.repeat_interleave(grouped.shape[-1], -1), -torch.inf)
     chosen = _largest_by_sort(values, top_k)
-    if normalize == "before":
-        gates = probs * chosen
-    elif normalize == "none":
-        gates = scores * chosen
-    elif score == "softmax":
+    if normalize == "after" and score == "softmax":
         gates = wide.masked_fill(~chosen, -torch.inf).softmax(-1)
+    elif normalize == "after":
+        gates = scores / (_keep(scores, chosen).sum(-1, keepdim=True) + TINY)
     else:
-        gates = scores * chosen / ((scores * chosen).sum(-1, keepdim=True) + TINY)
-    return probs, gates * scale, chosen
+        gates = probs if normalize == "before" else scores
+    return probs, _keep(gates, chosen) * scale, chosen
 
 
 def dense_to_sparse_gate_reference(
@@ -101,10 +103,8 @@ def dense_to_sparse_gate_reference(
     keep = (probs >= threshold) | _largest_by_sort(inner, 1)
     if max_experts is not None:
         keep = keep & _largest_by_sort(inner, max_experts)
-    gates = probs * keep
-    if renormalize:
-        gates = gates / gates.sum(-1, keepdim=True)
-    return probs, gates, keep
+    gates = probs / _keep(probs, keep).sum(-1, keepdim=True) if renormalize else probs
+    return probs, _keep(gates, keep), keep
 
 
 def top_k_gate(
@@ -142,7 +142,8 @@ def top_k_gate(
     """
     experts = logits_TE.shape[-1]
     _check_choices("top_k_gate", ("score", score, SCORES), ("normalize", normalize, NORMALIZATIONS))
-    if logits_TE.ndim != 2 or not 1 <= top_k <= experts or not scale > 0:
+    _check_logits("top_k_gate", logits_TE)
+    if not 1 <= top_k <= experts or not scale > 0:
         raise ValueError(
             f"top_k_gate: top_k {top_k} must be 1 to the number of experts of logits {tuple(logits_TE.shape)}, "
             f"[tokens, experts], and scale {scale} positive"
@@ -150,7 +151,8 @@ def top_k_gate(
     if bias_E is not None and bias_E.shape != (experts,):
         raise ValueError(f"top_k_gate: bias {tuple(bias_E.shape)} must be [{experts}], a number for each expert")
     _check_groups(experts, top_k, num_groups, group_top_k)
-    choice = resolve("top_k_gate", backend, implementations(_BACKENDS, logits_TE, bias_E))
+    available = implementations(_BACKENDS, logits_TE, bias_E, fits=experts <= LARGEST_ROW)
+    choice = resolve("top_k_gate", backend, available)
     if choice == "reference":
         return top_k_gate_reference(
             logits_TE,
@@ -203,7 +205,8 @@ def dense_to_sparse_gate(
     """
     experts = logits_TE.shape[-1]
     _check_choices("dense_to_sparse_gate", ("activation", activation, ACTIVATIONS))
-    if logits_TE.ndim != 2 or not 1 <= (experts if max_experts is None else max_experts) <= experts:
+    _check_logits("dense_to_sparse_gate", logits_TE)
+    if not 1 <= (experts if max_experts is None else max_experts) <= experts:
         raise ValueError(
             f"dense_to_sparse_gate: max_experts {max_experts} must be 1 to the number of experts of logits "
             f"{tuple(logits_TE.shape)}, [tokens, experts]"
@@ -219,7 +222,8 @@ def dense_to_sparse_gate(
         temperature = torch.full((), temperature, dtype=wide, device=logits_TE.device)
     elif temperature.numel() != 1:
         raise ValueError(f"dense_to_sparse_gate: temperature {tuple(temperature.shape)} must have one element")
-    choice = resolve("dense_to_sparse_gate", backend, implementations(_BACKENDS, logits_TE, temperature, noise_TE))
+    available = implementations(_BACKENDS, logits_TE, temperature, noise_TE, fits=experts <= LARGEST_ROW)
+    choice = resolve("dense_to_sparse_gate", backend, available)
     if choice == "reference":
         return dense_to_sparse_gate_reference(
             logits_TE,
@@ -236,6 +240,13 @@ def dense_to_sparse_gate(
 
         return routing.dense_to_sparse_gate(*arguments)
     return _DenseToSparseGate.apply(*arguments)
+
+
+def _check_logits(op: str, logits_TE: Tensor) -> None:
+    if logits_TE.ndim != 2 or not logits_TE.is_floating_point():
+        raise ValueError(
+            f"{op}: logits must be floating [tokens, experts], not {logits_TE.dtype} {tuple(logits_TE.shape)}"
+        )
 
 
 def _check_choices(op: str, *choices: tuple[str, str, tuple[str, ...]]) -> None:
@@ -280,16 +291,26 @@ def _values(wide_TE: Tensor, scores_TE: Tensor, num_groups: int, bias_E: Tensor 
     return (wide_TE if num_groups == 1 else scores_TE).detach()
 
 
+def _keep(x_TE: Tensor, mask_TE: Tensor) -> Tensor:
+    """X where the mask is true, else zero; a product would make NaN of the zeros beside a NaN."""
+    return x_TE.masked_fill(~mask_TE, 0.0)
+
+
 def _largest_by_sort(values_TE: Tensor, count: int) -> Tensor:
-    """Marks the `count` largest of each row, of equal ones the first."""
+    """`largest` by its definition."""
     order = values_TE.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(values_TE, dtype=torch.bool).scatter(-1, order, True)
 
 
-def _largest(values_TE: Tensor, count: int) -> Tensor:
-    """`_largest_by_sort`, by the faster topk, whose own choice among equal values is arbitrary."""
+def largest(values_TE: Tensor, count: int) -> Tensor:
+    """Marks the `count` largest of each row, at least one; NaN is above all, and of equal ones the first are taken.
+
+    By topk, which is faster than a stable sort, and whose own choice among equal values is arbitrary.
+    """
     last_T1 = values_TE.topk(count, -1).values[..., -1:]
-    above, equal = values_TE > last_T1, values_TE == last_T1
+    nan, nan_T1 = values_TE.isnan(), last_T1.isnan()
+    above = (values_TE > last_T1) | (nan & ~nan_T1)
+    equal = (values_TE == last_T1) | (nan & nan_T1)
     return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
@@ -298,9 +319,9 @@ def _choose(values_TE: Tensor, top_k: int, num_groups: int, group_top_k: int) ->
     if num_groups > 1:
         grouped = values_TE.unflatten(-1, (num_groups, -1))
         best = grouped.topk(top_k // group_top_k, -1).values.sum(-1)
-        outside = ~_largest(best, group_top_k)
+        outside = ~largest(best, group_top_k)
         values_TE = grouped.masked_fill(outside[..., None], -torch.inf).flatten(-2)
-    return _largest(values_TE, top_k)
+    return largest(values_TE, top_k)
 
 
 def _softmax_backward(grad_TE: Tensor, probs_TE: Tensor) -> Tensor:
@@ -333,11 +354,11 @@ class _TopKGate(torch.autograd.Function):
         chosen = _choose(_values(wide, scores, num_groups, bias_E), top_k, num_groups, group_top_k)
         if normalize == "after" and score == "softmax":
             gates = wide.masked_fill(~chosen, -torch.inf).softmax(-1)
+        elif normalize == "after":
+            gates = scores / (_keep(scores, chosen).sum(-1, keepdim=True) + TINY)
         else:
-            gates = (probs if normalize == "before" else scores) * chosen
-            if normalize == "after":
-                gates /= gates.sum(-1, keepdim=True) + TINY
-        gates *= scale
+            gates = probs if normalize == "before" else scores
+        gates = _keep(gates, chosen).mul_(scale)
         ctx.mark_non_differentiable(chosen)
         ctx.save_for_backward(scores, gates, chosen)
         ctx.score, ctx.normalize, ctx.scale, ctx.dtype = score, normalize, scale, logits_TE.dtype
@@ -387,10 +408,9 @@ class _DenseToSparseGate(torch.autograd.Function):
         probs = (inner / temperature).softmax(-1)
         keep = (probs >= threshold).scatter_(-1, inner.argmax(-1, keepdim=True), True)
         if max_experts < logits_TE.shape[-1]:
-            keep &= _largest(inner, max_experts)
-        gates = probs * keep
-        if renormalize:
-            gates /= gates.sum(-1, keepdim=True)
+            keep &= largest(inner, max_experts)
+        gates = probs / _keep(probs, keep).sum(-1, keepdim=True) if renormalize else probs
+        gates = _keep(gates, keep)
         ctx.mark_non_differentiable(keep)
         ctx.save_for_backward(logits_TE, temperature, noise_TE, probs, keep)
         ctx.activation, ctx.renormalize = activation, renormalize
@@ -425,7 +445,7 @@ def _activation_backward(grad: Tensor, x: Tensor, activation: Activation) -> Ten
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, x)
     if activation == "relu":
-        return torch.where(x > 0, grad, 0.0)
+        return torch.where(x <= 0, 0.0, grad)  # NaN keeps its gradient
     act = _activate(x, activation)
     backward = torch.ops.aten.sigmoid_backward if activation == "sigmoid" else torch.ops.aten.tanh_backward
     return backward(grad, act)

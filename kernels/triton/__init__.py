@@ -12,6 +12,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+# What the kernels take: key dimensions of the chunked recurrences, and the rows that one program holds whole.
+LARGEST_KEY = 256
+LARGEST_ROW = 1 << 16
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,9 +37,12 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(x.device == given[0].device and (not x.is_floating_point() or x.dtype in _DTYPES) for x in given)
 
 
-def implementations(others: tuple[str, ...], *tensors: Tensor | None) -> tuple[str, ...]:
-    """`others`, the implementations that need no Triton, and "triton" where usable: on a GPU first, on a CPU last."""
-    if not usable(*tensors):
+def implementations(others: tuple[str, ...], *tensors: Tensor | None, fits: bool = True) -> tuple[str, ...]:
+    """`others`, the implementations that need no Triton, and "triton" where usable: on a GPU first, on a CPU last.
+
+    `fits` says whether the kernels take inputs of these sizes; where they do not, `others` serve.
+    """
+    if not fits or not usable(*tensors):
         return others
     on_cpu = any(x is not None and x.is_cpu for x in tensors)
     return (*others, "triton") if on_cpu else ("triton", *others)

@@ -47,6 +47,12 @@ _STRONGEST = tl.constexpr(-200.0)
 
 
 @triton.jit
+def _bounded(log_decay):
+    """Log decays not below `_STRONGEST`; NaN stays, for which tl.maximum would take the bound."""
+    return tl.where(log_decay < _STRONGEST, _STRONGEST, log_decay)
+
+
+@triton.jit
 def _spans(rows, columns, half):
     """Whether the decay of token `columns` lies between token `rows` and the split of its block of `2 * half`.
 
@@ -131,7 +137,7 @@ def prepare_kernel(
         beta_C = tl.load(beta + tokens * beta_heads + head * beta_heads // heads, mask=valid, other=0.0).to(tl.float32)
     if DECAY == _PER_HEAD:
         decay_C = tl.load(log_decay + tokens * decay_heads + decay_head, mask=valid, other=0.0).to(tl.float32)
-        decay_C = tl.maximum(decay_C, _STRONGEST)
+        decay_C = _bounded(decay_C)
         until_C = tl.exp(tl.sum(tl.where(columns <= rows, decay_C[None, :], 0.0), axis=1))
         after_C = tl.exp(tl.sum(tl.where(columns > rows, decay_C[None, :], 0.0), axis=1))
         whole = tl.exp(tl.sum(decay_C, axis=0))
@@ -150,7 +156,7 @@ def prepare_kernel(
             whole_K = whole_K * whole
         if DECAY == _PER_CHANNEL:
             decay_CK = load_rows(log_decay, tokens, valid, decay_head, decay_heads, KEY, first, BLOCK_K).to(tl.float32)
-            decay_CK = tl.maximum(decay_CK, _STRONGEST)
+            decay_CK = _bounded(decay_CK)
             until_CK = tl.exp(_exact_sums(columns <= rows, decay_CK))
             after_CK = tl.exp(_exact_sums(columns > rows, decay_CK))
             q_out, k_out, written = q_CK * until_CK, k_CK * until_CK, key_CK * after_CK
@@ -248,7 +254,7 @@ def prepare_backward_per_head_kernel(
     if DECAY == _PER_HEAD:
         decay_head = head * decay_heads // heads
         decay_C = tl.load(log_decay + tokens * decay_heads + decay_head, mask=valid, other=0.0).to(tl.float32)
-        decay_C = tl.maximum(decay_C, _STRONGEST)
+        decay_C = _bounded(decay_C)
         until_C = tl.exp(tl.sum(tl.where(columns <= rows, decay_C[None, :], 0.0), axis=1))
         after_C = tl.exp(tl.sum(tl.where(columns > rows, decay_C[None, :], 0.0), axis=1))
         # First the scores times their gradients, all but Gamma, which is the gradient of log Gamma but for it.
@@ -370,7 +376,7 @@ def prepare_backward_per_channel_kernel(
     if DELTA:
         key_CK = k_CK * beta_C[:, None]
     decay_CK = load_rows(log_decay, tokens, valid, decay_head, decay_heads, KEY, first, BLOCK_K).to(tl.float32)
-    decay_CK = tl.maximum(decay_CK, _STRONGEST)
+    decay_CK = _bounded(decay_CK)
 
     until_CK = tl.exp(_exact_sums(columns <= rows, decay_CK))
     d_q_CK = load_rows(d_q_decayed, tokens, valid, head, heads, KEY, first, BLOCK_K) * until_CK

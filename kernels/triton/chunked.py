@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.linear_attention._chunks import sequence_bounds
+from kernels.triton import LARGEST_KEY
 from kernels.triton.chunk_kernels import (
     NO_DECAY,
     PER_CHANNEL,
@@ -27,8 +28,6 @@ from kernels.triton.chunk_kernels import (
 )
 from kernels.triton.launch import KernelSpec, dot_precision, log_known_faults, next_power, target_name
 from kernels.triton.sequences import ChunkTable, Launcher, chunk_table
-
-_LARGEST_KEY = 256
 
 PLAN_VARIABLE = "SPIKETRAIN_TRITON_PLAN"
 _SWITCHES = {
@@ -78,8 +77,8 @@ def make_plan(
     They were chosen with `python -m kernels.compile` and Triton 3.9, for no spilled registers.
     """
     key_dim, value_dim = dims
-    if key_dim > _LARGEST_KEY:
-        raise ValueError(f"the Triton kernels take key dimensions up to {_LARGEST_KEY}, got {key_dim}")
+    if key_dim > LARGEST_KEY:
+        raise ValueError(f"the Triton kernels take key dimensions up to {LARGEST_KEY}, got {key_dim}")
     decay = NO_DECAY if log_decay is None else PER_HEAD if log_decay.dim() == 3 else PER_CHANNEL
     amd, wide, long = target.startswith("gfx"), operand == torch.float32, key_dim > 128
     # NVIDIA's threads have 255 registers, AMD's 512 in programs of four warps; float32 products take three times the
@@ -101,7 +100,7 @@ def make_plan(
         chunk=chunk,
         block_key=min(max(16, next_power(key_dim)), 32 if wide or target != "sm_90" else 64),
         block_value=block_value,
-        scan_key=min(max(16, next_power(key_dim)), 64 if wide and not amd else _LARGEST_KEY),
+        scan_key=min(max(16, next_power(key_dim)), 64 if wide and not amd else LARGEST_KEY),
         scan_value=min(block_value, 16 if long or (wide and not amd) else 32),
         prepare_key=16 if small else 32,
         scan_warps=4,

@@ -5,28 +5,29 @@
 
 Every row knows its sequence, and with it where the sequence starts and ends. A row before the start lies in the
 sequence's state: `_input` reads both as one, and the state's rows, start − (W−1) … start − 1, have gradients by the
-formula of dx. z is computed again in the backward for the rows j … j + W − 1; these share their 2W − 1 inputs, which
-the compiler loads once. Each program writes its part of dtaps, and the parts are added in a fixed order.
+formula of dx. z is computed again in the backward for the rows j … j + W − 1. These share 2W − 1 inputs, but the
+compiler loads a tile for each use, W² + 2W in all, of which the first cache serves most. Each program writes its part
+of dtaps, and the parts are added in a fixed order.
 """
 
 # Triton reads a kernel's annotations: only those of constexprs mean anything to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
+from kernels.cache import cache_tensors
 from kernels.triton.launch import KernelSpec, device_guard, dtype_bytes, next_power, target_name, warp_size
 
 _BLOCK_ELEMENTS = 1024
 
-# Elements of a tile to a thread. The backward keeps 2W − 1 inputs of each, which at 8 do not fit 255 registers.
+# Elements of a tile to a thread. At 8 the backward does not fit 255 registers.
 _FORWARD_PER_THREAD = 8
 _BACKWARD_PER_THREAD = 4
 
@@ -235,7 +236,7 @@ def _past_tile(target: str, dim: int, width: int) -> tuple[int, int, int]:
     return slots, channels, max(slots * channels // (_BACKWARD_PER_THREAD * warp_size(target)), 1)
 
 
-@lru_cache(maxsize=32)  # every layer of a step asks for the same one
+@cache_tensors
 def _sequences(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The bounds, int64 `[N+1]`, and the sequence of every row, int32."""
     bounds_N = torch.tensor(bounds)

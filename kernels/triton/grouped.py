@@ -3,6 +3,9 @@
 The rows of an expert are cut into tiles, of which the last may be in part empty. Which expert a tile has and where it
 begins is found on the device, by `_schedule_kernel`: the host knows only that there are at most N / BLOCK_M + E tiles,
 and launches so many; those that do not exist end at once. A product accumulates in float32.
+
+Counts that do not add up to the rows are found there, too: then no expert has rows, and all tiles are those of expert
+E, which does not exist and whose product is NaN. Nothing is read or written out of bounds.
 """
 
 # Triton reads a kernel's annotations: only those of constexprs mean anything to it.
@@ -15,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.triton.launch import (
     KernelSpec,
     device_guard,
@@ -39,22 +42,25 @@ def _schedule_kernel(
     expert_ptr,
     tiles,
     experts,
+    rows,
     BLOCK_M: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """Writes where the rows of each expert end, and for each tile its expert and the row where it begins."""
     column = tl.arange(0, BLOCK_E)
-    count = tl.load(count_ptr + column, mask=column < experts, other=0).to(tl.int32)
+    count = tl.load(count_ptr + column, mask=column < experts, other=0).to(tl.int64)
+    wrong = (tl.min(count, axis=0) < 0) | (tl.sum(count, axis=0) != rows)
+    count = tl.where(wrong, tl.where(column == experts, rows, 0), count).to(tl.int32)
     end = tl.cumsum(count, axis=0)
     if tl.program_id(0) == 0:
         tl.store(end_ptr + column, end, mask=column < experts)
     expert_tiles = (count + BLOCK_M - 1) // BLOCK_M
     tile_end = tl.cumsum(expert_tiles, axis=0)
     tile = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
-    # A tile beyond the last has no expert: it finds none, and `experts` marks it.
+    # A tile beyond the last has no expert: it finds none, and a number above `experts` marks it.
     before = tile_end[None, :] <= tile[:, None]
-    expert = tl.sum((before & (column < experts)[None, :]).to(tl.int32), axis=1)
+    expert = tl.sum((before & (column <= experts)[None, :]).to(tl.int32), axis=1)
     own = column[None, :] == expert[:, None]
     first = tl.sum(tl.where(own, (tile_end - expert_tiles)[None, :], 0), axis=1)
     begin = tl.sum(tl.where(own, (end - count)[None, :], 0), axis=1)
@@ -75,6 +81,7 @@ def _rows_kernel(
     k_stride,
     tiles,
     experts,
+    rows,
     n_size,
     k_size,
     PRECISION: tl.constexpr,
@@ -87,13 +94,16 @@ def _rows_kernel(
     n_tiles = tl.cdiv(n_size, BLOCK_N)
     tile = tl.program_id(0) // n_tiles
     expert = tl.load(expert_ptr + tile)
-    if expert < experts:
-        begin, end = tl.load(expert_ptr + tiles + tile), tl.load(end_ptr + expert)
+    if expert <= experts:
+        # Expert E, of counts that are wrong, reads the last one's matrix, and has all rows.
+        known = tl.minimum(expert, experts - 1)
+        begin = tl.load(expert_ptr + tiles + tile)
+        end = tl.where(expert < experts, tl.load(end_ptr + known), rows)
         row = begin + tl.arange(0, BLOCK_M)
         n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + row[:, None].to(tl.int64) * x_stride + k[None, :]
-        weight_ptr += expert.to(tl.int64) * expert_stride
+        weight_ptr += known.to(tl.int64) * expert_stride
         weight_ptrs = weight_ptr + n[None, :] * n_stride + k[:, None] * k_stride
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for start in range(0, k_size, BLOCK_K):
@@ -103,6 +113,7 @@ def _rows_kernel(
             total += dot(x, weight, PRECISION)
             x_ptrs += BLOCK_K
             weight_ptrs += BLOCK_K * k_stride
+        total = tl.where(expert < experts, total, float("nan"))
         y_ptrs = y_ptr + row[:, None].to(tl.int64) * n_size + n[None, :]
         tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=(row < end)[:, None] & (n < n_size)[None, :])
 
@@ -158,7 +169,7 @@ def _weight_tile(target: str, size: int) -> tuple[dict[str, int], int, int]:
 
 
 def _schedule_blocks(experts: int, block_m: int) -> dict[str, int]:
-    width = next_power(experts)
+    width = next_power(experts + 1)
     return {"BLOCK_M": block_m, "BLOCK_TILES": max(1, _SCHEDULE_ELEMENTS // width), "BLOCK_E": width}
 
 
@@ -172,7 +183,7 @@ def _schedule(tokens_per_expert_E: Tensor, rows: int, block_m: int) -> tuple[Ten
     with device_guard(ends_E):
         grid = (triton.cdiv(tiles, blocks["BLOCK_TILES"]),)
         counts_E = tokens_per_expert_E.contiguous()
-        _schedule_kernel[grid](counts_E, ends_E, schedule, tiles, experts, **blocks, num_warps=4)
+        _schedule_kernel[grid](counts_E, ends_E, schedule, tiles, experts, rows, **blocks, num_warps=4)
     return ends_E, schedule
 
 
@@ -190,7 +201,7 @@ def _rows_product(
             _rows_kernel[grid](
                 *(x, weight, y, ends_E, schedule),
                 *strides,
-                *(tiles, len(ends_E), n_size, x.shape[1]),
+                *(tiles, len(ends_E), len(x), n_size, x.shape[1]),
                 PRECISION=dot_precision(target),
                 **blocks,
                 num_warps=warps,
@@ -249,10 +260,11 @@ def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
     precision = {"PRECISION": dot_precision(target)}
     product = {"x_ptr": pointer, "weight_ptr": pointer, "y_ptr": pointer, "end_ptr": "*i32", "expert_ptr": "*i32"}
     product |= dict.fromkeys(("x_stride", "expert_stride", "n_stride", "k_stride", "tiles", "experts"), "i32:16")
-    product |= dict.fromkeys(("n_size", "k_size"), "i32:16")
+    product |= dict.fromkeys(("rows", "n_size", "k_size"), "i32:16")
     weight = {"dy_ptr": pointer, "x_ptr": pointer, "dweight_ptr": pointer, "end_ptr": "*i32"}
     weight |= dict.fromkeys(("dy_stride", "x_stride", "o_size", "d_size"), "i32:16")
     schedule = {"count_ptr": "*i64", "end_ptr": "*i32", "expert_ptr": "*i32", "tiles": "i32:16", "experts": "i32:16"}
+    schedule["rows"] = "i32:16"
     schedule_blocks = _schedule_blocks(experts, blocks["BLOCK_M"])
     kernels: list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]] = [
         ("schedule", _schedule_kernel, schedule, schedule_blocks, 4, 3),

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.linear_attention._chunks import sequence_bounds
 from kernels.triton.launch import KernelSpec
 from kernels.triton.sequences import ChunkTable, Launcher, chunk_table

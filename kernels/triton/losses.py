@@ -77,7 +77,8 @@ def _kernel(
         tl.store(nll_ptr + row, 0.0)
     else:
         target = tl.load(target_ptr + row)
-        at_target = tl.load(logits_ptr + target).to(tl.float32)
+        inside = (target >= 0) & (target < vocabulary)
+        at_target = tl.load(logits_ptr + target, mask=inside, other=float("-inf")).to(tl.float32)
         log_total = _log_sum_exp(logits_ptr, vocabulary, BLOCK_V)
         tl.store(nll_ptr + row, log_total - at_target)
         if GRADIENT:
@@ -125,7 +126,7 @@ def to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Ten
 
     Args:
         logits_CV: float32, bfloat16 or float16, its last dimension contiguous.
-        target_C: int64, each in [0, V).
+        target_C: int64, each in [0, V); the loss of another one is infinite.
         scale_C, nll_C: float32, contiguous; the loss of a token whose scale is 0 is 0.
         wants_gradient: otherwise the logits stay as they are.
     """

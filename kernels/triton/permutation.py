@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.moe.permutation import rows_by_token
 from kernels.triton.launch import (
     KernelSpec,
@@ -42,20 +42,23 @@ def _gather_kernel(
     dweight_ptr,
     x_stride,
     y_stride,
+    tokens,
     rows,
     columns,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.load(token_ptr + row, mask=row < rows, other=0)
+    token = tl.load(token_ptr + row, mask=row < rows, other=0).to(tl.int64)
+    known = ((token >= 0) & (token < tokens))[:, None]
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
         dweight = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, columns, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)[None, :]
         mask = (row < rows)[:, None] & (column < columns)
-        x = tl.load(x_ptr + token[:, None] * x_stride + column, mask=mask, other=0.0)
+        x = tl.load(x_ptr + token[:, None] * x_stride + column, mask=mask & known, other=0.0)
+        x = tl.where(known, x, float("nan"))
         if weight_ptr is not None:
             x = x.to(tl.float32)
             y = tl.load(y_ptr + row[:, None] * y_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -67,7 +70,7 @@ def _gather_kernel(
 
 
 @triton.jit
-def _sum_kernel(rows_ptr, order_ptr, bounds_ptr, weight_ptr, x_ptr, rows_stride, columns, BLOCK_D: tl.constexpr):
+def _sum_kernel(rows_ptr, order_ptr, bounds_ptr, weight_ptr, x_ptr, rows_stride, rows, columns, BLOCK_D: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -77,6 +80,9 @@ def _sum_kernel(rows_ptr, order_ptr, bounds_ptr, weight_ptr, x_ptr, rows_stride,
         if weight_ptr is not None:
             x *= tl.load(weight_ptr + row).to(tl.float32)
         total += x
+    # Rows of tokens that do not exist are in no sum: it must not look whole.
+    whole = (tl.load(bounds_ptr) == 0) & (tl.load(bounds_ptr + tl.num_programs(0)) == rows)
+    total = tl.where(whole, total, float("nan"))
     tl.store(x_ptr + token * columns + column, total.to(x_ptr.dtype.element_ty), mask=column < columns)
 
 
@@ -104,7 +110,7 @@ def _gather(
     if rows:
         with device_guard(x_TD):
             tensors = x_TD, row_tokens_N.contiguous(), weight_N, y_ND, rows_ND, dweight_N
-            numbers = x_TD.stride(0), 0 if y_ND is None else y_ND.stride(0), rows, columns
+            numbers = x_TD.stride(0), 0 if y_ND is None else y_ND.stride(0), len(x_TD), rows, columns
             blocks = {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps}
             _gather_kernel[(triton.cdiv(rows, block_n),)](*tensors, *numbers, **blocks)
     return rows_ND, dweight_N
@@ -119,7 +125,8 @@ def _sum(rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, weight_N: Tenso
         with device_guard(rows_ND):
             grid = num_tokens, triton.cdiv(columns, block_d)
             tensors = rows_ND, order_N, bounds, None if weight_N is None else weight_N.contiguous(), x_TD
-            _sum_kernel[grid](*tensors, rows_ND.stride(0), columns, BLOCK_D=block_d, num_warps=warps)
+            numbers = rows_ND.stride(0), len(rows_ND), columns
+            _sum_kernel[grid](*tensors, *numbers, BLOCK_D=block_d, num_warps=warps)
     return x_TD
 
 
@@ -175,10 +182,10 @@ def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
     found = []
     for suffix, weighted in (("", False), ("_weighted", True)):
         gather = {"x_ptr": pointer, "token_ptr": "*i64", "weight_ptr": "*fp32", "y_ptr": pointer, "rows_ptr": pointer}
-        gather |= {"dweight_ptr": "*fp32", "x_stride": "i32:16", "y_stride": "i32:16", "rows": "i32:16"}
-        gather |= {"columns": "i32:16"}
+        gather |= {"dweight_ptr": "*fp32", "x_stride": "i32:16", "y_stride": "i32:16"}
+        gather |= dict.fromkeys(("tokens", "rows", "columns"), "i32:16")
         add = {"rows_ptr": pointer, "order_ptr": "*i64", "bounds_ptr": "*i64", "weight_ptr": "*fp32", "x_ptr": pointer}
-        add |= {"rows_stride": "i32:16", "columns": "i32:16"}
+        add |= dict.fromkeys(("rows_stride", "rows", "columns"), "i32:16")
         absent = [] if weighted else ["weight_ptr", "y_ptr", "dweight_ptr"]
         gather_blocks = {"BLOCK_N": block_n, "BLOCK_D": block_d}
         moved = (tokens + (2 if weighted else 1) * rows) * columns * size + (16 if weighted else 8) * rows

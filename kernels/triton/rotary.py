@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.triton.launch import KernelSpec, device_guard, dtype_bytes, next_power, target_name, warp_size
 
 _BLOCK_PAIRS = 1024

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import once_differentiable
 from kernels.moe.routing import TINY
 from kernels.triton.launch import (
     KernelSpec,
@@ -43,9 +43,12 @@ def _block(tokens, experts, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _first_largest(values, free, column):
-    """Marks the largest free value of each row, of equal ones the first; none where nothing is free."""
-    largest = tl.max(tl.where(free, values, float("-inf")), axis=1)[:, None]
-    first = tl.min(tl.where(free & (values == largest), column, values.shape[1]), axis=1)[:, None]
+    """Marks the largest free value of each row, NaN above all, of equal ones the first; none where nothing is free."""
+    nan = free & (values != values)
+    largest = tl.max(tl.where(free & (nan == 0), values, float("-inf")), axis=1)[:, None]
+    has_nan = tl.max(nan.to(tl.int32), axis=1)[:, None] > 0
+    best = tl.where(has_nan, nan, free & (values == largest))
+    first = tl.min(tl.where(best, column, values.shape[1]), axis=1)[:, None]
     return column == first
 
 
@@ -66,10 +69,10 @@ def _in_best_groups(values, exists, column, experts, num_groups, group_top_k, pe
     left = exists
     for _ in range(per_group):
         for g in range(num_groups):
-            inside = left & (group == g)
-            best = tl.max(tl.where(inside, values, float("-inf")), axis=1)[:, None]
+            first = _first_largest(values, left & (group == g), column)
+            best = tl.sum(tl.where(first, values, 0.0), axis=1)[:, None]
             worth = tl.where(group == g, worth + best, worth)
-            left = left & (_first_largest(values, inside, column) == 0)
+            left = left & (first == 0)
     chosen = column < 0
     for _ in range(group_top_k):
         first = _first_largest(worth, exists & (chosen == 0), column)
@@ -82,7 +85,8 @@ def _softmax(x, mask):
     """The softmax of the masked part of each row, zero elsewhere."""
     largest = tl.max(tl.where(mask, x, float("-inf")), axis=1)[:, None]
     e = tl.where(mask, tl.exp(x - largest), 0.0)
-    return e / tl.sum(e, axis=1)[:, None]
+    # Zero beside a NaN, too, and where the mask is empty.
+    return tl.where(mask, e / tl.sum(e, axis=1)[:, None], 0.0)
 
 
 @triton.jit
@@ -129,11 +133,14 @@ def _top_k_forward_kernel(
     if GROUPED:
         free = _in_best_groups(values, exists, column, experts, num_groups, group_top_k, per_group)
     chosen = _largest(values, free, column, top_k)
-    gates = tl.where(chosen, s, 0.0)
+    gates = s
     if NORMALIZE == "before":
-        gates = gates / total
+        gates = s / total
     elif NORMALIZE == "after":
-        gates = gates / (tl.sum(gates, axis=1)[:, None] + _TINY) if SIGMOID else _softmax(z, chosen)
+        kept = tl.sum(tl.where(chosen, s, 0.0), axis=1)[:, None]
+        gates = s / (kept + _TINY) if SIGMOID else _softmax(z, chosen)
+    # Last, for zero divided by a NaN is none.
+    gates = tl.where(chosen, gates, 0.0)
     place = row * experts + column
     tl.store(probs_ptr + place, s / total, mask=mask)
     tl.store(gates_ptr + place, gates * scale, mask=mask)
@@ -179,7 +186,6 @@ def _top_k_backward_kernel(
     else:
         dz = s * (ds - tl.sum(ds * s, axis=1)[:, None])
         if NORMALIZE == "after":
-            # A row beyond the last has chosen nothing: its softmax is 0 / 0, and is not stored.
             q = _softmax(z, chosen)
             dz += q * (dgates - tl.sum(dgates * q, axis=1)[:, None])
     tl.store(dlogits_ptr + place, dz.to(dlogits_ptr.dtype.element_ty), mask=mask)
@@ -191,7 +197,8 @@ def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "none":
         act, slope = z, tl.full(z.shape, 1.0, dtype=tl.float32)
     elif ACTIVATION == "relu":
-        act, slope = tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
+        # Not by tl.maximum, which takes 0 for NaN.
+        act, slope = tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "sigmoid":
         act = tl.sigmoid(z)
         slope = act * (1.0 - act)
@@ -235,9 +242,10 @@ def _dense_to_sparse_forward_kernel(
     keep = exists & ((p >= threshold) | _first_largest(u, exists, column))
     if max_experts < experts:
         keep = keep & _largest(u, exists, column, max_experts)
-    gates = tl.where(keep, p, 0.0)
+    gates = p
     if RENORMALIZE:
-        gates = gates / tl.sum(gates, axis=1)[:, None]
+        gates = p / tl.sum(tl.where(keep, p, 0.0), axis=1)[:, None]
+    gates = tl.where(keep, gates, 0.0)
     place = row * experts + column
     tl.store(probs_ptr + place, p, mask=mask)
     tl.store(gates_ptr + place, gates, mask=mask)
@@ -277,7 +285,8 @@ def _dense_to_sparse_backward_kernel(
     if RENORMALIZE:
         kept = tl.where(keep, p, 0.0)
         # A row beyond the last keeps nothing.
-        total = tl.maximum(tl.sum(kept, axis=1)[:, None], _TINY)
+        total = tl.sum(kept, axis=1)[:, None]
+        total = tl.where(total < _TINY, _TINY, total)
         dgates = (dgates - tl.sum(dgates * kept, axis=1)[:, None] / total) / total
     dp += tl.where(keep, dgates, 0.0)
     du = p * (dp - tl.sum(dp * p, axis=1)[:, None]) / temperature

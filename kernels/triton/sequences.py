@@ -10,7 +10,6 @@ A chunk is C tokens of one sequence, fewer at its end.
 
 import inspect
 from dataclasses import replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cache import cache_tensors
 from kernels.triton.launch import KernelSpec, device_guard
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
@@ -41,7 +41,7 @@ class ChunkTable(NamedTuple):
         return self.first.shape[0] - 1
 
 
-@lru_cache(maxsize=32)  # every layer of a step asks for the same one
+@cache_tensors
 def chunk_table(bounds: tuple[int, ...], chunk: int, device: torch.device) -> ChunkTable:
     """The chunks of the sequences between `bounds` (see `kernels.linear_attention`), in order."""
     chunks, first = [], [0]

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.autograd import once_differentiable
 from kernels.moe import dense_to_sparse_gate, top_k_gate
+from kernels.moe.routing import largest
 from models.config import MoEConfig
 from models.parallel import WHOLE, Groups, sum_counts
 from models.recompute import is_recomputing
@@ -220,6 +222,7 @@ class _AddLoss(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, torch.full_like(ctx.like, ctx.scale), None
 
@@ -235,9 +238,12 @@ def busiest(load: Sequence[float], number: int, above: float) -> tuple[int, ...]
 
 
 def fit_capacity(gates: Tensor, keep: Tensor, capacity: int) -> Tensor:
-    """The `capacity` tokens of the largest gates of each expert, bool [N, E]; those it does not keep come last."""
+    """The `capacity` tokens of the largest gates of each expert, bool [N, E], of equal ones the first.
+
+    Those it does not keep come last. Without tokens there is nothing to fit.
+    """
     weight = gates.detach().masked_fill(~keep, -1.0)
-    return torch.zeros_like(keep).scatter(0, weight.topk(capacity, 0).indices, True)
+    return largest(weight.T, capacity).T if capacity else torch.zeros_like(keep)
 
 
 def token_keys(tokens: Tensor, positions: Tensor) -> Tensor:

@@ -251,3 +251,27 @@ def test_flash_over_a_cache(monkeypatch: pytest.MonkeyPatch, queries: int, windo
     monkeypatch.setattr(module, "_flash_attn", _stand_in_for_flash)
     monkeypatch.setattr(module, "_available", lambda *inputs: ["flash"])
     _compare(_draw((4, 2, 8, 8), (queries, 9)), "flash", window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_gpu_is_given_has_a_fused_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrange, fused, calls = module._fused_operands, module.F.scaled_dot_product_attention, []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append((q.shape, k.shape, v.shape, options["enable_gqa"]))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(module, "_fused_operands", lambda q, k, v, on_gpu: arrange(q, k, v, True))
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", attend)
+    for shape in SHAPES:
+        _compare(_draw(shape, (9, 9)), "sdpa", dtype)
+        q, k, v, grouped = calls.pop()
+        assert q[3] == k[3] == v[3] and q[3] % 8 == 0
+        # The kernel that takes groups of queries does not take float32.
+        assert grouped == (q[1] != k[1]) and not (grouped and dtype == torch.float32)
+
+
+def test_no_gpu_has_a_fused_kernel_for_double_precision() -> None:
+    for dtype, offered in ((torch.float64, False), (torch.float32, True)):
+        q = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=dtype, shape=(1, 9, 2, 8))
+        assert ("sdpa" in module._available(q, q, q, None)) == offered

@@ -114,7 +114,7 @@ def test_a_token_that_no_rank_holds_is_refused(token: int, monkeypatch: pytest.M
     monkeypatch.setattr(embedding.dist, "get_rank", lambda _: 1)
     monkeypatch.setattr(embedding.dist, "get_world_size", lambda _: 2)
     assert sharded_embedding(torch.tensor([4, 5, 9]), torch.ones(5, 1), None).tolist() == [[0], [1], [1]]
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=f"token {token} at place 1 of 2 is outside 0 to 9"):
         sharded_embedding(torch.tensor([0, token]), torch.ones(5, 1), None)
     with pytest.raises(ValueError, match="weight must be"):
         sharded_embedding(torch.tensor([0]), torch.ones(5), None)

@@ -1,5 +1,6 @@
 """Cases for the gates, and how every implementation is compared with the reference."""
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -83,3 +84,35 @@ def check_ties(backend: str) -> None:
     # Two groups of two: the first row's are worth 2 and 2, the second's 0 and 0, the third's 3 and 5.
     grouped = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]).bool()
     assert torch.equal(top_k_gate(logits, 1, num_groups=2, backend=backend)[2].cpu(), grouped)
+
+
+def check_nan(backend: str) -> None:
+    """A token with NaN logits has experts like any other, with NaN gates among theirs and NaN in its gradient alone."""
+    nan, inf = torch.nan, torch.inf
+    rows = [[1.0, 2.0, 3.0, 4.0], [nan] * 4, [1.0, nan, 3.0, nan], [inf, 0.0, nan, 1.0], [4.0, 3.0, 2.0, 1.0]]
+
+    def check(outputs: tuple[torch.Tensor, ...], logits: torch.Tensor, expected: list[list[int]], case: str) -> None:
+        probs, gates, chosen = outputs
+        assert torch.equal(chosen.cpu(), torch.tensor(expected).bool()), case
+        assert gates.isnan().any(-1).tolist() == [False, True, True, True, False], case
+        assert not gates[~chosen].any(), case
+        (gradient,) = torch.autograd.grad((probs + gates).square().sum(), logits)
+        assert gradient.isnan().any(-1).tolist() == [False, True, True, True, False], case
+
+    logits = torch.tensor(rows, device=DEVICE).requires_grad_()
+    two = [[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]]
+    for score, normalize in product(SCORES, NORMALIZATIONS):
+        options: dict[str, Any] = {"score": score, "normalize": normalize, "backend": backend}
+        check(top_k_gate(logits, 2, **options), logits, two, f"{score}, {normalize}")
+    grouped = [[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0]]
+    options = {"score": "sigmoid", "normalize": "none", "num_groups": 2, "backend": backend}
+    check(top_k_gate(logits, 2, **options), logits, grouped, "groups")
+    check(top_k_gate(logits, 2, bias_E=torch.zeros(4, device=DEVICE), **options), logits, grouped, "groups and bias")
+    one = [[0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0]]
+    for renormalize, limit in product((False, True), (None, 2)):
+        options = {"renormalize": renormalize, "max_experts": limit, "backend": backend}
+        check(dense_to_sparse_gate(logits, 1.0, 0.1, **options), logits, one, f"{renormalize}, {limit}")
+    # Without the infinite logit, of which an activation may make a NaN.
+    for activation in ACTIVATIONS:
+        _, gates, keep = dense_to_sparse_gate(logits[1:3], 1.0, 0.9, activation=activation, backend=backend)
+        assert keep.int().tolist() == one[1:3] and gates[keep].isnan().all() and not gates[~keep].any(), activation

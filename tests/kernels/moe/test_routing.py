@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.moe import dense_to_sparse_gate, top_k_gate
-from kernels.moe.routing import NORMALIZATIONS, SCORES
+from kernels.moe.routing import NORMALIZATIONS, SCORES, _largest_by_sort, largest
 from tests.kernels.moe._gates import (
     check_dense_to_sparse,
+    check_nan,
     check_ties,
     check_top_k,
     dense_to_sparse_cases,
@@ -48,6 +49,22 @@ def test_what_adds_up_to_one(score: str, normalize: str) -> None:
         torch.testing.assert_close(gates, probs * chosen)
     else:
         torch.testing.assert_close(gates, logits.sigmoid() * chosen)
+
+
+@SETTINGS
+@given(
+    row=st.lists(st.sampled_from([torch.nan, torch.inf, -torch.inf, 1.0, 0.0, -0.0]), min_size=1, max_size=9),
+    data=st.data(),
+)
+def test_the_largest_are_those_of_a_stable_sort(row: list[float], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(row)))
+    values = torch.tensor([row, row[::-1]])
+    assert torch.equal(largest(values, count), _largest_by_sort(values, count))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_nan_is_never_hidden(backend: str) -> None:
+    check_nan(backend)
 
 
 def test_saturated_scores_are_told_apart() -> None:

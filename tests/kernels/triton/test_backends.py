@@ -30,3 +30,25 @@ def test_triton_stays_finite_and_exact_at_strong_decays(name: str) -> None:
     actual = results(OPS[name], inputs, None, backend="triton")
     expected = results(OPS[name], [x.detach().double().requires_grad_() for x in inputs], None)
     assert_same([x.double() for x in actual], expected, 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("name", OPS)
+def test_nan_is_never_hidden_and_stays_in_its_document(name: str, backend: str) -> None:
+    lengths, token = [5, 21, 3], 12
+    inputs = make_inputs(name, 1, sum(lengths), heads=(2, 2, 2), dims=DIMS, dtype=torch.float32)
+    for poisoned, x in enumerate(inputs):
+        # Triton's are slow: of them the decay's alone, or beta's, which are the last ones.
+        if x.dim() == 1 or (
+            backend == "triton" and poisoned < len(inputs) - 1 - (name in ("gated_delta_rule", "kimi_delta_rule"))
+        ):
+            continue
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in inputs]
+        with torch.no_grad():
+            leaves[poisoned].view(1, sum(lengths), -1)[0, token, 0] = torch.nan
+        o, state, *gradients = results(OPS[name], leaves, None, cu_seqlens=bounds_tensor(lengths), backend=backend)
+        assert o[0, token].isnan().any(), poisoned
+        assert state[[0, 2]].isfinite().all() and o[0, :5].isfinite().all() and o[0, 26:].isfinite().all(), poisoned
+        per_token = [gradient[0] for gradient, leaf in zip(gradients, leaves) if leaf.dim() > 1]
+        assert any(gradient[5:26].isnan().any() for gradient in per_token), poisoned
+        assert all(gradient[:5].isfinite().all() and gradient[26:].isfinite().all() for gradient in per_token), poisoned

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernels.moe import dense_to_sparse_gate, top_k_gate
 from tests.kernels.moe._gates import (
     check_dense_to_sparse,
+    check_nan,
     check_ties,
     check_top_k,
     dense_to_sparse_cases,
@@ -40,6 +41,10 @@ def test_dense_to_sparse(case: tuple[int, int, dict[str, Any]], noisy: bool, see
 
 def test_ties_go_to_the_lower_index() -> None:
     check_ties("triton")
+
+
+def test_nan_is_never_hidden() -> None:
+    check_nan("triton")
 
 
 def test_views_and_narrow_logits() -> None:

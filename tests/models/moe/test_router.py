@@ -146,6 +146,25 @@ def test_noise_is_finite_at_both_ends():
     assert ends.isfinite().all() and ends[0] < -2 and ends[1] > 15
 
 
+def test_of_equal_gates_the_first_fit():
+    gates, keep = torch.full((1000, 2), 0.5), torch.ones(1000, 2, dtype=torch.bool)
+    gates[700:, 1] = 0.7
+    keep[:20, 0] = False
+    within = fit_capacity(gates, keep, 400)
+    assert within[:, 0].nonzero()[:, 0].tolist() == list(range(20, 420))
+    assert within[:, 1].nonzero()[:, 0].tolist() == [*range(100), *range(700, 1000)]
+    # Where too few are kept, the first of the others fill the rest.
+    keep[:, 0] = False
+    keep[900:, 0] = True
+    assert fit_capacity(gates, keep, 150)[:, 0].nonzero()[:, 0].tolist() == [*range(50), *range(900, 1000)]
+
+
+def test_nan_gates_fit_first():
+    gates, keep = torch.full((5, 1), 0.5), torch.ones(5, 1, dtype=torch.bool)
+    gates[3:] = torch.nan
+    assert fit_capacity(gates, keep, 3)[:, 0].tolist() == [True, False, False, True, True]
+
+
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 30), st.floats(0, 1), st.integers(0, 99))
 def test_capacity(tokens, experts, capacity, share, seed):
