@@ -179,7 +179,7 @@ def _next_signal(seconds: float) -> int | None:
     return info.si_signo
 
 
-def _preparation(mask: set[signal.Signals]) -> Callable[[], None]:
+def _preparation(mask: set[int | signal.Signals]) -> Callable[[], None]:
     """What a rank does before it runs: it hears signals, and is asked to stop if this process dies (Linux)."""
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 

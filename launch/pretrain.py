@@ -9,7 +9,7 @@ python launch/pretrain.py --config configs/pretrain/laptop.yaml --check --world-
 import sys
 from pathlib import Path
 
-from trainer import run_directory, run_lock, weights
+from trainer import preflight, run_directory, run_lock, weights
 from trainer.cli import (
     EXIT_CONFIG_ERROR,
     ConfigError,
@@ -41,6 +41,7 @@ def main() -> int:
         config.validate_layout(world_size)
         finished = run_directory.check(config)
         weights.check(config)
+        findings = preflight.check(config) if check_only or not finished else preflight.Findings()
         if check_only:
             weights.check_tensors(config)
     except ValueError as error:
@@ -50,6 +51,8 @@ def main() -> int:
             write_status(run_dir, "config_error", EXIT_CONFIG_ERROR, str(error))
         fail(str(error))
     if check_only:
+        for line in (*findings.notes, *(f"warning: {line}" for line in findings.warnings)):
+            print(line)
         print(f"the configuration is valid for {world_size} {'rank' if world_size == 1 else 'ranks'}")
         return 0
     if finished:

@@ -66,6 +66,7 @@ class DataConfig:
         blend: Several sources with their weights, in place of path.
         tokenizer: tokenizer.json, SentencePiece .model or a directory with one; null takes the prepared directory's.
         validation_path: A .bin/.idx prefix for validation; null takes the prepared directory's validation split.
+        eod_id: The token that ends a document, for Megatron data without a tokenizer; null takes the tokenizer's.
         document_mask: Keep the documents packed into a sample from seeing each other.
         cache_dir: Where data.path=stdlib is prepared.
         vocab_size: Size of the SentencePiece vocabulary that data.path=stdlib learns.
@@ -75,24 +76,33 @@ class DataConfig:
     blend: dict[str, float] = field(default_factory=dict)
     tokenizer: str | None = None
     validation_path: str | None = None
+    eod_id: int | None = None
     document_mask: bool = True
     cache_dir: str = "data"
     vocab_size: int = 4096
 
     def __post_init__(self) -> None:
         for source, weight in self.blend.items():
-            _require(weight > 0, f"data.blend: the weight of {source} is {weight}; it must be positive")
-        for source in self.blend or {self.path: 1.0}:
+            _require(
+                0 < weight < math.inf, f"data.blend: the weight of {source} is {weight}; it must be a positive number"
+            )
+        for source in self.shares():
             if source != "stdlib":
                 resolve_prefix(source)
         for name in ("tokenizer", "validation_path"):
             value = getattr(self, name)
             if value is not None:
-                exists = Path(value).exists() or Path(f"{value}.idx").exists()
+                path = Path(value).expanduser()
+                exists = path.exists() or Path(f"{path}.idx").exists()
                 _require(exists, f"data.{name}: {value} does not exist")
         _require(
             self.vocab_size >= 512, f"data.vocab_size={self.vocab_size} must be at least 512 (256 bytes and pieces)"
         )
+        _require(self.eod_id is None or self.eod_id >= 0, f"data.eod_id is {self.eod_id}: it must not be negative")
+
+    def shares(self) -> dict[str, float]:
+        """Every source with its weight: `blend`, or `path` alone."""
+        return self.blend or {self.path: 1.0}
 
 
 @dataclass

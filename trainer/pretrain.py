@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models.decoder import Decoder, shapes
-from trainer import checkpoint, logs, precision, run_directory, run_lock, weights
+from trainer import checkpoint, logs, precision, preflight, run_directory, run_lock, weights
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -69,13 +69,13 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     sources = find_sources(config)
+    findings = preflight.check(config, sources)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
-    weights.check_vocabulary(config, vocab_size)
     engine = build_engine(config, vocab_size, device)
     progress = _resume(config, engine)
     if rank() == 0:
         _write_configuration(config, config_yaml, progress)
-    _describe(config, engine, threads)
+    _describe(config, engine, threads, findings)
     trainer = Trainer(
         config,
         config_yaml,
@@ -177,7 +177,7 @@ def _started_from_weights(config: PretrainConfig, engine: Engine) -> None:
         _LOGGER.info("started from %s", config.checkpoint.init)
 
 
-def _describe(config: PretrainConfig, engine: Engine, threads: int) -> None:
+def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: preflight.Findings) -> None:
     if engine.rank != 0:
         return
     train = config.train
@@ -190,8 +190,10 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int) -> None:
         ", ".join(config.model.layer_mixers()),
         engine.model.vocab_size,
     )
-    for line in _about_experts(config):
+    for line in (*_about_experts(config), *findings.notes):
         _LOGGER.info("%s", line)
+    for line in findings.warnings:
+        _LOGGER.warning("%s", line)
     _LOGGER.info(
         "batch: %d sequences of %d tokens = %d data-parallel x %d micro x %d accumulated; %s on %s, %d threads a rank",
         train.global_batch_size,

@@ -124,7 +124,7 @@ def _files_of(folder: Path) -> Iterator[str]:
     return (path.name for path in folder.iterdir()) if folder.is_dir() else iter(())
 
 
-def _example(config_class: type, prefix: str) -> str:
+def _example(config_class: Any, prefix: str) -> str:
     """The first key of a section that takes a plain value."""
     name, hint = next(iter(get_type_hints(config_class).items()))
     return _example(hint, f"{prefix}{name}.") if is_dataclass(hint) else f"{prefix}{name}"

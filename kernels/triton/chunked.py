@@ -133,7 +133,7 @@ def plan_switches() -> dict[str, int]:
 
 
 def _switched(plan: Plan) -> Plan:
-    changes: dict[str, int] = {}
+    changes: dict[str, Any] = {}
     for name, value in plan_switches().items():
         if name == "num_warps":
             for field in ("prepare_warps", "prepare_backward_warps", "warps"):

@@ -11,8 +11,17 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from trainer.cli import ConfigError
+from trainer.data import indexed
 from trainer.data.dataset import EvaluationStream, Sampler, TokenSource, blend, open_training_data, split_ratios
-from trainer.data.indexed import TokenFile, open_through_megatron, read_index, token_dtype, write_index
+from trainer.data.indexed import (
+    TokenArray,
+    TokenFile,
+    open_through_megatron,
+    parts,
+    read_index,
+    token_dtype,
+    write_index,
+)
 
 EOD = 0
 
@@ -58,7 +67,7 @@ def test_our_index_is_megatrons_byte_for_byte(tmp_path, vocab_size):
     prefix = build(tmp_path, "theirs", documents, dtype.type)
     write_index(tmp_path / "ours.idx", np.array([len(document[0]) for document in documents]), dtype)
     assert (tmp_path / "ours.idx").read_bytes() == Path(f"{prefix}.idx").read_bytes()
-    assert read_index(tmp_path / "ours.idx")[0] == dtype
+    assert read_index(tmp_path / "ours").dtype == dtype
 
 
 def naive_stream(file: TokenFile, source: TokenSource, epochs: int) -> np.ndarray:
@@ -286,6 +295,124 @@ def test_damaged_data_is_refused(tmp_path, data):
     Path(f"{data}.idx").write_bytes(b"nonsense" * 10)
     with pytest.raises(ConfigError, match="cannot be read"):
         TokenFile(data)
+
+
+def rewrite_index(prefix: Path, change) -> None:
+    """Change the arrays of an `.idx`: lengths, byte offsets and borders of documents."""
+    path = Path(f"{prefix}.idx")
+    header, index = path.read_bytes()[:34], read_index(prefix)
+    arrays = {name: getattr(index, name).copy() for name in ("lengths", "offsets", "borders")}
+    change(arrays)
+    path.write_bytes(header + b"".join(array.tobytes() for array in arrays.values()))
+
+
+def swap_offsets(arrays):
+    arrays["offsets"][[3, 4]] = arrays["offsets"][[4, 3]]
+
+
+def shift_offsets(arrays):
+    arrays["offsets"] += 2
+
+
+def negative_length(arrays):
+    arrays["lengths"][5] -= 1000
+
+
+def longer_last(arrays):
+    arrays["lengths"][-1] += 5
+
+
+def shorter_last(arrays):
+    arrays["lengths"][-1] -= 1
+
+
+def unordered_documents(arrays):
+    arrays["borders"][[7, 8]] = arrays["borders"][[8, 7]]
+
+
+def missing_documents(arrays):
+    arrays["borders"][0] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap_offsets, "sequence 3 does not begin where it should"),
+        (shift_offsets, "sequence 0 does not begin where it should"),
+        (negative_length, r"sequence 5 has -\d+ tokens"),
+        (longer_last, "cut short"),
+        (shorter_last, "not of one preparation"),
+        (unordered_documents, "not in order"),
+        (missing_documents, "do not cover its 40 sequences"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_tokens_is_refused(data, change, message):
+    """Tokens are read as one array: what Megatron would read through other offsets would be other text."""
+    rewrite_index(data, change)
+    with pytest.raises(ConfigError, match=message):
+        TokenFile(data)
+
+
+def test_cut_and_lengthened_indices_are_refused(data):
+    content = Path(f"{data}.idx").read_bytes()
+    for changed in (content[:-8], content[:-1], content[:20], content + bytes(3), b""):
+        Path(f"{data}.idx").write_bytes(changed)
+        with pytest.raises(ConfigError, match=r"data\.idx cannot be read as the index"):
+            TokenFile(data)
+    # A byte for every sequence, as Megatron writes for texts with images.
+    Path(f"{data}.idx").write_bytes(content + bytes(40))
+    assert len(TokenFile(data).borders) == 41
+
+
+def test_large_files_are_checked_in_a_sample_of_all_places(monkeypatch):
+    assert parts(10, 1, None) == parts(10, 1, 10) == [slice(0, 10)]
+    sampled = parts(10**9, 1, 64_000)
+    assert sampled == parts(10**9, 1, 64_000)
+    assert sampled[0] == slice(0, 1001) and sampled[-1] == slice(10**9 - 1000, 10**9) and len(sampled) == 64
+    quarters = [part.start * 4 // 10**9 for part in sampled]
+    assert set(quarters) == {0, 1, 2, 3}
+
+
+def ends_with(count: int, wrong: int | None) -> TokenArray:
+    """`count` documents of three tokens, each after an empty one; document `wrong` does not end with EOD."""
+    tokens = np.full(3 * count, 5)
+    tokens[2::3] = EOD
+    if wrong is not None:
+        tokens[3 * wrong + 2] = 8
+    return TokenArray(tokens, np.repeat(np.arange(count + 1) * 3, 2)[:-1], "data")
+
+
+def test_ends_are_looked_at_throughout_and_named_by_their_document(monkeypatch):
+    ends_with(2000, None).check_ends(EOD)
+    for wrong in (0, 63, 64, 1000, 1999):
+        # Each after an empty one, which counts as a document, too.
+        with pytest.raises(ConfigError, match=f"data: document {2 * wrong + 1} ends with token 8, not with"):
+            ends_with(2000, wrong).check_ends(EOD)
+    monkeypatch.setattr(indexed, "CHECKED_BYTES", 1000)
+    for wrong in (0, 1999):
+        with pytest.raises(ConfigError, match="ends with token 8"):
+            ends_with(2000, wrong).check_ends(EOD)
+    # Data of another end token is found wherever the sample looks.
+    noticed = [wrong for wrong in range(0, 2000, 10) if not passes(ends_with(2000, wrong))]
+    assert 10 < len(noticed) < 120
+
+
+def passes(array: TokenArray) -> bool:
+    try:
+        array.check_ends(EOD)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_ids_without_a_row_of_the_embedding_are_refused_as_they_are_read(data):
+    sampler = open_training_data(str(data), seed=0, seq_len=64, global_batch_size=8, eod_id=EOD, vocab_size=900)
+    sampler.samples(0)
+    sampler = open_training_data(str(data), seed=0, seq_len=64, global_batch_size=8, eod_id=EOD, vocab_size=800)
+    with pytest.raises(ValueError, match=r"data holds the token id 8\d\d, and the vocabulary goes from 0 to 799"):
+        sampler.samples(0)
+    with pytest.raises(ValueError, match="from 0 to 799"):
+        list(EvaluationStream(data, 64, eod_id=EOD, vocab_size=800))
 
 
 def test_reading_imports_no_megatron():

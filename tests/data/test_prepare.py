@@ -1,8 +1,11 @@
 """Preparation: the files it writes, that it resumes, runs once, refuses what does not fit, and says so in one line."""
 
+import errno
+import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from tests.helpers import WAIT
 from trainer.cli import ConfigError, make_parser, parse
 from trainer.data import corpus
 from trainer.data.dataset import EvaluationStream, open_training_data
+from trainer.data.indexed import TokenFile
 from trainer.data.layout import find_corpora, resolve_prefix
 from trainer.data.prepare import prepare, prepare_stdlib, sample_texts
 from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
@@ -122,6 +129,13 @@ def test_worker_count_does_not_change_a_byte(lines, prepared, tmp_path):
     assert digests(other) == digests(prepared)
 
 
+def is_alive(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_continues_and_gives_the_same_bytes(lines, prepared, tmp_path, workers):
     output = tmp_path / "out"
@@ -135,13 +149,10 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(lines, prepared, tmp_pa
     process.wait()
     assert not (output / "dataset.json").exists()
     assert len(children) >= workers if workers > 1 else not children
-    time.sleep(0.5)
-    alive = [
-        child
-        for child in children
-        if Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
-    ]
-    assert not alive, "workers outlive their killed parent"
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, children)):
+        assert time.monotonic() < deadline, "workers outlive their killed parent"
+        time.sleep(0.02)
     subprocess.run(arguments_for(lines, output, workers), check=True, capture_output=True)
     assert digests(output) == digests(prepared)
 
@@ -199,7 +210,8 @@ def test_other_settings_are_refused(lines, prepared, tmp_path):
         prepare(replace(config, tokenizer=TokenizerConfig(vocab_size=600, sample_mb=0.2)))
     assert prepare(replace(config, workers=2)) == prepared
     unfinished = tmp_path / "out" / ".partial"
-    unfinished.mkdir(parents=True)
+    (unfinished / "parts").mkdir(parents=True)
+    (unfinished / "parts" / "00000000.json").write_text("{}")
     (unfinished / "manifest.json").write_text(json.dumps(config.settings() | {"text_key": "body"}))
     with pytest.raises(ConfigError, match=r"text_key \(there body, now text\)"):
         prepare(configure(lines, tmp_path / "out"))
@@ -284,6 +296,116 @@ def test_the_standard_library(tmp_path, monkeypatch):
     assert prepare_stdlib(tmp_path, 1024) == output
 
 
+def test_the_report_says_what_was_read_and_left_out(prepared, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = [f"row {n} of text\r\n" for n in range(20)]
+    rows = [{"text": text} for text in (*texts, None, "", "a\ud800b")]
+    (source / "rows.jsonl.zst").write_bytes(zstandard.compress("\n".join(map(json.dumps, rows)).encode()))
+    (source / "latin.txt").write_bytes(b"caf\xe9")
+    arguments = ("--source", source, "--output", tmp_path / "out", "--tokenizer.path", prepared, "--workers", 1)
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, check=True)
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    counts = {reason: facts["count"] for reason, facts in info["left_out"].items()}
+    assert counts == {corpus.NULL: 1, "empty documents": 1, corpus.FILE_NOT_UTF8: 1}
+    assert info["left_out"][corpus.FILE_NOT_UTF8]["first"] == "latin.txt"
+    assert [facts["count"] for facts in info["changed"].values()] == [1]
+    size = sum(map(len, texts)) + 3
+    assert f"read: 21 documents, {size} bytes; left out: " in result.stderr
+    assert "files that are not UTF-8: 1 (first latin.txt)" in result.stderr
+    assert "changed: documents with lone surrogates" in result.stderr
+    assert info["max_id"] == max(TokenFile(tmp_path / "out" / split).tokens.max() for split in info["splits"])
+
+
+def test_all_readers_lose_no_byte_on_the_way_to_tokens(prepared, tmp_path):
+    """The bytes of the text that goes in are those of the decoded tokens that come out."""
+    texts = ["\ufeffa\r\n\rb", "\x00", "\u2028 \x85 \x0c", "  ends in spaces  ", "\n\n", "\u2581\U0001f600", "</s>\t"]
+    source = tmp_path / "source"
+    source.mkdir()
+    rows = [{"text": text} for text in texts]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    contents = {"a.jsonl": lines, "b.jsonl.gz": gzip.compress(lines), "c.jsonl.zst": zstandard.compress(lines)}
+    contents |= {"d.json": json.dumps(rows).encode()}
+    contents |= {f"e{number}.txt": text.encode() for number, text in enumerate(texts)}
+    for name, content in contents.items():
+        (source / name).write_bytes(content)
+    column = {"text": texts}
+    pyarrow.parquet.write_table(pyarrow.table(column), source / "f.parquet")
+    tokenizer = TokenizerConfig(path=str(prepared))
+    output = prepare(configure(source, tmp_path / "out", tokenizer=tokenizer, validation_share=0, test_share=0))
+    loaded, dataset = Tokenizer.load(output), IndexedDataset(str(output / "train"))
+    found = [loaded.decode(dataset[place][:-1]) for place in range(len(dataset))]
+    assert sorted(text.encode() for text in found) == sorted(text.encode() for text in texts * 6)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_pieces(lines, prepared, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part.bin")
+
+    config = configure(lines, tmp_path / "out", tokenizer=TokenizerConfig(path=str(prepared)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match=r"out stopped \(part\.bin: No space left .*the same command continues"):
+            prepare(config)
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert (prepare(config) / "dataset.json").exists()
+
+
+def test_parts_that_are_not_whole_are_made_again(lines, prepared, tmp_path, monkeypatch):
+    """A killed machine can leave a name without content; joined, it would shorten the data without a word."""
+    from trainer.data import prepare as module
+
+    config = configure(lines, tmp_path / "out", tokenizer=TokenizerConfig(path=str(prepared)))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_join", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    parts = tmp_path / "out" / ".partial" / "parts"
+    (parts / "00000000.bin").write_bytes((parts / "00000000.bin").read_bytes()[:-2])
+    (parts / "00000001.bin").unlink()
+    (parts / "00000002.json").write_text("")
+    earlier = json.loads((parts / "00000003.json").read_text())
+    (parts / "00000003.json").write_text(json.dumps({key: earlier[key] for key in ("identity", "lengths", "bytes")}))
+    seen, real = [], module.tokenize_shard
+    monkeypatch.setattr(module, "tokenize_shard", lambda *given: seen.append(given[3].name) or real(*given))
+    prepare(config)
+    assert seen == [f"{number:08}" for number in range(4)]
+    for name in ("train.bin", "train.idx"):
+        assert (tmp_path / "out" / name).read_bytes() == (prepared / name).read_bytes()
+
+
+def test_a_first_try_that_came_to_nothing_is_in_nobodys_way(tmp_path):
+    """What its message suggests must work in the same output."""
+    (tmp_path / "few.txt").write_text("some text of few words, of which there are not many")
+    config = configure(tmp_path / "few.txt", tmp_path / "out", validation_share=0, test_share=0)
+    with pytest.raises(ConfigError, match=r"choose at most (\d+) \(--tokenizer.vocab_size") as caught:
+        prepare(config)
+    size = int(re.search(r"at most (\d+)", str(caught.value))[1])
+    assert size < 512
+    output = prepare(replace(config, tokenizer=TokenizerConfig(vocab_size=size)))
+    assert json.loads((output / "dataset.json").read_text())["vocab_size"] == size
+
+
+def test_a_source_without_text_says_why(prepared, tmp_path):
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n' * 3)
+    for tokenizer in (TokenizerConfig(path=str(prepared)), TokenizerConfig()):
+        config = configure(tmp_path / "null.jsonl", tmp_path / "out", tokenizer=tokenizer)
+        with pytest.raises(ConfigError, match=r"rows whose text is null: 3 \(first null\.jsonl:0\)"):
+            prepare(config)
+
+
+def test_a_worker_that_is_killed_is_one_line(lines, prepared, tmp_path, monkeypatch):
+    from trainer.data import prepare as module
+
+    def broken(*arguments, **named):
+        raise module.BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(module, "_collect", broken)
+    config = configure(lines, tmp_path / "out", workers=2, tokenizer=TokenizerConfig(path=str(prepared)))
+    with pytest.raises(ConfigError, match="use fewer --workers than 2; the same command continues"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -295,7 +417,7 @@ def test_the_standard_library(tmp_path, monkeypatch):
         (["--text_key", "body"], "set text_key to one of its keys: text"),
         (["--test_share", "0.3", "--output", "PREPARED"], "test_share (there 0.04, now 0.3)"),
         (["--output", "/proc/none"], "cannot be created"),
-        (["--tokenizer.vocab_size", "100000"], "choose a smaller one"),
+        (["--tokenizer.vocab_size", "100000"], "choose at most"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(lines, prepared, tmp_path, changes, message):

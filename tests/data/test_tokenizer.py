@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, bytes per token, and the files that others made."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainer.cli import ConfigError
+from trainer.data.prepare_config import TokenizerConfig
 from trainer.data.tokenizer import (
     EOD_PIECE,
     HuggingFaceTokenizer,
@@ -145,5 +147,13 @@ def test_missing_tokens_and_files_are_refused(byte_level, tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(ConfigError, match="no token <none>"):
         Tokenizer.load(byte_level._file, eod="<none>")
-    with pytest.raises(ConfigError, match="choose a smaller one"):
-        learn_sentencepiece(["a b c"], "bpe", 4096)
+
+
+def test_a_vocabulary_of_another_size_is_refused_with_one_that_works():
+    """A suggestion that is refused in turn is worse than none."""
+    for size, message in ((4096, r"choose at most (\d+)"), (258, r"choose at least (\d+)")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            learn_sentencepiece(["some text of few words"], "bpe", size)
+        suggested = int(re.search(message, str(caught.value))[1])
+        assert learn_sentencepiece(["some text of few words"], "bpe", suggested).vocab_size == suggested
+        assert TokenizerConfig(vocab_size=suggested).vocab_size == suggested

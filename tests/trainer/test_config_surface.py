@@ -36,7 +36,7 @@ KEYS = {
     "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",
     "model.moe.losses": "balance scope z",
-    "data": "path blend tokenizer validation_path document_mask cache_dir vocab_size",
+    "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute "
     "recompute_modules",
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",

@@ -47,7 +47,7 @@ class Evaluator(Callback):
 
     def __init__(self, sources: DataSources) -> None:
         assert sources.validation is not None
-        self.path, self.eod_id = sources.validation, sources.eod_id
+        self.path, self.eod_id, self.vocab_size = sources.validation, sources.eod_id, sources.vocab_size
         self.token_bytes = None if sources.tokenizer is None else sources.tokenizer.token_bytes()
         self._streams: dict[int | None, EvaluationStream] = {}
 
@@ -99,6 +99,7 @@ class Evaluator(Callback):
                 limit=None if limit is None else limit * micro,
                 rank=engine.data_parallel_rank,
                 world=engine.data_parallel_size,
+                vocab_size=self.vocab_size,
             )
         return self._streams[limit]
 

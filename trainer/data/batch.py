@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from trainer.data.layout import NO_END
+
 
 @dataclass(slots=True)
 class Batch:
@@ -92,9 +94,7 @@ def make_batch(
         ValueError: if `document_mask` is on without an `eod_id`.
     """
     if document_mask and eod_id is None:
-        raise ValueError(
-            "document masks need the end-of-document token: set data.tokenizer, or data.document_mask to false"
-        )
+        raise ValueError(NO_END)
     samples = np.asarray(samples, dtype=np.int64)
     rows, length = samples.shape[0], samples.shape[1] - 1
     tokens = np.ascontiguousarray(samples[:, :-1])

@@ -1,26 +1,28 @@
-"""Where documents come from: the standard library's source, text files, jsonl, parquet and Hugging Face datasets.
+"""Where documents come from: the standard library's source, text files, JSON, parquet and Hugging Face datasets.
 
 A source is cut into shards of a few megabytes, in an order and at places that follow from the input alone. A shard
 can be read by itself in another process, so that tokenising is parallel and a killed run continues behind its last
 finished shard; the split of a document follows from a hash of its name, so that neither machine nor worker count
 moves it.
+
+What is read is whole: text is decoded as UTF-8 and not changed otherwise, line ends and byte-order marks included.
+What cannot be read as a document is a `LeftOut`, which preparation counts.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import json
 import os
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainer.cli import ConfigError
+from trainer.data.files import COMPRESSED, EMPTY_FILES, DamagedFile, LeftOut, find_files, reading, stamp
 
 # Small inputs are cut finely, to keep all workers busy; large ones coarsely, since each shard is two files until the
 # end.
@@ -28,7 +30,14 @@ _SMALLEST_SHARD = 1 << 20
 _LARGEST_SHARD = 1 << 26
 _STREAM_SHARD = 1 << 23
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__"}
-_JSONL = (".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")
+_LINES = (".jsonl", ".ndjson")
+# How much of a .json file is looked at to tell records from a text, and how many rows of a stream may be without text.
+_HEAD = 1 << 24
+_ROWS_WITHOUT_TEXT = 1000
+
+NULL, MISSING, NOT_TEXT = "rows whose text is null", "rows without the text key", "rows whose text is not a string"
+ROW_NOT_UTF8, FILE_NOT_UTF8 = "rows that are not UTF-8", "files that are not UTF-8"
+NOT_COMPRESSED = "files that cannot be decompressed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,51 +81,110 @@ class Shard(ABC):
     size: int
 
     @abstractmethod
+    def records(self) -> Iterator[Document | LeftOut]:
+        """The documents, in order, and between them what is left out.
+
+        Raises:
+            ConfigError: if the input is damaged, or holds no text at all.
+        """
+
     def documents(self) -> Iterator[Document]:
         """The documents, in order."""
+        return (record for record in self.records() if isinstance(record, Document))
 
     @abstractmethod
     def identity(self) -> str:
         """What would change if the input had changed since the shards were cut."""
 
 
+@dataclass
+class Rows:
+    """The one rule for rows of every kind of source: a string, or bytes of UTF-8, is a document; else it is left out.
+
+    Attributes:
+        source: for messages.
+        text_key: the key or column of the text.
+        texts: how many rows were documents.
+    """
+
+    source: str
+    text_key: str
+    texts: int = 0
+    _unfit: str | None = field(default=None, init=False)
+
+    def take(self, name: str, row: Any) -> Document | LeftOut:
+        """The document of a row called `name`, or why there is none."""
+        missing = not isinstance(row, Mapping) or self.text_key not in row
+        text = None if missing else row[self.text_key]
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError:
+                return LeftOut(name, ROW_NOT_UTF8)
+        if isinstance(text, str):
+            self.texts += 1
+            return Document(name, text)
+        if text is None and not missing:
+            return LeftOut(name, NULL)
+        if self._unfit is None:
+            keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none, it is not an object"
+            what = "no text" if missing else f"{type(text).__name__} and not text"
+            self._unfit = f"{name} has {what} under {self.text_key!r}; set text_key to one of its keys: {keys}"
+        return LeftOut(name, MISSING if missing else NOT_TEXT)
+
+    def require_text(self) -> None:
+        """Refuse a source whose text lies elsewhere. Rows that are null say nothing of where it lies.
+
+        Raises:
+            ConfigError: if no row so far held text, and some had other content.
+        """
+        if not self.texts and self._unfit is not None:
+            raise ConfigError(f"{self.source}: no row holds text: {self._unfit}")
+
+
 @dataclass(frozen=True, slots=True)
 class TextShard(Shard):
-    """Text files, one document each, named by their path below `root`. Files that are not UTF-8 are left out."""
+    """Text files, one document each, named by their path below `root`."""
 
     root: str
     paths: tuple[str, ...]
     size: int
+    stamp: str
 
-    def documents(self) -> Iterator[Document]:
-        """See `Shard.documents`."""
+    def records(self) -> Iterator[Document | LeftOut]:
+        """See `Shard.records`."""
         for path in self.paths:
             try:
-                # newline="" keeps \r: a model of text should see what is in the file.
-                with open(os.path.join(self.root, path), encoding="utf-8", newline="") as file:
-                    text = file.read()
-            except (UnicodeDecodeError, PermissionError):
-                continue
-            yield Document(path, text)
+                with reading(os.path.join(self.root, path)) as file:
+                    # Not in text mode, which would turn \r into \n: a model of text should see what is in the file.
+                    text = file.read().decode("utf-8")
+            except UnicodeDecodeError:
+                yield LeftOut(path, FILE_NOT_UTF8)
+            except DamagedFile:
+                yield LeftOut(path, NOT_COMPRESSED)
+            else:
+                yield Document(path, text)
 
     def identity(self) -> str:
         """See `Shard.identity`."""
-        return json.dumps([self.root, self.paths, self.size])
+        return json.dumps([self.root, self.paths, self.stamp])
 
 
 @dataclass(frozen=True, slots=True)
 class JsonlShard(Shard):
-    """The lines of a jsonl file that begin in bytes `start` to `stop`, named by file and place; all of a gzip file."""
+    """The lines of a jsonl file that begin in bytes `start` to `stop`, named by file and place; compressed, all."""
 
     path: str
     start: int
     stop: int
     size: int
     text_key: str
+    stamp: str
 
-    def documents(self) -> Iterator[Document]:
-        """See `Shard.documents`."""
-        with gzip.open(self.path) if self.path.endswith(".gz") else open(self.path, "rb") as file:
+    def records(self) -> Iterator[Document | LeftOut]:
+        """See `Shard.records`."""
+        rows = Rows(self.path, self.text_key)
+        with reading(self.path) as file:
             place = self.start
             if place:
                 # A line belongs to the shard that its first byte lies in: step back one byte, to see whether one
@@ -125,27 +193,48 @@ class JsonlShard(Shard):
                 place += len(file.readline()) - 1
             while place < self.stop and (line := file.readline()):
                 if line.strip():
-                    yield Document(f"{Path(self.path).name}:{place}", self._text(line, place))
+                    yield rows.take(f"{Path(self.path).name}:{place}", self._parse(line, place))
                 place += len(line)
+        # Whether text_key is wrong is decided by the file's beginning, so that it does not depend on where it is cut.
+        if self.start == 0:
+            rows.require_text()
 
-    def _text(self, line: bytes, place: int) -> str:
+    def _parse(self, line: bytes, place: int) -> Any:
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{self.path}, byte {place}: not a JSON object a line ({error}); correct or remove the line"
             ) from error
-        text = record.get(self.text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else "none, it is not an object"
-            raise ConfigError(
-                f"{self.path}, byte {place}: no text under {self.text_key!r}; set text_key to one of its keys: {keys}"
-            )
-        return text
 
     def identity(self) -> str:
         """See `Shard.identity`."""
-        return json.dumps([self.path, self.start, self.stop, self.size])
+        return json.dumps([self.path, self.start, self.stop, self.stamp])
+
+
+@dataclass(frozen=True, slots=True)
+class JsonArrayShard(Shard):
+    """A .json file that is an array of rows, or one row, named by file and number. It is held in memory."""
+
+    path: str
+    size: int
+    text_key: str
+    stamp: str
+
+    def records(self) -> Iterator[Document | LeftOut]:
+        """See `Shard.records`."""
+        rows = Rows(self.path, self.text_key)
+        with reading(self.path) as file:
+            try:
+                content = json.loads(file.read())
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{self.path} is not whole JSON ({error}); correct or remove the file") from error
+        for number, row in enumerate(content if isinstance(content, list) else [content]):
+            yield rows.take(f"{Path(self.path).name}:{number}", row)
+
+    def identity(self) -> str:
+        """See `Shard.identity`."""
+        return json.dumps([self.path, self.stamp])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,36 +246,51 @@ class ParquetShard(Shard):
     first_row: int
     size: int
     text_key: str
+    stamp: str
 
-    def documents(self) -> Iterator[Document]:
-        """See `Shard.documents`."""
+    def records(self) -> Iterator[Document | LeftOut]:
+        """See `Shard.records`."""
+        import pyarrow
         import pyarrow.parquet as parquet
 
-        with parquet.ParquetFile(self.path) as file:
-            column = file.read_row_group(self.group, columns=[self.text_key]).column(0)
-        for row, text in enumerate(column.to_pylist(), self.first_row):
-            if text is not None:
-                yield Document(f"{Path(self.path).name}:{row}", text)
+        rows = Rows(self.path, self.text_key)
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                column = file.read_row_group(self.group, columns=[self.text_key]).column(0).to_pylist()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{self.path}, row group {self.group}: text that is not UTF-8 ({error.reason}); write it again as "
+                "strings, or as bytes, of which such rows are left out"
+            ) from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"{self.path}, row group {self.group} cannot be read ({error}); download or write it again"
+            ) from error
+        for row, text in enumerate(column, self.first_row):
+            yield rows.take(f"{Path(self.path).name}:{row}", {self.text_key: text})
 
     def identity(self) -> str:
         """See `Shard.identity`."""
-        return json.dumps([self.path, self.group, self.first_row, self.size])
+        return json.dumps([self.path, self.group, self.first_row, self.stamp])
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryShard(Shard):
-    """Documents that a stream gave."""
+    """Records that are there already: those that a stream gave, and files that are left out."""
 
-    held: tuple[Document, ...]
+    held: tuple[Document | LeftOut, ...]
     size: int
 
-    def documents(self) -> Iterator[Document]:
-        """See `Shard.documents`."""
+    def records(self) -> Iterator[Document | LeftOut]:
+        """See `Shard.records`."""
         return iter(self.held)
 
     def identity(self) -> str:
         """See `Shard.identity`."""
-        return json.dumps([self.held[0].name, len(self.held), self.size])
+        digest = hashlib.blake2b(digest_size=16)
+        for record in self.held:
+            digest.update(repr(record).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
 
 def stdlib_root() -> str:
@@ -214,75 +318,125 @@ def text_shards(root: str, paths: Sequence[str]) -> Iterator[TextShard]:
     enough = shard_bytes(sum(sizes))
     group: list[str] = []
     size = 0
+
+    def shard() -> TextShard:
+        return TextShard(root, tuple(group), size, stamp([os.path.join(root, path) for path in group]))
+
     for path, of_file in zip(paths, sizes, strict=True):
         group.append(path)
         size += of_file
         if size >= enough:
-            yield TextShard(root, tuple(group), size)
+            yield shard()
             group, size = [], 0
     if group:
-        yield TextShard(root, tuple(group), size)
+        yield shard()
 
 
 def jsonl_shards(path: str, text_key: str) -> Iterator[JsonlShard]:
-    """Cut a jsonl file by bytes; a gzip file is one shard, since it can only be read from its beginning."""
-    size = os.path.getsize(path)
-    if path.endswith(".gz"):
-        yield JsonlShard(path, 0, 1 << 62, size, text_key)
+    """Cut a jsonl file by bytes; a compressed file is one shard, since it can only be read from its beginning."""
+    size, mark = os.path.getsize(path), stamp([path])
+    if path.endswith(COMPRESSED):
+        yield JsonlShard(path, 0, 1 << 62, size, text_key, mark)
         return
     for start in range(0, size, shard_bytes(size)):
         stop = min(start + shard_bytes(size), size)
-        yield JsonlShard(path, start, stop, stop - start, text_key)
+        yield JsonlShard(path, start, stop, stop - start, text_key, mark)
 
 
 def parquet_shards(path: str, text_key: str) -> Iterator[ParquetShard]:
     """Cut a parquet file into its row groups.
 
     Raises:
-        ConfigError: if the file cannot be read or has no such column.
+        ConfigError: if the file cannot be read, or has no such column of text.
     """
     import pyarrow
     import pyarrow.parquet as parquet
 
     try:
-        metadata = parquet.ParquetFile(path).metadata
+        with parquet.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(
             f"{path} is not a parquet file that can be read ({error}); download or write it again"
         ) from error
-    columns = metadata.schema.names
-    if text_key not in columns:
-        raise ConfigError(f"{path} has no column {text_key!r}; set text_key to one of: {', '.join(columns)}")
-    row = 0
+    texts = ", ".join(column.name for column in schema if _holds_text(column.type))
+    way_out = f"set text_key to one of: {texts}" if texts else "none of its columns does: write one of strings"
+    if text_key not in schema.names:
+        raise ConfigError(f"{path} has no column {text_key!r} that holds text; {way_out}")
+    kind = schema.field(schema.names.index(text_key)).type
+    if not _holds_text(kind) and not pyarrow.types.is_null(kind):
+        raise ConfigError(f"{path}: column {text_key!r} is {kind} and holds no text; {way_out}")
+    mark, row = stamp([path]), 0
     for group in range(metadata.num_row_groups):
         meta = metadata.row_group(group)
-        yield ParquetShard(path, group, row, meta.total_byte_size, text_key)
+        yield ParquetShard(path, group, row, meta.total_byte_size, text_key, mark)
         row += meta.num_rows
 
 
+def _holds_text(kind: Any) -> bool:
+    """Whether an Arrow type is strings, or bytes, which are read as UTF-8."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    checks = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
+    return any(getattr(types, f"is_{check}", lambda _: False)(kind) for check in checks)
+
+
+def _json_kind(path: str, text_key: str) -> str:
+    """How a .json file is read: rows as `lines`, rows of an `array` (or a single one), or as a `text`."""
+    try:
+        with reading(path) as file:
+            head = file.read(_HEAD).decode("utf-8", "ignore").removeprefix("\ufeff").lstrip()
+    except DamagedFile:
+        return "text"
+    array = head.startswith("[")
+    head = head[1:].lstrip() if array else head
+    try:
+        row, end = json.JSONDecoder().raw_decode(head)
+    except (ValueError, RecursionError):
+        return "text"
+    if not isinstance(row, dict) or text_key not in row:
+        return "text"
+    return "array" if array or "\n" in head[:end] else "lines"
+
+
+def _records_kind(path: str, text_key: str) -> str:
+    """What a file is by its name and, for .json, its beginning."""
+    name = path
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    if name.endswith(".parquet"):
+        return "parquet" if name == path else "text"
+    if name.endswith(_LINES):
+        return "lines"
+    return _json_kind(path, text_key) if name.endswith(".json") else "text"
+
+
 def path_shards(source: str, text_key: str) -> Iterator[Shard]:
-    """The shards of a file, a directory (searched for files, hidden ones left out) or a glob, files in sorted order.
+    """The shards of a file, a directory or a glob, files in sorted order.
 
     Raises:
         ConfigError: if there are no files.
     """
+    files, left_out = find_files(source)
+    left_out += [LeftOut(path, EMPTY_FILES) for path in files if not os.path.getsize(path)]
     source = os.path.abspath(os.path.expanduser(source))
-    matches = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
-    files: list[str] = []
-    for match in matches:
-        inside = Path(match).rglob("*") if os.path.isdir(match) else [Path(match)]
-        files += [str(path) for path in inside if path.is_file() and not path.name.startswith(".")]
-    files = sorted(set(files))
-    if not files:
-        raise ConfigError(f"{source} holds no files; give a file, directory or glob with documents")
     root = source if os.path.isdir(source) else os.path.commonpath([os.path.dirname(path) for path in files])
-    texts = [path for path in files if not path.endswith((*_JSONL, ".parquet"))]
+    texts = []
     for path in files:
-        if path.endswith(_JSONL):
+        kind = _records_kind(path, text_key) if os.path.getsize(path) else "empty"
+        if kind == "lines":
             yield from jsonl_shards(path, text_key)
-        elif path.endswith(".parquet"):
+        elif kind == "array":
+            yield JsonArrayShard(path, os.path.getsize(path), text_key, stamp([path]))
+        elif kind == "parquet":
             yield from parquet_shards(path, text_key)
-    yield from text_shards(root, [os.path.relpath(path, root) for path in texts])
+        elif kind == "text":
+            texts.append(os.path.relpath(path, root))
+    yield from text_shards(root, texts)
+    if left_out:
+        yield MemoryShard(tuple(left_out), 0)
 
 
 def open_hub(name: str) -> Any:
@@ -304,7 +458,7 @@ def open_hub(name: str) -> Any:
             loaded = datasets.load_from_disk(name)
             return (loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded).to_iterable_dataset()
         if Path(name).is_file():
-            suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
+            suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix.removeprefix(".")
             builder = {"jsonl": "json", "ndjson": "json", "txt": "text"}.get(suffix, suffix)
             return datasets.load_dataset(builder, data_files={split: name}, split=split, streaming=True)
         return datasets.load_dataset(name, config or None, split=split, streaming=True)
@@ -320,21 +474,21 @@ def hub_shards(name: str, text_key: str) -> Iterator[MemoryShard]:
     """Read a Hugging Face dataset as a stream of shards; documents are named by their row.
 
     Raises:
-        ConfigError: as `open_hub`; or if a row has no text under `text_key`, or the stream breaks.
+        ConfigError: as `open_hub`; or if its rows have no text under `text_key`, or the stream breaks.
     """
-    group: list[Document] = []
+    group: list[Document | LeftOut] = []
+    rows = Rows(f"hf:{name}", text_key)
     size = 0
-    for row, record in enumerate(_hub_rows(name)):
-        text = record.get(text_key)
-        if not isinstance(text, str):
-            raise ConfigError(
-                f"hf:{name}, row {row}: no text under {text_key!r}; set text_key to one of: {', '.join(record)}"
-            )
-        group.append(Document(f"row:{row}", text))
-        size += len(text)
+    for number, row in enumerate(_hub_rows(name)):
+        record = rows.take(f"row:{number}", row)
+        group.append(record)
+        size += len(record.text) if isinstance(record, Document) else 0
+        if number + 1 == _ROWS_WITHOUT_TEXT:
+            rows.require_text()
         if size >= _STREAM_SHARD:
             yield MemoryShard(tuple(group), size)
             group, size = [], 0
+    rows.require_text()
     if group:
         yield MemoryShard(tuple(group), size)
 

@@ -25,7 +25,21 @@ import numpy as np
 from trainer.cli import ConfigError
 from trainer.data.batch import Batch, make_batch
 from trainer.data.indexed import TokenArray, TokenFile, open_through_megatron
-from trainer.data.layout import find_corpora
+from trainer.data.layout import NO_END, find_corpora
+
+
+def check_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
+    """Refuse what has no row in the embedding; before a run it is looked for in a sample of large files only.
+
+    Raises:
+        ValueError: naming the file `name` and the id.
+    """
+    if vocab_size is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids.max() if ids.max() >= vocab_size else ids.min()
+        raise ValueError(
+            f"{name} holds the token id {wrong}, and the vocabulary goes from 0 to {vocab_size - 1}: use the tokenizer "
+            "that made the data, or a larger model.vocab_size"
+        )
 
 
 class TokenSource:
@@ -142,6 +156,7 @@ class Sampler:
         global_batch_size: samples in a step.
         eod_id: the end-of-document token; needed for document masks.
         document_mask: pack micro-batches and mark document borders.
+        vocab_size: ids at or above it are refused as they are read; None where it is not known.
     """
 
     def __init__(
@@ -153,17 +168,16 @@ class Sampler:
         global_batch_size: int,
         eod_id: int | None = None,
         document_mask: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         assert len(sources) == len(weights) > 0
         self.sources = tuple(sources)
         self.ratios = split_ratios(weights)
         self.seq_len, self.global_batch_size = seq_len, global_batch_size
-        self.eod_id, self.document_mask = eod_id, document_mask
+        self.eod_id, self.document_mask, self.vocab_size = eod_id, document_mask, vocab_size
         if document_mask:
             if eod_id is None:
-                raise ConfigError(
-                    "document masks need the end-of-document token: set data.tokenizer, or data.document_mask to false"
-                )
+                raise ConfigError(NO_END)
             for source in sources:
                 source.file.check_ends(eod_id)
 
@@ -177,7 +191,10 @@ class Sampler:
         first = step * self.global_batch_size
         places = range(first, first + self.global_batch_size)[start:stop]
         picks = (blend(sample, self.ratios) for sample in places)
-        return np.stack([self.sources[source].sample(index, self.seq_len) for source, index in picks])
+        rows = [(source, self.sources[source].sample(index, self.seq_len)) for source, index in picks]
+        for source, row in rows:
+            check_ids(row, self.vocab_size, self.sources[source].file.name)
+        return np.stack([row for _, row in rows])
 
     def micro_batches(self, step: int, micro_batch_size: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
         """The micro-batches of data-parallel rank `rank` of `world` in `step`, in order.
@@ -214,6 +231,7 @@ def open_training_data(
     global_batch_size: int,
     eod_id: int | None = None,
     document_mask: bool = True,
+    vocab_size: int | None = None,
 ) -> Sampler:
     """Open prepared directories or Megatron prefixes for training.
 
@@ -224,6 +242,7 @@ def open_training_data(
         global_batch_size: samples in a step.
         eod_id: the end-of-document token where no `dataset.json` says.
         document_mask: pack micro-batches and mark document borders.
+        vocab_size: ids at or above it are refused as they are read; None where it is not known.
 
     Raises:
         ConfigError: if data is missing, damaged, or does not fit together.
@@ -239,6 +258,7 @@ def open_training_data(
         global_batch_size=global_batch_size,
         eod_id=corpora.eod_id,
         document_mask=document_mask,
+        vocab_size=vocab_size,
     )
 
 
@@ -263,6 +283,7 @@ class EvaluationStream:
         limit: read only this many windows, evenly spread over the split.
         rank: of the data-parallel ranks.
         world: number of data-parallel ranks.
+        vocab_size: ids at or above it are refused as they are read; None where it is not known.
     """
 
     def __init__(
@@ -278,7 +299,9 @@ class EvaluationStream:
         limit: int | None = None,
         rank: int = 0,
         world: int = 1,
+        vocab_size: int | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         if isinstance(path, TokenArray):
             self.file = path
         else:
@@ -288,7 +311,7 @@ class EvaluationStream:
         if not 0 < self.stride <= seq_len:
             raise ConfigError(f"the evaluation stride {stride} must be from 1 to seq_len {seq_len}")
         if eod_id is None:
-            raise ConfigError(f"{path} does not say which token ends a document: set data.tokenizer")
+            raise ConfigError(f"{path} does not say which token ends a document: set data.tokenizer or data.eod_id")
         self.eod_id, self.document_mask = eod_id, document_mask
         if document_mask:
             self.file.check_ends(self.eod_id)
@@ -317,6 +340,7 @@ class EvaluationStream:
             # start + t.
             start = int(window) * self.stride
             labels = self.file.tokens[start : start + self.seq_len]
+            check_ids(labels, self.vocab_size, self.file.name)
             rows[row, 0] = self.file.tokens[start - 1] if start else self.eod_id
             rows[row, 1 : 1 + len(labels)] = labels
             mask[row, self.seq_len - self.stride if start else 0 : len(labels)] = 1

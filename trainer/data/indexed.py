@@ -1,4 +1,4 @@
-"""Megatron's indexed format.
+"""Megatron's indexed format, and whether files of it are whole.
 
 A `.bin` file holds tokens and nothing else. Its `.idx` holds a header, the length and byte offset of every sequence,
 and the numbers of the sequences that begin the documents. Training reads through mcore's IndexedDataset; preparation
@@ -12,6 +12,7 @@ import os
 import struct
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +25,34 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _DTYPE_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
+# How much of a file is looked at before a run; above, a sample is. Reading so much takes a fraction of a second.
+CHECKED_BYTES = 1 << 26
+CHECKED_ENTRIES = 1 << 22
+CHECKED_DOCUMENTS = 512
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is either complete or not there, even after a power cut."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        # On a full disk the pieces of failed tries would take what room is left.
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in a directory to the disk, before a file is written that relies on them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -48,6 +68,8 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
         lengths: tokens of each document.
         dtype: of the tokens in the `.bin` file.
     """
+    if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
+        raise ConfigError(f"{path}: a document of {lengths.max():,} tokens; the format holds 2,147,483,647: cut it")
     pointers = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1] * dtype.itemsize, out=pointers[1:])
     header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[dtype], len(lengths), len(lengths) + 1)
@@ -55,32 +77,129 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
     write_atomically(path, header + b"".join(array.tobytes() for array in arrays))
 
 
-def read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """Read Megatron's `.idx`.
+@dataclass(frozen=True)
+class Index:
+    """What an `.idx` holds, mapped and not read.
 
-    Returns:
-        The dtype of the tokens; int32 `[sequences]`, the tokens of each; int64 `[documents + 1]`, document d being
-        the sequences from entry d to entry d + 1.
+    Attributes:
+        prefix: of the pair.
+        dtype: of the tokens.
+        lengths: int32 `[sequences]`, the tokens of each.
+        offsets: int64 `[sequences]`, the byte at which each begins in the `.bin`.
+        borders: int64 `[documents + 1]`; document d is the sequences from entry d to entry d + 1.
+    """
+
+    prefix: str
+    dtype: np.dtype
+    lengths: np.ndarray
+    offsets: np.ndarray
+    borders: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the pair holds."""
+        end = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if len(self.lengths) else 0
+        return end // self.dtype.itemsize
+
+    @property
+    def documents(self) -> int:
+        """How many documents the pair holds."""
+        return len(self.borders) - 1
+
+    def check(self, sampled: bool = False) -> None:
+        """Hold lengths, offsets, documents and the size of the `.bin` against each other.
+
+        Tokens are read as one array, so every sequence must begin where the one before it ends.
+
+        Args:
+            sampled: look at no more than `CHECKED_ENTRIES` of each, spread over the file.
+
+        Raises:
+            ConfigError: naming what is wrong.
+        """
+        for part in parts(len(self.lengths), 1, CHECKED_ENTRIES if sampled else None):
+            lengths, offsets = self.lengths[part], self.offsets[part]
+            negative = np.flatnonzero(lengths < 0)
+            if negative.size:
+                number = part.start + int(negative[0])
+                raise self._damaged(f"sequence {number:,} has {lengths[negative[0]]} tokens")
+            wrong = np.flatnonzero(np.diff(offsets) != lengths[:-1].astype(np.int64) * self.dtype.itemsize)
+            if wrong.size or (part.start == 0 and len(offsets) and offsets[0] != 0):
+                number = part.start + int(wrong[0]) + 1 if wrong.size else 0
+                raise self._damaged(f"sequence {number:,} does not begin where it should")
+        for part in parts(len(self.borders), 1, CHECKED_ENTRIES if sampled else None):
+            if (np.diff(self.borders[part]) < 0).any():
+                raise self._damaged("its documents are not in order")
+        if self.borders[0] != 0 or self.borders[-1] != len(self.lengths):
+            raise self._damaged(f"its documents do not cover its {len(self.lengths):,} sequences")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        try:
+            size = os.stat(f"{self.prefix}.bin").st_size
+        except OSError as error:
+            raise ConfigError(
+                f"{self.prefix}.bin cannot be read ({error.strerror}): copy or prepare it again"
+            ) from error
+        wanted = self.tokens * self.dtype.itemsize
+        if not wanted:
+            raise ConfigError(
+                f"{self.prefix}.bin holds no tokens: prepare the data again from documents that are not empty"
+            )
+        if size < wanted:
+            raise ConfigError(
+                f"{self.prefix}.bin is cut short: {size // self.dtype.itemsize:,} of the {self.tokens:,} tokens in its "
+                "index; copy or prepare it again"
+            )
+        if size > wanted:
+            raise ConfigError(
+                f"{self.prefix}.bin holds {size:,} bytes and its index speaks of {wanted:,}: "
+                "they are not of one preparation; copy or prepare them again"
+            )
+
+    def _damaged(self, reason: str) -> ConfigError:
+        return ConfigError(f"{self.prefix}.idx is damaged ({reason}): copy or prepare it again")
+
+
+def parts(count: int, overlap: int, limit: int | None = None) -> list[slice]:
+    """Parts of `count` entries: all of them, or about `limit` of them, the first, the last and some chosen by lot.
+
+    Neighbouring parts share `overlap` entries. The lot is the same each time.
+    """
+    size = 1 << 20
+    if limit is not None and count > limit:
+        size = max(limit // 64, 1)
+        starts = {0, count - size, *(np.random.Philox(0).random_raw(62) % np.uint64(count - size)).tolist()}
+    else:
+        starts = set(range(0, count, size))
+    return [slice(start, min(start + size + overlap, count)) for start in sorted(starts)]
+
+
+def read_index(prefix: str | Path) -> Index:
+    """Open the `.idx` of a pair; what it says is not checked yet.
 
     Raises:
-        ConfigError: if the file is missing, damaged or of another format.
+        ConfigError: if the file is missing, cut or of another format.
     """
+    path = Path(f"{prefix}.idx")
     try:
         with path.open("rb") as file:
             magic, version, code, sequences, documents = _HEADER.unpack(file.read(_HEADER.size))
         if magic != _MAGIC or version != 1 or code not in _DTYPES:
             raise ValueError(f"header {magic!r}, version {version}, dtype code {code}")
+        size, wanted = path.stat().st_size, _HEADER.size + 12 * sequences + 8 * documents
+        # Megatron's multimodal files have a byte more for every sequence.
+        if size not in (wanted, wanted + sequences) or not documents:
+            raise ValueError(f"{size:,} bytes for {sequences:,} sequences and {documents - 1:,} documents")
         content = np.memmap(path, mode="r")
         lengths = np.frombuffer(content, "<i4", sequences, _HEADER.size)
-        # Between the two lie the byte offsets, which follow from the lengths.
+        offsets = np.frombuffer(content, "<i8", sequences, _HEADER.size + 4 * sequences)
         borders = np.frombuffer(content, "<i8", documents, _HEADER.size + 12 * sequences)
-        if not len(borders) or borders[-1] != sequences:
-            raise ValueError(f"its documents do not cover its {sequences} sequences")
     except (struct.error, ValueError, OSError) as error:
         raise ConfigError(
             f"{path} cannot be read as the index of Megatron token files ({error}): copy or prepare it again"
         ) from error
-    return np.dtype(_DTYPES[code]), lengths, borders
+    return Index(str(prefix), np.dtype(_DTYPES[code]), lengths, offsets, borders)
 
 
 class TokenArray:
@@ -107,42 +226,58 @@ class TokenArray:
             raise ConfigError(f"{name} holds no text")
         return TokenArray(np.concatenate([np.asarray(document, np.int64) for document in documents]), borders, name)
 
-    def check_ends(self, eod_id: int, documents: int = 64) -> None:
+    def check_ends(self, eod_id: int) -> None:
         """Refuse data whose documents do not end with `eod_id`: document masks would silently find no borders.
 
+        Of files up to `CHECKED_BYTES` every document is looked at. Of larger ones it is a sample: the first, the last
+        and others chosen by a lot that is the same each time, `CHECKED_DOCUMENTS` in all. Documents without tokens
+        have no end.
+
         Raises:
-            ConfigError: naming the first of the leading `documents` documents that ends otherwise.
+            ConfigError: naming the first document looked at that ends otherwise.
         """
-        ends = self.borders[1 : documents + 1][np.diff(self.borders[: documents + 1]) > 0]
-        wrong = np.flatnonzero(self.tokens[ends - 1] != eod_id)
-        if wrong.size:
-            raise ConfigError(
-                f"{self.name}: document {wrong[0]} ends with token {self.tokens[ends[wrong[0]] - 1]}, not with the "
-                f"end-of-document token {eod_id}: correct data.tokenizer, prepare with Megatron's --append-eod, or set "
-                "data.document_mask to false"
-            )
+        limit = None if self.tokens.nbytes <= CHECKED_BYTES else CHECKED_DOCUMENTS
+        for part in parts(len(self.borders) - 1, 0, limit):
+            borders = self.borders[part.start : part.stop + 1]
+            documents = np.flatnonzero(np.diff(borders) > 0)
+            ends = self.tokens[borders[documents + 1] - 1]
+            wrong = np.flatnonzero(ends != eod_id)
+            if wrong.size:
+                raise ConfigError(
+                    f"{self.name}: document {part.start + int(documents[wrong[0]])} ends with token "
+                    f"{ends[wrong[0]]}, not with the end-of-document token {eod_id}: correct data.tokenizer or "
+                    "data.eod_id, prepare with Megatron's --append-eod, or set data.document_mask to false"
+                )
+
+    def id_range(self) -> tuple[int, int, bool]:
+        """The smallest and the largest token id, and whether that is of all tokens or of a sample.
+
+        Files up to `CHECKED_BYTES` are read whole; of larger ones as many bytes, the first, the last and others.
+        """
+        limit = CHECKED_BYTES // self.tokens.itemsize
+        whole = len(self.tokens) <= limit
+        blocks = [self.tokens[part] for part in parts(len(self.tokens), 0, limit)]
+        return min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks), whole
 
 
 class TokenFile(TokenArray):
-    """A `.bin`/`.idx` pair, mapped into memory.
+    """A `.bin`/`.idx` pair, mapped into memory, its index checked.
 
     Args:
         prefix: path without `.bin` and `.idx`. Documents may have several sequences; any integer dtype will do.
+        sampled: check no more than a sample of a large index.
+
+    Raises:
+        ConfigError: if the pair is damaged.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
-        dtype, lengths, documents = read_index(Path(f"{prefix}.idx"))
-        starts = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=starts[1:])
-        count, held = int(starts[-1]), Path(f"{prefix}.bin").stat().st_size // dtype.itemsize
-        if count == 0:
-            raise ConfigError(f"{prefix}.bin holds no tokens: prepare the data again from documents that are not empty")
-        if held < count:
-            raise ConfigError(
-                f"{prefix}.bin is cut short: {held:,} of the {count:,} tokens in its index; copy or prepare it again"
-            )
-        tokens = np.asarray(np.memmap(f"{prefix}.bin", dtype=dtype, mode="r", shape=(count,)))
-        super().__init__(tokens, starts[documents], str(prefix))
+    def __init__(self, prefix: str | Path, sampled: bool = False) -> None:
+        index = read_index(prefix)
+        index.check(sampled)
+        tokens = np.asarray(np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r", shape=(index.tokens,)))
+        # The offset of a sequence, in tokens, is where its document may begin.
+        starts = np.append(index.offsets // index.dtype.itemsize, index.tokens)
+        super().__init__(tokens, starts[index.borders], str(prefix))
 
 
 def open_through_megatron(prefix: str | Path) -> TokenArray:

@@ -2,7 +2,7 @@
 
 Until it is finished an output directory holds `.partial/`: the settings, the tokenizer, and two files for every
 finished shard. A run that was killed continues from them. `dataset.json` is written last, and its presence says that
-the output is complete.
+the output is complete. It says, too, what was left out and why.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +28,20 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.cli import ConfigError
-from trainer.data.corpus import Shard, hash_unit, shards, split_of, valid_text
-from trainer.data.indexed import token_dtype, write_atomically, write_index
-from trainer.data.layout import INFO_NAME, SPLITS
-from trainer.data.prepare_config import PrepareConfig, TokenizerConfig, finished, refuse_other_settings
+from trainer.data.corpus import Document, Shard, hash_unit, shards, split_of, valid_text
+from trainer.data.files import LeftOut
+from trainer.data.indexed import sync_directory, token_dtype, write_atomically, write_index
+from trainer.data.layout import INFO_NAME, SPLITS, tokenizer_sha256
+from trainer.data.prepare_config import PrepareConfig, finished, refuse_other_settings, stdlib_config
 from trainer.data.tokenizer import Tokenizer, learn_sentencepiece
 
 _SAMPLE_MB = {"bpe": 16.0, "unigram": 2.0}
 _SECONDS_BETWEEN_LINES = 30.0
 # A tokenizer learns from the beginning of a longer document, so that no single one makes up the sample.
 _LONGEST_SAMPLE = 1 << 18
+
+EMPTY = "empty documents"
+_SURROGATES = "documents with lone surrogates, which became question marks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +98,50 @@ def sample_texts(config: PrepareConfig) -> Iterator[str]:
                 yield valid_text(document.text[:_LONGEST_SAMPLE])
 
 
+class Tally:
+    """Counts by reason, with the name of the first thing counted: what parts and `dataset.json` hold."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, dict[str, Any]] = {}
+
+    def count(self, reason: str, name: str) -> None:
+        """One more."""
+        self.add({reason: {"count": 1, "first": name}})
+
+    def add(self, counts: dict[str, dict[str, Any]]) -> None:
+        """What another tally counted, of what comes after."""
+        for reason, facts in counts.items():
+            mine = self.counts.setdefault(reason, {"count": 0, "first": facts["first"]})
+            mine["count"] += facts["count"]
+
+
 def tokenize_shard(shard: Shard, rule: SplitRule, tokenizer: Tokenizer, stem: Path) -> dict[str, Any]:
     """Tokenize a shard into `stem.bin` (train, then validation, then test) and `stem.json`, which marks it as done."""
     dtype = token_dtype(tokenizer.vocab_size)
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
-    for document in shard.documents():
-        if document.text:
-            split, text = rule(document.name), valid_text(document.text)
+    left_out, changed = Tally(), Tally()
+    for record in shard.records():
+        if isinstance(record, LeftOut):
+            left_out.count(record.reason, record.name)
+        elif not record.text:
+            left_out.count(EMPTY, record.name)
+        else:
+            split, text = rule(record.name), valid_text(record.text)
+            if text is not record.text:
+                changed.count(_SURROGATES, record.name)
             tokens[split].append(np.array([*tokenizer.encode(text), tokenizer.eod_id], dtype))
             sizes[split] += len(text.encode())
-    lengths = {split: [len(document) for document in tokens[split]] for split in SPLITS}
-    part = {"identity": shard.identity(), "lengths": lengths, "bytes": sizes}
-    write_atomically(
-        stem.with_suffix(".bin"), b"".join(document.tobytes() for split in SPLITS for document in tokens[split])
-    )
+    documents = [document for split in SPLITS for document in tokens[split]]
+    part = {
+        "identity": shard.identity(),
+        "lengths": {split: [len(document) for document in tokens[split]] for split in SPLITS},
+        "bytes": sizes,
+        "max_id": max((int(document.max()) for document in documents), default=0),
+        "left_out": left_out.counts,
+        "changed": changed.counts,
+    }
+    write_atomically(stem.with_suffix(".bin"), b"".join(document.tobytes() for document in documents))
     write_atomically(stem.with_suffix(".json"), json.dumps(part).encode())
     return part
 
@@ -135,24 +169,29 @@ def _tokenize_in_worker(shard: Shard, rule: SplitRule, stem: Path) -> dict[str, 
     return tokenize_shard(shard, rule, _worker_tokenizer, stem)
 
 
-def finished_part(stem: Path, shard: Shard) -> dict[str, Any] | None:
-    """What `tokenize_shard` returned for this very shard in an earlier run, if it did."""
+def finished_part(stem: Path, shard: Shard, dtype: np.dtype) -> dict[str, Any] | None:
+    """What `tokenize_shard` returned for this very shard in an earlier run, if it did and its file is whole."""
     try:
         part = json.loads(stem.with_suffix(".json").read_bytes())
-    except FileNotFoundError:
+        size = stem.with_suffix(".bin").stat().st_size
+    except (FileNotFoundError, ValueError):
         return None
-    return part if part["identity"] == shard.identity() else None
+    # Parts that an earlier version wrote say less.
+    if not {"identity", "lengths", "bytes", "max_id", "left_out", "changed"} <= part.keys():
+        return None
+    whole = size == sum(sum(lengths) for lengths in part["lengths"].values()) * dtype.itemsize
+    return part if whole and part["identity"] == shard.identity() else None
 
 
 def tokenize_all(
     config: PrepareConfig, tokenizer: Tokenizer, tokenizer_path: Path, directory: Path
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Tokenize what is not yet done, in parallel; yields (number, part) of every shard, as they finish."""
-    workers = config.workers or os.cpu_count() or 1
+    workers, dtype = config.workers or os.cpu_count() or 1, token_dtype(tokenizer.vocab_size)
     if workers == 1:
         for number, (shard, rule) in enumerate(planned_shards(config)):
             stem = directory / f"{number:08}"
-            yield number, finished_part(stem, shard) or tokenize_shard(shard, rule, tokenizer, stem)
+            yield number, finished_part(stem, shard, dtype) or tokenize_shard(shard, rule, tokenizer, stem)
         return
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (str(tokenizer_path), config.tokenizer.eod)
@@ -161,7 +200,7 @@ def tokenize_all(
     try:
         for number, (shard, rule) in enumerate(planned_shards(config)):
             stem = directory / f"{number:08}"
-            if part := finished_part(stem, shard):
+            if part := finished_part(stem, shard, dtype):
                 yield number, part
                 continue
             pending[pool.submit(_tokenize_in_worker, shard, rule, stem)] = number
@@ -170,6 +209,11 @@ def tokenize_all(
                 yield from _collect(pending)
         while pending:
             yield from _collect(pending)
+    except BrokenProcessPool as error:
+        raise ConfigError(
+            f"a process that tokenized was ended from outside, as when memory runs out: use fewer --workers than "
+            f"{workers}; the same command continues"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -199,7 +243,7 @@ def prepare(config: PrepareConfig) -> Path:
         The output directory.
 
     Raises:
-        ConfigError: if the input is wrong, or the output holds something else.
+        ConfigError: if the input is wrong, the output holds something else, or files cannot be read or written.
     """
     output, settings = Path(config.output).expanduser(), config.settings()
     if finished(output, settings):
@@ -208,50 +252,85 @@ def prepare(config: PrepareConfig) -> Path:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output: {output} cannot be created ({error.strerror}); choose another --output") from error
-    with locked(output):
-        if not finished(output, settings):
-            _prepare_locked(config, output, settings)
+    try:
+        with locked(output):
+            if not finished(output, settings):
+                _prepare_locked(config, output, settings)
+    except OSError as error:
+        # A disk that is full, a file that went away, a mount that broke: none is mended by a traceback.
+        where = f"{error.filename}: " if error.filename is not None else ""
+        raise ConfigError(
+            f"preparing {output} stopped ({where}{error.strerror or error}); mend that, and the same command continues"
+        ) from error
     return output
 
 
 def _prepare_locked(config: PrepareConfig, output: Path, settings: dict[str, Any]) -> None:
     started = time.monotonic()
-    partial = output / ".partial"
-    manifest = partial / "manifest.json"
-    if manifest.exists():
-        refuse_other_settings(output, json.loads(manifest.read_bytes()), settings)
-    elif any((output / f"{split}.bin").exists() for split in SPLITS):
-        raise ConfigError(f"{output} holds token files that this command did not write; choose another --output")
-    (partial / "parts").mkdir(parents=True, exist_ok=True)
-    write_atomically(manifest, json.dumps(settings).encode())
+    partial = _open_partial(output, settings)
     tokenizer, path = _tokenizer(config, partial)
     parts = _tokenize_with_progress(config, tokenizer, path, partial / "parts")
     seconds = time.monotonic() - started
-    splits = {
-        split: _join(output, partial / "parts", parts, split, token_dtype(tokenizer.vocab_size)) for split in SPLITS
-    }
+    dtype = token_dtype(tokenizer.vocab_size)
+    splits = {split: _join(output, partial / "parts", parts, split, dtype) for split in SPLITS}
     splits = {split: facts for split, facts in splits.items() if facts["documents"]}
+    left_out, changed = Tally(), Tally()
+    for part in parts:
+        left_out.add(part["left_out"])
+        changed.add(part["changed"])
     if "train" not in splits:
+        if not splits:
+            # Nothing is lost, and a corrected text_key must not meet shards that were made with another.
+            shutil.rmtree(partial)
         raise ConfigError(
-            f"{config.source} gave no documents for the train split; check the source, text_key and the shares"
+            f"{config.source} gave no documents for the train split{_because(left_out)}; check the source, text_key "
+            "and the shares"
         )
     saved = tokenizer.save(output)
     info = {
         "source": config.source,
         "tokenizer": saved.name,
-        "tokenizer_sha256": hashlib.sha256(saved.read_bytes()).hexdigest(),
+        "tokenizer_sha256": tokenizer_sha256(saved),
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "max_id": max(part["max_id"] for part in parts),
+        "dtype": dtype.name,
         "splits": splits,
+        "left_out": left_out.counts,
+        "changed": changed.counts,
         "settings": settings,
         "settings_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     }
     if config.source == "stdlib":
         info["python"] = sys.version.split()[0]
+    sync_directory(output)
     write_atomically(output / INFO_NAME, (json.dumps(info, indent=2) + "\n").encode())
     shutil.rmtree(partial)
-    _report(output, splits, seconds)
+    _report(output, info, seconds)
+
+
+def _open_partial(output: Path, settings: dict[str, Any]) -> Path:
+    """The directory of what is done so far; a new one where no shard was finished with other settings.
+
+    Raises:
+        ConfigError: if the output holds token files of others, or shards made with other settings.
+    """
+    partial = output / ".partial"
+    manifest = partial / "manifest.json"
+    if any((partial / "parts").glob("*.json")):
+        try:
+            had = json.loads(manifest.read_bytes())
+        except ValueError as error:
+            raise ConfigError(f"{manifest} cannot be read ({error}): delete {partial} and start again") from error
+        refuse_other_settings(output, had, settings)
+    elif not manifest.exists() and any((output / f"{split}.bin").exists() for split in SPLITS):
+        raise ConfigError(f"{output} holds token files that this command did not write; choose another --output")
+    elif manifest.exists() and manifest.read_bytes() != json.dumps(settings).encode():
+        # A first try that came no further, with a vocabulary too large or another text_key, is in nobody's way.
+        shutil.rmtree(partial)
+    (partial / "parts").mkdir(parents=True, exist_ok=True)
+    write_atomically(manifest, json.dumps(settings).encode())
+    return partial
 
 
 def _tokenizer(config: PrepareConfig, partial: Path) -> tuple[Tokenizer, Path]:
@@ -266,7 +345,8 @@ def _tokenizer(config: PrepareConfig, partial: Path) -> tuple[Tokenizer, Path]:
         texts = list(sample_texts(config))
         if not texts:
             raise ConfigError(
-                f"{config.source} gave no text to learn a tokenizer from; check the source, text_key and the shares"
+                f"{config.source} gave no text to learn a tokenizer from{_because(_without_text(config))}; check the "
+                "source, text_key and the shares"
             )
         learned = learn_sentencepiece(texts, settings.kind, settings.vocab_size)
         temporary = partial / "learned"
@@ -326,7 +406,8 @@ def _join(output: Path, directory: Path, parts: list[dict[str, Any]], split: str
             counts = {name: sum(part["lengths"][name]) * dtype.itemsize for name in SPLITS}
             with (directory / f"{number:08}.bin").open("rb") as file:
                 file.seek(sum(counts[name] for name in SPLITS[: SPLITS.index(split)]))
-                joined.write(file.read(counts[split]))
+                if joined.write(file.read(counts[split])) != counts[split]:
+                    raise ConfigError(f"{file.name} was cut short meanwhile; remove it, and the same command continues")
         joined.flush()
         os.fsync(joined.fileno())
     os.replace(temporary, output / f"{split}.bin")
@@ -334,7 +415,26 @@ def _join(output: Path, directory: Path, parts: list[dict[str, Any]], split: str
     return facts
 
 
-def _report(output: Path, splits: dict[str, dict[str, int]], seconds: float) -> None:
+def _without_text(config: PrepareConfig) -> Tally:
+    """Why a source has no text; only asked where it has none, so that it is read quickly."""
+    tally = Tally()
+    for shard, _ in planned_shards(config):
+        for record in shard.records():
+            tally.count(*(EMPTY, record.name) if isinstance(record, Document) else (record.reason, record.name))
+    return tally
+
+
+def _because(left_out: Tally) -> str:
+    return f" ({_listed(left_out.counts)})" if left_out.counts else ""
+
+
+def _listed(counts: dict[str, dict[str, Any]]) -> str:
+    """As in `rows whose text is null: 3 (first data.jsonl:120)`."""
+    return "; ".join(f"{reason}: {facts['count']:,} (first {facts['first']})" for reason, facts in counts.items())
+
+
+def _report(output: Path, info: dict[str, Any], seconds: float) -> None:
+    splits = info["splits"]
     tokens = sum(facts["tokens"] for facts in splits.values())
     for split in SPLITS:
         if split in splits:
@@ -343,6 +443,10 @@ def _report(output: Path, splits: dict[str, dict[str, int]], seconds: float) -> 
             _say(f"{split}: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {rate:.3f} bytes/token")
         else:
             _say(f"{split}: no documents, so no files; give --{split} SOURCE, or a larger share")
+    documents, size = (sum(facts[key] for facts in splits.values()) for key in ("documents", "bytes"))
+    _say(f"read: {documents:,} documents, {size:,} bytes; left out: {_listed(info['left_out']) or 'nothing'}")
+    if info["changed"]:
+        _say(f"changed: {_listed(info['changed'])}")
     _say(f"{output}: {tokens / seconds:,.0f} tokens/s, {seconds:.1f} s with tokenizer")
 
 
@@ -364,7 +468,4 @@ def prepare_stdlib(
     Returns:
         The directory with train, validation and test.
     """
-    output = Path(cache_dir) / f"stdlib-{kind}{vocab_size}"
-    return prepare(
-        PrepareConfig(output=str(output), workers=workers, tokenizer=TokenizerConfig(kind=kind, vocab_size=vocab_size))
-    )
+    return prepare(stdlib_config(cache_dir, vocab_size, kind, workers))

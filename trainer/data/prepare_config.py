@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.cli import ConfigError
-from trainer.data.layout import read_info
+from trainer.data.layout import read_info, tokenizer_sha256
 
-# 256 byte pieces, the two special ones, and room for the characters of the sample.
-_SMALLEST_VOCAB = 512
+# 256 byte pieces and the two special ones. The characters of the sample come on top; learning says how many these are.
+_SMALLEST_VOCAB = 258
 _LARGEST_VOCAB = 1 << 20
 
 
@@ -42,7 +41,7 @@ class TokenizerConfig:
         if not _SMALLEST_VOCAB <= self.vocab_size <= _LARGEST_VOCAB:
             raise ConfigError(
                 f"tokenizer.vocab_size is {self.vocab_size}; choose {_SMALLEST_VOCAB} to {_LARGEST_VOCAB} "
-                "(256 bytes, 2 special tokens and the characters of the corpus take the first few hundred)"
+                "(256 bytes and 2 special tokens take the first; the characters of the corpus come on top)"
             )
         if self.sample_mb is not None and self.sample_mb <= 0:
             raise ConfigError(f"tokenizer.sample_mb is {self.sample_mb}; it must be positive")
@@ -61,8 +60,9 @@ class PrepareConfig:
     """Turn documents into token files that training reads.
 
     Attributes:
-        source: stdlib; a text file, directory or glob (one document a file); .jsonl, .jsonl.gz or .parquet files;
-            or hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset on the hub or on this disk.
+        source: stdlib; a file, directory or glob with .jsonl, .json, .parquet or text files (one document a file),
+            all but parquet also as .gz or .zst; or hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset on the hub or on
+            this disk.
         output: Directory to write.
         validation: A source for the validation split; null takes a share of the documents of source.
         test: A source for the test split; null takes a share of the documents of source.
@@ -116,8 +116,7 @@ class PrepareConfig:
         for key, source in self.sources():
             values[key] = source if is_named(source) else os.path.abspath(os.path.expanduser(source))
         if self.tokenizer.path is not None:
-            path = tokenizer_file(self.tokenizer.path)
-            tokenizer = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "eod": self.tokenizer.eod}
+            tokenizer = {"sha256": tokenizer_sha256(self.tokenizer.path), "eod": self.tokenizer.eod}
         return values | {f"tokenizer.{key}": value for key, value in tokenizer.items()}
 
 
@@ -140,21 +139,6 @@ def check_source(key: str, source: str) -> None:
         )
 
 
-def tokenizer_file(path: str | Path) -> Path:
-    """The model file that a tokenizer's path means: itself, or the one in a directory.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return path
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (path / name).is_file():
-            return path / name
-    raise ConfigError(f"no tokenizer at {path}: give a tokenizer.json, a SentencePiece .model, or a directory with one")
-
-
 def finished(output: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The `dataset.json` of a complete output that was made with these settings; None where nothing is finished.
 
@@ -165,7 +149,7 @@ def finished(output: str | Path, settings: dict[str, Any]) -> dict[str, Any] | N
     if info is None:
         return None
     refuse_other_settings(output, info.get("settings", {}), settings)
-    for split in info["splits"]:
+    for split in info.get("splits", {}):
         for suffix in (".bin", ".idx"):
             if not (Path(output) / f"{split}{suffix}").is_file():
                 raise ConfigError(
@@ -186,3 +170,12 @@ def refuse_other_settings(output: str | Path, had: dict[str, Any], wanted: dict[
         raise ConfigError(
             f"{output} holds data made with other settings: {changes}; choose another --output, or delete it"
         )
+
+
+def stdlib_config(
+    cache_dir: str | Path, vocab_size: int = 4096, kind: Literal["bpe", "unigram"] = "bpe", workers: int = 0
+) -> PrepareConfig:
+    """How `data.path: stdlib` is prepared, see `prepare.prepare_stdlib`."""
+    output = Path(cache_dir) / f"stdlib-{kind}{vocab_size}"
+    tokenizer = TokenizerConfig(kind=kind, vocab_size=vocab_size)
+    return PrepareConfig(output=str(output), workers=workers, tokenizer=tokenizer)

@@ -1,14 +1,24 @@
-"""From the `data` section of a configuration to tokenizer, training batches and validation files."""
+"""From the `data` section of a configuration to tokenizer, training batches and validation files.
 
+Imports torch only as batches are opened, so that what a run would read can be checked without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.cli import ConfigError
 from trainer.config import PretrainConfig
-from trainer.data.dataset import Sampler, open_training_data
-from trainer.data.layout import find_corpora
-from trainer.data.prepare import prepare_stdlib
+from trainer.data.layout import Corpora, find_corpora, info_of_prefix, resolve_prefix, tokenizer_file
+from trainer.data.prepare_config import finished, stdlib_config
 from trainer.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import Sampler
 
 
 @dataclass(frozen=True)
@@ -19,18 +29,24 @@ class DataSources:
         paths: Prepared directories or prefixes, with the share of samples each gives.
         validation: Directory or prefix for validation, None without one.
         tokenizer: None where the data is bare and none was named.
+        tokenizer_path: Where it was read from.
         eod_id: The end-of-document token, None where nothing says.
         vocab_size: Token ids, before padding.
+        unprepared: Directories of `paths` that are not there yet, and are made when the run starts.
     """
 
     paths: dict[str, float]
     validation: str | None
     tokenizer: Tokenizer | None
+    tokenizer_path: Path | None
     eod_id: int | None
     vocab_size: int
+    unprepared: tuple[str, ...] = ()
 
     def open_training(self, config: PretrainConfig) -> Sampler:
         """The training batches."""
+        from trainer.data.dataset import open_training_data
+
         return open_training_data(
             self.paths,
             seed=config.train.seed,
@@ -38,39 +54,89 @@ class DataSources:
             global_batch_size=config.train.global_batch_size,
             eod_id=self.eod_id,
             document_mask=config.data.document_mask,
+            vocab_size=self.vocab_size,
         )
 
 
-def find_sources(config: PretrainConfig) -> DataSources:
+def find_sources(config: PretrainConfig, prepare: bool = True) -> DataSources:
     """Prepare `stdlib` if it is asked for, find the tokenizer and the validation split.
 
+    Args:
+        config: The run.
+        prepare: Otherwise what is not prepared is named in `DataSources.unprepared`.
+
     Raises:
-        ConfigError: the vocabulary's size is not known from anywhere.
+        ConfigError: the sources do not fit together, or the vocabulary's size is not known from anywhere.
     """
     data = config.data
-    paths = {_prepared(config, source): share for source, share in (data.blend or {data.path: 1.0}).items()}
-    directories = [Path(path) for path in paths if Path(path).is_dir()]
-    tokenizer = _find_tokenizer(data.tokenizer, directories)
-    eod_id = tokenizer.eod_id if tokenizer else None
-    corpora = find_corpora(paths, "train", eod_id)
-    vocab_size = tokenizer.vocab_size if tokenizer else corpora.vocab_size or config.model.vocab_size
+    located = [(*_locate(config, source, prepare), share) for source, share in data.shares().items()]
+    paths = {path: share for path, _, share in located}
+    if len(paths) < len(located):
+        raise ConfigError(f"data.blend names one source twice ({', '.join(paths)}): add its weights")
+    unprepared = tuple(path for path, there, _ in located if not there)
+    there = {path: share for path, share in paths.items() if path not in unprepared}
+    tokenizer_path = _tokenizer_path(data.tokenizer, there)
+    tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path else None
+    corpora = find_corpora(there) if there else Corpora((), (), None, None)
+    learned = data.vocab_size if unprepared else None
+    vocab_size = tokenizer.vocab_size if tokenizer else corpora.vocab_size or learned or config.model.vocab_size
     if vocab_size is None:
         raise ConfigError(
             "nothing says how large the vocabulary of data.path is; set data.tokenizer, or model.vocab_size"
         )
-    has_split = (directory for directory in directories if (directory / "validation.idx").is_file())
-    validation = data.validation_path or next((str(directory) for directory in has_split), None)
-    return DataSources(paths, validation, tokenizer, corpora.eod_id, vocab_size)
+    eod_id = _agreed_end(
+        {
+            "data.eod_id": data.eod_id,
+            f"dataset.json beside {', '.join(map(str, corpora.prefixes))}": corpora.eod_id,
+            f"the tokenizer {tokenizer_path}": tokenizer.eod_id if tokenizer else None,
+        }
+    )
+    return DataSources(paths, _validation(config, there), tokenizer, tokenizer_path, eod_id, vocab_size, unprepared)
 
 
-def _prepared(config: PretrainConfig, source: str) -> str:
-    return str(prepare_stdlib(config.data.cache_dir, config.data.vocab_size)) if source == "stdlib" else source
+def _locate(config: PretrainConfig, source: str, prepare: bool) -> tuple[str, bool]:
+    """The path that a source means, and whether its data is there."""
+    if source != "stdlib":
+        return os.path.expanduser(source), True
+    wanted = stdlib_config(config.data.cache_dir, config.data.vocab_size)
+    output = os.path.expanduser(wanted.output)
+    if prepare:
+        from trainer.data.prepare import prepare_stdlib
+
+        return str(prepare_stdlib(config.data.cache_dir, config.data.vocab_size)), True
+    return output, finished(output, wanted.settings()) is not None
 
 
-def _find_tokenizer(named: str | None, directories: list[Path]) -> Tokenizer | None:
+def _tokenizer_path(named: str | None, paths: Mapping[str, float]) -> Path | None:
+    """The tokenizer that is named, or the one beside the first prepared data that has one."""
     if named is not None:
-        return Tokenizer.load(named)
-    for directory in directories:
-        if any(directory.glob("tokenizer.*")):
-            return Tokenizer.load(directory)
+        return tokenizer_file(named)
+    for path in paths:
+        prefix = resolve_prefix(path)
+        prepared = os.path.isdir(path) or info_of_prefix(prefix) is not None
+        if prepared and any(prefix.parent.glob("tokenizer.*")):
+            return tokenizer_file(prefix.parent)
     return None
+
+
+def _agreed_end(named: dict[str, int | None]) -> int | None:
+    """The end-of-document token, of all that name one.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    known = {name: token for name, token in named.items() if token is not None}
+    if len(set(known.values())) > 1:
+        what = ", ".join(f"{token} by {name}" for name, token in known.items())
+        raise ConfigError(
+            f"which token ends a document is said differently: {what}; leave data.eod_id out, or name the tokenizer "
+            "that made the data and its eos_token in tokenizer_config.json beside it"
+        )
+    return next(iter(known.values()), None)
+
+
+def _validation(config: PretrainConfig, paths: Mapping[str, float]) -> str | None:
+    named = config.data.validation_path
+    if named is not None:
+        return os.path.expanduser(named)
+    return next((path for path in paths if os.path.isfile(os.path.join(path, "validation.idx"))), None)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.cli import ConfigError
-from trainer.data.prepare_config import tokenizer_file
+from trainer.data.layout import tokenizer_file
 
 EOD_PIECE = "<|endoftext|>"
 # SentencePiece writes a space as U+2581, so a U+2581 of the text itself must take another way: through its three bytes.
@@ -281,9 +281,17 @@ def learn_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"tokenizer.vocab_size {vocab_size} does not fit the sample ({reason}); choose a smaller one, "
-            "or give more text"
-        ) from error
+        raise ConfigError(f"tokenizer.vocab_size {vocab_size} {_vocabulary_fault(str(error))}") from error
     return SentencePieceTokenizer(model.getvalue())
+
+
+def _vocabulary_fault(reason: str) -> str:
+    """What SentencePiece has against a vocabulary's size, with a size that it takes."""
+    if most := re.search(r"Vocabulary size too high .*value <= (\d+)", reason):
+        return (
+            f"is more than the sample gives: choose at most {most[1]} (--tokenizer.vocab_size {most[1]}), give more "
+            "text, or an existing tokenizer (--tokenizer.path)"
+        )
+    if least := re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", reason):
+        return f"is less than the bytes and characters of the sample: choose at least {least[1]}"
+    return f"does not fit the sample ({' '.join(reason.split())}); choose another one, or give more text"

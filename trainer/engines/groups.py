@@ -51,6 +51,10 @@ def close() -> None:
     _gloo_devices.clear()
 
 
+# The module, whose types do not tell all that it has.
+_C10D: Any = distributed_c10d
+
+
 def _make_devices() -> list[Any]:
     gloo = distributed_c10d.ProcessGroupGloo
     # As torch reads it: interfaces by name, else the one that the host's name resolves to.
@@ -68,7 +72,7 @@ class _GlooOnSharedDevice(distributed_c10d.ProcessGroupGloo):
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        options = distributed_c10d.ProcessGroupGloo._Options()
+        options = _C10D.ProcessGroupGloo._Options()
         options._devices = _gloo_devices
         options._timeout = timeout
         # As torch has it.
@@ -93,8 +97,8 @@ def _as_one(helper: Callable[..., Any]) -> Callable[..., Any]:
 def _shared_gloo_device() -> Iterator[None]:
     own = distributed_c10d.ProcessGroupGloo
     if _gloo_devices:
-        distributed_c10d.ProcessGroupGloo = _GlooOnSharedDevice
+        _C10D.ProcessGroupGloo = _GlooOnSharedDevice
     try:
         yield
     finally:
-        distributed_c10d.ProcessGroupGloo = own
+        _C10D.ProcessGroupGloo = own

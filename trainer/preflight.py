@@ -1,0 +1,193 @@
+"""What is known of a run from its files, before a model is built: by `--check`, and by the start through the same code.
+
+Imports neither torch nor megatron. Index files are held against token files, documents against their end-of-document
+token, ids against the vocabulary, and tokenizers against each other; of large files a sample, which is said
+(`trainer.data.indexed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainer import weights
+from trainer.cli import ConfigError
+from trainer.config import PretrainConfig
+from trainer.data.indexed import CHECKED_BYTES, TokenFile
+from trainer.data.layout import NO_END, info_of_prefix, resolve_prefix, tokenizer_sha256
+from trainer.data.sources import DataSources, find_sources
+from trainer.run_directory import checkpoint_steps, starts_anew
+
+# Up to about four, further epochs are worth nearly as much as new text (Muennighoff et al., 2023, arXiv:2305.16264).
+_MANY_EPOCHS = 4.0
+
+
+@dataclass
+class Findings:
+    """What is worth knowing before a run.
+
+    Attributes:
+        notes: One line each.
+        warnings: Of what is accepted and seldom meant.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(config: PretrainConfig, sources: DataSources | None = None) -> Findings:
+    """Hold a run's data, tokenizers and vocabulary against each other.
+
+    Args:
+        config: The run.
+        sources: What it reads, where that is known; otherwise it is looked for, and nothing is prepared.
+
+    Raises:
+        ConfigError: the run could not be, or would not be what it seems.
+    """
+    sources = sources or find_sources(config, prepare=False)
+    _check_tokenizers(config, sources)
+    _check_vocabulary(config, sources)
+    # What is not prepared yet will bring an end-of-document token.
+    known = sources.eod_id is not None or bool(sources.unprepared)
+    if config.data.document_mask and not known:
+        raise ConfigError(NO_END)
+    if sources.validation is not None and not known:
+        raise ConfigError("validation needs the end-of-document token: set data.tokenizer or data.eod_id")
+    findings = Findings()
+    _check_training(config, sources, findings)
+    _check_validation(config, sources, findings)
+    if sources.tokenizer is None and not sources.unprepared:
+        findings.notes.append(
+            "no tokenizer is known, so no bits per byte and no text samples: data.tokenizer names the one that made "
+            "the data"
+        )
+    return findings
+
+
+def _check_tokenizers(config: PretrainConfig, sources: DataSources) -> None:
+    """Refuse different tokenizers: the ids of one mean other text, or nothing, to another."""
+    first: tuple[str, str] | None = None
+    for name, digest in _tokenizers(config, sources):
+        first = first or (name, digest)
+        if digest != first[1]:
+            raise ConfigError(
+                f"{first[0]} and {name} are of different tokenizers (SHA-256 {first[1][:12]} and {digest[:12]}): "
+                "prepare the data with the same one (launch/prepare_data.py --tokenizer.path), or name what belongs "
+                "together"
+            )
+
+
+def _tokenizers(config: PretrainConfig, sources: DataSources) -> Iterator[tuple[str, str]]:
+    """(where it is from, its hash) of every tokenizer that a run has to do with."""
+    prefixes = [("the training data", path, "train") for path in sources.paths if path not in sources.unprepared]
+    if sources.validation is not None:
+        prefixes.append(("the validation data", sources.validation, "validation"))
+    for what, path, split in prefixes:
+        digest = (info_of_prefix(resolve_prefix(path, split)) or {}).get("tokenizer_sha256")
+        if digest is not None:
+            yield f"{what} {path}", digest
+    if sources.tokenizer_path is not None:
+        name = "data.tokenizer" if config.data.tokenizer else "the tokenizer"
+        yield f"{name} {sources.tokenizer_path}", tokenizer_sha256(sources.tokenizer_path)
+    directory = _tokenizer_of_checkpoint(config)
+    if directory is not None:
+        yield f"the checkpoint's {directory}", tokenizer_sha256(directory)
+
+
+def _tokenizer_of_checkpoint(config: PretrainConfig) -> Path | None:
+    """The directory with the tokenizer of what a run goes on or starts from, None where it has none."""
+    checkpoint, run_dir = config.checkpoint, Path(config.run.dir)
+    if not starts_anew(config):
+        steps = [f"checkpoints/step_{step:08d}" for step in reversed(checkpoint_steps(run_dir))]
+        named = checkpoint.resume not in ("auto", "never")
+        places = [Path(checkpoint.resume)] if named else [run_dir / step for step in steps]
+        directories = [place / "tokenizer" for place in places]
+    else:
+        directories = [Path(checkpoint.init)] if checkpoint.init is not None else []
+    models = ("tokenizer.model", "tokenizer.json")
+    return next((path for path in directories if any((path / model).is_file() for model in models)), None)
+
+
+def _check_vocabulary(config: PretrainConfig, sources: DataSources) -> None:
+    try:
+        rows = config.model.padded_vocab_size(sources.vocab_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    weights.check_vocabulary(config, rows)
+    if sources.eod_id is not None and sources.eod_id >= sources.vocab_size:
+        raise ConfigError(
+            f"the end-of-document token {sources.eod_id} lies outside the vocabulary of {sources.vocab_size}: correct "
+            "data.eod_id, or name the tokenizer that made the data"
+        )
+
+
+def _open(config: PretrainConfig, sources: DataSources, prefix: Path, findings: Findings) -> TokenFile:
+    """A pair whose index, ends and ids are as they should be, as far as they were looked at."""
+    file = TokenFile(prefix, sampled=True)
+    if config.data.document_mask:
+        assert sources.eod_id is not None
+        file.check_ends(sources.eod_id)
+    recorded = (info_of_prefix(prefix) or {}).get("max_id")
+    low, high, whole = file.id_range() if recorded is None else (0, recorded, True)
+    if low < 0 or high >= sources.vocab_size:
+        of = f"the tokenizer {sources.tokenizer_path}" if sources.tokenizer else "model.vocab_size"
+        raise ConfigError(
+            f"{prefix} holds the token id {low if low < 0 else high}, and {of} has 0 to {sources.vocab_size - 1}: "
+            "name the tokenizer that made the data (data.tokenizer), or set a larger model.vocab_size"
+        )
+    if not whole or (config.data.document_mask and file.tokens.nbytes > CHECKED_BYTES):
+        looked_at = "ids and ends of documents" if not whole else "ends of documents"
+        findings.notes.append(
+            f"{prefix} has {file.tokens.nbytes / 1e9:,.1f} GB: {looked_at} were checked in a sample, first, last and "
+            "spread between"
+        )
+    return file
+
+
+def _check_training(config: PretrainConfig, sources: DataSources, findings: Findings) -> None:
+    train = config.train
+    read, shares = train.steps * train.global_batch_size * train.seq_len, sum(sources.paths.values())
+    for path, share in sources.paths.items():
+        if path in sources.unprepared:
+            findings.notes.append(f"data: {path} is prepared from the standard library's source when the run starts")
+            continue
+        file = _open(config, sources, resolve_prefix(path), findings)
+        tokens, documents = len(file.tokens), len(file.borders) - 1
+        of_it = read * share / shares
+        epochs = of_it / tokens
+        name = f"data: {path}" + (f" (share {share / shares:.3g})" if len(sources.paths) > 1 else "")
+        findings.notes.append(
+            f"{name}: {_millions(tokens)} tokens in {documents:,} documents; the run reads {_millions(of_it)} tokens, "
+            f"{epochs:.2f} epochs"
+        )
+        if tokens < train.seq_len:
+            findings.warnings.append(
+                f"{path} has {tokens:,} tokens, fewer than train.seq_len={train.seq_len}: each sample repeats it"
+            )
+        elif epochs > _MANY_EPOCHS:
+            findings.warnings.append(
+                f"the run reads every token of {path} {epochs:.1f} times: use more data, or fewer train.steps than "
+                f"{train.steps} ({_MANY_EPOCHS:g} epochs are {int(train.steps * _MANY_EPOCHS / epochs):,})"
+            )
+
+
+def _check_validation(config: PretrainConfig, sources: DataSources, findings: Findings) -> None:
+    if sources.validation is None:
+        if not sources.unprepared:
+            findings.notes.append("validation: none, for no validation split is there; data.validation_path names one")
+        return
+    prefix = resolve_prefix(sources.validation, "validation")
+    file = _open(config, sources, prefix, findings)
+    tokens, window = len(file.tokens), config.evaluation.seq_len or config.train.seq_len
+    findings.notes.append(f"validation: {prefix}: {_millions(tokens)} tokens in {len(file.borders) - 1:,} documents")
+    if tokens < window:
+        findings.warnings.append(
+            f"{prefix} has {tokens:,} tokens, fewer than a window of {window}: validation is on one window that is "
+            "not full"
+        )
+
+
+def _millions(tokens: float) -> str:
+    return f"{tokens / 1e6:,.2f} M" if tokens >= 1e5 else f"{tokens:,.0f}"
