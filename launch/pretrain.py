@@ -62,6 +62,5 @@ def main() -> int:
         fail(str(error))
 
 
-# mcore's checkpoint writer starts processes that import this file again.
 if __name__ == "__main__":
     sys.exit(main())

@@ -41,6 +41,8 @@ class Trainer:
 
     Attributes:
         stop_requested: Set by anyone, on any rank, to stop after the current step.
+        save_requested: Likewise, to save after the step.
+        agreed_to_save: Whether a save was asked for before this step, on any rank.
         samples: The newest text samples.
     """
 
@@ -62,6 +64,8 @@ class Trainer:
         self.resumed = progress.step > 0
         self.run_dir = Path(config.run.dir)
         self.stop_requested = False
+        self.save_requested = False
+        self.agreed_to_save = False
         self.samples: list[str] = []
         self._peak_flops = peak_flops
         whole = shapes(config.model, engine.model.vocab_size)
@@ -95,7 +99,11 @@ class Trainer:
             getattr(callback, hook)(self, *arguments)
 
     def _agreed_to_stop(self) -> bool:
-        return self.engine.all_reduce([float(self.stop_requested)])[0] > 0
+        """Whether any rank is to stop; whether any is to save goes into `agreed_to_save`."""
+        asked, self.save_requested = self.save_requested, False
+        stop, save = self.engine.all_reduce([float(self.stop_requested), float(asked)])
+        self.agreed_to_save = save > 0
+        return stop > 0
 
     def _step(self) -> dict[str, Any]:
         config, step = self.config, self.progress.step
