@@ -85,6 +85,5 @@ def train(config: PretrainConfig, config_yaml: str) -> int:
         raise
 
 
-# mcore's checkpoint writer starts processes that import this file again.
 if __name__ == "__main__":
     sys.exit(main())

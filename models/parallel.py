@@ -1,8 +1,8 @@
-"""How a model is cut over ranks: its layers' weights, the sequence between them, and their names in a checkpoint.
+"""How a model is cut over ranks: its layers' weights, and the sequence between them.
 
-The only file in models/ that knows Megatron, and it imports it only where there is something to exchange or a
-checkpoint to describe: one process is plain PyTorch. Each class says along which dimension its weights are cut; models
-are built and initialised whole, layer by layer, and `cut` then leaves each rank its part.
+The only file in models/ that knows Megatron, and it imports it only where there is something to exchange: one process
+is plain PyTorch. Each class says along which dimension its weights are cut; models are built and initialised whole,
+layer by layer, and `cut` then leaves each rank its part.
 
 A block's mixer and feed-forward are tensor-parallel regions (arXiv 1909.08053). What enters is the same on every rank,
 what leaves is summed over them; inside, each rank has its heads and channels. With sequence parallelism (arXiv
@@ -341,37 +341,6 @@ def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
         for name, parameter in model.named_parameters()
         if id(parameter) not in other and (groups.sequence or {"mixer", "ffn", "lower_bounds"} & set(name.split(".")))
     ]
-
-
-def sharded_state_dict(module: nn.Module, prefix: str = "", copies: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Describe a module's state to mcore's dist_checkpointing: global shape, this rank's part, who writes it.
-
-    Those that `copies` names are read, but written by another pipeline stage.
-    """
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-    sharded: dict[str, Any] = {}
-    for name, child in module.named_modules():
-        own = {key: value for key, value in (child._parameters | child._buffers).items() if value is not None}
-        path = f"{prefix}{name}." if name else prefix
-        for key in getattr(child, "expert_weights", ()):
-            sharded[path + key] = _sharded_experts(path + key, own.pop(key))
-        if own:
-            sharded |= make_sharded_tensors_for_checkpoint(own, path, getattr(child, "shard_axes", {}))
-    for name in copies:
-        tensor = sharded[prefix + name]
-        tensor.replica_id = (1, *tensor.replica_id[1:])
-    return sharded
-
-
-def _sharded_experts(key: str, weight: Tensor) -> Any:
-    """The experts of this rank, consecutive ones of all, for dist_checkpointing."""
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    part = (0, parallel_state.get_expert_model_parallel_rank(), parallel_state.get_expert_model_parallel_world_size())
-    replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
-    return ShardedTensor.from_rank_offsets(key, weight, part, replica_id=replica)
 
 
 def keep_float32(name: str) -> bool:

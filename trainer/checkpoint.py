@@ -1,16 +1,15 @@
 """Checkpoints that are whole or not there: a temporary directory, checksums of every file, one rename.
 
     checkpoints/step_00000100/
-        state/            parameters, optimizer and RNG state, in the engine's own format
+        state/            parameters, optimizer and RNG state (trainer.engines.pieces)
         config.yaml       the resolved configuration
         progress.json     step and tokens
         tokenizer/        the tokenizer that the data was made with
         checksums.json    SHA-256 of every other file; a checkpoint without it was never finished
 
-The engine's format contains pickles: load checkpoints from runs that you trust.
+Every rank flushes and hashes the files that it has written; before a run goes on, every rank looks at a share of them.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,13 +19,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from trainer import checksums
 from trainer.cli import ConfigError
+from trainer.config import CheckpointConfig
 from trainer.data.tokenizer import Tokenizer
-from trainer.engines.base import Engine, PendingSave
+from trainer.engines import pieces
+from trainer.engines.base import Engine
 
 _NAME = re.compile(r"step_(\d{8,})")
-_CHECKSUMS = "checksums.json"
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -66,33 +68,106 @@ def step_of(path: Path) -> int:
     return int(match.group(1))
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a run stay when there is a new one.
+
+    Attributes:
+        newest: So many of the newest; 0 all.
+        steps: Those of the multiples of so many steps, too; 0 none.
+    """
+
+    newest: int = 0
+    steps: int = 0
+
+    @staticmethod
+    def of(config: CheckpointConfig) -> "Retention":
+        """What a configuration asks for."""
+        return Retention(config.keep, config.every * config.keep_every)
+
+
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as it was written."""
+    """What is wrong with a checkpoint, or None if every file is as it was written; one process reads them all."""
     try:
-        checksums: dict[str, str] = json.loads((path / _CHECKSUMS).read_text())
-    except FileNotFoundError:
-        return f"{_CHECKSUMS} is missing: the save did not finish"
-    except ValueError:
-        return f"{_CHECKSUMS} is not readable"
-    for name, digest in checksums.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _digest(path / name) != digest:
-            return f"{name} does not match its checksum"
-    return None
+        listed = _listed(path)
+    except ValueError as error:
+        return str(error)
+    return _mismatch(checksums.wrong_files(path, listed, listed))
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """The digests of a checkpoint's files, among which are all that its parameters lie in.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    listed = checksums.read(path)
+    if wrong := checksums.wrong_files(path, listed, [checksums.METADATA]):
+        raise ValueError(_mismatch(wrong))
+    for name in sorted(pieces.files_of(path / "state")):
+        if f"state/{name}" not in listed:
+            raise ValueError(f"{checksums.NAME} does not list state/{name}")
+    return listed
+
+
+def _mismatch(wrong: list[str]) -> str | None:
+    return f"{wrong[0]} does not match its checksum" if wrong else None
+
+
+def _damage_over_ranks(engine: Engine, path: Path) -> str | None:
+    """As `damage`, each rank reading a share of the files. Every rank calls it."""
+    found: tuple[dict[str, str], list[str]] | str = ""
+    if engine.rank == 0:
+        try:
+            listed = _listed(path)
+            # Dealt out like cards, so that the large ones are spread.
+            found = listed, sorted(listed, key=lambda name: -(path / name).stat().st_size)
+        except (ValueError, OSError) as error:
+            found = str(error)
+    found = engine.broadcast(found)
+    if isinstance(found, str):
+        return found
+    listed, by_size = found
+    wrong = set(checksums.wrong_files(path, listed, by_size[engine.rank :: engine.world_size]))
+    counts = engine.all_reduce([float(name in wrong) for name in by_size])
+    return _mismatch([name for name, count in zip(by_size, counts, strict=True) if count > 0])
 
 
 def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and one line for each that was passed over, half-written ones included."""
+    return _newest_whole(run_dir, list_checkpoints(run_dir), damage)
+
+
+def find_latest_over_ranks(engine: Engine, run_dir: Path) -> tuple[Path | None, list[str]]:
+    """As `find_latest`; every rank calls it, and all get the same."""
+    paths = engine.broadcast(list_checkpoints(run_dir) if engine.rank == 0 else None)
+    found = _newest_whole(run_dir, paths, partial(_damage_over_ranks, engine))
+    return engine.broadcast(found)
+
+
+def _newest_whole(
+    run_dir: Path, paths: list[Path], damage_of: Callable[[Path], str | None]
+) -> tuple[Path | None, list[str]]:
     complaints = [
         f"{path} was not finished and is passed over" for path in sorted((run_dir / "checkpoints").glob(".saving_*"))
     ]
-    for path in reversed(list_checkpoints(run_dir)):
-        reason = damage(path)
+    for path in reversed(paths):
+        reason = damage_of(path)
         if reason is None:
             return path, complaints
         complaints.append(f"{path} is damaged and passed over: {reason}")
     return None, complaints
+
+
+def require_whole(engine: Engine, path: Path) -> None:
+    """Look at a checkpoint that was named. Every rank calls it.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    reason = _damage_over_ranks(engine, path)
+    if reason:
+        raise ConfigError(f"checkpoint.resume: {path} is damaged ({reason}); choose another checkpoint")
 
 
 def read_progress(path: Path) -> Progress:
@@ -101,18 +176,17 @@ def read_progress(path: Path) -> Progress:
 
 
 def save(
-    engine: Engine, run_dir: Path, progress: Progress, config_yaml: str, tokenizer: Tokenizer | None, keep: int
+    engine: Engine, run_dir: Path, progress: Progress, config_yaml: str, tokenizer: Tokenizer | None, keep: Retention
 ) -> Path:
-    """Save, then remove all but the newest `keep` checkpoints (0 keeps all). Every rank calls it.
+    """Save, then remove the checkpoints that need not stay. Every rank calls it.
 
     A crash at any point leaves the earlier checkpoints as they were, and at most a `.saving_` directory.
     """
     target = checkpoint_path(run_dir, progress.step)
     _open(engine, target, progress, config_yaml, tokenizer)
-    engine.save(_unfinished(target) / "state")
-    engine.barrier()
+    digests = engine.save(_unfinished(target) / "state")
     if engine.rank == 0:
-        _publish(run_dir, target, keep)
+        _publish(run_dir, target, keep, digests)
     engine.barrier()
     return target
 
@@ -134,14 +208,14 @@ class BackgroundSave:
         progress: Progress,
         config_yaml: str,
         tokenizer: Tokenizer | None,
-        keep: int,
+        keep: Retention,
     ) -> None:
         self.path = checkpoint_path(run_dir, progress.step)
         self._engine = engine
         self._publish = partial(_publish, run_dir, self.path, keep)
         _open(engine, self.path, progress, config_yaml, tokenizer)
-        self._pending: PendingSave | None = engine.begin_save(_unfinished(self.path) / "state")
-        self._work = _Work(self._pending.write)
+        self._written = False
+        self._work = _Work(engine.begin_save(_unfinished(self.path) / "state").write)
 
     def advance(self, wait: bool = False) -> bool:
         """Whether the checkpoint is published; with `wait`, once it is. Every rank calls it.
@@ -157,11 +231,10 @@ class BackgroundSave:
                 if wait:
                     continue
                 return False
-            if self._pending is None:
+            if self._written:
                 return True
-            self._pending.finish()
-            self._pending = None
-            self._work = _Work(self._publish if self._engine.rank == 0 else lambda: None)
+            self._written = True
+            self._work = _Work(partial(self._publish, self._work.result) if self._engine.rank == 0 else dict)
 
     def _agreed_that_all_have_ended(self) -> bool:
         ended, error = not self._work.is_alive(), self._work.error
@@ -174,18 +247,19 @@ class BackgroundSave:
 
 
 class _Work(threading.Thread):
-    """A function that runs in a thread from now on; what it raised is its `error`."""
+    """A function that runs in a thread from now on; what it gave is its `result`, what it raised its `error`."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[], Any]) -> None:
         # A daemon, for a run that fails must not wait for a write that may never end.
         super().__init__(name="checkpoint", daemon=True)
+        self.result: Any = None
         self.error: BaseException | None = None
         self._function = function
         self.start()
 
     def run(self) -> None:
         try:
-            self._function()
+            self.result = self._function()
         except BaseException as error:
             self.error = error
 
@@ -209,9 +283,12 @@ def _open(engine: Engine, target: Path, progress: Progress, config_yaml: str, to
     engine.barrier()
 
 
-def _publish(run_dir: Path, target: Path, keep: int) -> None:
-    """Give a written checkpoint its checksums and its name, then remove those that are too many."""
-    _seal(_unfinished(target))
+def _publish(run_dir: Path, target: Path, keep: Retention, digests: dict[str, str]) -> None:
+    """Give a written checkpoint its checksums and its name, then remove those that need not stay.
+
+    `digests` are those of the files in `state`, which their writers have flushed to the disk.
+    """
+    _seal(_unfinished(target), digests)
     if target.exists():
         # Only a damaged checkpoint can stand here: a run continues from its newest whole one.
         shutil.rmtree(target)
@@ -220,28 +297,26 @@ def _publish(run_dir: Path, target: Path, keep: int) -> None:
     _prune(run_dir, keep)
 
 
-def _seal(directory: Path) -> None:
+def _seal(directory: Path, digests: dict[str, str]) -> None:
     """Write the checksums last, everything flushed to the disk before the rename that publishes it."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    checksums = {str(path.relative_to(directory)): _digest(path) for path in files}
-    for path in files:
+    # The state's files are known from those who wrote them: a listing may miss what another host has written.
+    own = sorted(path for path in directory.rglob("*") if path.is_file() and directory / "state" not in path.parents)
+    listed = {str(path.relative_to(directory)): checksums.digest(path) for path in own}
+    for path in own:
         _sync(path)
-    (directory / _CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
-    for path in (directory / _CHECKSUMS, directory / "state", directory):
+    listed |= {f"state/{name}": digests[name] for name in sorted(digests)}
+    (directory / checksums.NAME).write_text(json.dumps(listed, indent=1) + "\n")
+    for path in (directory / checksums.NAME, directory / "state", directory):
         _sync(path)
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    if keep:
-        for path in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(path)
+def _prune(run_dir: Path, keep: Retention) -> None:
+    if keep.newest:
+        for path in list_checkpoints(run_dir)[: -keep.newest]:
+            if not keep.steps or step_of(path) % keep.steps:
+                shutil.rmtree(path)
     for path in (run_dir / "checkpoints").glob(".saving_*"):
         shutil.rmtree(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

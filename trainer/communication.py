@@ -65,6 +65,10 @@ def _sent(name: str, args: Any, group: dist.ProcessGroup) -> int:
             return int((sum(splits) - splits[group.rank()]) * row)
         case "send":
             return sum(x.nbytes for x in args[0])
+        case "gather":
+            return sum(x.nbytes for x in args[1])
+        case "scatter":
+            return sum(x.nbytes for parts in args[1] for x in parts)
         case "broadcast":
             return (ranks - 1) * sum(x.nbytes for x in args[0]) // ranks
         case "recv" | "barrier":

@@ -305,8 +305,9 @@ class CheckpointConfig:
     Attributes:
         every: Steps between checkpoints; the last step and a stop signal always save. 0 saves only then.
         keep: Newest checkpoints that stay; 0 keeps all.
-        resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (in a fresh run.dir
-            only), a path continues from that checkpoint.
+        keep_every: Every so many-th checkpoint stays, too, those after a multiple of every * keep_every steps; 0 none.
+        resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (what an earlier run has
+            left there is set aside, as checkpoints.1 and so on), a path continues from that checkpoint.
         init: A directory of weights, made by launch/convert.py, that a new run starts from; null draws them from
             train.seed. Where the run goes on from a checkpoint it is not read.
         asynchronous: Train on while a copy of the state is written. Off by default: the copy takes host memory, as
@@ -315,6 +316,7 @@ class CheckpointConfig:
 
     every: int = 500
     keep: int = 3
+    keep_every: int = 0
     resume: str = "auto"
     init: str | None = None
     asynchronous: bool = False
@@ -322,6 +324,14 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"checkpoint.every is {self.every}: it must not be negative")
         _require(self.keep >= 0, f"checkpoint.keep is {self.keep}: it must not be negative (0 keeps all)")
+        _require(
+            self.keep_every >= 0, f"checkpoint.keep_every is {self.keep_every}: it must not be negative (0 keeps none)"
+        )
+        _require(
+            not self.keep_every or self.every > 0,
+            f"checkpoint.keep_every={self.keep_every} counts the checkpoints of checkpoint.every=0, of which there are "
+            "none; set checkpoint.every, or checkpoint.keep_every=0",
+        )
         if self.resume not in ("auto", "never"):
             _require(
                 Path(self.resume).is_dir(),

@@ -1,6 +1,5 @@
 """Open a checkpoint for generation and evaluation. Imports neither megatron nor deepspeed."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,6 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -19,10 +15,7 @@ from models.parallel import cast_parameters
 from trainer import checkpoint
 from trainer.cli import ConfigError, from_mapping
 from trainer.data.tokenizer import Tokenizer
-
-_PREFIX, _EMBEDDING = "model.", "embedding.weight"
-# Where mcore's optimizer and ours of DeepSpeed keep the float32 copies of bfloat16 parameters.
-_MAIN_PREFIXES = ("optimizer.state.param.model.", "optimizer.main.")
+from trainer.engines.pieces import MODEL, Piece, Reader
 
 
 @dataclass(frozen=True)
@@ -93,18 +86,10 @@ class StoredModel:
 
     def read(self, parameters: dict[str, Tensor], main: bool = False) -> None:
         """Fill parameters, given by name, from the checkpoint; with `main` from the optimizer's float32 copies."""
-        reader = FileSystemReader(self.path / "state")
-        stored = reader.read_metadata().state_dict_metadata
-        prefix = next(
-            prefix for prefix in (_MAIN_PREFIXES if main else (_PREFIX,)) if f"{prefix}{_EMBEDDING}" in stored
+        reader = Reader(self.path / "state")
+        reader.read(
+            {reader.main_name(name) if main else MODEL + name: Piece.of(into) for name, into in parameters.items()}
         )
-        named = {prefix + name: name for name in parameters}
-        # The optimizer knows nothing of what routers count.
-        kept = {name if name in stored else _PREFIX + own: parameters[own] for name, own in named.items()}
-        with warnings.catch_warnings():
-            # That there is one process is what no_dist says.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(kept, storage_reader=reader, no_dist=True)
 
 
 def open_checkpoint(path: str | Path) -> StoredModel:
@@ -115,8 +100,7 @@ def open_checkpoint(path: str | Path) -> StoredModel:
     """
     found = find_checkpoint(path)
     settings = yaml.safe_load((found / "config.yaml").read_text())
-    embedding = FileSystemReader(found / "state").read_metadata().state_dict_metadata[_PREFIX + _EMBEDDING]
-    assert isinstance(embedding, TensorStorageMetadata)
+    embedding = Reader(found / "state").stored[f"{MODEL}embedding.weight"]
     dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32
     tokenizer = found / "tokenizer"
     return StoredModel(

@@ -46,6 +46,8 @@ class Trainer:
 
     Attributes:
         stop_requested: Set by anyone, on any rank, to stop after the current step.
+        save_requested: Likewise, to save after the step.
+        agreed_to_save: Whether a save was asked for before this step, on any rank.
         cut_short: Set on all ranks by a callback that a stop kept from finishing its work of the last step.
         samples: The newest text samples.
     """
@@ -69,6 +71,7 @@ class Trainer:
         self.resumed = progress.step > 0
         self.run_dir = Path(config.run.dir)
         self.stop_requested = self.cut_short = False
+        self.save_requested = self.agreed_to_save = False
         self.samples: list[str] = []
         self._peak_flops, self._peak_was_raised = peak_flops, False
         self._watchdog = watchdog
@@ -135,8 +138,11 @@ class Trainer:
             self._watchdog.enter(phase, self.progress.step)
 
     def agreed_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; every rank calls it."""
-        return self.engine.all_reduce([float(self.stop_requested)])[0] > 0
+        """Whether any rank was asked to stop; every rank calls it. Requests to save go into `agreed_to_save`."""
+        asked, self.save_requested = self.save_requested, False
+        stop, save = self.engine.all_reduce([float(self.stop_requested), float(asked)])
+        self.agreed_to_save |= save > 0
+        return stop > 0
 
     def _step(self) -> dict[str, Any]:
         config, step = self.config, self.progress.step

@@ -1,6 +1,7 @@
 """One pre-training run: data, model, engine and callbacks, put together and run."""
 
 import logging
+import signal
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from trainer.callbacks.metrics import MetricsFile, TensorBoard
 from trainer.callbacks.profiler import Profiler
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
-from trainer.checkpoint import Progress
+from trainer.checkpoint import Progress, Retention
 from trainer.cli import EXIT_STOPPED, ConfigError, describe_failure, rank, write_status
 from trainer.config import PretrainConfig
 from trainer.data.sources import DataSources, find_sources
@@ -35,6 +36,8 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
         ConfigError: an input turned out to be unusable, or another process has the run directory.
     """
     run_dir = Path(config.run.dir)
+    # Until there is something to save; left alone it would end the process.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with run_lock.owned(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         logs.configure(run_dir, rank())
@@ -132,49 +135,46 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
         callbacks.append(Profiler(run_dir / "profile", reporting.profile_step))
     callbacks.append(NonFiniteGuard(config.train.max_skipped_steps))
     saving = config.checkpoint
-    callbacks.append(Checkpointer(saving.every, saving.keep, saving.asynchronous))
+    callbacks.append(Checkpointer(saving.every, Retention.of(saving), saving.asynchronous))
     if sources.validation is not None:
         callbacks.append(Evaluator(sources))
     return callbacks
 
 
 def _resume(config: PretrainConfig, engine: Engine) -> Progress:
-    """Load the checkpoint that checkpoint.resume means, and say which were passed over."""
-    found: tuple[Path | None, list[str]] = (None, [])
-    if engine.rank == 0 and config.checkpoint.resume == "auto":
-        found = checkpoint.find_latest(Path(config.run.dir))
-    elif engine.rank == 0 and config.checkpoint.resume != "never":
-        found = (Path(config.checkpoint.resume), [])
-    path, complaints = engine.broadcast(found)
-    for complaint in complaints if engine.rank == 0 else ():
-        _LOGGER.warning("%s", complaint)
+    """Load the checkpoint that checkpoint.resume means, and say which were passed over.
+
+    Raises:
+        ConfigError: there are checkpoints, of which none can be read, or the one that was named is damaged or of
+            another model; nothing has been changed.
+    """
+    path = _checkpoint_to_load(config, engine)
     if path is None:
-        if config.checkpoint.init is not None:
-            _started_from_weights(config, engine)
+        if config.checkpoint.init is not None and engine.rank == 0:
+            _LOGGER.info("started from %s", config.checkpoint.init)
         return Progress()
-    if config.checkpoint.resume != "auto":
-        reason = engine.broadcast(checkpoint.damage(path) if engine.rank == 0 else None)
-        if reason:
-            raise ConfigError(f"checkpoint.resume: {path} is damaged ({reason}); choose another checkpoint")
     engine.load(path / "state")
     if engine.rank == 0:
         _LOGGER.info("resumed from %s", path)
     return checkpoint.read_progress(path)
 
 
-def _started_from_weights(config: PretrainConfig, engine: Engine) -> None:
-    """Say so; refuse where weights were not read because checkpoints were there, of which none is whole.
-
-    Raises:
-        ConfigError: so it is.
-    """
-    if not run_directory.starts_anew(config):
-        raise ConfigError(
-            f"{config.run.dir} holds no whole checkpoint to go on from; "
-            f"remove its checkpoints to start again from checkpoint.init={config.checkpoint.init}"
-        )
-    if engine.rank == 0:
-        _LOGGER.info("started from %s", config.checkpoint.init)
+def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:
+    run_dir, resume = Path(config.run.dir), config.checkpoint.resume
+    if resume == "never":
+        if engine.rank == 0 and (moved := run_directory.set_aside(run_dir)):
+            _LOGGER.info("checkpoint.resume=never: what was there is now %s", ", ".join(map(str, moved)))
+        engine.barrier()
+        return None
+    if resume != "auto":
+        checkpoint.require_whole(engine, Path(resume))
+        return Path(resume)
+    path, complaints = checkpoint.find_latest_over_ranks(engine, run_dir)
+    for complaint in complaints if engine.rank == 0 else ():
+        _LOGGER.warning("%s", complaint)
+    if path is None and not run_directory.starts_anew(config):
+        raise run_directory.nothing_whole(run_dir, next(line for line in complaints if "damaged" in line))
+    return path
 
 
 def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: preflight.Findings) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trainer import checksums
 from trainer.cli import ConfigError
 from trainer.config import OptimConfig, PretrainConfig
 from trainer.optim import learning_rate
+
+_NAME = re.compile(r"step_(\d{8,})")
 
 # A run goes on only with the same model, the same data, the same batches and the same beginning.
 _FIXED = (
@@ -32,13 +36,42 @@ _FREE = ("data.cache_dir", "model.moe.recompute_above", "model.moe.replicate_abo
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints of a run by name, whole or not, oldest first."""
     folder = run_dir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
+    matches = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def starts_anew(config: PretrainConfig) -> bool:
     """Whether the run goes on from no checkpoint, by names alone."""
-    return config.checkpoint.resume in ("auto", "never") and not checkpoint_steps(Path(config.run.dir))
+    resume = config.checkpoint.resume
+    return resume == "never" or (resume == "auto" and not checkpoint_steps(Path(config.run.dir)))
+
+
+def set_aside(run_dir: Path) -> list[Path]:
+    """Give what an earlier run has left other names, so that a new one can start; where it is now.
+
+    They all get the same number, the first under which none of them is there.
+    """
+    found = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "tensorboard") if (run_dir / name).exists()]
+    if run_dir / "checkpoints" not in found:
+        return []
+    number = 1
+    while any(_numbered(path, number).exists() for path in found):
+        number += 1
+    for path in found:
+        path.rename(_numbered(path, number))
+    return [_numbered(path, number) for path in found]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def nothing_whole(run_dir: Path, newest: str) -> ConfigError:
+    """The refusal of a run whose checkpoints cannot be read; `newest` says what is wrong with the newest of them."""
+    return ConfigError(
+        f"{run_dir} holds checkpoints, of which none can be read ({newest}); restore one of them, choose another "
+        "run.dir, or start again with checkpoint.resume=never, which sets them aside"
+    )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -134,7 +167,7 @@ def change_of_schedule(earlier: Path, config: PretrainConfig, step: int) -> str 
 
 
 def check(config: PretrainConfig) -> bool:
-    """Decide from names and status.json whether the run can start or go on; True if it has already finished.
+    """Decide from names, checksum lists and status.json whether the run can start or go on; True if it has finished.
 
     A run whose last step is saved, but whose last validation was interrupted, has not finished.
 
@@ -148,26 +181,22 @@ def check(config: PretrainConfig) -> bool:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"run.dir: {run_dir} cannot be written under {existing}; name another directory")
     steps = checkpoint_steps(run_dir)
-    if not steps:
+    if not steps or config.checkpoint.resume == "never":
         _check_source(config)
         return False
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
-            f"checkpoint.resume=never, but {run_dir} holds checkpoints up to step {steps[-1]}; "
-            "choose another run.dir, or checkpoint.resume=auto to go on"
-        )
     differing = differing_keys(run_dir, config)
     if differing:
         raise ConfigError(
             f"{run_dir} holds another run ({'; '.join(differing)}); restore these keys, or choose another run.dir"
         )
     if config.checkpoint.resume == "auto":
-        if steps[-1] > config.train.steps:
+        reached = _reached(run_dir, steps)
+        if reached > config.train.steps:
             raise ConfigError(
-                f"run.dir: the run in {run_dir} has reached step {steps[-1]}, past train.steps={config.train.steps}; "
-                f"set train.steps to {steps[-1]} or more, or choose another run.dir"
+                f"run.dir: the run in {run_dir} has reached step {reached}, past train.steps={config.train.steps}; "
+                f"set train.steps to {reached} or more, or choose another run.dir"
             )
-        return steps[-1] == config.train.steps and state_of(run_dir) == "done"
+        return reached == config.train.steps and state_of(run_dir) == "done"
     source = Path(config.checkpoint.resume).resolve()
     if source.parent != (run_dir / "checkpoints").resolve():
         raise ConfigError(
@@ -180,6 +209,23 @@ def check(config: PretrainConfig) -> bool:
             "overwrite; choose another run.dir"
         )
     return False
+
+
+def _reached(run_dir: Path, steps: list[int]) -> int:
+    """The step of the newest checkpoint that is whole, as far as can be said without reading what was trained.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    complaints = []
+    for step in reversed(steps):
+        path = run_dir / "checkpoints" / f"step_{step:08d}"
+        try:
+            checksums.read(path)
+            return step
+        except ValueError as error:
+            complaints.append(f"{path.name}: {error}")
+    raise nothing_whole(run_dir, complaints[0])
 
 
 def _check_source(config: PretrainConfig) -> None:

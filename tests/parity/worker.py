@@ -4,9 +4,12 @@ It waits for FOLDER/job_N.json, N = 0, 1, …, runs it with the other ranks, and
 """
 
 import gc
+import hashlib
 import json
+import math
 import os
 import sys
+import threading
 import time
 import traceback
 from contextlib import nullcontext
@@ -23,19 +26,20 @@ from trainer.cli import from_mapping
 from trainer.communication import SentBytes
 from trainer.config import PretrainConfig
 from trainer.data.batch import make_batch
-from trainer.engines import megatron_cpu
+from trainer.engines import megatron_cpu, pieces
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.megatron import MegatronEngine, parallel_state
 
 EOD = 0
 VOCAB = 64
+MOST_ELEMENTS = pieces._MOST_ELEMENTS
 
 
-def batches(config, step, rank, ranks):
+def batches(config, step, rank, ranks, vocab=VOCAB):
     """A rank's micro-batches of a step: random tokens in documents of some ten tokens, borders anywhere."""
     train = config.train
     generator = np.random.default_rng((train.seed, step))
-    samples = generator.integers(1, VOCAB, (train.global_batch_size, train.seq_len + 1))
+    samples = generator.integers(1, vocab, (train.global_batch_size, train.seq_len + 1))
     samples[generator.random(samples.shape) < 0.08] = EOD
     mask = (generator.random((train.global_batch_size, train.seq_len)) < 0.9).astype(np.float32)
     size = train.micro_batch_size
@@ -97,32 +101,67 @@ def keep_gradients(engine, decoder):
 
 def build(job):
     """The engine of a job, and its configuration."""
-    config = from_mapping(PretrainConfig, job["config"])
+    config, vocab = from_mapping(PretrainConfig, job["config"]), job.get("vocab", VOCAB)
     if config.engine.name == "megatron":
-        return MegatronEngine(config, VOCAB, torch.device("cpu")), config
-    decoder = Decoder(config.model, VOCAB)
+        return MegatronEngine(config, vocab, torch.device("cpu")), config
+    decoder = Decoder(config.model, vocab)
     initialize(decoder, config.train.seed)
     engine = DeepSpeedEngine(config, decoder, torch.device("cpu"))
     keep_gradients(engine, decoder)
     return engine, config
 
 
+def save(engine, path, in_background=False):
+    """Write a checkpoint's state; in the background by a thread, which is returned."""
+    if engine.rank == 0:
+        Path(path).mkdir()
+    dist.barrier()
+    if not in_background:
+        engine.save(Path(path))
+        return None
+    writer = threading.Thread(target=engine.begin_save(Path(path)).write)
+    writer.start()
+    return writer
+
+
+def digest(engine):
+    """Of the parameters that this rank has: those that the model reads, under ZeRO 3 its parts of them."""
+    decoders = engine._decoders if isinstance(engine, MegatronEngine) else [engine._decoder]
+    found = hashlib.sha256()
+    for name, parameter in (named for decoder in decoders for named in decoder.named_parameters()):
+        values = parameter.detach().flatten()
+        if hasattr(parameter, "ds_tensor"):
+            # Less what fills it up, which is whatever was there.
+            values = parameter.ds_tensor.detach().flatten()[: engine._range(name)[1]]
+        found.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def run(job):
-    """Losses and gradient norms of every step, the gradients of the first (or another), a validation at the end; asked
-    to count, the bytes sent between the ranks that share experts, by step and collective.
+    """Losses and gradient norms of every step, the gradients of the first (or another), a validation at the end, and a
+    digest of the parameters; asked to count, the bytes sent between the ranks that share experts, by step and
+    collective.
     """
+    if "jobs" in job:
+        return {"results": [run(one) for one in job["jobs"]]}
     groups = set(_world.pg_map)
     engine, config = build(job)
+    vocab, writer = job.get("vocab", VOCAB), None
     if job.get("load"):
         engine.load(Path(job["load"]))
+    if job.get("save_again"):
+        save(engine, job["save_again"])
     steps, metrics, sent, found = [], [], [], None
     gradients_of = job.get("gradients_of", job.get("first_step", 0))
     for step in range(job.get("first_step", 0), job["steps"]):
-        own = batches(config, step, engine.data_parallel_rank, engine.data_parallel_size)
+        own = batches(config, step, engine.data_parallel_rank, engine.data_parallel_size, vocab)
         if step == gradients_of:
             vars(engine)["gradients"] = None
+        if step == job.get("skip"):
+            vars(engine)["_grad_norm"] = lambda *_: math.nan
         with SentBytes() if job.get("count") else nullcontext() as counted:
             result = engine.train_step(iter(own), len(own), config.optim.lr, step)
+        vars(engine).pop("_grad_norm", None)
         if counted is not None:
             name = parallel_state.get_expert_model_parallel_group().group_name
             sent.append({what: size for (group, what), size in counted.by_group.items() if group == name})
@@ -131,16 +170,58 @@ def run(job):
         if step == gradients_of:
             found = gradients(engine)
         if step + 1 == job.get("save_after"):
-            if engine.rank == 0:
-                Path(job["save"]).mkdir()
-            dist.barrier()
-            engine.save(Path(job["save"]))
-    own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size)
+            writer = save(engine, job["save"], job.get("in_background"))
+    if writer is not None:
+        writer.join()
+    own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size, vocab)
     (validation,) = engine.all_reduce([engine.loss_sum(iter(own), len(own))])
+    final = digest(engine)
     parallel_state.destroy_model_parallel()
     if isinstance(engine, MegatronEngine):
         leave(set(_world.pg_map) - groups)
-    return {"steps": steps, "gradients": found, "validation": validation, "metrics": metrics, "sent": sent}
+    return {
+        "steps": steps,
+        "gradients": found,
+        "validation": validation,
+        "metrics": metrics,
+        "sent": sent,
+        "digest": final,
+    }
+
+
+def traffic(job):
+    """What a rank writes, reads and sends in two saves and a load, in bytes; and what it updates of the parameters."""
+    groups = set(_world.pg_map)
+    engine, _ = build(job)
+    counts = {"written": [], "sent": [], "read": 0, "largest": 0}
+    if "most_elements" in job:
+        pieces._MOST_ELEMENTS = job["most_elements"]
+    write, read = pieces.Writer._write_pieces, pieces.Reader._read_box
+
+    def counting_write(self, parts, directory):
+        counts["written"].append(sum(part.values.nbytes for part in parts.values()))
+        return write(self, parts, directory)
+
+    def counting_read(self, index):
+        box = read(self, index)
+        counts["read"] += box.nbytes
+        counts["largest"] = max(counts["largest"], box.nbytes)
+        return box
+
+    pieces.Writer._write_pieces, pieces.Reader._read_box = counting_write, counting_read
+    try:
+        for number in range(job.get("saves", 0)):
+            with SentBytes() as sent:
+                save(engine, f"{job['folder']}/{number}")
+            counts["sent"].append(sent.by_group.total())
+        engine.load(Path(job["folder"]) / "0")
+    finally:
+        pieces.Writer._write_pieces, pieces.Reader._read_box = write, read
+        pieces._MOST_ELEMENTS = MOST_ELEMENTS
+    counts["owned"] = sum(owned.main.nbytes for owned in engine._owned.values())
+    parallel_state.destroy_model_parallel()
+    leave(set(_world.pg_map) - groups)
+    return counts
 
 
 def leave(groups):
@@ -205,7 +286,8 @@ def main(folder):
         if job is None:
             return
         try:
-            result = dispatch(job) if "experts" in job else run(job)
+            kinds = {"experts": dispatch, "folder": traffic}
+            result = next((kind for key, kind in kinds.items() if key in job), run)(job)
         except Exception:
             result = {"error": traceback.format_exc()}
         part = folder / f"part_{number}_{rank}.pt"

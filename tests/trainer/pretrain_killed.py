@@ -4,7 +4,6 @@ Arguments: WHERE RANK N, then those of launch/pretrain.py. WHERE is `writing` (p
 written, no checksums yet) or `publishing` (sealed, not yet renamed).
 """
 
-import functools
 import os
 import signal
 import sys
@@ -15,20 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 
 def arm(where, rank, number):
     """Kill this process the `number`-th time it gets there."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
 
     from trainer import checkpoint
 
     owner, name = {
-        "writing": (filesystem_async, "_write_item"),
+        "writing": (filesystem, "_write_item"),
         "sealing": (checkpoint, "_seal"),
         "publishing": (checkpoint.os, "replace"),
     }[where]
     original = getattr(owner, name)
     seen = {"saves": 0, "step": None}
 
-    # mcore looks at the signature of what it calls.
-    @functools.wraps(original)
     def killing(*args, **kwargs):
         directories = sorted(Path.cwd().glob("**/.saving_*"))
         current = directories[-1].name if directories else None

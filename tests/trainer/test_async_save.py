@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import filesystem
 
 from models.config import MixerLayoutConfig, MoEConfig, RouterConfig
 from models.decoder import Decoder, initialize
@@ -19,10 +19,11 @@ from tests.trainer.test_deepspeed_engine import read_parameters
 from tests.trainer.test_megatron_engine import build, run_step
 from trainer import checkpoint, pretrain
 from trainer.callbacks.checkpointer import Checkpointer
-from trainer.checkpoint import BackgroundSave, Progress
+from trainer.checkpoint import BackgroundSave, Progress, Retention
 from trainer.config import CheckpointConfig, EngineConfig
 from trainer.data.sources import find_sources
 from trainer.engines.base import PendingSave
+from trainer.engines.pieces import Piece, Writer
 
 
 class FakeEngine:
@@ -30,7 +31,7 @@ class FakeEngine:
 
     def __init__(self, rank=0, others=(0.0, 0.0)):
         self.rank, self.others = rank, others
-        self.may_write, self.finished, self.fail = threading.Event(), 0, False
+        self.may_write, self.fail = threading.Event(), False
 
     def barrier(self):
         """One rank never waits."""
@@ -43,16 +44,13 @@ class FakeEngine:
             assert self.may_write.wait(WAIT)
             if self.fail:
                 raise OSError("no space left on device")
-            (directory / "a.distcp").write_bytes(bytes(range(200)))
+            return Writer().write({"model.weight": Piece.of(torch.arange(200.0))}, 1, directory)
 
-        return PendingSave(write, self.finish)
-
-    def finish(self):
-        self.finished += 1
+        return PendingSave(write)
 
 
 def start(run_dir, step, engine, keep=0):
-    return BackgroundSave(engine, run_dir, Progress(step, step * 10), "model: {}\n", None, keep)
+    return BackgroundSave(engine, run_dir, Progress(step, step * 10), "model: {}\n", None, Retention(keep))
 
 
 def names(run_dir):
@@ -75,10 +73,10 @@ def written(tmp_path, step, keep=0):
 def test_a_checkpoint_has_its_name_when_it_is_whole_and_not_before(tmp_path):
     engine = FakeEngine()
     save = start(tmp_path, 7, engine)
-    assert not save.advance() and names(tmp_path) == [".saving_step_00000007"] and engine.finished == 0
+    assert not save.advance() and names(tmp_path) == [".saving_step_00000007"]
     engine.may_write.set()
     soon(save.advance)
-    assert engine.finished == 1 and names(tmp_path) == ["step_00000007"]
+    assert names(tmp_path) == ["step_00000007"]
     assert save.path == tmp_path / "checkpoints" / "step_00000007"
     assert checkpoint.damage(save.path) is None
     assert checkpoint.read_progress(save.path) == Progress(7, 70)
@@ -105,12 +103,11 @@ def test_a_failed_write_is_raised_and_the_earlier_checkpoints_stay(tmp_path):
     engine.may_write.set()
     with pytest.raises(OSError, match="no space left on device"):
         soon(save.advance)
-    assert engine.finished == 0
     assert checkpoint.find_latest(tmp_path)[0].name == "step_00000001"
 
 
 def test_a_failed_publication_is_raised(tmp_path, monkeypatch):
-    def refuse(directory):
+    def refuse(directory, digests):
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(checkpoint, "_seal", refuse)
@@ -132,9 +129,9 @@ def test_all_ranks_have_to_have_written(tmp_path):
     engine.may_write.set()
     save = start(tmp_path, 1, engine)
     save._work.join(WAIT)
-    assert not save.advance() and engine.finished == 0
+    assert not save.advance() and names(tmp_path) == [".saving_step_00000001"]
     engine.others = (0.0, 0.0)
-    assert save.advance(wait=True) and engine.finished == 1
+    assert save.advance(wait=True) and names(tmp_path) == ["step_00000001"]
 
 
 # The callback
@@ -148,7 +145,7 @@ def fake_trainer(tmp_path, engine, step, steps=10):
 
 
 def test_training_goes_on_meanwhile_and_the_next_save_waits(tmp_path):
-    engine, callback = FakeEngine(), Checkpointer(2, 0, asynchronous=True)
+    engine, callback = FakeEngine(), Checkpointer(2, Retention(), asynchronous=True)
     callback.on_start(fake_trainer(tmp_path, engine, 0))
     for step in (1, 2, 3):
         callback.on_step(fake_trainer(tmp_path, engine, step), {})
@@ -161,7 +158,7 @@ def test_training_goes_on_meanwhile_and_the_next_save_waits(tmp_path):
 
 @pytest.mark.parametrize("end", ["stop", "last step", "stop right after a save"])
 def test_the_end_of_a_run_waits(tmp_path, end):
-    engine, callback = FakeEngine(), Checkpointer(3, 0, asynchronous=True)
+    engine, callback = FakeEngine(), Checkpointer(3, Retention(), asynchronous=True)
     callback.on_start(fake_trainer(tmp_path, engine, 0))
     callback.on_step(fake_trainer(tmp_path, engine, 3), {})
     threading.Timer(0.2, engine.may_write.set).start()
@@ -174,7 +171,7 @@ def test_the_end_of_a_run_waits(tmp_path, end):
 
 
 def test_a_failure_ends_the_run_at_the_next_step(tmp_path):
-    engine, callback = FakeEngine(), Checkpointer(2, 0, asynchronous=True)
+    engine, callback = FakeEngine(), Checkpointer(2, Retention(), asynchronous=True)
     engine.fail = True
     callback.on_start(fake_trainer(tmp_path, engine, 0))
     callback.on_step(fake_trainer(tmp_path, engine, 2), {})
@@ -235,7 +232,6 @@ def test_what_is_written_is_the_state_of_the_step(tiny_data, tmp_path, engine, s
     writer.start()
     run_step(built, sampler, config, 4)
     writer.join(WAIT)
-    pending.finish()
     saved = read_parameters(tmp_path / "state")
     assert saved.keys() == parameters.keys()
     # Under ZeRO 3 the engine's model has shapes alone.
@@ -247,14 +243,12 @@ def test_what_is_written_is_the_state_of_the_step(tiny_data, tmp_path, engine, s
 
 
 def test_megatron_reports_what_a_write_raised(tiny_data, tmp_path, monkeypatch):
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    def refuse(*args, serialization_format=None):
+    def refuse(*args):
         raise OSError("no space left on device")
 
     config = asynchronous(in_process_config(tiny_data, tmp_path / "run"))
-    monkeypatch.setattr(filesystem_async, "_write_item", refuse)
-    with pytest.raises(CheckpointException, match="no space left on device"):
+    monkeypatch.setattr(filesystem, "_write_item", refuse)
+    with pytest.raises(OSError, match="no space left on device"):
         pretrain.run(config, "")
     leave_groups()
     assert status(tmp_path / "run")["state"] == "failed"

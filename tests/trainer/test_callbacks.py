@@ -124,6 +124,19 @@ def test_a_signal_after_the_end_is_as_before(monkeypatch):
         signal.signal(signal.SIGTERM, previous)
 
 
+def test_a_signal_asks_to_save_and_not_to_stop(log):
+    previous = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    trainer, callback = fake_trainer(), StopOnSignal()
+    callback.on_start(trainer)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert trainer.save_requested is True and trainer.stop_requested is False
+    finally:
+        callback.on_end(trainer)
+        assert signal.signal(signal.SIGUSR2, previous) == signal.SIG_IGN
+    assert log == ["SIGUSR2: saving after this step"]
+
+
 # Checkpointer
 
 
@@ -160,6 +173,16 @@ def test_a_stop_saves_once(saved, every, expected):
     take_steps(callback, 1, 4)
     callback.on_stop(fake_trainer(4))
     assert saved == [(step, 0) for step in expected]
+
+
+def test_a_save_on_request(saved):
+    callback = Checkpointer(5, 3)
+    callback.on_start(fake_trainer(0))
+    for step in range(1, 7):
+        trainer = fake_trainer(step)
+        trainer.agreed_to_save = step in (2, 5)
+        callback.on_step(trainer, {})
+    assert saved == [(2, 3), (5, 3)]
 
 
 @pytest.mark.parametrize(("resumed", "expected"), [(True, []), (False, [(0, 2)])])
@@ -308,6 +331,18 @@ def test_a_stop_at_the_last_step_is_the_end(loop):
     calls = []
     assert loop([Recorder(calls, "a", stop)], steps=1).fit() is Outcome.DONE
     assert [what for _, what in calls] == ["start", 1, "end"]
+
+
+def test_a_save_is_asked_for_once(loop):
+    """And every rank hears of it, between two steps."""
+    agreed = []
+
+    def ask(trainer, metrics):
+        agreed.append(trainer.agreed_to_save)
+        trainer.save_requested = metrics["step"] == 2
+
+    assert loop([Recorder([], "a", ask)], steps=4).fit() is Outcome.DONE
+    assert agreed == [False, False, True, False]
 
 
 def test_another_ranks_stop_stops_this_one(loop):

@@ -1,35 +1,53 @@
 """Checkpoints are whole or not there."""
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer import checkpoint
-from trainer.checkpoint import Progress
+from trainer.checkpoint import Progress, Retention
 from trainer.cli import ConfigError
+from trainer.engines.pieces import Piece, Writer
 
 
 class FakeEngine(SimpleNamespace):
-    """Writes two small files; may break on the way."""
+    """One rank with a small parameter; may break on the way."""
 
-    rank = 0
+    rank, world_size = 0, 1
     fail = False
 
     def barrier(self):
         """One rank never waits."""
 
+    def broadcast(self, value):
+        return value
+
+    def all_reduce(self, values):
+        return values
+
     def save(self, directory):
-        (directory / "a.distcp").write_bytes(bytes(range(200)))
+        digests = Writer().write({"model.weight": Piece.of(torch.arange(50.0).view(5, 10))}, 1, directory)
         if self.fail:
             raise OSError("no space left on device")
-        (directory / "b.distcp").write_bytes(b"parameters" * 50)
+        return digests
 
 
-def save(run_dir, step, keep=0, engine=None):
-    return checkpoint.save(engine or FakeEngine(), run_dir, Progress(step, step * 10), "model: {}\n", None, keep)
+def save(run_dir, step, keep=0, keep_steps=0, engine=None):
+    retention = Retention(keep, keep_steps)
+    return checkpoint.save(engine or FakeEngine(), run_dir, Progress(step, step * 10), "model: {}\n", None, retention)
+
+
+@pytest.fixture(params=["one process", "over ranks"])
+def damage(request):
+    """What is wrong with a checkpoint, as a command and as a run looks at it."""
+    if request.param == "one process":
+        return checkpoint.damage
+    return lambda path: checkpoint._damage_over_ranks(FakeEngine(), path)
 
 
 def test_a_saved_checkpoint_is_whole_and_found(tmp_path):
@@ -40,8 +58,10 @@ def test_a_saved_checkpoint_is_whole_and_found(tmp_path):
     assert checkpoint.read_progress(path) == Progress(100, 1000)
     assert checkpoint.step_of(path) == 100
     assert set(json.loads((path / "checksums.json").read_text())) == {
-        "state/a.distcp",
-        "state/b.distcp",
+        "state/__0_0.distcp",
+        "state/.metadata",
+        "state/facts.json",
+        "state/random_00000.json",
         "config.yaml",
         "progress.json",
     }
@@ -61,7 +81,8 @@ def test_any_changed_byte_of_any_file_is_noticed(tmp_path_factory, data):
     files = sorted(path for path in new.rglob("*") if path.is_file())
     file = data.draw(st.sampled_from(files))
     content = bytearray(file.read_bytes())
-    position = data.draw(st.integers(0, len(content) - 1))
+    # How long a file is differs a little from save to save.
+    position = data.draw(st.integers(0, 1 << 30)) % len(content)
     content[position] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
     if file.name == "checksums.json":
@@ -74,18 +95,67 @@ def test_any_changed_byte_of_any_file_is_noticed(tmp_path_factory, data):
         assert str(new) in complaints[0] and file.name in complaints[0]
 
 
-@pytest.mark.parametrize("name", ["checksums.json", "state/a.distcp", "config.yaml"])
-def test_a_missing_file_is_named(tmp_path, name):
+@pytest.mark.parametrize("name", ["checksums.json", "state/__0_0.distcp", "config.yaml", "state/.metadata"])
+def test_a_missing_file_is_named(tmp_path, damage, name):
     path = save(tmp_path, 1)
     (path / name).unlink()
-    assert f"{name} is missing" in checkpoint.damage(path)
+    assert f"{name} is missing" in damage(path)
 
 
-def test_a_truncated_file_is_noticed(tmp_path):
+def test_a_truncated_file_is_noticed(tmp_path, damage):
     path = save(tmp_path, 1)
-    file = path / "state/b.distcp"
+    file = path / "state/__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
-    assert checkpoint.damage(path) == "state/b.distcp does not match its checksum"
+    assert damage(path) == "state/__0_0.distcp does not match its checksum"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{}", "checksums.json does not list state/.metadata"),
+        ("[]", "checksums.json does not hold checksums"),
+        ("7", "checksums.json does not hold checksums"),
+        ('{"config.yaml": 7}', "checksums.json does not hold checksums"),
+        ('{"config.yaml": "7"}', "checksums.json does not hold checksums"),
+        ("", "checksums.json is not readable"),
+        ('{"a"', "checksums.json is not readable"),
+    ],
+)
+def test_a_list_of_checksums_that_is_none(tmp_path, damage, content, reason):
+    path = save(tmp_path, 1)
+    (path / "checksums.json").write_text(content)
+    assert damage(path) == reason
+
+
+@pytest.mark.parametrize("name", ["state/__0_0.distcp", "config.yaml", "progress.json", "state/.metadata"])
+def test_a_file_that_is_not_listed(tmp_path, damage, name):
+    """A listing of a shared directory may miss what another host has written."""
+    path = save(tmp_path, 1)
+    listed = json.loads((path / "checksums.json").read_text())
+    del listed[name]
+    (path / "checksums.json").write_text(json.dumps(listed))
+    assert damage(path) == f"checksums.json does not list {name}"
+
+
+def test_a_checkpoint_of_an_earlier_format_is_passed_over_in_one_line(tmp_path, damage):
+    path = save(tmp_path, 1)
+    listed = json.loads((path / "checksums.json").read_text())
+    del listed["state/facts.json"]
+    (path / "checksums.json").write_text(json.dumps(listed))
+    assert damage(path) == "its format is that of an earlier version, which is not read: it has no state/facts.json"
+
+
+def test_metadata_run_no_code(tmp_path):
+    """Though they are a pickle: names of other things than metadata are refused."""
+
+    class Malicious:
+        def __reduce__(self):
+            return print, ("ran",)
+
+    path = save(tmp_path, 1)
+    (path / "state/.metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print has no place"):
+        checkpoint.pieces.read_metadata(path / "state")
 
 
 def test_a_failed_save_leaves_the_others_and_is_named(tmp_path):
@@ -108,8 +178,14 @@ def test_keeps_the_newest(tmp_path):
     assert len(checkpoint.list_checkpoints(tmp_path)) == 4
 
 
+def test_keeps_every_so_many_th(tmp_path):
+    for step in (5, 10, 13, 15, 20, 25, 30):
+        save(tmp_path, step, keep=2, keep_steps=10)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [10, 20, 25, 30]
+
+
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     path = save(tmp_path, 2)
-    (path / "state/a.distcp").write_bytes(b"")
+    (path / "state/__0_0.distcp").write_bytes(b"")
     assert save(tmp_path, 2) == path
     assert checkpoint.damage(path) is None

@@ -42,7 +42,7 @@ KEYS = {
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
     "engine": "name zero_stage offload",
     "parallel": "tensor sequence pipeline virtual_pipeline pipeline_layers expert context",
-    "checkpoint": "every keep resume init asynchronous",
+    "checkpoint": "every keep keep_every resume init asynchronous",
     "evaluation": "every batches seq_len stride samples sample_tokens prompt compare_compressors",
     "logging": "every progress tensorboard profile_step",
 }

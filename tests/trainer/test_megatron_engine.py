@@ -1,6 +1,7 @@
 """The Megatron engine: what it runs on, that it computes what plain PyTorch does, what it does with broken numbers."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_a_step_runs_mcores_schedule_ddp_and_distributed_optimizer(engine, monke
     spy(schedules, "backward_step")
     spy(DistributedDataParallel, "finish_grad_sync")
     spy(DistributedDataParallel, "scale_gradients")
-    spy(DistributedOptimizer, "get_grad_norm")
+    spy(DistributedOptimizer, "get_main_grads_for_grad_norm")
     spy(megatron, "clip_grad_by_total_norm_fp32")
     spy(DistributedOptimizer, "step_with_ready_grads")
     run_step(built, sampler, config, 0)
@@ -66,7 +67,7 @@ def test_a_step_runs_mcores_schedule_ddp_and_distributed_optimizer(engine, monke
         *["forward_step", "backward_step"] * 2,  # two micro-batches
         "finish_grad_sync",
         "scale_gradients",
-        "get_grad_norm",
+        "get_main_grads_for_grad_norm",
         "clip_grad_by_total_norm_fp32",
         "step_with_ready_grads",
     ]
@@ -223,3 +224,33 @@ def test_the_random_state_comes_back(engine, tmp_path):
     torch.manual_seed(4)
     built.load(tmp_path / "state")
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_save_starts_no_process(engine, tmp_path):
+    """A helper would die of a signal to the process group, and a save with it."""
+
+    def children():
+        return {path.read_text() for path in Path("/proc/self/task").glob("*/children")}
+
+    built, _, _ = engine
+    before = children()
+    for name in ("now", "later"):
+        (tmp_path / name).mkdir()
+    built.save(tmp_path / "now")
+    assert children() == before
+    built.begin_save(tmp_path / "later").write()
+    assert children() == before
+
+
+def test_adams_step_is_that_of_the_updates_and_not_of_the_run(engine, tmp_path, monkeypatch):
+    built, sampler, config = engine
+    run_step(built, sampler, config, 0)
+    with monkeypatch.context() as skipping:
+        skipping.setattr(built, "_grad_norm", lambda: math.inf)
+        assert run_step(built, sampler, config, 1).skipped
+    (tmp_path / "state").mkdir()
+    built.save(tmp_path / "state")
+    run_step(built, sampler, config, 2)
+    built.load(tmp_path / "state")
+    (part,) = built._optimizer.chained_optimizers
+    assert {float(state["step"]) for state in part.optimizer.state.values()} == {1.0}

@@ -121,6 +121,50 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_run, tmp_
     assert [step for step, _, _ in steps] == list(range(1, 10))
 
 
+@pytest.mark.parametrize("damaged", ["progress.json", "state/__0_0.distcp"])
+def test_all_checkpoints_damaged_are_refused_and_set_aside_on_request(tiny_data, tmp_path, damaged):
+    """One is seen by its name, the other by its checksum: neither is a new start, and nothing is lost."""
+    from dataclasses import replace
+
+    from trainer import pretrain
+    from trainer.cli import ConfigError
+
+    config = in_process_config(tiny_data, tmp_path / "run", steps=3)
+    config = replace(config, checkpoint=replace(config.checkpoint, every=2))
+    run_dir = tmp_path / "run"
+    assert pretrain.run(config, "") == 0
+    for path in (run_dir / "checkpoints").iterdir():
+        content = (path / damaged).read_bytes()
+        (path / damaged).unlink()
+        if damaged.startswith("state"):
+            (path / damaged).write_bytes(content[:-1])
+    before = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
+    lines = (run_dir / "metrics.jsonl").read_text()
+    longer = replace(config, train=replace(config.train, steps=4))
+    with pytest.raises(ConfigError, match=rf"none can be read \(.*step_00000003.* {damaged} .*resume=never") as error:
+        pretrain.run(longer, "")
+    assert "\n" not in str(error.value)
+    leave_groups()
+    assert (run_dir / "metrics.jsonl").read_text() == lines
+    assert {path: path.read_bytes() for path in before} == before
+    again = replace(longer, checkpoint=replace(longer.checkpoint, resume="never"))
+    assert pretrain.run(again, "") == 0
+    assert [step for step, _, _ in trajectory(run_dir)[0]] == [1, 2, 3, 4]
+    assert (run_dir / "metrics.1.jsonl").read_text() == lines
+    moved = {run_dir / "checkpoints.1" / path.relative_to(run_dir / "checkpoints"): before[path] for path in before}
+    assert {path: path.read_bytes() for path in moved} == moved
+
+
+def leave_groups():
+    """Those of a run that was refused, in this process."""
+    import torch
+
+    from trainer.engines.megatron import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
 def test_stopped_at_any_step(tiny_data, tmp_path, monkeypatch):
     """Every step of a short run is once the last before a stop."""
     from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Whether a configuration may go on in a run directory, decided from names alone."""
+"""Whether a configuration may go on in a run directory, decided from names and lists of checksums."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig
+from trainer import checksums
 from trainer.cli import ConfigError
 from trainer.config import (
     CheckpointConfig,
@@ -18,7 +19,7 @@ from trainer.config import (
     RunConfig,
     TrainConfig,
 )
-from trainer.run_directory import change_of_schedule, check, checkpoint_steps, differing_keys
+from trainer.run_directory import change_of_schedule, check, checkpoint_steps, differing_keys, set_aside
 
 
 def configuration(run_dir, resume="auto", init=None, **parts):
@@ -28,12 +29,21 @@ def configuration(run_dir, resume="auto", init=None, **parts):
     )
 
 
+def make_checkpoint(path):
+    """The files that every checkpoint has, and their checksums."""
+    names = ["config.yaml", "progress.json", checksums.FACTS, checksums.METADATA]
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("{}")
+    (path / checksums.NAME).write_text(json.dumps({name: checksums.digest(path / name) for name in names}))
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     """A run of 300 steps that has reached step 200."""
     folder = tmp_path / "run"
     for step in (100, 200):
-        (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        make_checkpoint(folder / "checkpoints" / f"step_{step:08d}")
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(configuration(folder))))
     return folder
 
@@ -94,9 +104,34 @@ def test_a_stable_schedule_may_be_lengthened_without_a_word(run_dir):
     assert change_of_schedule(run_dir, configuration(run_dir, train=TrainConfig(steps=200), optim=stable), 50) is None
 
 
-def test_never_does_not_touch_what_is_there(run_dir):
-    with pytest.raises(ConfigError, match=r"checkpoint.resume=never, but .* up to step 200; .* another run\.dir"):
-        check(configuration(run_dir, "never"))
+def test_a_run_whose_last_checkpoint_is_not_whole_has_not_finished(run_dir):
+    (run_dir / "checkpoints/step_00000200/progress.json").unlink()
+    assert check(configuration(run_dir, train=TrainConfig(steps=200))) is False
+    assert check(configuration(run_dir, train=TrainConfig(steps=100))) is True
+
+
+def test_checkpoints_of_which_none_is_whole_are_no_new_start(run_dir):
+    for path in (run_dir / "checkpoints").iterdir():
+        (path / "progress.json").unlink()
+    with pytest.raises(ConfigError) as error:
+        check(configuration(run_dir))
+    assert str(error.value) == (
+        f"{run_dir} holds checkpoints, of which none can be read (step_00000200: progress.json is missing); restore "
+        "one of them, choose another run.dir, or start again with checkpoint.resume=never, which sets them aside"
+    )
+
+
+def test_never_starts_again_and_sets_aside_what_is_there(run_dir):
+    assert check(configuration(run_dir, "never", model=ModelConfig(hidden_size=128))) is False
+    (run_dir / "metrics.jsonl").write_text("first")
+    first = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert set_aside(run_dir) == [run_dir / "checkpoints.1", run_dir / "metrics.1.jsonl"]
+    assert set_aside(run_dir) == [], "a run without checkpoints is not worth keeping"
+    assert sorted(path.name for path in (run_dir / "checkpoints.1").iterdir()) == first
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "metrics.jsonl").write_text("second")
+    assert set_aside(run_dir) == [run_dir / "checkpoints.2", run_dir / "metrics.2.jsonl"]
+    assert (run_dir / "metrics.1.jsonl").read_text() == "first"
 
 
 CHANGES = {

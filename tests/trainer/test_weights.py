@@ -306,4 +306,4 @@ def test_a_run_that_goes_on_reads_its_checkpoint(tiny_run, config, tmp_path):
     for path in (run_dir / "checkpoints").iterdir():
         (path / "progress.json").unlink()
     code, output = finish(tiny_run(run_dir, init, "--train.steps=3"))
-    assert code == 2 and "holds no whole checkpoint to go on from; remove its checkpoints to start again" in output
+    assert code == 2 and "holds checkpoints, of which none can be read (step_00000002: progress.json is" in output

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import checkpoint
 from trainer.callbacks.base import Callback
-from trainer.checkpoint import BackgroundSave
+from trainer.checkpoint import BackgroundSave, Retention
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 
 class Checkpointer(Callback):
-    """Save every `every` steps (0 never on the way), at the last step, and when the run is asked to stop.
+    """Save every `every` steps (0 never on the way), at the last step, and when the run is asked to save or to stop.
 
     An asynchronous save is looked after at every step, so that its failure ends the run there; the next one waits for
     it, and so does the end of the run.
@@ -23,7 +23,7 @@ class Checkpointer(Callback):
 
     phase = "save"
 
-    def __init__(self, every: int, keep: int, asynchronous: bool = False) -> None:
+    def __init__(self, every: int, keep: Retention, asynchronous: bool = False) -> None:
         self.every, self.keep, self.asynchronous = every, keep, asynchronous
         self._saved_step = -1
         self._saving: BackgroundSave | None = None
@@ -33,9 +33,11 @@ class Checkpointer(Callback):
         self._saved_step = trainer.progress.step if trainer.resumed else -1
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Save if it is time."""
+        """Save if it is time, or was asked for."""
         self._look_after(trainer, wait=trainer.finished)
-        if trainer.finished or (self.every and trainer.progress.step % self.every == 0):
+        is_time = self.every and trainer.progress.step % self.every == 0
+        if trainer.finished or is_time or trainer.agreed_to_save:
+            trainer.agreed_to_save = False
             self._save(trainer, wait=trainer.finished)
 
     def on_stop(self, trainer: Trainer) -> None:

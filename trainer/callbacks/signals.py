@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 stop a run at the next step, saved."""
+"""SIGTERM, SIGINT and SIGUSR1 stop a run at the next step, saved; SIGUSR2 has it saved, and goes on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopOnSignal(Callback):
-    """Sets trainer.stop_requested; the ranks agree on it between steps, so one signalled rank stops them all."""
+    """Sets trainer.stop_requested, or save_requested; the ranks agree between steps, so one that is signalled does."""
 
     def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
@@ -30,8 +30,13 @@ class StopOnSignal(Callback):
                 logging.getLogger("spiketrain").info("%s: stopping after this step", signal.Signals(number).name)
             trainer.stop_requested = True
 
+        def request_save(number: int, frame: FrameType | None) -> None:
+            logging.getLogger("spiketrain").info("%s: saving after this step", signal.Signals(number).name)
+            trainer.save_requested = True
+
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, request)
+        self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, request_save)
 
     def on_end(self, trainer: Trainer) -> None:
         """Give the signals back."""

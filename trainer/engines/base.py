@@ -35,12 +35,11 @@ class PendingSave:
     """A copy of the state of every rank, to be written beside the training.
 
     Attributes:
-        write: Writes this rank's copy; from a thread, for it shares no collective with the training.
-        finish: Completes what all ranks have written; every rank calls it, between steps.
+        write: Writes this rank's copy, and gives what `Engine.save` does; from a thread, for it shares no collective
+            with the training.
     """
 
-    write: Callable[[], None]
-    finish: Callable[[], None]
+    write: Callable[[], dict[str, str]]
 
 
 class Engine(Protocol):
@@ -77,8 +76,12 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait for every rank."""
 
-    def save(self, directory: Path) -> None:
-        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
+    def save(self, directory: Path) -> dict[str, str]:
+        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.
+
+        Returns:
+            On rank 0 the SHA-256 of every file that was written, flushed to the disk, by its name.
+        """
 
     def begin_save(self, directory: Path) -> PendingSave:
         """Copy what `save` would write; training may go on at once. Every rank calls it."""

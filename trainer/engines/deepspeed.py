@@ -11,12 +11,11 @@ Under tensor parallelism the model is cut before DeepSpeed sees it, which shards
 have the same, its data-parallel group. It is told of the groups by an object of Megatron's names, its `mpu`, and sums
 norms and overflows over the others, too, counting parameters marked `tensor_model_parallel` on every rank.
 
-A checkpoint holds every parameter and its Adam moments in their own shapes (trainer.engines.pieces), so any stage and
-any number of ranks reads what any other wrote, and trainer.inference finds the parameters as in every checkpoint.
+A checkpoint is in the format of both engines (trainer.engines.pieces): every rank writes what it updates, without ZeRO
+an even share, so any stage and any number of ranks reads what any other wrote.
 """
 
 import importlib
-import json
 import logging
 import math
 import os
@@ -35,19 +34,17 @@ from models.decoder import Decoder, no_weight_decay
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
 from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients, sharded_parameters
-from trainer.cli import ConfigError
 from trainer.config import PretrainConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups as process_groups
 from trainer.engines import pieces
 from trainer.engines.base import PendingSave, StepResult
-from trainer.engines.pieces import Piece, Shard
-from trainer.engines.random_state import random_state, set_random_state
+from trainer.engines.norms import sum_of_squares
+from trainer.engines.pieces import MOMENTS, Piece, Shard
 
-_MAIN, _MOMENTS = "main", ("exp_avg", "exp_avg_sq")
+_MAIN = "main"
 # ZeRO allocates a bucket of this many elements for communication; DeepSpeed's own 5e8 would be 2 GB on every rank.
 _BUCKET_ELEMENTS = 50_000_000
-_FACTS = "deepspeed.json"
 
 
 class LossModel(nn.Module):
@@ -85,7 +82,7 @@ class DeepSpeedEngine:
         process_groups.initialize(device, config.run.collective_seconds)
         self._deepspeed.init_distributed(process_groups.backend_of(device), auto_mpi_discovery=False, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._saving_group = dist.new_group(backend="gloo") if config.checkpoint.asynchronous else None
+        self._writer = pieces.Writer(self.rank, self.world_size, process_groups.saving_group())
         self._groups, unit = _model_parallel_groups(device, config)
         self._tensor_ranks = config.parallel.tensor
         self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
@@ -196,11 +193,11 @@ class DeepSpeedEngine:
             # AdamW passes parameters without a gradient over.
             self._engine.zero_grad()
         elif self._clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, torch.tensor(norm, device=self.device))
         self._engine.step()
-        return float(norm)
+        return norm
 
-    def _grad_norm(self, parameters: list[Any]) -> Tensor:
+    def _grad_norm(self, parameters: list[Any]) -> float:
         """The norm without ZeRO; what tensor-parallel ranks share is counted on the first of them."""
         group = self._groups.tensor
         counted = [
@@ -209,12 +206,10 @@ class DeepSpeedEngine:
             if parameter.grad is not None
             and (group is None or dist.get_rank(group) == 0 or hasattr(parameter, "tensor_model_parallel"))
         ]
-        norm = nn.utils.get_total_norm(counted)
-        if group is None:
-            return norm
-        squares = norm.square()
-        dist.all_reduce(squares, group=group)
-        return squares.sqrt()
+        squares = sum_of_squares(counted, self.device)
+        if group is not None:
+            dist.all_reduce(squares, group=group)
+        return math.sqrt(float(squares))
 
     def _forward(self, batch: Batch) -> Tensor:
         return self._engine(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)
@@ -261,76 +256,63 @@ class DeepSpeedEngine:
         if self.world_size > 1:
             dist.barrier()
 
-    def save(self, directory: Path) -> None:
-        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
-        self._save_facts(directory)
-        pieces.save(self._parts(), directory)
+    def save(self, directory: Path) -> dict[str, str]:
+        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.
+
+        Returns:
+            On rank 0 the SHA-256 of every file that was written, flushed to the disk, by its name.
+        """
+        return self._writer.write(self._written_parts(), self._adam_step(), directory)
 
     def begin_save(self, directory: Path) -> PendingSave:
         """Copy what `save` would write; training may go on at once. Every rank calls it."""
-        self._save_facts(directory)
-        copies = {name: piece.copy() for name, piece in self._parts().items()}
-        # Writing exchanges plans between the ranks: over a group of its own, beside the training's collectives.
-        write = partial(pieces.save, copies, directory, self._saving_group)
-        return PendingSave(write, finish=lambda: None)
+        return self._writer.begin(self._written_parts(), self._adam_step(), directory)
 
-    def _save_facts(self, directory: Path) -> None:
-        torch.save(random_state(), directory / _random_file(self.rank))
-        if self.rank == 0:
-            facts = {"world_size": self.world_size, "adam_step": self._adam_step()}
-            (directory / _FACTS).write_text(json.dumps(facts) + "\n")
-
-    def _parts(self) -> dict[str, Piece]:
-        """What this rank holds of the parameters and the optimizer's state, by their names in a checkpoint."""
-        parts = {f"model.{name}": self._stored(name) for name in self._parameters} | self._counted()
-        for key in (_MAIN, *_MOMENTS):
-            for name in self._parameters:
-                # setdefault, for in float32 the main parameter is the parameter.
-                parts.setdefault(self._saved_as(name, key), self._owned(name, key))
+    def _written_parts(self) -> dict[str, Piece]:
+        """What this rank writes, by the names in a checkpoint."""
+        parts = self._counted() if self.rank == 0 else {}
+        first_of_tensor_ranks = self._groups.tensor is None or dist.get_rank(self._groups.tensor) == 0
+        for name, parameter in self._parameters.items():
+            if not (first_of_tensor_ranks or hasattr(parameter, "tensor_model_parallel")):
+                continue
+            main, *moments = (self._to_write(self._owned(name, key)) for key in (_MAIN, *MOMENTS))
+            model = self._as_the_model_reads_it(name, main) if self._bf16 else main
+            named = dict(zip(MOMENTS, moments, strict=True))
+            parts |= pieces.stored(name, model, main if self._bf16 else None, named)
         return parts
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote, under this layout, ZeRO stage and offloading or another.
+    def _to_write(self, owned: Piece) -> Piece:
+        """Without ZeRO every rank has everything."""
+        return owned.share(self.data_parallel_rank, self.data_parallel_size) if self._stage == 0 else owned
 
-        Raises:
-            ConfigError: another engine wrote it.
-        """
-        if not (directory / _FACTS).exists():
-            raise ConfigError(
-                f"checkpoint.resume: {directory.parent} was not written by engine.name=deepspeed; "
-                "use the engine that wrote it, or another run.dir"
-            )
-        facts = json.loads((directory / _FACTS).read_text())
-        pieces.load(self._counted(), directory)
-        for key in (_MAIN, *_MOMENTS):
-            owned = {name: self._owned(name, key) for name in self._parameters}
-            pieces.load({self._saved_as(name, key): piece for name, piece in owned.items()}, directory)
-            if self._stage == 3:
-                for name, piece in owned.items():
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, of either engine, under this layout, ZeRO stage and offloading or another."""
+        reader = pieces.Reader(directory)
+        owned = {name: {key: self._owned(name, key) for key in (_MAIN, *MOMENTS)} for name in self._parameters}
+        parts = self._counted()
+        for name, by_key in owned.items():
+            parts |= reader.optimizer_state(name, by_key[_MAIN], by_key)
+        reader.read(parts)
+        if self._stage == 3:
+            for name, by_key in owned.items():
+                for key, piece in by_key.items():
                     self._give_back(name, key, piece.values)
         for state in self._adam.state.values():
-            state["step"].fill_(facts["adam_step"])
+            state["step"].fill_(reader.adam_step)
         self._publish()
-        # The state of a random generator belongs to a rank; another number of ranks starts from its own seed.
-        if facts["world_size"] == self.world_size:
-            set_random_state(torch.load(directory / _random_file(self.rank), weights_only=False))
+        reader.restore_random_state(self.rank, self.world_size)
 
     def _counted(self) -> dict[str, Piece]:
         """What routers keep count of, the same on every rank."""
-        buffers = self._decoder.named_buffers()
-        return {f"model.{name}": Piece(Shard.of(buffer), 0, buffer.view(-1)) for name, buffer in buffers}
+        return {pieces.MODEL + name: Piece.of(buffer) for name, buffer in self._decoder.named_buffers()}
 
-    def _saved_as(self, name: str, key: str) -> str:
-        """The checkpoint's name of a main parameter or a moment."""
-        return f"model.{name}" if key == _MAIN and not self._bf16 else f"optimizer.{key}.{name}"
-
-    def _stored(self, name: str) -> Piece:
-        """What this rank holds of a parameter as the model reads it."""
-        parameter = self._parameters[name]
-        if self._stage < 3:
-            return Piece(self._shards[name], 0, parameter.data.flatten())
-        start, count = self._range(name)
-        return Piece(self._shards[name], start, parameter.ds_tensor.data.flatten()[:count])
+    def _as_the_model_reads_it(self, name: str, owned: Piece) -> Piece:
+        """The elements of a piece as they are in the parameter itself."""
+        if self._stage == 3:
+            values = self._parameters[name].ds_tensor.data.flatten()[: owned.values.numel()]
+        else:
+            values = self._parameters[name].data.flatten()[owned.start : owned.start + owned.values.numel()]
+        return Piece(owned.shard, owned.start, values)
 
     def _range(self, name: str) -> tuple[int, int]:
         """Where this rank's part of a parameter that ZeRO 3 cut starts, and its length less the padding."""

@@ -42,6 +42,14 @@ def initialize(device: torch.device, seconds: float) -> None:
         dist.init_process_group(backend_of(device), store=store, rank=0, world_size=1)
 
 
+def saving_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for CPU tensors, for saves alone: a thread may write one while training uses the others.
+
+    None where there is one rank. Every rank calls it.
+    """
+    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+
 def close() -> None:
     """Destroy every group of this process. The last reference to each ends the threads that serve it."""
     global _timeout

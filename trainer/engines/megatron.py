@@ -1,10 +1,17 @@
-"""The Megatron engine: mcore's schedules, DDP, distributed optimizer and dist_checkpointing."""
+"""The Megatron engine: mcore's schedules, DDP and distributed optimizer.
+
+A checkpoint is in the format of both engines (trainer.engines.pieces). mcore's distributed optimizer gives each
+data-parallel rank, context-parallel ones included, a range of every bucket of parameters. What a rank updates of a
+parameter is what it writes and reads; what several ranks have alike, the first tensor-parallel rank writes, and the
+earliest stage.
+"""
 
 import itertools
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,23 +28,21 @@ from models.parallel import (
     cast_parameters,
     cut,
     expert_parameters,
-    keep_float32,
     partial_gradients,
     sharded_parameters,
-    sharded_state_dict,
 )
 from trainer import weights
 from trainer.config import ParallelConfig, PretrainConfig
 from trainer.data.batch import Batch
-from trainer.engines import groups, megatron_cpu
+from trainer.engines import groups, megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
-from trainer.engines.random_state import random_state, set_random_state
+from trainer.engines.norms import sum_of_squares
+from trainer.engines.pieces import Piece, Shard
 
 with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
     # mcore says at import that TransformerEngine and Apex are missing; the torch fallbacks are what we want.
     warnings.simplefilter("ignore")
-    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -49,9 +54,6 @@ with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer import TransformerConfig
-
-# The one format of 0.16.1 that loads under another layout; see DistributedOptimizer.sharded_state_dict.
-_CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 class Stage(nn.Module):
@@ -86,10 +88,6 @@ class Stage(nn.Module):
         """The weight that mcore keeps equal on the first and the last stage."""
         assert self.part.embedding is not None, "asked of the first and the last stage, where it is shared"
         return self.part.embedding.weight
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """The parameters, for dist_checkpointing."""
-        return sharded_state_dict(self.part, "model.", self.part.copies())
 
 
 class MegatronEngine:
@@ -128,6 +126,11 @@ class MegatronEngine:
         self.model = self._decoders[0]
         self.model_is_whole = self.model.is_whole
         self._optimizer = self._build_optimizer(config, dtype)
+        # Not those of the optimizer's state: a rank of which no parameter is large enough to have a part has none.
+        self._updates = 0
+        self._owned = dict(_owned_parts(self._optimizer.chained_optimizers))
+        self._is_float32 = dtype == torch.float32
+        self._writer = pieces.Writer(self.rank, self.world_size, groups.saving_group())
         self._forward_backward = get_forward_backward_func()
 
     def _build_decoders(self, config: PretrainConfig, vocab_size: int, dtype: torch.dtype) -> Iterator[Decoder]:
@@ -202,12 +205,7 @@ class MegatronEngine:
             use_distributed_optimizer=True,
         )
         undecayed = ParamWithNamePredicate(name="no_weight_decay", fn=lambda param, name: no_weight_decay(name, param))
-        # DistributedOptimizer mixes up the states of a group that holds two dtypes: float32 parameters get their own.
-        float32 = ParamWithNamePredicate(name="keep_float32", fn=lambda _, name: keep_float32(name))
-        overrides = {
-            ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0},
-            ParamKey(with_name_predicate=float32): {"group": "float32"},
-        }
+        overrides = {ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}}
         with self._accepted_types():
             optimizer = get_megatron_optimizer(
                 optimizer_config,
@@ -222,7 +220,6 @@ class MegatronEngine:
                     # mcore falls back to torch's AdamW unfused: ten passes over memory in place of one.
                     group["fused"] = True
             _allocate_state(part.optimizer)
-            _carry_step(part)
         return optimizer
 
     def _accepted_types(self) -> AbstractContextManager[None]:
@@ -254,7 +251,7 @@ class MegatronEngine:
         """
         optimizer = self._optimizer
         optimizer.prepare_grads()
-        grad_norm = float(optimizer.get_grad_norm())
+        grad_norm = self._grad_norm()
         if not (loss_is_finite and math.isfinite(grad_norm)):
             return grad_norm
         if self._clip > 0:
@@ -264,7 +261,14 @@ class MegatronEngine:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step_with_ready_grads()
+        self._updates += 1
         return grad_norm
+
+    def _grad_norm(self) -> float:
+        """The norm of the whole gradient; of what several ranks have alike, mcore names the one that counts it."""
+        counted = [grad for part in self._optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
+        (squares,) = self._sum_over_ranks(float(sum_of_squares(counted, self.device)))
+        return math.sqrt(squares)
 
     def _spawn_experts(self) -> None:
         """Make all routed experts masked copies of the first. Adam's moments stay, those of the others zero."""
@@ -340,55 +344,72 @@ class MegatronEngine:
         if self.world_size > 1:
             dist.barrier()
 
-    def save(self, directory: Path) -> None:
-        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it."""
-        dist_checkpointing.save(self._checkpoint_state(is_loading=False), str(directory))
+    def save(self, directory: Path) -> dict[str, str]:
+        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.
+
+        Returns:
+            On rank 0 the SHA-256 of every file that was written, flushed to the disk, by its name.
+        """
+        return self._writer.write(self._written_parts(), self._updates, directory)
 
     def begin_save(self, directory: Path) -> PendingSave:
         """Copy what `save` would write; training may go on at once. Every rank calls it."""
-        request: Any = dist_checkpointing.save(
-            self._checkpoint_state(is_loading=False), str(directory), async_sharded_save=True
-        )
-        model = [tensor for decoder in self._decoders for tensor in (*decoder.parameters(), *decoder.buffers())]
-        optimizers = [part.optimizer for part in self._optimizer.chained_optimizers]
-        state = [tensor for adam in optimizers for values in adam.state.values() for tensor in values.values()]
-        main = [tensor for adam in optimizers for group in adam.param_groups for tensor in group["params"]]
-        _copy_what_is_trained(request, {t.untyped_storage().data_ptr() for t in (*model, *state, *main)})
+        return self._writer.begin(self._written_parts(), self._updates, directory)
 
-        def write() -> None:
-            if request.async_fn is not None:
-                request.async_fn(*request.async_fn_args)
-
-        def finish() -> None:
-            for complete in request.finalize_fns:
-                complete()
-
-        return PendingSave(write, finish)
+    def _written_parts(self) -> dict[str, Piece]:
+        """What this rank writes, by the names in a checkpoint."""
+        parts: dict[str, Piece] = {}
+        first_of_tensor_ranks = parallel_state.get_tensor_model_parallel_rank() == 0
+        for decoder in self._decoders:
+            cut_here, copies = self._cut_axes(decoder), decoder.copies()
+            for name, parameter in decoder.named_parameters():
+                if parameter not in self._owned or name in copies:
+                    continue
+                if parameter not in cut_here and not first_of_tensor_ranks:
+                    continue
+                shard, owned = self._shard(parameter, cut_here), self._owned[parameter]
+                main, moments = owned.pieces(shard)
+                model = main if self._is_float32 else owned.as_the_model_reads_it(parameter, shard)
+                parts |= pieces.stored(name, model, None if self._is_float32 else main, moments)
+            first_of_stage = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+            if first_of_tensor_ranks and first_of_stage:
+                parts |= _counted(decoder)
+        return parts
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, under this layout or another."""
-        template = self._checkpoint_state(is_loading=True)
-        saved_ranks = dist_checkpointing.load_common_state_dict(str(directory))["world_size"]
-        if saved_ranks != self.world_size:
-            # The state of a random generator belongs to a rank; another layout starts from its own seed.
-            del template["rng"]
-        state = dist_checkpointing.load(template, str(directory))
-        for number, stage in enumerate(self._stages):
-            stage.module.part.load_state_dict(_strip_prefix(state[f"model{number}"]))
-        self._optimizer.load_state_dict(state["optimizer"])
+        """Read what `save` wrote, of either engine, under this layout or another."""
+        reader = pieces.Reader(directory)
+        for decoder in self._decoders:
+            # Not of all stages at once: two of one rank may have a parameter of the same name.
+            parts = _counted(decoder)
+            cut_here = self._cut_axes(decoder)
+            for name, parameter in decoder.named_parameters():
+                if parameter in self._owned:
+                    main, moments = self._owned[parameter].pieces(self._shard(parameter, cut_here))
+                    parts |= reader.optimizer_state(name, main, moments)
+            reader.read(parts)
+        self._updates = reader.adam_step
         for part in self._optimizer.chained_optimizers:
-            _unshare_steps(part.optimizer)
-        if "rng" in state:
-            set_random_state(state["rng"])
+            _set_step(part.optimizer, reader.adam_step)
+            # What follows every update, too: the parameters are their float32 copies, rounded, and gathered.
+            part._copy_main_params_to_model_params()
+        for stage in self._stages:
+            stage.start_param_sync()
+        reader.restore_random_state(self.rank, self.world_size)
 
-    def _checkpoint_state(self, is_loading: bool) -> dict[str, Any]:
-        model_state = {f"model{i}": stage.module.sharded_state_dict() for i, stage in enumerate(self._stages)}
-        with self._accepted_types():
-            optimizer_state = self._optimizer.sharded_state_dict(
-                model_state, is_loading=is_loading, metadata=_CHECKPOINT_METADATA
-            )
-        rng = ShardedObject("rng", random_state(), (self.world_size,), (self.rank,))
-        return {**model_state, "optimizer": optimizer_state, "rng": rng, "world_size": self.world_size}
+    def _cut_axes(self, decoder: Decoder) -> dict[nn.Parameter, tuple[int, int, int]]:
+        """The parameters that are cut over tensor- or expert-parallel ranks: dimension, this rank, and all ranks."""
+        tensor, expert = self._groups.tensor, self._groups.expert
+        cuts: dict[nn.Parameter, tuple[int, int, int]] = {}
+        if tensor is not None:
+            place = dist.get_rank(tensor), dist.get_world_size(tensor)
+            cuts |= {parameter: (axis, *place) for parameter, axis in sharded_parameters(decoder)}
+        # Of experts that are not shared each data-parallel rank, tensor-parallel ones included, updates its part.
+        place = (0, 1) if expert is None else (dist.get_rank(expert), dist.get_world_size(expert))
+        return cuts | dict.fromkeys(expert_parameters(decoder), (0, *place))
+
+    def _shard(self, parameter: nn.Parameter, cuts: dict[nn.Parameter, tuple[int, int, int]]) -> Shard:
+        return Shard.of(parameter, *cuts[parameter]) if parameter in cuts else Shard.of(parameter)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -482,40 +503,56 @@ def _allocate_state(optimizer: Any) -> None:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
-def _carry_step(part: Any) -> None:
-    """Adam's step is saved with the groups, yet 0.16.1 looks for it among the tensors it loads for each parameter."""
-    set_states = part._set_main_param_and_optimizer_states
-
-    def set_states_with_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        current = part._get_main_param_and_optimizer_states(model_param)
-        set_states(model_param, {"step": current["step"], **tensors} if "step" in current else tensors)
-
-    part._set_main_param_and_optimizer_states = set_states_with_step
-
-
-def _unshare_steps(optimizer: Any) -> None:
-    """DistributedOptimizer.load_state_dict hands all parameters one step tensor, which AdamW counts up in place."""
-    for state in optimizer.state.values():
-        state["step"] = state["step"].clone()
+def _set_step(optimizer: Any, step: int) -> None:
+    """Have Adam stand after so many updates."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        for state in optimizer.state.values():
+            state["step"].fill_(step)
+    else:
+        # TransformerEngine's keeps it with the groups.
+        for group in optimizer.param_groups:
+            group["step"] = step
 
 
-def _copy_what_is_trained(request: Any, trained: set[int]) -> None:
-    """Have mcore's AsyncRequest write copies of the tensors in `trained` memory (addresses of storages).
+@dataclass(frozen=True)
+class _Owned:
+    """What this rank updates of a parameter: the elements start .. start + n of what it has of it, flattened.
 
-    mcore's own staging copies from the GPU. On the host it copies views alone, for it counts on writing from a forked
-    process: a parameter that fills its buffer, as the lower bounds can, would be written as training leaves it.
+    Attributes:
+        start: Where they begin.
+        main: The float32 values [n]; in float32 training a view of the parameter.
+        state: Adam's moments [n] by their names.
     """
-    if request.async_fn is None:
-        return
-    _, buckets, _ = request.async_fn_args
-    for i, (file, key, (data, tensors)) in enumerate(request.preload_fn()):
-        copies = [
-            (item, tensor.clone() if tensor.untyped_storage().data_ptr() in trained else tensor)
-            for item, tensor in tensors
-        ]
-        # In place, for mcore's writer holds the same list, and would keep what it was made of alive.
-        buckets[i] = (file, key, (data, copies))
+
+    start: int
+    main: Tensor
+    state: dict[str, Tensor]
+
+    def pieces(self, shard: Shard) -> tuple[Piece, dict[str, Piece]]:
+        """Main values and moments."""
+        moments = {key: Piece(shard, self.start, self.state[key].detach()) for key in pieces.MOMENTS}
+        return Piece(shard, self.start, self.main.detach()), moments
+
+    def as_the_model_reads_it(self, parameter: nn.Parameter, shard: Shard) -> Piece:
+        """The same elements of the parameter itself."""
+        return Piece(shard, self.start, parameter.detach().view(-1)[self.start : self.start + self.main.numel()])
 
 
-def _strip_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("model."): value for name, value in state.items()}
+def _owned_parts(optimizers: list[Any]) -> Iterator[tuple[nn.Parameter, _Owned]]:
+    """What this rank updates of every parameter of which it updates anything."""
+    for part in optimizers:
+        by_type = (
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        )
+        for parameters, mains in (
+            (group, own) for of_type, owns in by_type for group, own in zip(of_type, owns, strict=True)
+        ):
+            for parameter, main in zip(parameters, mains, strict=True):
+                start = part._get_model_param_range_map(parameter)["param"].start
+                yield parameter, _Owned(start, main, part.optimizer.state[main])
+
+
+def _counted(decoder: Decoder) -> dict[str, Piece]:
+    """What routers keep count of, the same on every rank that has the layer."""
+    return {pieces.MODEL + name: Piece.of(buffer) for name, buffer in decoder.named_buffers()}

@@ -6,19 +6,15 @@ version it was written for: another version is refused rather than half adapted.
 - `device="cuda"` literals, `torch.cuda.current_device()`, streams and synchronisation: mcore's modules get a view of
   torch in which those mean the CPU (`_TorchOnCpu`). torch itself is not changed, so the program's other modules, and
   the hot path, never see it.
-- The optimizers and the clipping of gradients accept tensors by `Tensor.type()`, a string that names CUDA, and the
-  optimizer's checkpoint calls `Tensor.cuda()`: in those calls CPU tensors give the CUDA names and stay where they are
-  (`cpu_tensors_pass_for_cuda`).
+- The optimizers and the clipping of gradients accept tensors by `Tensor.type()`, a string that names CUDA: in those
+  calls CPU tensors give the CUDA names (`cpu_tensors_pass_for_cuda`).
 - The exchange of tokens between experts copies what it counts to the host, as numpy arrays, where it is on a GPU, and
   hands it to collectives that want plain numbers: here, where it is on the host already, it becomes them, too.
 - `torch.compile` decorates mcore's fused functions, none of which runs here. Only to be applied it imports dynamo and
   inductor, a third of a start: while mcore is imported it returns what it is given (`nothing_compiled`).
-- The checkpoint writer spawns a manager process and forks two writers for each save. Without a GPU to keep busy that
-  only costs seconds, forks under OpenMP, and outlives a killed run: here it writes in the process.
 """
 
 import importlib
-import queue
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -122,16 +118,12 @@ def adapt() -> None:
         RuntimeError: megatron-core's version is another than SUPPORTED_VERSION.
     """
     check_version()
-    # dist_checkpointing imports its writers at the first save, which would be after this.
-    for name in ("async_utils", "filesystem_async", "fully_parallel", "state_dict_saver", "torch"):
-        importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{name}")
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _as_plain_numbers
     view = _TorchOnCpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
-    _write_checkpoints_in_process()
     _skip_collectives_of_one_rank()
 
 
@@ -163,29 +155,6 @@ def _skip_collectives_of_one_rank() -> None:
             setattr(buffers, name, _SkippedWhereAlone(collective))
 
 
-def _write_checkpoints_in_process() -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    writer = filesystem_async.FileSystemWriterAsync
-
-    def write(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: "queue.Queue[Any]") -> None:
-        written: dict[int, Any] = {}
-        for i, bucket in enumerate(buckets):
-            local: queue.Queue[Any] = queue.Queue()
-            pending: queue.Queue[int] = queue.Queue()
-            pending.put(i)
-            writer.write_preloaded_data(transforms, i, bucket, local, pending, use_fsync=True)
-            outcome = local.get()[1]
-            if isinstance(outcome, Exception):
-                results.put(outcome)
-                return
-            written[i] = outcome
-        results.put(written)
-
-    writer.write_preloaded_data_multiproc = staticmethod(write)
-    filesystem_async._results_queue = queue.Queue()
-
-
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
     """In here `torch.compile` gives functions back as they are, unless there is a GPU. For imports of megatron.core."""
@@ -206,17 +175,15 @@ def nothing_compiled() -> Iterator[None]:
 
 @contextmanager
 def cpu_tensors_pass_for_cuda() -> Iterator[None]:
-    """In here `Tensor.type()` names CPU tensors as CUDA ones, and `Tensor.cuda()` leaves them where they are."""
-    original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
+    """In here `Tensor.type()` names CPU tensors as CUDA ones."""
+    original_type = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original_type(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         torch.Tensor.type = original_type  # type: ignore[method-assign]
-        torch.Tensor.cuda = original_cuda  # type: ignore[method-assign]
