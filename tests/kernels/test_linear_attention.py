@@ -420,7 +420,7 @@ def test_retention_refuses_a_decay_per_token() -> None:
     ("change", "message"),
     [
         ({"x": (2, 8)}, r"x must be a floating-point tensor \[B, T, D\]"),
-        ({"log_decay": (2, 8, 4)}, "log_decay must have x's shape"),
+        ({"log_decay": (2, 8, 4)}, "log_decay must be a floating-point tensor of x's shape"),
         ({"initial_state": (2, 4)}, r"initial_state must be \[N, D\]"),
     ],
 )
