@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -33,6 +34,37 @@ def read_info(directory: str | Path) -> dict[str, Any] | None:
     if not isinstance(info, dict):
         raise ConfigError(f"{path} is not a JSON object: delete the directory and prepare the data again")
     return info
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The model file that a tokenizer's path means: itself, or the one in a directory.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(f"no tokenizer at {path}: give a tokenizer.json, a SentencePiece .model, or a directory with one")
+
+
+def tokenizer_sha256(path: str | Path) -> str:
+    """The hash of a tokenizer's model file, as `dataset.json` holds it: equal hashes, equal ids.
+
+    Args:
+        path: tokenizer.json, a SentencePiece .model, or a directory with one of them.
+
+    Raises:
+        ConfigError: if there is none, or it cannot be read.
+    """
+    file = tokenizer_file(path)
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}): correct its permissions or path") from error
 
 
 def info_of_prefix(prefix: str | Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.cli import ConfigError
-from trainer.data.layout import read_info
+from trainer.data.layout import read_info, tokenizer_sha256
 
 # 256 byte pieces, the two special ones, and room for the characters of the sample.
 _SMALLEST_VOCAB = 512
@@ -116,8 +115,7 @@ class PrepareConfig:
         for key, source in self.sources():
             values[key] = source if is_named(source) else os.path.abspath(os.path.expanduser(source))
         if self.tokenizer.path is not None:
-            path = tokenizer_file(self.tokenizer.path)
-            tokenizer = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "eod": self.tokenizer.eod}
+            tokenizer = {"sha256": tokenizer_sha256(self.tokenizer.path), "eod": self.tokenizer.eod}
         return values | {f"tokenizer.{key}": value for key, value in tokenizer.items()}
 
 
@@ -138,21 +136,6 @@ def check_source(key: str, source: str) -> None:
         raise ConfigError(
             f"{key}: no file matches {source}; give an existing file, directory or glob, stdlib, or hf:NAME"
         )
-
-
-def tokenizer_file(path: str | Path) -> Path:
-    """The model file that a tokenizer's path means: itself, or the one in a directory.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return path
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (path / name).is_file():
-            return path / name
-    raise ConfigError(f"no tokenizer at {path}: give a tokenizer.json, a SentencePiece .model, or a directory with one")
 
 
 def finished(output: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
