@@ -7,12 +7,15 @@ python launch/evaluate.py --checkpoint runs/laptop --data README.md
 import glob
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trainer.cli import ConfigError, entry
+from trainer.data.layout import info_of_prefix, resolve_prefix, tokenizer_sha256
+from trainer.data.text import read_utf8
 
 if TYPE_CHECKING:
     from trainer.data.dataset import EvaluationStream
@@ -26,7 +29,7 @@ class EvaluateConfig:
     Attributes:
         checkpoint: A run directory (its newest whole checkpoint), or one checkpoint.
         data: A directory made by launch/prepare_data.py, the prefix of a Megatron .bin/.idx pair, or a text file or
-            glob, one document a file.
+            glob, one document a file, UTF-8.
         split: Which split of a prepared directory.
         seq_len: Tokens in a window; null takes what the run trained with.
         stride: New tokens in each window, the rest being context; null takes seq_len (no overlap).
@@ -55,10 +58,16 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
-        if not is_indexed(self.data) and not glob.glob(self.data, recursive=True):
-            raise ConfigError(
-                f"data: {self.data} is neither prepared data, nor a .bin/.idx prefix, nor an existing file"
-            )
+        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+            raise ConfigError(f"json: the directory of {self.json} does not exist; make it first")
+        if not is_indexed(self.data):
+            files = text_files(self.data)
+            if not files:
+                raise ConfigError(
+                    f"data: {self.data} is neither prepared data, nor a .bin/.idx prefix, nor an existing file"
+                )
+            if not any(path.stat().st_size for path in files):
+                raise ConfigError(f"data: {self.data} holds no text; name files that are not empty")
 
 
 def is_indexed(path: str) -> bool:
@@ -66,18 +75,58 @@ def is_indexed(path: str) -> bool:
     return Path(path).is_dir() or Path(f"{path.removesuffix('.bin').removesuffix('.idx')}.idx").is_file()
 
 
-def open_stream(config: EvaluateConfig, loaded: "LoadedModel") -> "EvaluationStream":
-    """The windows to evaluate."""
+def text_files(data: str) -> list[Path]:
+    """The file that `data` is, or those that it matches."""
+    if Path(data).is_file():
+        return [Path(data)]
+    return [path for name in sorted(glob.glob(data, recursive=True)) if (path := Path(name)).is_file()]
+
+
+def read_texts(data: str) -> list[str]:
+    """The documents of text files; empty files are none, as in preparation."""
+    files = text_files(data)
+    texts = [text for path in files if (text := read_utf8("data", path))]
+    if len(texts) < len(files):
+        print(f"{len(files) - len(texts)} of {len(files)} files are empty and left out", file=sys.stderr)
+    return texts
+
+
+def check_tokenizer(config: EvaluateConfig, loaded: "LoadedModel") -> None:
+    """Hold the tokenizer against the one that made the data: another gives the same ids another meaning.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    own = loaded.path / "tokenizer"
+    used = Path(config.tokenizer) if config.tokenizer is not None else own
+    sha256 = tokenizer_sha256(used)
+    if config.tokenizer is not None:
+        other = own.is_dir() and tokenizer_sha256(own) != sha256
+        note = ", which is another: the figures mean little" if other else ""
+        print(f"tokenizer: {used}, in place of the checkpoint's{note}", file=sys.stderr)
+    info = (info_of_prefix(resolve_prefix(config.data, config.split)) or {}) if is_indexed(config.data) else {}
+    if info.get("tokenizer_sha256", sha256) != sha256:
+        raise ConfigError(
+            f"data: {config.data} was made with another tokenizer than {used}; prepare it with that one "
+            f"(--tokenizer.path {used}), or give the text itself"
+        )
+
+
+def open_stream(config: EvaluateConfig, loaded: "LoadedModel", texts: list[str]) -> "EvaluationStream":
+    """The windows to evaluate: of prepared data, or of `texts`.
+
+    Raises:
+        ConfigError: the data have tokens that the model does not have.
+    """
     from trainer.data.dataset import EvaluationStream
     from trainer.data.indexed import TokenArray
 
     tokenizer = loaded.require_tokenizer()
     source: str | TokenArray = config.data
-    if not is_indexed(config.data):
-        paths = [Path(name) for name in sorted(glob.glob(config.data, recursive=True)) if Path(name).is_file()]
-        documents = [[*tokenizer.encode(path.read_text(encoding="utf-8")), tokenizer.eod_id] for path in paths]
+    if texts:
+        documents = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts]
         source = TokenArray.from_documents(documents, config.data)
-    return EvaluationStream(
+    stream = EvaluationStream(
         source,
         config.seq_len or loaded.settings["train"]["seq_len"],
         micro_batch_size=config.batch_size,
@@ -86,10 +135,19 @@ def open_stream(config: EvaluateConfig, loaded: "LoadedModel") -> "EvaluationStr
         stride=config.stride,
         document_mask=loaded.settings["data"]["document_mask"],
     )
+    largest, known = int(stream.file.tokens.max()), min(tokenizer.vocab_size, loaded.model.vocab_size)
+    if largest >= known:
+        raise ConfigError(
+            f"data: {config.data} has the token {largest}, and the tokenizer and the model know those below {known}; "
+            "it was made with another tokenizer"
+        )
+    return stream
 
 
 def main(config: EvaluateConfig) -> None:
     """Load, run over every window once with a progress bar, print bits per byte."""
+    # Before torch is imported and the model read: a file may be no text.
+    texts = [] if is_indexed(config.data) else read_texts(config.data)
     import torch
     from rich.progress import track
 
@@ -102,7 +160,8 @@ def main(config: EvaluateConfig) -> None:
     device = choose_device(config.device)
     loaded = load_model(config.checkpoint, device, config.tokenizer)
     tokenizer = loaded.require_tokenizer()
-    stream = open_stream(config, loaded)
+    check_tokenizer(config, loaded)
+    stream = open_stream(config, loaded, texts)
     token_bytes = torch.from_numpy(tokenizer.token_bytes())
     nll_sum, tokens, text_bytes, start = 0.0, 0.0, 0.0, time.perf_counter()
     with torch.no_grad():
@@ -112,22 +171,37 @@ def main(config: EvaluateConfig) -> None:
             moved = batch.to(device)
             loss, _ = loaded.model(moved.tokens, moved.positions, moved.cu_seqlens, moved.labels, moved.loss_mask)
             nll_sum += float(loss)
+    own_bytes = sum(len(text.encode()) for text in texts)
+    if texts and own_bytes != text_bytes:
+        print(
+            f"the tokenizer does not keep every byte: its tokens stand for {text_bytes:.0f} of {own_bytes}; bits per "
+            "byte are of the files' own",
+            file=sys.stderr,
+        )
+        text_bytes = float(own_bytes)
+    if text_bytes == 0:
+        raise ConfigError(f"data: the tokens of {config.data} stand for no text; use the tokenizer that made them")
     result = {
         "checkpoint": str(loaded.path),
         "data": config.data,
         "tokens": int(tokens),
         "bytes": int(text_bytes),
         "loss": nll_sum / max(tokens, 1.0),
-        "bits_per_byte": nll_sum / math.log(2) / max(text_bytes, 1.0),
+        "bits_per_byte": nll_sum / math.log(2) / text_bytes,
         "tokens_per_second": tokens / (time.perf_counter() - start),
     }
     if config.compare_compressors:
-        text = tokenizer.decode(stream.file.tokens.tolist()).encode()
-        result |= bits_per_byte_of_compressors(text)
+        text = "".join(texts) or tokenizer.decode(stream.file.tokens.tolist())
+        result |= bits_per_byte_of_compressors(text.encode())
     for name, value in result.items():
         print(f"{name:>18}: {value:.4f}" if isinstance(value, float) else f"{name:>18}: {value}")
     if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=1) + "\n")
+        # JSON has no NaN.
+        known = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in result.items()
+        }
+        Path(config.json).write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

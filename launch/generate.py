@@ -5,10 +5,12 @@ python launch/generate.py --checkpoint runs/laptop --prompt 'def main(' --temper
 
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from trainer.cli import ConfigError, entry
+from trainer.data.text import read_utf8
 
 
 @dataclass
@@ -18,7 +20,7 @@ class GenerateConfig:
     Attributes:
         checkpoint: A run directory (its newest whole checkpoint), or one checkpoint.
         prompt: Text to continue; empty starts a document.
-        prompt_file: Read the prompt from this file.
+        prompt_file: Read the prompt from this UTF-8 file, to the last byte, in place of prompt.
         max_new_tokens: Stop after this many tokens, if the document does not end before.
         samples: How many continuations.
         temperature: Divides the logits; 0 always takes the most likely token.
@@ -45,53 +47,55 @@ class GenerateConfig:
         for name in ("max_new_tokens", "samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ConfigError(f"temperature is {self.temperature}: it must not be negative (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}: it must be in (0, 1]")
-        if self.prompt_file is not None and not Path(self.prompt_file).is_file():
-            raise ConfigError(f"prompt_file: {self.prompt_file} does not exist")
+        if self.prompt_file is not None:
+            if self.prompt:
+                raise ConfigError("prompt and prompt_file are both given; leave one of them out")
+            if not Path(self.prompt_file).is_file():
+                raise ConfigError(f"prompt_file: {self.prompt_file} does not exist")
+            self.prompt = read_utf8("prompt_file", Path(self.prompt_file))
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            # Python hands on bytes of the command line that are not UTF-8 as lone surrogates.
+            raise ConfigError("prompt is not UTF-8; convert it, or give a file with prompt_file") from error
 
 
 def main(config: GenerateConfig) -> None:
     """Load, sample, print each continuation with its prompt as it grows."""
     import torch
 
-    from models.generation import stream_tokens
+    from models.generation import stream_text, stream_tokens
     from trainer.device import choose_device
     from trainer.inference import load_model
 
     device = choose_device(config.device)
     loaded = load_model(config.checkpoint, device, config.tokenizer)
     tokenizer = loaded.require_tokenizer()
-    prompt = Path(config.prompt_file).read_text() if config.prompt_file else config.prompt
     # A document begins after the end of another.
-    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    ids = tokenizer.encode(config.prompt) or [tokenizer.eod_id]
     print(f"checkpoint: {loaded.path}", file=sys.stderr)
+    if config.tokenizer is not None:
+        print(f"tokenizer: {config.tokenizer}, in place of the checkpoint's", file=sys.stderr)
     for number in range(config.samples):
         if config.samples > 1:
             print(f"--- sample {number + 1} of {config.samples} ---", file=sys.stderr)
-        generator = torch.Generator(device).manual_seed(config.seed + number)
-        drawn: list[int] = []
-        shown = 0
-        print(prompt, end="", flush=True)
-        for tokens in stream_tokens(
+        drawn = stream_tokens(
             loaded.model,
             torch.tensor([ids], device=device),
             config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
-            generator=generator,
+            generator=torch.Generator(device).manual_seed(config.seed + number),
             vocab_size=tokenizer.vocab_size,
-        ):
-            if int(tokens[0]) == tokenizer.eod_id:
-                break
-            drawn.append(int(tokens[0]))
-            text = tokenizer.decode(drawn)
-            # A character may be cut between tokens: what is not whole yet waits.
-            whole = text.rstrip("\ufffd")
-            print(whole[shown:], end="", flush=True)
-            shown = max(shown, len(whole))
+        )
+        continuation = takewhile(lambda token: token != tokenizer.eod_id, (int(tokens[0]) for tokens in drawn))
+        print(config.prompt, end="", flush=True)
+        for text in stream_text(tokenizer.decode, ids, continuation):
+            print(text, end="", flush=True)
         print()
 
 

@@ -4,6 +4,7 @@ spiketrain pretrain --config configs/pretrain/laptop.yaml
 spiketrain pretrain --ranks 2 --config configs/pretrain/laptop.yaml --run.dir runs/two-ranks
 torchrun --standalone --nproc-per-node 2 launch/pretrain.py --config configs/pretrain/laptop.yaml
 python launch/pretrain.py --config configs/pretrain/laptop.yaml --check --world-size 8
+python launch/pretrain.py --init weights/qwen --data.path data/web --run.dir runs/qwen
 """
 
 import sys
@@ -32,9 +33,10 @@ def main() -> int:
     parser = make_parser(PretrainConfig, "Pre-train a language model.")
     parser.add_argument("--check", action="store_true", help="validate configuration, layout and inputs, then exit")
     parser.add_argument("--world-size", type=int, default=None, help="with --check: the ranks that would be started")
+    parser.add_argument("--init", metavar="DIR", help="start from weights: their model section, tokenizer and tensors")
     check_only = "--check" in sys.argv[1:]
     try:
-        config, namespace = parse(PretrainConfig, parser, sys.argv[1:])
+        config, namespace = parse(PretrainConfig, parser, weights.expand_init(sys.argv[1:]))
         world_size = world_size_from_environment() if namespace.world_size is None else namespace.world_size
         if world_size < 1:
             raise ConfigError(f"--world-size is {world_size}: it must be at least 1")

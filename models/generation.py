@@ -1,6 +1,6 @@
 """Sampling text, one token at a time, from carried states."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -100,3 +100,32 @@ def generate(
         if not open_rows:
             break
     return rows
+
+
+def stream_text(decode: Callable[[list[int]], str], prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield what tokens add to the text of a prompt, in pieces of whole characters, as they come.
+
+    A token's text depends on the one before it: tokenizers that write a space before each word drop the first one's,
+    and a character may be cut between tokens. So each piece is the difference of two texts that begin alike, a little
+    before it (as in text-generation-inference); the pieces add up to decode(prompt + tokens) without the prompt's text.
+
+    Args:
+        decode: Text of tokens, in which bytes that are no whole character are U+FFFD.
+        prompt: Tokens before.
+        tokens: Those that follow.
+    """
+    # The window that is decoded begins one piece before what is not shown yet.
+    window, known = list(prompt), len(prompt)
+    before = text = decode(window)
+    for token in tokens:
+        window.append(token)
+        text = decode(window)
+        # A character that is cut waits for its end.
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            yield text[len(before) :]
+            window = window[known:]
+            known = len(window)
+            before = text = decode(window)
+    # What never became whole is shown as it is.
+    if len(text) > len(before):
+        yield text[len(before) :]

@@ -149,7 +149,7 @@ def commands(page: str) -> list[list[str]]:
 def complaints(page: str) -> list[str]:
     """Files, targets and keys that a page names and that do not exist."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    keys = {*dotted_keys(PlanConfig), "config", "print_config", "help", "check", "world-size", "search", "json"}
+    keys = {*dotted_keys(PlanConfig), "config", "print_config", "help", "check", "world-size", "init", "search", "json"}
     wrong = []
     for words in commands(page):
         if words[0] == "make":

@@ -6,13 +6,16 @@ from typing import Any, Literal
 
 import torch
 
+from models.config import ModelConfig
 from models.decoder import shapes
-from models.hub.dense import from_hub, hub_name, to_hub
+from models.hub.dense import from_hub, hub_name, left_out, to_hub
 from models.parallel import cast_parameters
 from trainer import weights
 from trainer.checkpoint import read_progress
 from trainer.cli import ConfigError
-from trainer.inference import open_checkpoint
+from trainer.hub_files import hub_files, imported_files
+from trainer.inference import StoredModel, open_checkpoint
+from trainer.weights import StoredTensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,14 +51,7 @@ def export(
     dtype = stored.dtype if precision is None else DTYPES[precision]
     model = shapes(stored.model, stored.vocab_size)
     cast_parameters(model, dtype)
-    layout: dict[str, Any] = {}
-    if hugging_face:
-        name, positions = str(dtype).removeprefix("torch."), stored.settings["train"]["seq_len"]
-        try:
-            layout["config"] = to_hub(stored.model, stored.vocab_size, name, positions)
-        except ValueError as error:
-            raise ConfigError(f"{stored.path}: {error}; leave --layout hf out") from error
-        layout["name_of"] = hub_name
+    layout = _hub_layout(stored, dtype, report) if hugging_face else {}
     main = (stored.dtype, dtype) == (torch.bfloat16, torch.float32)
     weights.write(
         output,
@@ -67,6 +63,21 @@ def export(
         **layout,
     )
     return stored.path
+
+
+def _hub_layout(stored: StoredModel, dtype: torch.dtype, report: Callable[[str], None]) -> dict[str, Any]:
+    """What `weights.write` needs for transformers' layout. Says what transformers will do otherwise than we."""
+    name, positions = str(dtype).removeprefix("torch."), stored.settings["train"]["seq_len"]
+    try:
+        config = to_hub(stored.model, stored.vocab_size, name, positions)
+    except ValueError as error:
+        raise ConfigError(f"{stored.path}: {error}; leave --layout hf out") from error
+    beside = hub_files(stored.tokenizer, config["model_type"], stored.vocab_size)
+    for note in beside.notes:
+        report(note)
+    if stored.settings["data"]["document_mask"]:
+        report("documents did not see each other in training; give transformers one a row, or a mask of blocks")
+    return {"config": config | beside.ids, "name_of": hub_name, "files": beside.files}
 
 
 def import_weights(
@@ -86,20 +97,19 @@ def import_weights(
         report: Told of every file.
 
     Raises:
-        ConfigError: it is not such a model, or tensors are missing, too many or of another shape.
+        ConfigError: it is not such a model, or tensors are missing, too many, of another shape, or stored twice with
+            different values.
     """
-    config = weights.read_json(source / weights.CONFIG_NAME)
-    try:
-        model_config = from_hub(config)
-    except KeyError as error:
-        raise ConfigError(f"{source / weights.CONFIG_NAME} has no {error.args[0]}; give a whole model") from error
-    except ValueError as error:
-        raise ConfigError(f"{source / weights.CONFIG_NAME}: {error}") from error
-    # Some writers store a tied embedding twice, and the frequencies that follow from rope_theta.
-    spare = ("lm_head.weight", ".inv_freq") if model_config.tie_embeddings else (".inv_freq",)
-    stored = {name: tensor for name, tensor in weights.read_headers(source).items() if not name.endswith(spare)}
+    config, model_config = _read_config(source)
+    if (source / "adapter_config.json").is_file():
+        raise ConfigError(f"{source} has an adapter (adapter_config.json), which is not read; merge it first")
+    every = weights.read_headers(source)
+    stored = _without_copies(every, config, model_config, report)
     model = shapes(model_config, config["vocab_size"])
     weights.require_tensors(source, stored, model, hub_name)
+    name = str(DTYPES[precision]).removeprefix("torch.")
+    for line in (*weights.conversions(stored.values(), name), *_what_is_left(source, config, every)):
+        report(line)
     cast_parameters(model, DTYPES[precision])
     weights.write(
         output,
@@ -108,4 +118,80 @@ def import_weights(
         tokenizer=source,
         max_file_bytes=max_file_bytes,
         report=report,
+        files=imported_files(source, config),
     )
+
+
+def _read_config(source: Path) -> tuple[dict[str, Any], ModelConfig]:
+    path = source / weights.CONFIG_NAME
+    config = weights.read_json(path)
+    try:
+        return config, from_hub(config)
+    except KeyError as error:
+        raise ConfigError(f"{path} has no {error.args[0]}; give a whole model") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _what_is_left(source: Path, config: dict[str, Any], stored: dict[str, StoredTensor]) -> list[str]:
+    """Lines on what an import does not take."""
+    lines = []
+    if keys := left_out(config):
+        lines.append(f"{weights.CONFIG_NAME}: left out, for models here have nothing of the kind: {', '.join(keys)}")
+    read = {tensor.file for tensor in stored.values()}
+    if unread := [path.name for path in sorted(source.glob("*.safetensors")) if path not in read]:
+        lines.append(f"not read: {', '.join(unread)}")
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        lines.append(f"{source} has no tokenizer.json or tokenizer.model: name a tokenizer where runs start from this")
+    return lines
+
+
+def _without_copies(
+    every: dict[str, StoredTensor], config: dict[str, Any], model: ModelConfig, report: Callable[[str], None]
+) -> dict[str, StoredTensor]:
+    """Leave out what some writers store twice: a tied head, and the frequencies that follow from rope_theta.
+
+    Raises:
+        ConfigError: they are not what they follow from: then the model computes something else than its config.json
+            says.
+    """
+    head, embedding = every.get("lm_head.weight"), every.get("model.embed_tokens.weight")
+    spare = {name for name in every if name.endswith(".inv_freq")}
+    for name in sorted(spare):
+        _require_frequencies(name, every[name], model)
+    if model.tie_embeddings and head is not None and embedding is not None:
+        if not _same(("lm_head.weight", head), ("model.embed_tokens.weight", embedding)):
+            raise ConfigError(
+                f"{head.file}: lm_head.weight differs from model.embed_tokens.weight, and config.json says "
+                "tie_word_embeddings=true; set it to false, or remove the wrong one"
+            )
+        spare.add("lm_head.weight")
+    if spare:
+        report(f"left out, for they follow from others: {weights.listed(spare)}")
+    return {name: tensor for name, tensor in every.items() if name not in spare}
+
+
+def _require_frequencies(name: str, stored: StoredTensor, model: ModelConfig) -> None:
+    """Hold stored rotary frequencies against those of rope_theta, as exactly as their type has them."""
+    assert model.attention.rope_theta is not None, "from_hub gives one"
+    found = weights.read_tensor(name, stored)
+    size = model.attention_head_dim
+    exact = model.attention.rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    rounding = torch.finfo(found.dtype)
+    if found.shape == exact.shape and torch.allclose(
+        found.double(), exact, rtol=max(4 * rounding.eps, 1e-5), atol=rounding.tiny
+    ):
+        return
+    raise ConfigError(
+        f"{stored.file}: {name} holds other rotary frequencies than rope_theta={model.attention.rope_theta:g} gives; "
+        "correct config.json: scaled rotations are not supported"
+    )
+
+
+def _same(*named: tuple[str, StoredTensor]) -> bool:
+    """Whether two stored matrices have the same values, read some rows at a time."""
+    first, second = (tensor.shape for _, tensor in named)
+    if first != second:
+        return False
+    parts = (weights.read_parts(name, tensor) for name, tensor in named)
+    return all(torch.equal(one.double(), other.double()) for one, other in zip(*parts, strict=True))

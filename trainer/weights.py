@@ -4,7 +4,8 @@
         model.safetensors    the parameters by the names that models.decoder.Decoder gives them; above a size several
                              files, model-00001-of-00002.safetensors and so on, and model.safetensors.index.json
         config.json          the model's section of the configuration, the rows of the embedding, the type
-        tokenizer.model      or tokenizer.json; where the run had one
+        tokenizer.model      or tokenizer.json; where the run had one, with what came with it: special tokens, chat
+                             template, generation_config.json
 
 Files, index and names of files are as Hugging Face has them. Pickles are not read. What can be said against weights
 from names and headers is said before torch is imported.
@@ -12,8 +13,10 @@ from names and headers is said before torch is imported.
 
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +35,12 @@ if TYPE_CHECKING:
     from models.decoder import Decoder
 
 CONFIG_NAME = "config.json"
+_MODEL_TYPE = "spiketrain"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TYPES = ("F64", "F32", "F16", "BF16")
+# By type in files and of parameters: the pairs that keep every value.
+_EXACT = {("F32", "float32"), ("F16", "float32"), ("BF16", "float32"), ("BF16", "bfloat16")}
 # They matter where parameters are drawn; the embedding's rows are compared as they are.
 _NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple")
 # The weights hold all experts, however these came to be, and whatever is kept of them in training.
@@ -44,10 +50,11 @@ _NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and its shape."""
+    """Where a tensor lies, its shape, and its type as safetensors writes it, such as BF16."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,27 @@ def open_weights(path: str | Path) -> Weights:
     if not path.is_dir():
         raise ConfigError(f"checkpoint.init: {path} is not a directory; name one that launch/convert.py wrote")
     tensors = read_headers(path)
+    model, vocab_size = _read_config(path)
+    return Weights(path, model, vocab_size, tensors)
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, int]:
+    """The shape of the model in a directory of weights, and the rows of its embedding, from config.json.
+
+    Raises:
+        ConfigError: it has neither.
+    """
     config = read_json(path / CONFIG_NAME)
-    if not isinstance(config.get("model"), dict) or not isinstance(config.get("vocab_size"), int):
+    if isinstance(config.get("model"), dict) and isinstance(config.get("vocab_size"), int):
+        return from_mapping(ModelConfig, config["model"]), config["vocab_size"]
+    if config.get("model_type", _MODEL_TYPE) != _MODEL_TYPE:
         raise ConfigError(
-            f"{path / CONFIG_NAME} has no model section and vocab_size; launch/convert.py writes one that has"
+            f"{path / CONFIG_NAME} is another program's (model_type={config['model_type']!r}); make weights of that "
+            f"model first: python launch/convert.py import --source {path} --output weights/NAME"
         )
-    return Weights(path, from_mapping(ModelConfig, config["model"]), config["vocab_size"], tensors)
+    raise ConfigError(
+        f"{path / CONFIG_NAME} has no model section and vocab_size; launch/convert.py writes one that has"
+    )
 
 
 def read_headers(path: Path) -> dict[str, StoredTensor]:
@@ -96,9 +118,14 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
         found = _read_header(file)
         if names is not None and names != found.keys():
             raise ConfigError(
-                f"{path / _INDEX} and {file.name} differ in {_listed(names ^ found.keys())}; get both from one place"
+                f"{path / _INDEX} and {file.name} differ in {listed(names ^ found.keys())}; get both from one place"
             )
         tensors |= found
+    # Which of them is read is otherwise a matter of the program.
+    if (path / _WHOLE).is_file() and all(tensor.file.name != _WHOLE for tensor in tensors.values()):
+        raise ConfigError(
+            f"{path} holds both {_WHOLE} and {_INDEX}, which names other files; keep the one that is meant"
+        )
     return tensors
 
 
@@ -130,13 +157,21 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: there is none.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; name a directory that has it beside the tensors") from None
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read ({error}); write the weights again") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a JSON object; write the weights again")
+    return values
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"{listed(repeated)} is given twice")
     return values
 
 
@@ -147,7 +182,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             names = opened.keys()
             slices = {name: opened.get_slice(name) for name in names}
             types = {name: part.get_dtype() for name, part in slices.items()}
-            found = {name: StoredTensor(file, tuple(part.get_shape())) for name, part in slices.items()}
+            found = {name: StoredTensor(file, tuple(part.get_shape()), types[name]) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file ({error}); write the weights again") from error
     for name, kind in types.items():
@@ -171,7 +206,7 @@ def check(config: PretrainConfig) -> None:
     if differing:
         raise ConfigError(
             f"checkpoint.init: {weights.path} holds another model ({'; '.join(differing)}); "
-            f"set these keys as {weights.path / CONFIG_NAME} has them"
+            f"set these keys as {weights.path / CONFIG_NAME} has them, or give --init {weights.path}"
         )
     vocab_size = config.model.vocab_size or _vocab_size_of_data(config)
     if vocab_size is not None:
@@ -203,13 +238,13 @@ def require_tensors(
     expected = {name_of(name): tuple(tensor.shape) for name, tensor in _kept(model).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if missing := expected.keys() - found.keys():
-        raise ConfigError(f"{path} lacks {_listed(missing)}; write the weights again")
+        raise ConfigError(f"{path} lacks {listed(missing)}; write the weights again")
     if extra := found.keys() - expected.keys():
-        raise ConfigError(f"{path} holds {_listed(extra)}, which the model does not have; write the weights again")
+        raise ConfigError(f"{path} holds {listed(extra)}, which the model does not have; write the weights again")
     if other := [name for name in expected if found[name] != expected[name]]:
         name = other[0]
         raise ConfigError(
-            f"{path} has other shapes than the model in {_listed(other)} "
+            f"{path} has other shapes than the model in {listed(other)} "
             f"({name}: {list(found[name])} -> {list(expected[name])}); write the weights again"
         )
 
@@ -238,6 +273,54 @@ def start(model: "Decoder", config: PretrainConfig) -> None:
         seed_routers(model, config.train.seed)
 
 
+def arguments_from(path: str | Path) -> list[str]:
+    """The options that start a run from weights: their model section, their tokenizer, and themselves.
+
+    Raises:
+        ConfigError: there are none, or their files are not what they should be.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise ConfigError(
+            f"--init: {path} is not a directory; name one that launch/convert.py wrote, or, to go on with a run whose "
+            "weights are gone, give --config RUN/config.yaml"
+        )
+    weights = open_weights(path)
+    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    tokenizer = [f"--data.tokenizer={path}"] if has_tokenizer else []
+    return [f"--model={json.dumps(asdict(weights.model))}", *tokenizer, f"--checkpoint.init={path}"]
+
+
+def expand_init(arguments: Sequence[str]) -> list[str]:
+    """A command line with `--init DIR` written out, and `--model DIR/config.json` as the model section of weights.
+
+    They stand where they stood: options after them override what they say.
+
+    Raises:
+        ConfigError: see `arguments_from`.
+    """
+    expanded, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, given, value = argument.partition("=")
+        if name not in ("--init", "--model"):
+            expanded.append(argument)
+            continue
+        if not given and not rest:
+            raise ConfigError(f"{name} needs a value: --help says which")
+        value = value if given else rest.pop(0)
+        expanded += arguments_from(value) if name == "--init" else [f"--model={_model_section(value)}"]
+    return expanded
+
+
+def _model_section(value: str) -> str:
+    """The value of --model: of the config.json of weights their section, else as it is."""
+    # Not by pathlib: a section can also be written out, longer than a name may be.
+    if os.path.basename(value) != CONFIG_NAME or not os.path.isfile(value):
+        return value
+    return json.dumps(asdict(_read_config(Path(value).parent)[0])) if "model_type" in read_json(Path(value)) else value
+
+
 def fill(model: "Decoder", weights: Weights) -> None:
     """Read the parameters that a model or stage has into its own types."""
     read_tensors(_kept(model), weights.tensors)
@@ -256,7 +339,33 @@ def read_tensors(
         with safe_open(file, framework="pt") as opened:
             for name, tensor in into.items():
                 if stored[name_of(name)].file == file:
-                    tensor.copy_(opened.get_tensor(name_of(name)))
+                    read = opened.get_tensor(name_of(name))
+                    tensor.copy_(read)
+                    if stored[name_of(name)].dtype == "F64" and not read.isfinite().equal(tensor.isfinite()):
+                        raise ConfigError(f"{file}: {name_of(name)} has values beyond the range of {tensor.dtype}")
+
+
+def read_tensor(name: str, stored: StoredTensor) -> "Tensor":
+    """One tensor, as it is stored."""
+    with safe_open(stored.file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def read_parts(name: str, stored: StoredTensor, rows: int = 4096) -> Iterator["Tensor"]:
+    """One tensor, as it is stored, some rows at a time."""
+    with safe_open(stored.file, framework="pt") as opened:
+        part = opened.get_slice(name)
+        for start in range(0, stored.shape[0], rows):
+            yield part[start : start + rows]
+
+
+def conversions(stored: Iterable[StoredTensor], dtype: str) -> list[str]:
+    """What becomes of tensors whose type in files is not that of the parameters, float32 or bfloat16."""
+    counts = Counter(tensor.dtype for tensor in stored)
+    lossy = {kind: "exactly" if (kind, dtype) in _EXACT else "rounded" for kind in counts}
+    own = {"float32": "F32", "bfloat16": "BF16"}[dtype]
+    return [f"{count} tensors from {kind} to {dtype}, {lossy[kind]}" for kind, count in counts.items() if kind != own]
 
 
 def write(
@@ -269,6 +378,7 @@ def write(
     report: Callable[[str], None],
     config: dict[str, Any] | None = None,
     name_of: Callable[[str], str] = str,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a directory of weights, holding no more in memory than one file of it.
 
@@ -276,18 +386,66 @@ def write(
         output: The directory: it is empty or is not there, and only appears whole.
         model: Shapes and types of the parameters, on the meta device.
         read: Fills empty tensors, which it is given by name.
-        tokenizer: A directory whose tokenizer is copied.
+        tokenizer: A directory whose tokenizer is copied, with its special tokens, chat template and so on.
         max_file_bytes: More are put into several files; a parameter is never cut.
         report: Told of every file.
         config: What config.json holds, in place of what `open_weights` reads.
         name_of: Gives the name of a parameter in the files.
+        files: Others to write, by name, in place of the tokenizer's of those names.
+
+    Raises:
+        ConfigError: the disk is full, the directory cannot be written, or something appeared there meanwhile.
     """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own, for another process may write there, too.
+        unfinished = output.with_name(f".saving_{output.name}.{secrets.token_hex(4)}")
+        unfinished.mkdir()
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written ({error.strerror}); name another") from error
+    for other in sorted(output.parent.glob(f".saving_{output.name}.*")):
+        if other != unfinished:
+            report(f"{other} is left of a write that did not end, or of one under way; if none is, remove it")
+    try:
+        _write_tensors(unfinished, model, read, max_file_bytes, report, name_of)
+        _write_json(unfinished / CONFIG_NAME, _facts(model) if config is None else config)
+        _copy_tokenizer(tokenizer, unfinished, files or {})
+        for path in (*(path for path in unfinished.rglob("*") if path.is_file()), unfinished):
+            _sync(path)
+        # Refused by the system where the directory is not empty.
+        unfinished.rename(output)
+    except OSError as error:
+        reason = "something else was written there meanwhile" if _is_taken(output) else error.strerror or str(error)
+        raise ConfigError(f"output: {output} cannot be written ({reason}); name another") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_taken(output: Path) -> bool:
+    return output.is_file() or (output.is_dir() and any(output.iterdir()))
+
+
+def _sync(path: Path) -> None:
+    """Have a file or directory reach the disk, so that a power cut after the renaming loses nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_tensors(
+    folder: Path,
+    model: "Decoder",
+    read: Callable[[dict[str, "Tensor"]], None],
+    max_file_bytes: float,
+    report: Callable[[str], None],
+    name_of: Callable[[str], str],
+) -> None:
+    """Write the parameters, and the index of several files."""
     import torch
     from safetensors.torch import save_file
 
-    unfinished = output.with_name(f".saving_{output.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     parameters = _kept(model)
     shards = _shards({name: parameter.nbytes for name, parameter in parameters.items()}, max_file_bytes)
     weight_map: dict[str, str] = {}
@@ -296,23 +454,40 @@ def write(
         tensors = {name: torch.empty_like(parameters[name], device="cpu") for name in names}
         read(tensors)
         named = {name_of(name): tensor for name, tensor in tensors.items()}
-        save_file(named, unfinished / file, metadata={"format": "pt"})
+        try:
+            save_file(named, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         weight_map |= dict.fromkeys(named, file)
         size = sum(tensor.nbytes for tensor in tensors.values())
         report(f"{file} ({number} of {len(shards)}): {len(names)} tensors, {size / 1e9:.3f} GB")
     if len(shards) > 1:
         total = sum(parameter.nbytes for parameter in parameters.values())
-        _write_json(unfinished / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    facts = {
-        "model_type": "spiketrain",
-        "dtype": str(parameters["embedding.weight"].dtype).removeprefix("torch."),
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _facts(model: "Decoder") -> dict[str, Any]:
+    """What `open_weights` reads."""
+    embedding = _kept(model)["embedding.weight"]
+    return {
+        "model_type": _MODEL_TYPE,
+        "dtype": str(embedding.dtype).removeprefix("torch."),
         "vocab_size": model.vocab_size,
         "model": asdict(model.model_config),
     }
-    _write_json(unfinished / CONFIG_NAME, facts if config is None else config)
-    for path in sorted(tokenizer.glob("tokenizer*")) if tokenizer is not None else ():
-        shutil.copyfile(path, unfinished / path.name)
-    os.replace(unfinished, output)
+
+
+def _copy_tokenizer(source: Path | None, folder: Path, instead: Mapping[str, bytes]) -> None:
+    """Copy a tokenizer with what belongs to it, and write the files that stand in place of its own, or beside them."""
+    from trainer.data.tokenizer import tokenizer_files
+
+    files = {path.relative_to(source): path for path in tokenizer_files(source)} if source is not None else {}
+    for own, path in files.items():
+        target = folder / own
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    for name, content in instead.items():
+        (folder / name).write_bytes(content)
 
 
 def _shards(sizes: dict[str, int], most: float) -> list[list[str]]:
@@ -359,7 +534,7 @@ def _require_rows(weights: Weights, rows: int) -> None:
         )
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
     """The first names, and how many more there are."""
     shown = sorted(names)[:_NAMES_SHOWN]
     more = len(names) - len(shown)

@@ -1,5 +1,10 @@
-"""Llama, Qwen2 and Qwen3: dense decoders whose parameters differ from ours in name alone. Imports no torch."""
+"""Llama, Qwen2 and Qwen3: dense decoders whose parameters differ from ours in name alone. Imports no torch.
 
+Every key of a config.json is one of four: it is a number of our model (`from_hub`), it asks for another function and is
+refused (`_WITHOUT`, the rotary keys), it changes nothing (`_HARMLESS`), or it is told of as left out (`left_out`).
+"""
+
+import math
 from typing import Any
 
 from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig
@@ -14,15 +19,86 @@ _INNER = {
     "ffn_norm": "post_attention_layernorm",
     "ffn": "mlp",
 }
-# What these configurations can ask for and a model here cannot do, and the values that ask for nothing.
+# The end-of-document token of the tokenizers that launch/prepare_data.py learns.
+_LEARNED_EOD = 0
+_DEFAULT_THETA = 10000.0
+
+# Numbers of the model, read by `from_hub`.
+_REPRESENTED = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+)
+# What these configurations can ask for and a model here cannot do, and the values that ask for nothing. Those that
+# transformers itself does not read for these types are read by other programs, or stand in copies of other models.
 _WITHOUT: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
-    "rope_scaling": (None,),
-    "pretraining_tp": (1,),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "layer_types": (None,),
+    "partial_rotary_factor": (None, 1.0),
+    "rotary_pct": (None, 1.0),
+    "no_rope_layers": (None, []),
+    "rope_interleaved": (None, False),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None,),
+    "attention_chunk_size": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    # Code of its own, which may compute anything.
+    "auto_map": (None, {}),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
 }
+# What changes nothing in what the model computes, or is in other files, with the tokens that end and begin a text.
+_HARMLESS = (
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "max_position_embeddings",
+    "max_window_layers",
+    "sliding_window",
+    "original_max_position_embeddings",
+    "initializer_range",
+    # Slices of the products, which add up to the same.
+    "pretraining_tp",
+    "use_cache",
+    "chunk_size_feed_forward",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "is_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+# They matter in training alone, where models here have none.
+_IN_TRAINING = {"attention_dropout": (0, None)}
 
 
 def hub_name(name: str) -> str:
@@ -34,7 +110,16 @@ def hub_name(name: str) -> str:
     return f"model.layers.{layer}.{_INNER[part]}.{rest}"
 
 
-def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) -> dict[str, Any]:
+def to_hub(
+    model: ModelConfig,
+    vocab_size: int,
+    dtype: str,
+    max_positions: int,
+    *,
+    eos_token_id: int | list[int] | None = _LEARNED_EOD,
+    bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
     """The config.json of a model.
 
     Args:
@@ -42,19 +127,16 @@ def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) 
         vocab_size: Rows of its embedding.
         dtype: As torch names it.
         max_positions: Tokens of the longest sequence it was trained on.
+        eos_token_id: What ends a text, None where nothing says. The key is always there, for without it transformers
+            takes 2.
+        bos_token_id: What begins a text, written for the same reason (transformers takes 1).
+        pad_token_id: What fills up shorter texts of a batch.
 
     Raises:
         ValueError: no architecture here computes what it does.
     """
     attention = model.attention
-    other = sorted(set(model.layer_mixers()) - {"full_attention"})
-    if other:
-        raise ValueError(f"layers with {', '.join(other)} have no Hugging Face layout; only full_attention has")
-    if attention.rope_theta is None:
-        raise ValueError("model.attention.rope_theta=null has no Hugging Face layout; Llama and Qwen rotate")
-    kind = _TYPES.get((attention.qkv_bias, attention.qk_norm))
-    if kind is None:
-        raise ValueError("model.attention with both qkv_bias and qk_norm has no Hugging Face layout")
+    kind = _require_layout(model)
     return {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
@@ -73,43 +155,144 @@ def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) 
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
         # What transformers read before rope_parameters.
         "rope_theta": attention.rope_theta,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
     }
 
 
+def _require_layout(model: ModelConfig) -> str:
+    """The architecture that computes what a model does.
+
+    Raises:
+        ValueError: none here does.
+    """
+    attention = model.attention
+    other = sorted(set(model.layer_mixers()) - {"full_attention"})
+    if other:
+        raise ValueError(f"layers with {', '.join(other)} have no Hugging Face layout; only full_attention has")
+    if model.moe.num_experts:
+        raise ValueError(f"model.moe.num_experts={model.moe.num_experts} has no Hugging Face layout; dense models have")
+    if attention.rope_theta is None:
+        raise ValueError("model.attention.rope_theta=null has no Hugging Face layout; Llama and Qwen rotate")
+    kind = _TYPES.get((attention.qkv_bias, attention.qk_norm))
+    if kind is None:
+        raise ValueError("model.attention with both qkv_bias and qk_norm has no Hugging Face layout")
+    if kind == "llama" and model.hidden_size % attention.num_heads:
+        raise ValueError(
+            f"model.hidden_size={model.hidden_size} is no multiple of model.attention.num_heads={attention.num_heads}, "
+            "which transformers' Llama asks for"
+        )
+    return kind
+
+
 def from_hub(config: dict[str, Any]) -> ModelConfig:
-    """The shape of a model from its config.json.
+    """The shape of a model from its config.json. Keys that are left out stand at transformers' defaults.
 
     Raises:
         ValueError: it is of another architecture, or asks for something that a model here cannot do.
+        KeyError: it lacks a number that has no default here.
     """
     kind = config.get("model_type")
     if kind not in _ARCHITECTURES:
         raise ValueError(f"model_type={kind!r} is not known here; {', '.join(_ARCHITECTURES)} are")
-    for name, values in _WITHOUT.items():
-        if name in config and config[name] not in values:
-            raise ValueError(f"{name}={config[name]!r} is not supported; {kind} with {name}={values[0]!r} is")
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError("layer_types other than full_attention are not supported")
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type={rope['rope_type']!r} is not supported; rope_type='default' is")
-    heads = config["num_attention_heads"]
+    _refuse_other_functions(config, kind)
+    heads, width, vocab_size = (_whole(config, name) for name in ("num_attention_heads", "hidden_size", "vocab_size"))
+    # Where a key is missing, not null, Qwen's classes have numbers of their own.
+    kv_heads = _whole(config, "num_key_value_heads", heads if kind == "llama" else 32) or heads
+    head_dim = _whole(config, "head_dim", 128 if kind == "qwen3" else None) or width // heads
     biased, normed = next(key for key, value in _TYPES.items() if value == kind)
     return ModelConfig(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        vocab_multiple=64 if config["vocab_size"] % 64 == 0 else 1,
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        num_layers=_whole(config, "num_hidden_layers"),
+        hidden_size=width,
+        ffn_hidden_size=_whole(config, "intermediate_size"),
+        vocab_size=vocab_size,
+        vocab_multiple=64 if vocab_size % 64 == 0 else 1,
+        tie_embeddings=_flag(config, "tie_word_embeddings"),
+        norm_eps=_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         mixers=MixerLayoutConfig(pattern="full_attention"),
         attention=AttentionConfig(
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rope_theta=float(rope["rope_theta"]),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rope_theta=_rope_theta(config),
             qk_norm=normed,
             qkv_bias=biased,
         ),
     )
+
+
+def left_out(config: dict[str, Any]) -> list[str]:
+    """Keys of a config.json that nothing here has, or that matter in training alone, as `key=value`."""
+    known = {*_REPRESENTED, *_WITHOUT, *_HARMLESS, *_IN_TRAINING}
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
+    dropped = [key for key, values in _IN_TRAINING.items() if key in config and config[key] not in values]
+    return [f"{key}={config[key]!r}" for key in sorted(unknown + dropped)]
+
+
+def _refuse_other_functions(config: dict[str, Any], kind: str) -> None:
+    for name, values in _WITHOUT.items():
+        # The softmax mixers of all layers, where they are given one by one.
+        value = None if name == "layer_types" and _all_full(config.get(name)) else config.get(name, values[0])
+        if value not in values:
+            raise ValueError(f"{name}={value!r} is not supported; {kind} with {name}={values[0]!r} is")
+    # Qwen's classes read it with use_sliding_window alone; for Llama other programs do without.
+    if kind == "llama" and config.get("sliding_window") is not None:
+        raise ValueError(f"sliding_window={config['sliding_window']!r} is not supported; llama with null is")
+    named, wanted = config.get("architectures"), _ARCHITECTURES[kind]
+    # LLaMAForCausalLM is how the first conversions wrote it.
+    if named and [str(name).lower() for name in named] != [wanted.lower()]:
+        raise ValueError(f"architectures={named!r} is not supported; {kind} with architectures={[wanted]!r} is")
+
+
+def _all_full(layer_types: Any) -> bool:
+    return isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    """The base of the rotation, in whichever of its places it stands.
+
+    Raises:
+        ValueError: the rotation is another than by rope_theta alone, or two places differ.
+    """
+    neutral = {"rope_type": ("default", None), "type": ("default", None), "partial_rotary_factor": (1.0, None)}
+    thetas = {"rope_theta": config.get("rope_theta")}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = {} if config.get(name) is None else config[name]
+        if not isinstance(rope, dict):
+            raise ValueError(f"{name}={rope!r} is not supported; an object with rope_type and rope_theta is")
+        for key, value in rope.items():
+            if isinstance(value, dict):
+                raise ValueError(f"{name} of {key} alone is not supported; one rotation for all layers is")
+            if key != "rope_theta" and value not in neutral.get(key, (None,)):
+                raise ValueError(f"{name}: {key}={value!r} is not supported; rope_type='default' with rope_theta is")
+        thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
+    given = {name: _positive(name, theta) for name, theta in thetas.items() if theta is not None}
+    if len(set(given.values())) > 1:
+        # Which of them is read depends on the version of transformers.
+        values = ", ".join(f"{name}={theta:g}" for name, theta in given.items())
+        raise ValueError(f"the rotary base is given differently ({values}); keep the right one")
+    return next(iter(given.values()), _DEFAULT_THETA)
+
+
+def _whole(config: dict[str, Any], name: str, default: Any = ...) -> Any:
+    """A positive whole number; `default`, or None, where the key is missing or null and a default is given."""
+    value = config[name] if default is ... else config.get(name, default)
+    if value is None and default is not ...:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name}={value!r} is not a positive whole number; correct it")
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is not a positive number; correct it")
+    return float(value)
+
+
+def _flag(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is neither true nor false; correct it")
+    return value

@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from tests.trainer.conftest import metrics
+from trainer.data.layout import tokenizer_sha256
+from trainer.data.tokenizer import learn_sentencepiece
 
 
 def evaluate(launch, tmp_path, *arguments):
@@ -45,15 +48,47 @@ def test_overlapping_windows_count_the_same_text(launch, trained, tiny_data, tmp
     assert "gzip -9" not in plain
 
 
+def test_every_byte_of_a_file_counts(launch, trained, tmp_path):
+    content = b"\xef\xbb\xbfone\r\ntwo\rthree\x00\xe2\x96\x81\n"
+    (tmp_path / "text[1].txt").write_bytes(content)
+    result, _ = evaluate(launch, tmp_path, "--checkpoint", str(trained), "--data", "text[1].txt")
+    assert result["bytes"] == len(content)
+    assert result["gzip -9"] == pytest.approx(8 * len(gzip.compress(content, 9)) / len(content))
+
+
+def another_tokenizer(tiny_data, folder):
+    """A copy of the data that says another tokenizer made it, and that tokenizer."""
+    shutil.copytree(tiny_data, folder)
+    (folder / "tokenizer.model").write_bytes(learn_sentencepiece([Path(json.__file__).read_text()], "bpe", 512).model)
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(info | {"tokenizer_sha256": tokenizer_sha256(folder)}))
+
+
+def test_data_of_another_tokenizer_are_refused_and_an_override_is_said(launch, trained, tiny_data, tmp_path):
+    another_tokenizer(tiny_data, tmp_path / "other")
+    code, out, errors, _ = launch("evaluate", "--checkpoint", str(trained), "--data", "other")
+    assert (code, out) == (2, "") and f"was made with another tokenizer than {trained}" in errors
+    arguments = ("--checkpoint", str(trained), "--data", str(tiny_data), "--tokenizer", str(tiny_data))
+    code, _, errors, _ = launch("evaluate", *arguments)
+    assert code == 0 and f"tokenizer: {tiny_data}, in place of the checkpoint's\n" in errors
+    code, _, errors, _ = launch("evaluate", *arguments[:-1], str(tmp_path / "other"))
+    assert code == 2 and "in place of the checkpoint's, which is another" in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--data", "no/such/data"), "data: no/such/data is neither prepared data, nor a .bin/.idx prefix"),
+        (("--data", "latin.txt"), "data: latin.txt is not UTF-8 (byte 0xE9 at offset 3); convert it, as with `iconv"),
+        (("--data", "*.empty"), "data: *.empty holds no text; name files that are not empty"),
+        (("--json", "no/such/place.json"), "json: the directory of no/such/place.json does not exist"),
         (("--batch_size", "0"), "batch_size is 0"),
         (("--split", "dev"), "split: expected"),
     ],
 )
-def test_bad_input_is_one_line_before_torch(launch, trained, tiny_data, arguments, message):
+def test_bad_input_is_one_line_before_torch(launch, trained, tiny_data, tmp_path, arguments, message):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "a.empty").touch()
     code, _, errors, imported = launch("evaluate", "--checkpoint", str(trained), "--data", str(tiny_data), *arguments)
     assert code == 2
     assert len(errors.strip().splitlines()) == 1

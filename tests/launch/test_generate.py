@@ -26,6 +26,14 @@ def test_greedy_ignores_the_seed_and_several_samples_are_several(launch, trained
     assert errors.count("--- sample") == 3
 
 
+def test_a_prompt_is_read_to_the_last_byte(trained, tmp_path, capsys):
+    from launch.generate import GenerateConfig, main
+
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfif x:\r\n\tpass\r")
+    main(GenerateConfig(str(trained), prompt_file=str(tmp_path / "prompt.txt"), max_new_tokens=1, device="cpu"))
+    assert capsys.readouterr().out.startswith("\ufeffif x:\r\n\tpass\r")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -34,10 +42,14 @@ def test_greedy_ignores_the_seed_and_several_samples_are_several(launch, trained
         (("--checkpoint", "RUN", "--temperature=-1"), "temperature is -1.0"),
         (("--checkpoint", "RUN", "--samples", "0"), "samples is 0"),
         (("--checkpoint", "RUN", "--prompt_file", "gone.txt"), "gone.txt does not exist"),
+        (("--checkpoint", "RUN", "--prompt_file", "latin.txt"), "latin.txt is not UTF-8 (byte 0xE9 at offset 3)"),
+        (("--checkpoint", "RUN", "--prompt_file", "latin.txt", "--prompt", "a"), "are both given; leave one of them"),
+        (("--checkpoint", "RUN", "--prompt", "caf\udce9"), "prompt is not UTF-8"),
         (("--checkpoint", "RUN", "--max_tokens", "3"), "did you mean 'max_new_tokens'"),
     ],
 )
-def test_bad_input_is_one_line_before_torch(launch, trained, arguments, message):
+def test_bad_input_is_one_line_before_torch(launch, trained, tmp_path, arguments, message):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     arguments = [str(trained) if argument == "RUN" else argument for argument in arguments]
     code, _, errors, imported = launch("generate", *arguments)
     assert code == 2

@@ -1,12 +1,15 @@
 """Sampling: greedy, nucleus, seeds, the padding of the vocabulary, and where a row ends."""
 
+import io
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.generation import generate, sample_token, stream_tokens
+from models.generation import generate, sample_token, stream_text, stream_tokens
 from tests.helpers import VOCABULARY, draw_tokens, tiny_decoder
+from trainer.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 logits_rows = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12).map(lambda row: torch.tensor([row]))
 
@@ -115,3 +118,67 @@ def test_generation_stops_when_every_row_has_ended(monkeypatch):
 def test_generating_records_no_gradient_and_draws_known_tokens():
     drawn = stream(draw_tokens(2, 3), 5)
     assert not drawn.requires_grad and drawn.dtype == torch.int64 and drawn.max() < VOCABULARY
+
+
+PHRASES = ["the quick brown fox", "jumps over  the lazy dog", "caf\u00e9 \U0001f600 \u65e5\u672c", "a,  b\tc"]
+
+
+@pytest.fixture(scope="module")
+def prefixing():
+    """A tokenizer that writes a space before the first word, and drops the first one of what it decodes."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(PHRASES * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        character_coverage=0.98,
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A tokenizer whose tokens are bytes, and pieces of several."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        PHRASES, trainers.BpeTrainer(vocab_size=280, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    )
+    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
+    backend.save(str(path))
+    return HuggingFaceTokenizer(path)
+
+
+@pytest.fixture(scope="module", params=["prefixing", "byte_level"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([*PHRASES, "", " ", "x \ufffd"]), st.sampled_from(PHRASES), st.sampled_from(["", " ", "\n"]))
+def test_streamed_text_is_what_the_tokens_decode_to(tokenizer, prompt, continuation, between):
+    whole = tokenizer.encode(prompt + between + continuation)
+    for count in range(1, len(whole)):
+        shown = "".join(stream_text(tokenizer.decode, whole[:count], whole[count:]))
+        before = tokenizer.decode(whole[:count])
+        if not before.endswith("\ufffd"):
+            assert before + shown == tokenizer.decode(whole)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 279), max_size=20))
+def test_bytes_that_are_no_character_are_shown_at_the_end(byte_level, tokens):
+    """Random tokens, whose bytes are seldom text."""
+    prompt = byte_level.encode("the")
+    pieces = list(stream_text(byte_level.decode, prompt, tokens))
+    assert "the" + "".join(pieces) == byte_level.decode([*prompt, *tokens])
+    assert all(not piece.endswith("\ufffd") for piece in pieces[:-1])

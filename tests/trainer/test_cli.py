@@ -130,7 +130,10 @@ MISTAKES_IN_FILES = {
     "empty file": (["--config=empty.yaml"], "empty.yaml is empty; write keys such as run.dir"),
     "tab": (["--config=tab.yaml"], "tab.yaml:2: a tab; YAML is indented with spaces"),
     "other encoding": (["--config=latin.yaml"], "latin.yaml: byte 9 is not UTF-8; save the file as UTF-8"),
-    "missing file of a section": (["--model=mising.yaml"], "--model: the file mising.yaml does not exist (did you "),
+    "missing file of a section": (
+        ["--model=missing_.yaml"],
+        "--model: the file missing_.yaml does not exist (did you ",
+    ),
     "missing file of a section in JSON": (["--model", "none.json"], "--model: the file none.json does not exist; "),
     "missing file in a file": (
         ["--config=names.yaml"],

@@ -48,7 +48,7 @@ KEYS = {
 }
 
 # Of launch/pretrain.py, beside one option for every key above.
-PRETRAIN_OPTIONS = {"--help", "-h", "--config", "--print_config", "--check", "--world-size"}
+PRETRAIN_OPTIONS = {"--help", "-h", "--config", "--print_config", "--check", "--world-size", "--init"}
 
 
 def written_down():
@@ -82,7 +82,7 @@ runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 def test_options_of_plan():
     keys = "name nodes devices memory usable host_memory peak_bf16 peak_fp32 efficiency intra_node inter_node"
     cluster = {"--cluster", *(f"--cluster.{key}" for key in keys.split())}
-    of_pretrain = options_of("launch/pretrain.py") - {"--check", "--world-size"}
+    of_pretrain = options_of("launch/pretrain.py") - {"--check", "--world-size", "--init"}
     assert options_of("launch/plan.py") == of_pretrain | cluster | {"--search", "--json"}
 
 

@@ -3,10 +3,14 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -15,14 +19,14 @@ from models.config import MixerLayoutConfig, MoEConfig, RetentionConfig, RouterL
 from models.decoder import Decoder, initialize, shapes
 from models.moe.statistics import routers
 from tests.helpers import VOCABULARY, tiny_model_config
-from tests.trainer.conftest import finish, in_process_config, metrics
+from tests.trainer.conftest import ROOT, finish, in_process_config, metrics
 from trainer import weights
-from trainer.cli import ConfigError
-from trainer.config import CheckpointConfig
+from trainer.cli import ConfigError, make_parser, parse
+from trainer.config import CheckpointConfig, PretrainConfig
 from trainer.data.sources import find_sources
-from trainer.export import export
+from trainer.export import export, import_weights
 from trainer.inference import load_model
-from trainer.weights import check, check_tensors, check_vocabulary, fill, open_weights
+from trainer.weights import check, check_tensors, check_vocabulary, expand_init, fill, open_weights
 
 MODEL = tiny_model_config("gated_delta_net, hgrn, full_attention", num_layers=3)
 
@@ -46,7 +50,7 @@ def write(output, config, vocab_size=VOCABULARY, seed=3, max_file_bytes=1e9, dty
         max_file_bytes=max_file_bytes,
         report=lines.append,
     )
-    assert len(lines) == len(list(output.glob("*.safetensors")))
+    assert sum(line.startswith("model") for line in lines) == len(list(output.glob("*.safetensors")))
     return drawn
 
 
@@ -111,6 +115,54 @@ def test_routers_draw_the_same_noise_from_weights_and_from_a_checkpoint(tiny_dat
     weights.start(started, replace(config, checkpoint=CheckpointConfig(init=str(tmp_path / "weights"))))
     seeds = [[router.seed for router in routers([model]).values()] for model in (drawn, started)]
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 2
+
+
+def test_what_is_there_is_never_overwritten(tmp_path):
+    """Also where it appears while another process writes; that one's unfinished directory stays its own."""
+    (tmp_path / "weights").mkdir()
+    other = tmp_path / ".saving_weights.other"
+    other.mkdir()
+    lines = []
+
+    def read(tensors):
+        (tmp_path / "weights" / "mine").write_text("kept")
+
+    options = {"tokenizer": None, "max_file_bytes": 1e9, "report": lines.append}
+    with pytest.raises(ConfigError, match=r"cannot be written \(something else was written there meanwhile\)"):
+        weights.write(tmp_path / "weights", shapes(MODEL, VOCABULARY), read, **options)
+    assert (tmp_path / "weights" / "mine").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"weights", ".saving_weights.other"}
+    assert f"{other} is left of a write that did not end, or of one under way" in lines[0]
+
+
+def test_two_writes_at_once_give_one_whole_directory(tmp_path):
+    """Both have begun before either ends, and neither touches the other's files."""
+    both, outcomes = threading.Barrier(2, timeout=60), {}
+
+    def one(value):
+        def read(tensors):
+            for tensor in tensors.values():
+                tensor.fill_(value)
+            both.wait()
+
+        options = {"tokenizer": None, "max_file_bytes": 1e9, "report": lambda line: None}
+        try:
+            weights.write(tmp_path / "weights", shapes(MODEL, VOCABULARY), read, **options)
+            outcomes[value] = "written"
+        except ConfigError as error:
+            outcomes[value] = str(error)
+
+    threads = [threading.Thread(target=one, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (won,) = [value for value, outcome in outcomes.items() if outcome == "written"]
+    (lost,) = outcomes.keys() - {won}
+    assert "something else was written there meanwhile" in outcomes[lost]
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    stored = load_file(tmp_path / "weights" / "model.safetensors")
+    assert all(torch.equal(tensor, torch.full_like(tensor, won)) for tensor in stored.values())
 
 
 # Refusals
@@ -307,3 +359,55 @@ def test_a_run_that_goes_on_reads_its_checkpoint(tiny_run, config, tmp_path):
         (path / "progress.json").unlink()
     code, output = finish(tiny_run(run_dir, init, "--train.steps=3"))
     assert code == 2 and "holds checkpoints, of which none can be read (step_00000002: progress.json is" in output
+
+
+def hub_model(folder, tokenizer):
+    """A tiny model of transformers with the tokenizer of a dataset."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = transformers.Qwen3Config(vocab_size=512, head_dim=16, num_key_value_heads=1, **sizes)
+    transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    shutil.copyfile(tokenizer / "tokenizer.model", folder / "tokenizer.model")
+
+
+def test_a_run_starts_from_an_imported_model_by_one_option(tiny_data, tmp_path):
+    hub_model(tmp_path / "hub", tiny_data)
+    import_weights(tmp_path / "hub", tmp_path / "weights", "fp32", 1e9, print)
+    sizes = ["--train.steps=2", "--train.seq_len=32", "--train.micro_batch_size=2", "--train.global_batch_size=4"]
+    sizes += ["--evaluation.seq_len=512", "--evaluation.samples=0", "--logging.tensorboard=false"]
+    arguments = ["--init", "weights", "--data.path", str(tiny_data), "--run.dir=run", "--run.threads=1", *sizes]
+    start = [sys.executable, str(ROOT / "launch" / "pretrain.py")]
+    done = subprocess.run([*start, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "started from weights" in done.stdout + done.stderr
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["model"] == asdict(open_weights(tmp_path / "weights").model)
+    assert (settings["data"]["tokenizer"], settings["checkpoint"]["init"]) == ("weights", "weights")
+    assert [line["step"] for line in metrics(tmp_path / "run") if "grad_norm" in line] == [1, 2]
+
+
+def parsed(*arguments):
+    return parse(PretrainConfig, make_parser(PretrainConfig, ""), expand_init(arguments))[0]
+
+
+def test_options_after_init_override_it(tmp_path):
+    write(tmp_path, MODEL)
+    config = parsed("--train.seed", "7", "--init", str(tmp_path), "--model.norm_eps", "1e-3")
+    assert config.model == replace(MODEL, norm_eps=1e-3)
+    assert (config.checkpoint.init, config.data.tokenizer, config.train.seed) == (str(tmp_path), None, 7)
+    assert parsed(f"--init={tmp_path}").model == MODEL
+
+
+def test_the_configuration_of_weights_is_a_model_section(tmp_path):
+    write(tmp_path, MODEL)
+    for argument in (("--model", f"{tmp_path}/config.json"), (f"--model={tmp_path}/config.json",)):
+        config = parsed(*argument)
+        assert config.model == MODEL and config.checkpoint.init is None
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for argument in (("--model", f"{tmp_path}/config.json"), ("--init", str(tmp_path))):
+        with pytest.raises(
+            ConfigError, match=r"another program's \(model_type='llama'\); make weights of that model first"
+        ):
+            parsed(*argument)
+    with pytest.raises(ConfigError, match="--init: nowhere is not a directory"):
+        parsed("--init", "nowhere")

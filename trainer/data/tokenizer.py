@@ -11,12 +11,11 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -40,6 +39,61 @@ _KNOWN_EODS = (
     "<|im_end|>",
     "[SEP]",
 )
+# What Hugging Face keeps beside a tokenizer's model: its special tokens, its chat template, how to generate with it.
+_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
+_CONFIG_NAME = "tokenizer_config.json"
+# The end-of-document token where it is another than eos_token, that of chats.
+_EOD_KEY = "spiketrain_eod"
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a directory that make up a tokenizer, its models among them, with what Hugging Face keeps beside."""
+    names = ("tokenizer.model", "tokenizer.json", *_COMPANIONS)
+    return [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
+
+
+def _read_beside(file: Path) -> dict[str, bytes]:
+    """By their names, the files that belong to a tokenizer's model, to be written again by `save`.
+
+    A `tokenizer.json` beside a `tokenizer.model` does, which `tokenizer_file` takes first; not the other way round.
+    """
+    found = {path.relative_to(file.parent).as_posix(): path for path in tokenizer_files(file.parent) if path != file}
+    found.pop("tokenizer.model", None)
+    if file.suffix == ".json":
+        found.pop("tokenizer.json", None)
+    return {name: path.read_bytes() for name, path in found.items()}
+
+
+def token_config(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What a tokenizer's configuration among its files says, or that of an older one, its map of special tokens.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+    """
+    values: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", _CONFIG_NAME):
+        found = json.loads(files.get(name, b"{}"))
+        if not isinstance(found, dict):
+            raise ConfigError(f"{name} is not a JSON object; copy the tokenizer again")
+        values |= {key: value for key, value in found.items() if value is not None}
+    return values
+
+
+def named_token(config: Mapping[str, Any], key: str) -> str | None:
+    """The special token under a key of `token_config`, such as eos_token."""
+    value = config.get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
 
 
 class Tokenizer(ABC):
@@ -48,10 +102,17 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of token ids, gaps included.
         eod_id: the end-of-document token; `encode` never gives it, preparation appends it.
+        model: the content of the model file.
+        model_name: its name where `save` writes it.
+        files: by name, what lay beside the model file and belongs to it (special tokens, chat template and so on).
     """
+
+    model_name: ClassVar[str]
 
     vocab_size: int
     eod_id: int
+    model: bytes
+    files: dict[str, bytes]
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -70,8 +131,12 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name; None where there is none."""
+
+    @abstractmethod
     def save(self, directory: str | Path) -> Path:
-        """Write the model file, from which `load` gives this tokenizer again; returns its path."""
+        """Write the model file and `files`, from which `load` gives this tokenizer again; returns the model's path."""
 
     @staticmethod
     def load(path: str | Path, eod: str | None = None) -> Tokenizer:
@@ -89,7 +154,7 @@ class Tokenizer(ABC):
             return (
                 HuggingFaceTokenizer(file, eod)
                 if file.suffix == ".json"
-                else SentencePieceTokenizer(file.read_bytes(), eod)
+                else SentencePieceTokenizer(file.read_bytes(), eod, _read_beside(file))
             )
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
@@ -104,13 +169,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         model: the serialized model.
-        eod: the end-of-document piece; its `</s>` if left out.
+        eod: the end-of-document piece; if left out the one that `files` name, or else its `</s>`.
+        files: see `Tokenizer`.
     """
 
-    def __init__(self, model: bytes, eod: str | None = None) -> None:
+    model_name = "tokenizer.model"
+
+    def __init__(self, model: bytes, eod: str | None = None, files: dict[str, bytes] | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._model = model
+        self.model, self.files = model, files or {}
+        named = named_token(token_config(self.files), _EOD_KEY)
+        eod = eod or named
         self._processor = SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         self.eod_id = self._processor.eos_id() if eod is None else self._processor.piece_to_id(eod)
@@ -118,6 +188,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ConfigError(
                 f"the model has no end-of-document piece{f' {eod}' if eod else ''}; name one with tokenizer.eod"
             )
+        self._eod_is_named = eod == named or (named is None and self.eod_id == self._processor.eos_id())
         byte = self._processor.piece_to_id("<0x00>")
         first = self._processor.encode("a", out_type=str)
         # Without byte pieces or with a prefixed space a model is not lossless, and is left to its library's own rules.
@@ -157,10 +228,17 @@ class SentencePieceTokenizer(Tokenizer):
                 texts.append(piece.replace(_SPACE, " ").encode())
         return texts
 
+    def token_id(self, token: str) -> int | None:
+        """See `Tokenizer.token_id`."""
+        found = self._processor.piece_to_id(token)
+        return None if self._processor.id_to_piece(found) != token else int(found)
+
     def save(self, directory: str | Path) -> Path:
         """See `Tokenizer.save`."""
-        path = Path(directory) / "tokenizer.model"
-        path.write_bytes(self._model)
+        path = Path(directory) / self.model_name
+        path.write_bytes(self.model)
+        eod = self._processor.id_to_piece(self.eod_id)
+        _write_files(self.files if self._eod_is_named else _naming_eod(self.files, eod), path.parent)
         return path
 
 
@@ -172,12 +250,14 @@ class HuggingFaceTokenizer(Tokenizer):
         eod: the end-of-document token, if it is another.
     """
 
+    model_name = "tokenizer.json"
+
     def __init__(self, file: Path, eod: str | None = None) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self._file = file
-        self._json: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        self._backend = Backend.from_file(str(file))
+        self._file, self.model, self.files = file, file.read_bytes(), _read_beside(file)
+        self._json: dict[str, Any] = json.loads(self.model)
+        self._backend = Backend.from_buffer(self.model)
         self._backend.no_padding()
         self._backend.no_truncation()
         # A document about tokenizers must not be able to write control tokens.
@@ -192,16 +272,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod_id = self._vocab[self._eod]
 
     def _find_eod(self) -> str:
-        config = self._file.with_name("tokenizer_config.json")
-        named = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-        named = named.get("content") if isinstance(named, dict) else named
-        found = [name for name in (named, *_KNOWN_EODS) if name in self._vocab]
+        found = [name for name in (self._named_eod(), *_KNOWN_EODS) if name in self._vocab]
         if not found:
             special = ", ".join(token["content"] for token in self._json.get("added_tokens", [])[:8])
             raise ConfigError(
                 f"which token ends a document is not known; name it with tokenizer.eod, one of: {special}"
             )
         return str(found[0])
+
+    def _named_eod(self) -> str | None:
+        config = token_config(self.files)
+        return named_token(config, _EOD_KEY) or named_token(config, "eos_token")
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -227,15 +308,31 @@ class HuggingFaceTokenizer(Tokenizer):
         lengths[self.eod_id] = 0
         return lengths
 
+    def token_id(self, token: str) -> int | None:
+        """See `Tokenizer.token_id`."""
+        return self._vocab.get(token)
+
     def save(self, directory: str | Path) -> Path:
         """See `Tokenizer.save`."""
-        path = Path(directory) / "tokenizer.json"
-        if path != self._file:
-            shutil.copyfile(self._file, path)
-        path.with_name("tokenizer_config.json").write_text(
-            json.dumps({"eos_token": self._eod}) + "\n", encoding="utf-8"
-        )
+        path = Path(directory) / self.model_name
+        path.write_bytes(self.model)
+        _write_files(self.files if self._named_eod() == self._eod else _naming_eod(self.files, self._eod), path.parent)
         return path
+
+
+def _naming_eod(files: Mapping[str, bytes], eod: str) -> dict[str, bytes]:
+    """A tokenizer's files whose configuration says which token ends a document; what else it says stays."""
+    config = json.loads(files.get(_CONFIG_NAME, b"{}"))
+    if named_token(token_config(files), "eos_token") is None:
+        config["eos_token"] = eod
+    content = json.dumps(config | {_EOD_KEY: eod}, indent=2, ensure_ascii=False) + "\n"
+    return {**files, _CONFIG_NAME: content.encode()}
+
+
+def _write_files(files: Mapping[str, bytes], directory: Path) -> None:
+    for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(content)
 
 
 def learn_sentencepiece(

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig
+from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig
 from models.decoder import Decoder
 from models.hub.dense import from_hub, to_hub
 from tests.trainer.conftest import in_process_config
@@ -76,6 +76,7 @@ def test_transformers_opens_an_exported_run(tiny_data, tmp_path, kind):
     export(tmp_path / "run", tmp_path / "hub", None, 20_000, print, hugging_face=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hub").eval()
     assert theirs.config.model_type == kind and theirs.dtype == torch.float32
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == 0, "what ended documents"
     ours = load_model(tmp_path / "run", torch.device("cpu")).model
     assert_close(logits(ours, ours=True, vocab_size=512), logits(theirs, ours=False, vocab_size=512))
     import_weights(tmp_path / "hub", tmp_path / "weights", "fp32", 1e9, print)
@@ -95,11 +96,33 @@ def test_a_configuration_comes_back(kind):
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type='mamba' is not known here; llama, qwen2, qwen3 are"),
-        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling="),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: factor=2.0 is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: type='linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: rope_type='llama3' is not"),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 500.0}}, "rope_parameters: type='linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}}, "rope_type='yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 500.0}}}, "rope_parameters of full_attention alone"),
+        ({"rope_parameters": {"rope_theta": 500.0, "mrope_section": [1, 2]}}, "mrope_section=[1, 2] is not"),
+        ({"rope_parameters": {"rope_theta": 600.0}}, "given differently (rope_theta=500, rope_parameters.rope_theta"),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": "big"}}, "rope_theta='big' is not a positive number"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25 is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than full_attention"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types=['full_attention', 'sliding_attention'",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"sliding_window": 16}, "sliding_window=16 is not supported; llama with null is"),
+        ({"model_type": "qwen2", "architectures": None, "use_sliding_window": True}, "use_sliding_window=True is not"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'} is not"),
+        ({"auto_map": {"AutoModelForCausalLM": "a.B"}}, "auto_map={'AutoModelForCausalLM': 'a.B'} is not supported"),
+        ({"num_local_experts": 8}, "num_local_experts=8 is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures=['LlamaForSequenceClassification'] is"),
+        ({"hidden_size": "32"}, "hidden_size='32' is not a positive whole number"),
     ],
 )
 def test_what_is_not_the_same_function_is_refused(tmp_path, changes, message):
@@ -110,12 +133,52 @@ def test_what_is_not_the_same_function_is_refused(tmp_path, changes, message):
     assert message in str(error.value)
 
 
+def config_of(kind, **changes):
+    """A config.json as it is published: without what has to be said twice."""
+    config = to_hub(shape(kind), 128, "float32", 64)
+    del config["rope_theta"], config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]
+    return config | changes
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "absent"),
+    [
+        ("llama", {"rope_parameters": None, "rope_theta": 700.0}, ()),
+        ("llama", {"rope_parameters": {"rope_theta": 700.0}}, ()),
+        ("llama", {"rope_parameters": {"type": "default"}, "rope_theta": 700.0}, ()),
+        ("qwen3", {"rope_parameters": None, "rope_scaling": {"rope_type": "default", "rope_theta": 700.0}}, ()),
+        ("llama", {}, ("rope_parameters",)),
+        ("llama", {"pretraining_tp": 2, "attention_dropout": 0.1, "hidden_act": "silu"}, ()),
+        ("llama", {"head_dim": None}, ("num_key_value_heads",)),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": False, "max_window_layers": 1}, ("head_dim",)),
+        ("qwen2", {"num_attention_heads": 64, "hidden_size": 128}, ("num_key_value_heads", "head_dim")),
+        ("qwen3", {"hidden_act": "swish", "layer_types": ["full_attention", "full_attention"]}, ("head_dim",)),
+        ("qwen3", {}, ("rms_norm_eps", "tie_word_embeddings")),
+    ],
+)
+def test_what_can_be_represented_computes_the_same(tmp_path, kind, changes, absent):
+    """Through config.json as it is written, with what is missing at transformers' own defaults."""
+    config = {key: value for key, value in config_of(kind, **changes).items() if key not in absent}
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(json.dumps(config)))).eval()
+    theirs.save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    import_weights(tmp_path / "hub", tmp_path / "weights", "fp32", 1e9, print)
+    opened = open_weights(tmp_path / "weights")
+    ours = Decoder(opened.model, opened.vocab_size)
+    fill(ours, opened)
+    assert_close(logits(ours, ours=True), logits(theirs, ours=False))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (replace(SHAPE, mixers=MixerLayoutConfig(pattern="hgrn, full_attention")), "layers with hgrn have no"),
         (replace(SHAPE, attention=AttentionConfig(rope_theta=None)), "rope_theta=null has no"),
         (replace(SHAPE, attention=AttentionConfig(qkv_bias=True, qk_norm=True)), "both qkv_bias and qk_norm has no"),
+        (replace(SHAPE, moe=MoEConfig(num_experts=2)), "model.moe.num_experts=2 has no Hugging Face layout"),
+        (replace(SHAPE, mixers=MixerLayoutConfig(pattern="sliding_window_attention")), "sliding_window_attention have"),
+        (replace(SHAPE, attention=AttentionConfig(3, 3, head_dim=8)), "model.hidden_size=32 is no multiple of"),
     ],
 )
 def test_a_model_that_transformers_does_not_have_is_refused(model, message):
