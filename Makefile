@@ -18,7 +18,7 @@ install: .venv/.installed  ## create .venv with everything that is run here
 	@touch $@
 
 pretrain: install  ## tokenizer, data, training and evaluation of the laptop recipe, about ten minutes on two cores
-	$(BIN)/torchrun --standalone --nproc-per-node 1 launch/pretrain.py --config configs/pretrain/laptop.yaml
+	$(BIN)/spiketrain pretrain --config configs/pretrain/laptop.yaml
 
 # Files begin in the order that tests/conftest.py gives them, those that take longest first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs
@@ -52,7 +52,7 @@ format: install  ## format in place
 	$(BIN)/ruff format .
 
 bench: install  ## the training step against transformers, side by side
-	$(BIN)/python launch/bench.py train_step
+	$(BIN)/spiketrain bench train_step
 
 coverage: install  ## which lines the tests reach
 	$(PYTEST) --ignore tests/slurm --cov --cov-report term --cov-report xml

@@ -1,7 +1,7 @@
 """Benchmarks: ours beside a peer, in one process, by turns.
 
-python launch/bench.py train_step --json train_step.json
-python launch/bench.py train_step --help
+spiketrain bench train_step --json train_step.json
+spiketrain bench train_step --help
 """
 
 import importlib

@@ -1,9 +1,9 @@
 """Weights in and out.
 
-python launch/convert.py export --checkpoint runs/laptop --output weights/laptop
-python launch/convert.py export --checkpoint runs/dense --output hub/dense --layout hf
-python launch/convert.py import --source hub/Qwen2.5-0.5B --output weights/qwen
-python launch/convert.py upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
+spiketrain convert export --checkpoint runs/laptop --output weights/laptop
+spiketrain convert export --checkpoint runs/dense --output hub/dense --layout hf
+spiketrain convert import --source hub/Qwen2.5-0.5B --output weights/qwen
+spiketrain convert upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
 """
 
 import sys

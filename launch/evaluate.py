@@ -1,7 +1,7 @@
 """Bits per byte of a checkpoint on an indexed dataset or on text files.
 
-python launch/evaluate.py --checkpoint runs/laptop --data data/stdlib-bpe4096 --split test
-python launch/evaluate.py --checkpoint runs/laptop --data README.md
+spiketrain evaluate --checkpoint runs/laptop --data data/stdlib-bpe4096 --split test
+spiketrain evaluate --checkpoint runs/laptop --data README.md
 """
 
 import glob

@@ -1,6 +1,6 @@
 """Sample text from a checkpoint.
 
-python launch/generate.py --checkpoint runs/laptop --prompt 'def main(' --temperature 0.8
+spiketrain generate --checkpoint runs/laptop --prompt 'def main(' --temperature 0.8
 """
 
 import sys

@@ -1,7 +1,7 @@
 """What a run would take of a cluster: memory, messages, time; without starting it, and without any device.
 
-python launch/plan.py --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml
-python launch/plan.py --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml --search
+spiketrain plan --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml
+spiketrain plan --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml --search
 
 Exit code 0: it fits; 1: it does not, and the last line says what is short; 2: bad input.
 """

@@ -1,7 +1,7 @@
 """Prepare token files.
 
-python launch/prepare_data.py --source stdlib --output data/stdlib
-python launch/prepare_data.py --source 'corpus/**/*.jsonl.gz' --text_key content --output data/mine
+spiketrain prepare_data --source stdlib --output data/stdlib
+spiketrain prepare_data --source 'corpus/**/*.jsonl.gz' --text_key content --output data/mine
 """
 
 import signal

@@ -3,8 +3,8 @@
 spiketrain pretrain --config configs/pretrain/laptop.yaml
 spiketrain pretrain --ranks 2 --config configs/pretrain/laptop.yaml --run.dir runs/two-ranks
 torchrun --standalone --nproc-per-node 2 launch/pretrain.py --config configs/pretrain/laptop.yaml
-python launch/pretrain.py --config configs/pretrain/laptop.yaml --check --world-size 8
-python launch/pretrain.py --init weights/qwen --data.path data/web --run.dir runs/qwen
+spiketrain pretrain --config configs/pretrain/laptop.yaml --check --world-size 2
+spiketrain pretrain --init weights/qwen --data.path data/web --run.dir runs/qwen
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Draw the training curve of one or more runs from their metrics.jsonl.
 
-python launch/report.py --runs '[runs/laptop]' --output docs/laptop.png
+spiketrain report --runs '[runs/laptop]' --output docs/laptop.png
 """
 
 from dataclasses import dataclass, field
