@@ -52,6 +52,9 @@ def pytest_output(tmp_path):
             shutil.copy(path, tmp_path)
         (tmp_path / "test_inner.py").write_text(INNER)
         (tmp_path / "torch.py").write_text(f"class cuda:\n    is_available = staticmethod(lambda: {gpu})\n")
+        # What conftest.py imports of ours.
+        (tmp_path / "tests").mkdir(exist_ok=True)
+        shutil.copy(HERE / "interpreter.py", tmp_path / "tests")
         environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, "test_inner.py"]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

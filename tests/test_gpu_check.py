@@ -98,6 +98,7 @@ def test_a_lost_nan_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["state"], found["message"]) == ("wrong", "a NaN input gives a finite output")
 
 
+@pytest.mark.slow
 def test_switches_say_what_cures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

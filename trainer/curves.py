@@ -10,7 +10,8 @@ def read_metrics(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     """The lines of training steps, and those of validations. A loss that was not finite (null) is NaN."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line["loss"] = math.nan if line["loss"] is None else line["loss"]
+        if "loss" in line and line["loss"] is None:
+            line["loss"] = math.nan
     return [line for line in lines if "grad_norm" in line], [line for line in lines if "split" in line]
 
 

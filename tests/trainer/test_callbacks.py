@@ -31,7 +31,7 @@ def idle_trainer(steps, rank):
         data_parallel_rank=rank,
         data_parallel_size=1,
         model=SimpleNamespace(vocab_size=64),
-        device=torch.device("cpu"),
+        device=SimpleNamespace(type="cpu"),
     )
     config = PretrainConfig(run=RunConfig(dir="run"), train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0))
     return Trainer(config, "", engine, None, None, [], Progress(), None)
@@ -230,7 +230,7 @@ def test_progress_in_plain_lines(log, monkeypatch):
             2400,
             1.0,
             "cpu",
-            [(11, "about 40 minutes to go on this machine", "--train.steps 611 --run.dir runs/pretrain-short")],
+            [(11, "about 40 minutes to go on this machine", "--train.steps 611 --run.dir run-short")],
         ),
         (1211, 1.0, "cpu", []),
         (1212, 1.0, "cpu", [(11, "about 20 minutes to go", "--train.steps 611")]),
@@ -246,7 +246,7 @@ def test_a_long_run_on_a_cpu_is_told_of_once(log, monkeypatch, steps, seconds, d
     callback.on_start(fake_trainer(0))
     for step in range(1, 31):
         trainer = fake_trainer(step, steps)
-        trainer.engine.device.type = device
+        trainer.engine = SimpleNamespace(rank=0, device=SimpleNamespace(type=device))
         line = {"step": step, "loss": 1.25, "tokens_per_second": 2048.0, "model_flops_utilization": None}
         callback.on_step(trainer, line | {"step_seconds": 50 * seconds if step == 1 else seconds})
         said += [(step, message) for message in log if "minutes to go" in message]
@@ -339,6 +339,8 @@ def test_a_save_is_asked_for_once(loop):
 
     def ask(trainer, metrics):
         agreed.append(trainer.agreed_to_save)
+        # As the checkpointer does that saves.
+        trainer.agreed_to_save = False
         trainer.save_requested = metrics["step"] == 2
 
     assert loop([Recorder([], "a", ask)], steps=4).fit() is Outcome.DONE
@@ -416,7 +418,7 @@ def validating(loop, tmp_path):
     """A trainer that validates 20 micro-batches after its last step, its stream and the validations it reports."""
 
     def build(stop_at=None, step=0):
-        lines, evaluator = [], Evaluator(SimpleNamespace(validation="v", eod_id=0, tokenizer=None))
+        lines, evaluator = [], Evaluator(SimpleNamespace(validation="v", eod_id=0, vocab_size=64, tokenizer=None))
         trainer = loop([evaluator, Evaluations(lines)], steps=2, step=step)
         trainer.engine.model_is_whole = False
         trainer.run_dir = tmp_path

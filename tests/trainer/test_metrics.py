@@ -1,7 +1,6 @@
 """metrics.jsonl and TensorBoard."""
 
 import json
-import logging
 import math
 from types import SimpleNamespace
 
@@ -279,14 +278,14 @@ def test_a_steps_line_has_the_promised_keys(trainer, monkeypatch):
     json.dumps(line)
 
 
-def test_no_step_is_above_the_peak(trainer, monkeypatch, caplog):
+def test_no_step_is_above_the_peak(trainer, monkeypatch):
     running = trainer()
     running._peak_flops = 100.0
-    monkeypatch.setattr(logging.getLogger("spiketrain"), "propagate", True)
-    with caplog.at_level(logging.INFO, "spiketrain"):
-        assert [running._utilization(flops) for flops in (50.0, 200.0, 100.0, 400.0, 100.0)] == [0.5, 1, 0.5, 1, 0.25]
+    said = []
+    monkeypatch.setattr("trainer.loop._LOGGER.info", lambda message, *values: said.append(message % values))
+    assert [running._utilization(flops) for flops in (50.0, 200.0, 100.0, 400.0, 100.0)] == [0.5, 1, 0.5, 1, 0.25]
     # Once, whoever goes above it again.
-    assert ["above the measured peak" in record.message for record in caplog.records] == [True]
+    assert ["above the measured peak" in line for line in said] == [True]
     running._peak_flops = None
     assert running._utilization(1.0) is None
 
@@ -294,7 +293,7 @@ def test_no_step_is_above_the_peak(trainer, monkeypatch, caplog):
 def test_a_validations_line(trainer):
     running = trainer(2)
     seen = []
-    running.callbacks = [SimpleNamespace(on_evaluation=lambda trainer, metrics: seen.append(metrics))]
+    running.callbacks = [SimpleNamespace(phase="end", on_evaluation=lambda trainer, metrics: seen.append(metrics))]
     line = running.report_evaluation("validation", nll_sum=69.3147180559945, tokens=50, text_bytes=200)
     assert seen == [line]
     assert line == {

@@ -106,6 +106,7 @@ def test_a_stable_schedule_may_be_lengthened_without_a_word(run_dir):
 
 def test_a_run_whose_last_checkpoint_is_not_whole_has_not_finished(run_dir):
     (run_dir / "checkpoints/step_00000200/progress.json").unlink()
+    (run_dir / "status.json").write_text(json.dumps({"state": "done"}))
     assert check(configuration(run_dir, train=TrainConfig(steps=200))) is False
     assert check(configuration(run_dir, train=TrainConfig(steps=100))) is True
 
