@@ -30,7 +30,7 @@ def check(file: Path, *arguments: str) -> tuple[int, list[dict]]:
 
 # One of each set of kernels is quick enough for every day.
 GROUPS = sorted({case.group for case in runner.cases(dry=True)})
-QUICK = {"gated_delta_rule", "hgrn", "norms", "routing", "experts"}
+QUICK = {"norms", "routing"}
 
 
 @pytest.mark.parametrize(

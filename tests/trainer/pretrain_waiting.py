@@ -18,6 +18,9 @@ def arm(where):
     step = Trainer._step
 
     def waiting_step(self):
+        # The ranks have agreed to take this step.
+        if self.progress.step == int(where):
+            (self.run_dir / "waiting").touch()
         while self.progress.step == int(where) and not self.resumed and not self.stop_requested:
             time.sleep(0.01)
         return step(self)

@@ -314,7 +314,10 @@ ZERO_3, ZERO_2 = (("--engine.name=deepspeed", f"--engine.zero_stage={stage}") fo
 
 @pytest.mark.parametrize(
     ("precision", "engines"),
-    [("fp32", ((MEGATRON, 1), (ZERO_3, 2), (MEGATRON, 1))), ("bf16", ((ZERO_2, 1), (MEGATRON, 2), (ZERO_2, 2)))],
+    [
+        pytest.param("fp32", ((MEGATRON, 1), (ZERO_3, 2), (MEGATRON, 1)), marks=pytest.mark.slow),
+        ("bf16", ((ZERO_2, 1), (MEGATRON, 2), (ZERO_2, 2))),
+    ],
 )
 def test_from_engine_to_engine(tiny_run, tiny_data, tmp_path, precision, engines):
     """Each run starts from what the one before it wrote, moves nothing, and writes the same file."""
