@@ -1,4 +1,4 @@
-"""README.md's and docs/' commands: each is accepted as it is written, and the slow test runs them in their order."""
+"""README.md's and docs/' commands are accepted as they are written; tests/run_documented.py runs them."""
 
 import gzip
 import json
@@ -19,17 +19,6 @@ from tests.documented import ROOT, documented_commands
 from trainer import cli
 
 COMMANDS = documented_commands()
-# Commands that the slow test leaves to others, by a pattern and with the reason.
-NOT_RUN_HERE = {
-    r"make ": "they install; CI runs the tests, and the recipe of `make pretrain` is run below",
-    r"source ": "the other commands are run in the environment that it sets up",
-    r"sbatch ": "tests/slurm submits jobs",
-    r"pytest -m gpu|.*gpu[-_]check": "needs a GPU; tests/test_gpu_check.py runs it without one",
-    r"spiketrain bench \w": "minutes each; tests/launch runs every benchmark at small sizes",
-    r"python -m kernels.compile": "minutes each; tests/kernels/triton/test_compile.py",
-    r".*tinystories": "fetches from the hub",
-    r"python -m trainer.combinations": "rewrites the page it stands on; tests/trainer/test_combinations.py",
-}
 
 
 class Accepted(Exception):
@@ -199,29 +188,3 @@ def test_a_documented_command_is_accepted(command, desk_with_results, monkeypatc
         assert code == 0, capsys.readouterr().err
     else:
         assert words in (["spiketrain"], ["spiketrain", "--help"]), f"{command}: unknown kind of command"
-
-
-@pytest.mark.slow
-def test_documented_commands_run_as_written(tmp_path):
-    """In their order, in one shell environment, each with exit code 0."""
-    desk = lay_out(tmp_path / "spiketrain")
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "COLUMNS")}
-    environment |= {"PYTHONPATH": str(desk), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ran, seen = [], set()
-    for command in COMMANDS:
-        elsewhere = any(re.match(pattern, command.text) for pattern in NOT_RUN_HERE)
-        if not command.in_block or elsewhere or command.text in seen:
-            continue
-        seen.add(command.text)
-        result = subprocess.run(
-            ["bash", "-c", f"source .venv/bin/activate && {command.text}"],
-            cwd=desk,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, f"{command}: {command.text}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
-        ran.append(command)
-    print(f"documented commands: {len(COMMANDS)} found, {len(seen)} run as written")
-    assert len(ran) > 20
