@@ -134,6 +134,9 @@ def _run_main(request: dict[str, Any]) -> None:
     for stream, descriptor in enumerate(request["streams"], start=1):
         os.dup2(descriptor, stream)
         os.close(descriptor)
+    # Ranks share a file: a line is written whole, whatever PYTHONUNBUFFERED says.
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True, write_through=False)
     os.chdir(request["folder"])
     _take_environment(request["environment"])
     arguments = request["arguments"]
