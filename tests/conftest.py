@@ -99,17 +99,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared dataset of a few standard-library files."""
+    """A prepared dataset of a few standard-library files; a small validation set, which every run reads whole."""
     from trainer.data.prepare import prepare
     from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
 
     output = tmp_path_factory.mktemp("data") / "tiny"
-    source = f"{sysconfig.get_paths()['stdlib']}/json/*.py"
+    stdlib = sysconfig.get_paths()["stdlib"]
     prepare(
         PrepareConfig(
-            source=source,
+            source=f"{stdlib}/json/*.py",
             output=str(output),
-            validation=source,
+            validation=f"{stdlib}/json/[st]*.py",
             test_share=0.0,
             workers=1,
             tokenizer=TokenizerConfig(vocab_size=512),

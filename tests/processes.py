@@ -22,8 +22,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # The folder of this session's servers: all processes of pytest share them.
 SERVERS = "TEST_FORK_SERVERS"
 IMPORTED = {
-    "megatron": ("trainer.pretrain", "trainer.engines.megatron"),
-    "deepspeed": ("trainer.pretrain", "trainer.engines.megatron", "trainer.engines.deepspeed", "deepspeed"),
+    # What the commands that read a checkpoint import, but for the parts that each alone needs.
+    "torch": ("trainer.inference",),
+    # torch's optimizers import its compiler as the first of them is made.
+    "megatron": ("trainer.pretrain", "trainer.engines.megatron", "torch._dynamo"),
+    "deepspeed": (
+        "trainer.pretrain",
+        "trainer.engines.megatron",
+        "trainer.engines.deepspeed",
+        "deepspeed",
+        "deepspeed.comm.torch",
+        "torch._dynamo",
+    ),
 }
 # A process that has looked for a GPU cannot fork others that use it.
 _HAS_GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
@@ -33,8 +43,8 @@ QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(R
 class Process:
     """What tests use of subprocess.Popen. Of several ranks it is the parent, which stands in for torchrun."""
 
-    def __init__(self, connection: socket.socket, arguments: Sequence[str], output: Any) -> None:
-        self._connection, self._output, self.args = connection, output, arguments
+    def __init__(self, connection: socket.socket, arguments: Sequence[str], output: Any, errors: Any) -> None:
+        self._connection, self._output, self._errors, self.args = connection, output, errors, arguments
         self.returncode: int | None = None
         self.pid: int = self._receive(WAIT)
 
@@ -64,8 +74,11 @@ class Process:
 
     def output(self) -> str:
         """What it has written so far, errors among it."""
-        self._output.seek(0)
-        return self._output.read().decode()
+        return _content(self._output)
+
+    def errors(self) -> str:
+        """What it has written to stderr so far, if that was to be apart."""
+        return _content(self._errors)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Wait; all that it has written."""
@@ -89,11 +102,17 @@ class Process:
             self.returncode = -signal.SIGKILL
 
 
+def _content(file: Any) -> str:
+    file.seek(0)
+    return file.read().decode()
+
+
 def start(
     *arguments: object,
     ranks: int | None = None,
     folder: Path = ROOT,
     imported: str = "megatron",
+    errors_apart: bool = False,
     **environment: str,
 ) -> Process:
     """Run `python ARGUMENTS...` in a fork; as so many ranks, of which torch.distributed finds each other, if given.
@@ -108,8 +127,9 @@ def start(
     }
     connection = _connect(imported)
     output = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process that has it
-    socket.send_fds(connection, [json.dumps(request).encode()], [output.fileno()] * 2)
-    return Process(connection, request["arguments"], output)
+    errors = tempfile.TemporaryFile() if errors_apart else output  # noqa: SIM115
+    socket.send_fds(connection, [json.dumps(request).encode()], [output.fileno(), errors.fileno()])
+    return Process(connection, request["arguments"], output, errors)
 
 
 def _of_ranks(ranks: int) -> list[dict[str, str]]:

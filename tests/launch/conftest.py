@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.helpers import WAIT
+from tests.processes import QUIET, finish, start
 from tests.trainer.conftest import ROOT, in_process_config
 
 
@@ -24,34 +25,51 @@ def trained(tiny_data, tmp_path_factory):
     return run_dir
 
 
-@pytest.fixture
-def launch(tmp_path):
-    """Run `python launch/NAME.py ARGUMENTS`; returns exit code, stdout, stderr and whether megatron was imported."""
+PROGRAM = """
+import runpy, sys
+name = sys.argv.pop(1)
+code = 0
+try:
+    runpy.run_path(name, run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+print("\\nimported:", *[module for module in ("torch", "megatron", "deepspeed") if module in sys.modules])
+sys.exit(code)
+"""
 
-    def run(name, *arguments):
-        code = (
-            "import runpy, sys\n"
-            f"sys.argv = [{name!r}, *{list(arguments)!r}]\n"
-            "code = 0\n"
-            "try:\n"
-            f"    runpy.run_path({str(ROOT / 'launch' / (name + '.py'))!r}, run_name='__main__')\n"
-            "except SystemExit as stop:\n"
-            "    code = stop.code\n"
-            "heavy = [m for m in ('torch', 'megatron', 'deepspeed') if m in sys.modules]\n"
-            "print('\\nimported:', *heavy)\n"
-            "sys.exit(code)\n"
-        )
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=WAIT,
-            check=False,
-        )
-        stdout, _, imported = done.stdout.rpartition("\nimported:")
-        return done.returncode, stdout, done.stderr, imported.split()
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("program") / "program.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+@pytest.fixture
+def launch(program, tmp_path):
+    """Run `python launch/NAME.py ARGUMENTS`; returns exit code, stdout, stderr and what it imported.
+
+    With `forked` it begins in a process that has imported torch already: for what computes.
+    """
+
+    def run(name, *arguments, forked=False):
+        command = [str(program), str(ROOT / "launch" / f"{name}.py"), *arguments]
+        if forked:
+            process = start(*command, folder=tmp_path, imported="torch", errors_apart=True)
+            code, stdout = finish(process)
+            errors = process.errors()
+        else:
+            done = subprocess.run(
+                [sys.executable, *command],
+                cwd=tmp_path,
+                env=os.environ | QUIET,
+                capture_output=True,
+                text=True,
+                timeout=WAIT,
+                check=False,
+            )
+            code, stdout, errors = done.returncode, done.stdout, done.stderr
+        stdout, _, imported = stdout.rpartition("\nimported:")
+        return code, stdout, errors, imported.split()
 
     return run

@@ -37,7 +37,7 @@ def test_an_export_is_the_checkpoint_and_its_tokenizer(launch, trained, tmp_path
 def test_bfloat16_on_request_keeps_decays(launch, trained, tmp_path):
     (tmp_path / "weights").mkdir()
     arguments = ("--checkpoint", str(trained), "--output", "weights", "--dtype", "bf16")
-    code, _, errors, _ = launch("convert", "export", *arguments)
+    code, _, errors, _ = launch("convert", "export", *arguments, forked=True)
     assert code == 0, errors
     stored = load_file(tmp_path / "weights" / "model.safetensors")
     parameters = dict(load_model(trained, torch.device("cpu")).model.named_parameters())
@@ -53,7 +53,7 @@ def test_a_hugging_face_model_becomes_weights(launch, tmp_path):
     (hub / "config.json").write_text(json.dumps(config))
     parameters = {name: tensor.detach() for name, tensor in tiny_decoder("full_attention").named_parameters()}
     save_file({hub_name(name): tensor for name, tensor in parameters.items()}, hub / "model.safetensors")
-    code, out, errors, imported = launch("convert", "import", "--source", "hub", "--output", "weights")
+    code, out, errors, imported = launch("convert", "import", "--source", "hub", "--output", "weights", forked=True)
     assert code == 0 and out.strip() == "weights: the parameters of hub", errors
     assert imported == ["torch"]
     stored = load_file(tmp_path / "weights" / "model.safetensors")
@@ -64,19 +64,19 @@ def test_a_hugging_face_model_becomes_weights(launch, tmp_path):
 def test_a_dense_run_becomes_experts_that_a_run_starts_from(launch, trained, tmp_path):
     (tmp_path / "experts.yaml").write_text("num_experts: 4\nshared_experts: 1\nrouter: {top_k: 1}\n")
     arguments = ("--source", str(trained), "--output", "weights", "--moe", "experts.yaml", "--max_file_gb", "5e-5")
-    code, out, errors, imported = launch("convert", "upcycle", *arguments)
+    code, out, errors, imported = launch("convert", "upcycle", *arguments, forked=True)
     assert code == 0, errors
     assert out.strip() == f"weights: {trained / 'checkpoints/step_00000006'} with 4 + 1 experts a layer"
     assert "gates add up to 0.25: the experts' matrices are 0.9283 of the dense ones" in errors
     assert imported == ["torch"]
     run = ("--config", str(trained / "config.yaml"), "--run.dir", "run", "--model.moe", "experts.yaml")
-    code, _, errors, _ = launch("pretrain", *run, "--checkpoint.init", "weights", "--check")
+    code, _, errors, _ = launch("pretrain", *run, "--checkpoint.init", "weights", "--check", forked=True)
     assert code == 0, errors
 
 
 def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
     arguments = ("export", "--checkpoint", str(trained), "--output", "hub", "--layout", "hf")
-    code, _, errors, _ = launch("convert", *arguments)
+    code, _, errors, _ = launch("convert", *arguments, forked=True)
     assert code == 2 and "layers with gated_delta_net have no Hugging Face layout; only full_attention has" in errors
     assert list(tmp_path.iterdir()) == []
 

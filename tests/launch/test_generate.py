@@ -13,15 +13,15 @@ def test_samples_continue_the_prompt_and_depend_on_the_seed_alone(launch, traine
     assert len(first) > len("import json\n")
     assert "checkpoint: " in errors and "step_00000006" in errors
     assert imported == ["torch"], "neither megatron nor deepspeed is needed"
-    assert launch("generate", *common)[1] == first
-    assert launch("generate", *common, "--seed", "5")[1] != first
+    assert launch("generate", *common, forked=True)[1] == first
+    assert launch("generate", *common, "--seed", "5", forked=True)[1] != first
 
 
 def test_greedy_ignores_the_seed_and_several_samples_are_several(launch, trained):
     common = ("--checkpoint", str(trained / "checkpoints" / "step_00000003"), "--max_new_tokens", "8")
-    greedy = [launch("generate", *common, "--temperature", "0", "--seed", seed)[1] for seed in ("1", "2")]
+    greedy = [launch("generate", *common, "--temperature", "0", "--seed", seed, forked=True)[1] for seed in ("1", "2")]
     assert greedy[0] == greedy[1]
-    code, _, errors, _ = launch("generate", *common, "--samples", "3")
+    code, _, errors, _ = launch("generate", *common, "--samples", "3", forked=True)
     assert code == 0
     assert errors.count("--- sample") == 3
 
@@ -63,10 +63,10 @@ def test_a_directory_without_a_usable_checkpoint(launch, trained, tmp_path):
     shutil.copytree(trained, run_dir)
     for path in (run_dir / "checkpoints").iterdir():
         (path / "config.yaml").write_text("damaged")
-    code, _, errors, _ = launch("generate", "--checkpoint", str(run_dir))
+    code, _, errors, _ = launch("generate", "--checkpoint", str(run_dir), forked=True)
     assert code == 2
     assert "holds no usable checkpoint" in errors and "config.yaml does not match its checksum" in errors
     damaged = run_dir / "checkpoints" / "step_00000006"
-    code, _, errors, _ = launch("generate", "--checkpoint", str(damaged))
+    code, _, errors, _ = launch("generate", "--checkpoint", str(damaged), forked=True)
     assert code == 2
     assert "is damaged (config.yaml does not match its checksum); choose another checkpoint" in errors

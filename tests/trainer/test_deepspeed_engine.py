@@ -35,6 +35,8 @@ BF16 = {
     "zero1-tp2-bf16": {"stage": 1, "precision": "bf16", "tensor": 2},
 }
 STAGES = FP32 | BF16
+# Of each dimension something; the others take minutes, and belong to the slow tests.
+QUICK = ("zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-tp2", "zero2-bf16", "zero1-tp2-bf16")
 HALF, LAST = 2, 4
 # On two ranks: the stage that goes on from the checkpoint of another; `one` was written by a single rank.
 MOVES = {
@@ -51,6 +53,19 @@ MOVES = {
 POISONED = ("zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero1-bf16", "zero2-bf16", "zero0-tp2", "zero1-tp2")
 EXPERTS = ("zero0", "zero2", "zero3", "zero2-bf16")
 ON_ONE = ("zero0", "zero2-offload", "zero3", "zero2-bf16", "zero1-tp2", "zero3-tp2", "zero1-tp2-bf16")
+
+
+def is_quick(job):
+    """Whether a job is of quick stages alone; of the two poisons each stage has one in the quick tests, by turns."""
+    stages = [word for word in job.split() if word in STAGES]
+    if not set(stages) <= set(QUICK) or ("experts" in job and stages in (["zero0"], ["zero2"])):
+        return False
+    return "without" not in job or job.endswith(("loss", "gradient")[POISONED.index(stages[0]) % 2])
+
+
+def cases(jobs):
+    """Their names as parameters of a test; those that are not quick are slow."""
+    return [pytest.param(job, marks=() if is_quick(job) else pytest.mark.slow, id=job) for job in jobs]
 
 
 def jobs_of_two_ranks(folder):
@@ -99,10 +114,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder, tiny_data):
-    """Both lists of jobs at once: each waits for the other's checkpoints."""
+def results(folder, tiny_data, request):
+    """Both lists of jobs at once: each waits for the other's checkpoints. Without slow tests, the quick ones alone."""
+    chosen = [item for item in request.session.items if item.path == request.path]
+    slow = any(item.get_closest_marker("slow") for item in chosen)
     started, outcomes = [], {}
     for ranks, jobs in ((None, jobs_of_one_rank(folder)), (2, jobs_of_two_ranks(folder))):
+        jobs = {name: job for name, job in jobs.items() if slow or is_quick(name)}
         files = folder / f"jobs{ranks or 1}.json", folder / f"results{ranks or 1}.json"
         files[0].write_text(json.dumps(jobs))
         command = ("-m", "tests.trainer.deepspeed_ranks", tiny_data, *files)
@@ -138,7 +156,7 @@ def error(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("name", FP32)
+@pytest.mark.parametrize("name", cases(FP32))
 def test_every_stage_trains_as_megatron_on_one_rank(results, folder, name):
     """Losses, norms, validation and parameters, where micro-batches count different numbers of tokens."""
     megatron = results["megatron"]
@@ -155,41 +173,41 @@ def test_the_batches_of_the_comparison_count_different_numbers_of_tokens(results
     assert len(counts) > 1 and max(counts) < 128
 
 
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("name", cases(BF16))
 def test_bf16_trains_as_megatron_but_for_rounding(results, name):
     megatron = results["megatron bf16"]
     assert_same_steps(results[name]["steps"], megatron["steps"], rel=5e-4)
     assert results[name]["validation"] == pytest.approx(megatron["validation"], rel=5e-4)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_experts_train_as_megatrons_on_one_rank(results, name):
+@pytest.mark.parametrize("job", cases(f"{name} with experts" for name in EXPERTS))
+def test_experts_train_as_megatrons_on_one_rank(results, job):
     """Balance and z-losses, noise, loads and a learned temperature included; the run goes on from a checkpoint."""
-    megatron, rel = ("megatron bf16", 2e-3) if "bf16" in name else ("megatron", 1e-5)
-    ours, theirs = results[f"{name} with experts"], results[f"{megatron} with experts"]
+    megatron, rel = ("megatron bf16", 2e-3) if "bf16" in job else ("megatron", 1e-5)
+    ours, theirs = results[job], results[f"{megatron} with experts"]
     assert_same_steps(ours["steps"], theirs["steps"], rel)
     assert ours["validation"] == pytest.approx(theirs["validation"], rel=rel)
     assert ours["metrics"].keys() == theirs["metrics"].keys()
     for key in ("moe/experts_per_token", "moe/temperature", "moe/balance_loss", "moe/z_loss"):
         assert ours["metrics"][key] == pytest.approx(theirs["metrics"][key], rel=10 * rel)
-    assert results[f"{name} with experts resumed"]["steps"] == ours["steps"][HALF:]
+    assert results[f"{job} resumed"]["steps"] == ours["steps"][HALF:]
 
 
-def test_bf16_keeps_float32_where_it_matters(results):
-    for name in ("zero1-bf16", "zero1-offload-bf16", "zero2-bf16", "zero1-tp2-bf16"):
-        types = {key.rsplit(".", 1)[-1]: dtype for key, dtype in results[name]["types"].items()}
-        assert types["A_log"] == types["dt_bias"] == "torch.float32"
-        assert types["weight"] == "torch.bfloat16"
+@pytest.mark.parametrize("name", cases(["zero1-bf16", "zero1-offload-bf16", "zero2-bf16", "zero1-tp2-bf16"]))
+def test_bf16_keeps_float32_where_it_matters(results, name):
+    types = {key.rsplit(".", 1)[-1]: dtype for key, dtype in results[name]["types"].items()}
+    assert types["A_log"] == types["dt_bias"] == "torch.float32"
+    assert types["weight"] == "torch.bfloat16"
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", cases(STAGES))
 def test_resumed_equals_uninterrupted(results, name):
     assert results[f"{name} resumed"]["steps"] == results[name]["steps"][HALF:]
     assert results[f"{name} resumed"]["random"] == results["one"]["random"]
 
 
 @pytest.mark.parametrize(
-    "job", [*(f"{name} from {other}" for name, other in MOVES.items()), *(f"{name} on one" for name in ON_ONE)]
+    "job", cases([*(f"{name} from {other}" for name, other in MOVES.items()), *(f"{name} on one" for name in ON_ONE)])
 )
 def test_another_layout_goes_on(results, job):
     megatron, rel = ("megatron bf16", 5e-4) if "bf16" in job else ("megatron", 1e-5)
@@ -202,15 +220,14 @@ def test_the_other_engine_goes_on(results, job):
     assert_same_steps(results[job]["steps"], results["megatron"]["steps"][HALF:], 1e-5)
 
 
-@pytest.mark.parametrize("poison", ["loss", "gradient"])
-@pytest.mark.parametrize("name", POISONED)
-def test_a_step_without_numbers_on_one_rank_is_skipped_on_all(results, name, poison):
-    job = results[f"{name} without {poison}"]
-    first, poisoned, after = job["steps"]
-    assert poisoned[3] and not math.isfinite(poisoned[0] if poison == "loss" else poisoned[1])
-    assert job["after"] == job["before"]
+@pytest.mark.parametrize("job", cases(f"{name} without {what}" for name in POISONED for what in ("loss", "gradient")))
+def test_a_step_without_numbers_on_one_rank_is_skipped_on_all(results, job):
+    result = results[job]
+    first, poisoned, after = result["steps"]
+    assert poisoned[3] and not math.isfinite(poisoned[0] if job.endswith("loss") else poisoned[1])
+    assert result["after"] == result["before"]
     assert not first[3] and not after[3] and math.isfinite(after[0]) and math.isfinite(after[1])
-    assert first == results[name]["steps"][0]
+    assert first == results[job.split()[0]]["steps"][0]
 
 
 def test_zero_3_holds_a_part_of_the_matrices_and_counts_them_all(results):
@@ -234,7 +251,7 @@ def test_boxes_cover_a_range_in_order(shape, data):
     assert len(found) <= max(2 * len(shape) - 1, 1)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_is_quiet_and_its_checkpoint_opens_without_deepspeed(tiny_run, tmp_path, monkeypatch, tensor):
     """Nor does it compile anything, which two ranks at once could break."""
     run_dir, operators = tmp_path / "run", tmp_path / "operators"

@@ -41,12 +41,16 @@ def test_check_refuses_a_wrong_layout_without_torch(tmp_path, overrides, ranks, 
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ("--parallel.tensor=8", "does not divide by parallel.tensor=8"),
-        ("--parallel.pipeline=8", "use at most 2 stages"),
-        ("--parallel.tensor=3", "world size 8 does not divide by tensor*pipeline*context=3"),
-        ("--parallel.context=8", "train.seq_len=36 does not divide over 8 ranks"),
+        pytest.param("--parallel.tensor=8", "does not divide by parallel.tensor=8", id="heads"),
+        pytest.param("--parallel.pipeline=8", "use at most 2 stages", id="layers", marks=pytest.mark.slow),
+        pytest.param(
+            "--parallel.tensor=3",
+            "world size 8 does not divide by tensor*pipeline*context=3",
+            id="world-size",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("--parallel.context=8", "train.seq_len=36 does not divide over 8 ranks", id="length"),
     ],
-    ids=["heads", "layers", "world-size", "length"],
 )
 def test_torchrun_says_a_wrong_layout_once_at_eight_ranks(tiny_run, tmp_path, layout, message):
     batch = ("--train.global_batch_size=2", "--train.seq_len=36")
@@ -150,15 +154,15 @@ def test_a_stop_on_request_during_start_up_is_no_death(tiny_run, tmp_path):
 def test_a_rank_that_hangs_is_named(tiny_run, tmp_path):
     """Not the one whose collective waits for it. Ranks that are stopped neither compute nor say so."""
     run_dir = tmp_path / "run"
-    launcher = tiny_run(run_dir, *ENDLESS, "--run.timeout_seconds=15", ranks=2, own_launcher=True)
+    process = tiny_run(run_dir, *ENDLESS, "--run.timeout_seconds=6", ranks=2)
     wait_until(lambda: steps_taken(run_dir) >= 5)
-    pids = peers.ranks_of(launcher.pid)
+    pids = peers.ranks_of(process.pid)
     os.kill(pids[1], signal.SIGSTOP)
     wait_until((run_dir / "status.json").exists)
     os.kill(pids[1], signal.SIGKILL)
-    code, output = finish(launcher)
+    code, output = finish(process)
     assert code == 1, output
-    named = rf"no progress for 15 s in train, step \d+: rank 1 \(pid {pids[1]}\) on \S+ does not respond since "
+    named = rf"no progress for 6 s in train, step \d+: rank 1 \(pid {pids[1]}\) on \S+ does not respond since "
     assert re.match(named, status(run_dir)["message"])
     assert output.count("error: no progress") == 1
     assert "no progress" in (run_dir / "run.log").read_text()

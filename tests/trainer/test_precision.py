@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +11,8 @@ import torch
 import yaml
 
 from tests.helpers import WAIT
-from tests.trainer.conftest import finish, metrics
+from tests.processes import QUIET, finish, start
+from tests.trainer.conftest import metrics
 from trainer import precision, run_directory
 from trainer.cli import dump, make_parser, parse
 from trainer.config import EngineConfig, PretrainConfig, TrainConfig
@@ -98,26 +98,26 @@ torch.distributed.barrier()
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "by hand"])
-def test_every_rank_takes_rank_0s(tmp_path, launcher):
+def test_every_rank_takes_rank_0s(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
-    environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(sys.path)}
-    if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]
-        jobs = [(command, environment)]
-    else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        jobs = [([sys.executable, "rank.py"], environment | here | {"RANK": str(rank)}) for rank in (0, 1)]
-    started = [
-        subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) for command, env in jobs
-    ]
-    said = "".join(process.communicate(timeout=WAIT)[0] for process in started)
-    lines = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    code, said = finish(start(tmp_path / "rank.py", ranks=2, folder=tmp_path))
+    assert code == 0, said
+    assert_both_take_fp32(tmp_path)
+
+
+@pytest.mark.slow
+def test_every_rank_takes_rank_0s_under_torchrun(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = os.environ | QUIET
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=WAIT)
+    assert_both_take_fp32(tmp_path)
+
+
+def assert_both_take_fp32(folder):
+    lines = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     text = "train:\n  precision: fp32"
-    assert lines == [[0, "fp32", text], [1, "fp32", text]], said
+    assert lines == [[0, "fp32", text], [1, "fp32", text]]
 
 
 def test_a_run_begun_by_auto_goes_on_on_another_processor(tiny_run, tmp_path, monkeypatch):

@@ -41,8 +41,12 @@ WAITING = "tests/trainer/pretrain_waiting.py"
 
 @pytest.mark.parametrize(
     ("ranks", "number", "torchrun"),
-    [(1, signal.SIGTERM, False), (1, signal.SIGINT, False), (2, signal.SIGTERM, True)],
-    ids=["1-SIGTERM", "1-SIGINT", "2-SIGTERM"],
+    [
+        pytest.param(1, signal.SIGTERM, False, id="1-SIGTERM"),
+        pytest.param(1, signal.SIGINT, False, id="1-SIGINT"),
+        pytest.param(2, signal.SIGTERM, False, id="2-SIGTERM"),
+        pytest.param(2, signal.SIGTERM, True, id="2-SIGTERM, torchrun", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_resumed_run_is_the_same(reference, tiny_run, tmp_path, ranks, number, torchrun):
     run_dir, no_others = tmp_path / "run", "--checkpoint.every=0"

@@ -37,7 +37,7 @@ from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients,
 from trainer.config import PretrainConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups as process_groups
-from trainer.engines import pieces
+from trainer.engines import megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import MOMENTS, Piece, Shard
@@ -396,6 +396,9 @@ def _import_deepspeed(device: torch.device) -> Any:
         # A C++ operator for inference only, which every rank would compile at its first use.
         communication: Any = importlib.import_module("deepspeed.comm.torch")
         communication.build_shm_op = lambda: None
+        # An optimizer that is only asked for its type. To compile its functions would import inductor, for seconds.
+        with megatron_cpu.nothing_compiled():
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     return deepspeed
 
 
@@ -406,7 +409,7 @@ def _model_parallel_groups(device: torch.device, config: PretrainConfig) -> tupl
         return WHOLE, None
     from megatron.core import parallel_state
 
-    from trainer.engines import megatron, megatron_cpu
+    from trainer.engines import megatron
 
     if device.type == "cpu":
         megatron_cpu.adapt()

@@ -157,7 +157,7 @@ def _skip_collectives_of_one_rank() -> None:
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """In here `torch.compile` gives functions back as they are, unless there is a GPU. For imports of megatron.core."""
+    """In here `torch.compile` gives functions back as they are, unless there is a GPU. For imports."""
     if torch.cuda.is_available():
         yield
         return
