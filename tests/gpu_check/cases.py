@@ -390,7 +390,9 @@ def _flash_cases(sizes: Sizes) -> list[Case]:
 def all_cases(sizes: Sizes, *, flash: bool) -> list[Case]:
     """The most important first: bfloat16 before float32, usual sizes before others, times at the end."""
     cases = _recurrence_cases(sizes) + _other_cases(sizes) + (_flash_cases(sizes) if flash else [])
-    cases += [Case("training: hybrid MoE", "training", "training", 0, torch.bfloat16)]
+    for engine, name in ((False, "plain PyTorch"), (True, "Megatron engine")):
+        name = f"training: hybrid MoE, {name}"
+        cases.append(Case(name, "training", "training", 0, torch.bfloat16, options={"engine": engine}))
     for op in RECURRENCES:
         few = (sizes.heads,) * 2
         shape = {"time": sizes.long, "heads": few, "dims": sizes.dims[0]}

@@ -1,11 +1,12 @@
 """A short training of a hybrid mixture of experts on the device: with Triton's kernels, and on the torch path.
 
-The decoder alone, in plain PyTorch: no engine is needed, and none of its packages.
+In plain PyTorch, which needs no engine and none of its packages; and by the Megatron engine, where it can be imported.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _OPERATIONS = (
 )
 # Of bfloat16 activations on the two paths, after some steps: far below what a wrong gradient makes.
 _LARGEST_DIFFERENCE = 0.03
+_LEARNING_RATE = 3e-3
 
 
 @contextmanager
@@ -78,19 +80,22 @@ def _model_config(small: bool) -> Any:
     )
 
 
-def _losses(device: torch.device, backend: str) -> list[float]:
+def _sizes(device: torch.device) -> tuple[int, int, int]:
+    """Rows, tokens and steps: real ones on a GPU."""
+    return (8, 512, 30) if device.type == "cuda" else (1, 6, 2)
+
+
+def _plain_losses(device: torch.device, backend: str) -> list[float]:
     from models.decoder import Decoder, initialize
 
     small = device.type != "cuda"
-    batch, time, steps = (1, 6, 2) if small else (8, 512, 30)
+    batch, time, steps = _sizes(device)
     with torch.device(device):
         model = Decoder(_model_config(small), 64)
     initialize(model, 1)
     model = model.to(device, torch.float32 if small else torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(0)
-    # The same ones in every step: what is learned is them, which a right gradient does in any few steps.
-    tokens = _repeating(batch, time + 1, generator).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+    tokens = _repeating(batch, time + 1).to(device)
     losses = []
     with _backends(_choices(backend)):
         for _ in range(steps):
@@ -103,9 +108,48 @@ def _losses(device: torch.device, backend: str) -> list[float]:
     return losses
 
 
-def _repeating(batch: int, time: int, generator: torch.Generator) -> Tensor:
-    """Token ids `[B, T]`: eight at random, again and again."""
-    period = torch.randint(64, (batch, 8), generator=generator)
+def _engine_losses(device: torch.device, backend: str) -> list[float]:
+    """Mcore's schedule, DDP and distributed optimizer on one rank."""
+    from trainer.config import OptimConfig, PretrainConfig, TrainConfig
+    from trainer.data.batch import Batch
+    from trainer.engines.megatron import MegatronEngine
+
+    small = device.type != "cuda"
+    rows, time, steps = _sizes(device)
+    tokens = _repeating(rows, time + 1)
+    batch = Batch(
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+        torch.ones(rows, time),
+        torch.arange(time).repeat(rows, 1),
+        None,
+        time,
+    )
+    config = PretrainConfig(
+        model=_model_config(small),
+        train=TrainConfig(
+            steps=steps,
+            seq_len=time,
+            micro_batch_size=rows,
+            global_batch_size=rows,
+            precision="fp32" if small else "bf16",
+        ),
+        optim=OptimConfig(lr=_LEARNING_RATE, warmup_steps=0),
+    )
+    engine = MegatronEngine(config, 64, device)
+    try:
+        with _backends(_choices(backend)):
+            return [engine.train_step(iter([batch]), 1, _LEARNING_RATE, step).loss for step in range(steps)]
+    finally:
+        engine.close()
+
+
+def _repeating(batch: int, time: int) -> Tensor:
+    """Token ids `[B, T]`: eight at random, again and again.
+
+    The same ones in every step: what is learned is them, which a right gradient does in any few steps.
+    """
+    period = torch.randint(64, (batch, 8), generator=torch.Generator().manual_seed(0))
     return period.repeat(1, -(-time // 8))[:, :time]
 
 
@@ -117,9 +161,12 @@ def _loss(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     return mean
 
 
-def train(device: torch.device) -> dict[str, Any]:
+def train(device: torch.device, *, by_engine: bool) -> dict[str, Any]:
     """The losses of both paths; wrong where they part, or where Triton's do not fall."""
-    ours, plain = _losses(device, "triton"), _losses(device, "torch")
+    if by_engine and find_spec("megatron") is None:
+        return {"state": "skipped", "message": "megatron-core is not installed"}
+    losses: Callable[[torch.device, str], list[float]] = _engine_losses if by_engine else _plain_losses
+    ours, plain = losses(device, "triton"), losses(device, "torch")
     apart = max(abs(a - b) / b for a, b in zip(ours, plain))
     faults = []
     if not ours[-1] < ours[0]:

@@ -117,7 +117,7 @@ def _nan(case: Case, device: torch.device) -> Result:
 
 
 def _training(case: Case, device: torch.device) -> Result:
-    return train(device)
+    return train(device, by_engine=case.options["engine"])
 
 
 def _start_counting(device: torch.device) -> int:
