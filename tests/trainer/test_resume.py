@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.helpers import WAIT
-from tests.trainer.conftest import finish, in_process_config, status, trajectory
+from tests.trainer.conftest import finish, in_process_config, leave_groups, status, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -150,16 +150,6 @@ def test_all_checkpoints_damaged_are_refused_and_set_aside_on_request(tiny_data,
     assert (run_dir / "metrics.1.jsonl").read_text() == lines
     moved = {run_dir / "checkpoints.1" / path.relative_to(run_dir / "checkpoints"): before[path] for path in before}
     assert {path: path.read_bytes() for path in moved} == moved
-
-
-def leave_groups():
-    """Those of a run that was refused, in this process."""
-    import torch
-
-    from trainer.engines.megatron import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def test_stopped_at_any_step(tiny_data, tmp_path, monkeypatch):

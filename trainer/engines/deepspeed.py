@@ -371,10 +371,6 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Leave the process groups."""
         self._engine.destroy()
-        if self._groups.tensor is not None:
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
         self._deepspeed.comm.destroy_process_group()
         process_groups.close()
 

@@ -1,6 +1,7 @@
 """The process groups of a run: those of all ranks, their timeout, the sockets of gloo, and their end."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,8 +52,13 @@ def saving_group() -> dist.ProcessGroup | None:
 
 
 def close() -> None:
-    """Destroy every group of this process. The last reference to each ends the threads that serve it."""
+    """Destroy every group of this process, mcore's too. The last reference to each ends the threads that serve it."""
     global _timeout
+    mcore: Any = sys.modules.get("megatron.core.parallel_state")
+    if mcore is not None:
+        mcore.destroy_model_parallel()
+        # Which mcore forgets.
+        mcore._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
     if dist.is_initialized():
         dist.destroy_process_group()
     _timeout = None

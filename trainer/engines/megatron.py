@@ -412,8 +412,10 @@ class MegatronEngine:
         return Shard.of(parameter, *cuts[parameter]) if parameter in cuts else Shard.of(parameter)
 
     def close(self) -> None:
-        """Leave the process groups."""
-        parallel_state.destroy_model_parallel()
+        """Leave the process groups, and free the optimizer's state."""
+        # Shards of parameters have grad_fn, through which the hooks of mcore's DDP refer back to the optimizer: a cycle
+        # through C++ that Python's collector does not see, so that the engine would live as long as the process.
+        self._optimizer, self._owned = None, {}
         groups.close()
 
 
