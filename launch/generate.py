@@ -94,8 +94,11 @@ def main(config: GenerateConfig) -> None:
         )
         continuation = takewhile(lambda token: token != tokenizer.eod_id, (int(tokens[0]) for tokens in drawn))
         print(config.prompt, end="", flush=True)
-        for text in stream_text(tokenizer.decode, ids, continuation):
-            print(text, end="", flush=True)
+        try:
+            for text in stream_text(tokenizer.decode, ids, continuation):
+                print(text, end="", flush=True)
+        except FloatingPointError as error:
+            raise ConfigError(f"checkpoint: {loaded.path}: {error}; choose another checkpoint") from error
         print()
 
 

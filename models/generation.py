@@ -21,7 +21,12 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
 
     Returns:
         int64 [B].
+
+    Raises:
+        FloatingPointError: a logit is NaN, which argmax would take for the largest.
     """
+    if logits.isnan().any():
+        raise FloatingPointError("the model gives logits that are not numbers")
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)

@@ -25,6 +25,7 @@ from trainer import checksums
 from trainer.cli import ConfigError
 from trainer.config import CheckpointConfig
 from trainer.data.tokenizer import Tokenizer
+from trainer.durable import flush_to_disk
 from trainer.engines import pieces
 from trainer.engines.base import Engine
 
@@ -293,7 +294,7 @@ def _publish(run_dir: Path, target: Path, keep: Retention, digests: dict[str, st
         # Only a damaged checkpoint can stand here: a run continues from its newest whole one.
         shutil.rmtree(target)
     os.replace(_unfinished(target), target)
-    _sync(target.parent)
+    flush_to_disk(target.parent)
     _prune(run_dir, keep)
 
 
@@ -303,11 +304,11 @@ def _seal(directory: Path, digests: dict[str, str]) -> None:
     own = sorted(path for path in directory.rglob("*") if path.is_file() and directory / "state" not in path.parents)
     listed = {str(path.relative_to(directory)): checksums.digest(path) for path in own}
     for path in own:
-        _sync(path)
+        flush_to_disk(path)
     listed |= {f"state/{name}": digests[name] for name in sorted(digests)}
     (directory / checksums.NAME).write_text(json.dumps(listed, indent=1) + "\n")
     for path in (directory / checksums.NAME, directory / "state", directory):
-        _sync(path)
+        flush_to_disk(path)
 
 
 def _prune(run_dir: Path, keep: Retention) -> None:
@@ -317,11 +318,3 @@ def _prune(run_dir: Path, keep: Retention) -> None:
                 shutil.rmtree(path)
     for path in (run_dir / "checkpoints").glob(".saving_*"):
         shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -122,7 +122,7 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
         tokenizer: Use this one in place of the checkpoint's.
 
     Raises:
-        ConfigError: no usable checkpoint there.
+        ConfigError: no usable checkpoint there, or a tokenizer with more ids than the model has.
     """
     stored = open_checkpoint(path)
     decoder = Decoder(stored.model, stored.vocab_size)
@@ -132,4 +132,9 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
     set_step([decoder], max(checkpoint.read_progress(stored.path).step - 1, 0))
     chosen = tokenizer or stored.tokenizer
     loaded = Tokenizer.load(chosen) if chosen else None
+    if loaded is not None and loaded.vocab_size > stored.vocab_size:
+        raise ConfigError(
+            f"tokenizer: {chosen} has {loaded.vocab_size} ids and the model of {stored.path} {stored.vocab_size}; "
+            "name the one that it was trained with"
+        )
     return LoadedModel(decoder.to(device).eval(), loaded, stored.path, stored.settings)

@@ -27,6 +27,7 @@ from models.config import MIXERS, ModelConfig, branches, mixer_section
 from trainer.cli import ConfigError, from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
+from trainer.durable import flush_to_disk
 from trainer.run_directory import differences, flatten, starts_anew
 
 if TYPE_CHECKING:
@@ -411,7 +412,7 @@ def write(
         _write_json(unfinished / CONFIG_NAME, _facts(model) if config is None else config)
         _copy_tokenizer(tokenizer, unfinished, files or {})
         for path in (*(path for path in unfinished.rglob("*") if path.is_file()), unfinished):
-            _sync(path)
+            flush_to_disk(path)
         # Refused by the system where the directory is not empty.
         unfinished.rename(output)
     except OSError as error:
@@ -423,15 +424,6 @@ def write(
 
 def _is_taken(output: Path) -> bool:
     return output.is_file() or (output.is_dir() and any(output.iterdir()))
-
-
-def _sync(path: Path) -> None:
-    """Have a file or directory reach the disk, so that a power cut after the renaming loses nothing."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_tensors(
@@ -522,7 +514,7 @@ def _compared(model: ModelConfig, read: set[str]) -> dict[str, Any]:
 def _vocab_size_of_data(config: PretrainConfig) -> int | None:
     """Token ids of prepared data, where that is known before anything is read."""
     data = config.data
-    paths = data.blend or {data.path: 1.0}
+    paths = data.shares()
     return None if data.tokenizer is not None or "stdlib" in paths else find_corpora(paths).vocab_size
 
 

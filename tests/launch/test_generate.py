@@ -1,8 +1,12 @@
 """Sampling from a checkpoint."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
+
+from trainer.data.tokenizer import learn_sentencepiece
 
 
 def test_samples_continue_the_prompt_and_depend_on_the_seed_alone(launch, trained):
@@ -70,3 +74,15 @@ def test_a_directory_without_a_usable_checkpoint(launch, trained, tmp_path):
     code, _, errors, _ = launch("generate", "--checkpoint", str(damaged), forked=True)
     assert code == 2
     assert "is damaged (config.yaml does not match its checksum); choose another checkpoint" in errors
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(launch, trained, tmp_path):
+    sources = [path.read_text() for path in Path(json.__file__).parent.glob("*.py")]
+    (tmp_path / "larger").mkdir()
+    (tmp_path / "larger" / "tokenizer.model").write_bytes(learn_sentencepiece(sources, "bpe", 700).model)
+    for name in ("generate", "evaluate"):
+        data = () if name == "generate" else ("--data", json.__file__)
+        arguments = ("--checkpoint", str(trained), "--tokenizer", "larger", *data)
+        code, _, errors, _ = launch(name, *arguments, forked=True)
+        assert code == 2 and len(errors.splitlines()) == 1, errors
+        assert "tokenizer: larger has 700 ids and the model of " in errors

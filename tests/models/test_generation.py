@@ -28,6 +28,13 @@ def test_temperature_zero_takes_the_most_likely(logits, top_p):
     assert sample_token(logits, 0, top_p, None).tolist() == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_refused(temperature):
+    logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        sample_token(logits, temperature, 1.0, seeded(0))
+
+
 def nucleus(logits, temperature, top_p):
     """By the definition: the fewest most likely tokens whose probabilities add up to top_p, ties all let in."""
     probabilities = (logits[0].double() / temperature).softmax(0)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.cli import ConfigError
+from trainer.durable import write_atomically
 
 _MAGIC = b"MMIDIDX\x00\x00"
 # Magic, version, dtype code, number of sequences, number of documents + 1.
@@ -29,30 +30,6 @@ _DTYPE_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 CHECKED_BYTES = 1 << 26
 CHECKED_ENTRIES = 1 << 22
 CHECKED_DOCUMENTS = 512
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is either complete or not there, even after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        # On a full disk the pieces of failed tries would take what room is left.
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_directory(path: Path) -> None:
-    """Bring the names in a directory to the disk, before a file is written that relies on them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -30,10 +30,11 @@ import numpy as np
 from trainer.cli import ConfigError
 from trainer.data.corpus import Document, Shard, hash_unit, shards, split_of, valid_text
 from trainer.data.files import LeftOut
-from trainer.data.indexed import sync_directory, token_dtype, write_atomically, write_index
+from trainer.data.indexed import token_dtype, write_index
 from trainer.data.layout import INFO_NAME, SPLITS, tokenizer_sha256
 from trainer.data.prepare_config import PrepareConfig, finished, refuse_other_settings, stdlib_config
 from trainer.data.tokenizer import Tokenizer, learn_sentencepiece
+from trainer.durable import flush_to_disk, write_atomically
 
 _SAMPLE_MB = {"bpe": 16.0, "unigram": 2.0}
 _SECONDS_BETWEEN_LINES = 30.0
@@ -303,7 +304,7 @@ def _prepare_locked(config: PrepareConfig, output: Path, settings: dict[str, Any
     }
     if config.source == "stdlib":
         info["python"] = sys.version.split()[0]
-    sync_directory(output)
+    flush_to_disk(output)
     write_atomically(output / INFO_NAME, (json.dumps(info, indent=2) + "\n").encode())
     shutil.rmtree(partial)
     _report(output, info, seconds)

@@ -26,7 +26,7 @@ def _vocab_size(config: PlanConfig) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     data = config.data
-    return data.vocab_size if "stdlib" in (data.blend or [data.path]) else find_sources(config).vocab_size
+    return data.vocab_size if "stdlib" in data.shares() else find_sources(config).vocab_size
 
 
 def _say(message: str) -> None:
