@@ -10,7 +10,7 @@ from tests.processes import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["kernels/test_linear_attention.py"])
+@pytest.mark.parametrize("file", ["kernels/test_linear_attention.py", "models/test_decoder.py"])
 def test_all_examples(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{file}"]
     environment = os.environ | {"TEST_ALL_EXAMPLES": "1"}

@@ -1,6 +1,7 @@
 """What holds for the tree as a whole: names, directions of imports, configurations that run, pages that are true."""
 
 import ast
+import functools
 import math
 import re
 import shlex
@@ -48,6 +49,7 @@ def top_names(node: ast.AST) -> set[str]:
     return set()
 
 
+@functools.cache
 def imports(path: Path) -> tuple[set[str], set[str]]:
     """Top-level packages that a file imports: when it is imported itself, and at any time."""
     tree = ast.parse(path.read_text())
@@ -96,11 +98,13 @@ def test_who_imports_deepspeed():
 
 # Configurations
 
+parser_of = functools.cache(lambda config: make_parser(config, ""))
+
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pretrain").rglob("*.yaml")), ids=name_of)
 def test_pretraining_configurations_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config, _ = parse(PretrainConfig, make_parser(PretrainConfig, ""), ["--config", str(path)])
+    config, _ = parse(PretrainConfig, parser_of(PretrainConfig), ["--config", str(path)])
     parallel = config.parallel
     ranks = math.lcm(parallel.tensor * parallel.context, parallel.expert) * parallel.pipeline
     config.validate_layout(ranks)
@@ -109,20 +113,20 @@ def test_pretraining_configurations_are_valid(path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "cluster").rglob("*.yaml")), ids=name_of)
 def test_clusters_are_valid(path):
-    parse(PlanConfig, make_parser(PlanConfig, ""), ["--cluster", str(path)])
+    parse(PlanConfig, parser_of(PlanConfig), ["--cluster", str(path)])
     assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "data").rglob("*.yaml")), ids=name_of)
 def test_data_configurations_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    parse(PrepareConfig, make_parser(PrepareConfig, ""), ["--config", str(path)])
+    parse(PrepareConfig, parser_of(PrepareConfig), ["--config", str(path)])
     assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "experts").rglob("*.yaml")), ids=name_of)
 def test_experts_are_valid(path):
-    parse(PretrainConfig, make_parser(PretrainConfig, ""), ["--model.moe", str(path)])
+    parse(PretrainConfig, parser_of(PretrainConfig), ["--model.moe", str(path)])
     assert path.read_text().startswith("#"), "a comment says what it is and how to run it"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer import yaml_files
 
@@ -33,7 +33,7 @@ _PATHS = frozenset(
     | {"data", "prompt_file", "validation", "test", "weights"}
 )
 
-# Of `from_mapping`: to make one takes half a second.
+# Of `from_mapping`: to make one takes a quarter of a second.
 _PARSERS: dict[type, ArgumentParser] = {}
 
 # Rounds of waiting, a pause instruction each: what libgomp takes itself where its threads outnumber the cores. Without
@@ -82,7 +82,6 @@ def dotted_keys(config_class: type, prefix: str = "") -> list[str]:
 
 def make_parser(config_class: type, description: str) -> ArgumentParser:
     """A parser with `--config FILE`, `--print_config` and one dotted option for each field."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; may be repeated, later ones override")
     parser.add_class_arguments(config_class, None, as_group=False, sub_configs=True)

@@ -1,19 +1,19 @@
 """The benchmark command: it runs, writes its fields, and refuses what it does not know in one line."""
 
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.helpers import WAIT
+from tests.processes import ROOT, finish, start
 from trainer.benchmarks import train_step
-
-ROOT = Path(__file__).resolve().parents[2]
 
 _SIZES = {
     "layers": 2,
@@ -34,17 +34,17 @@ _SIZES = {
 TINY = [f"--{name}={value}" for name, value in _SIZES.items()]
 
 
-def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "launch/bench.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=WAIT
-    )
+def _bench(*arguments: str) -> str:
+    """What a benchmark that succeeds writes."""
+    code, output = finish(start("launch/bench.py", *arguments))
+    assert code == 0, output
+    return output
 
 
 def test_train_step_writes_its_fields(tmp_path):
     pytest.importorskip("transformers")
     path = tmp_path / "result.json"
-    done = _bench("train_step", *TINY, "--json", str(path))
-    assert done.returncode == 0, done.stderr
+    output = _bench("train_step", *TINY, "--json", str(path))
     lines = json.loads(path.read_text())
     cases = [line["case"] for line in lines]
     assert cases == [
@@ -61,7 +61,7 @@ def test_train_step_writes_its_fields(tmp_path):
         assert (speed["unit"], used["unit"]) == ("tokens/s", "of matmul peak")
         assert used["ratio"] == pytest.approx(speed["ratio"])
         assert "2 x 16 tokens a step" in speed["note"] or "hybrid" in speed["case"]
-    assert "dense fp32, transformers eager" in done.stdout
+    assert "dense fp32, transformers eager" in output
 
 
 def test_train_step_compares_medians_and_counts_flops():
@@ -88,8 +88,7 @@ def test_linear_attention_writes_its_fields(tmp_path):
     sizes = {"seq_lens": "[64]", "naive_seq_len": 8, "scaling_seq_lens": "[32,64]", "window_seq_len": 64, "window": 16}
     sizes |= {"mixer_seq_len": 32, "heads": 2, "head_dim": 16, "rounds": 1, "warmup": 0, "threads": 1}
     options = [f"--{name}={value}" for name, value in sizes.items()]
-    done = _bench("linear_attention", *options, "--json", str(path))
-    assert done.returncode == 0, done.stderr
+    _bench("linear_attention", *options, "--json", str(path))
     lines = json.loads(path.read_text())
     cases = [line["case"].split(",")[1].split(" T=")[0].strip() for line in lines]
     peers = ["transformers' fallback", "our gated_delta_rule", *["SDPA"] * 7, *["fla-core naive"] * 5]
@@ -104,8 +103,7 @@ def test_moe_writes_its_fields(tmp_path):
     sizes = {"tokens": "[32]", "scaling_tokens": "[16,32]", "scaling_experts": "[2,4]", "experts": 4}
     sizes |= {"hidden_size": 16, "expert_hidden_size": 24, "rounds": 1, "warmup": 0, "threads": 1, "clock": "cpu"}
     sizes |= {"parts": "[peers,tokens,experts]"}
-    done = _bench("moe", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
-    assert done.returncode == 0, done.stderr
+    _bench("moe", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
     lines = json.loads(path.read_text())
     peers = ["a loop with index_add", "Mixtral's block, eager", "Mixtral's block, grouped_mm"]
     growths = ["growth with tokens from 16 to 32", "growth with experts from 2 to 4"]
@@ -120,8 +118,7 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
     path = tmp_path / "result.json"
     N, D, E, F = 32, 16, 8, 24
     sizes = {"tokens": f"[{N}]", "experts": E, "hidden_size": D, "expert_hidden_size": F, "skew": 2, "threads": 1}
-    done = _bench("moe", "--parts=[systems]", *(f"--{name}={value}" for name, value in sizes.items()), f"--json={path}")
-    assert done.returncode == 0, done.stderr
+    _bench("moe", "--parts=[systems]", *(f"--{name}={value}" for name, value in sizes.items()), f"--json={path}")
     lines = {line["case"]: line for line in json.loads(path.read_text())}
     cases = ["none", "moe_activation", "moe_experts", "ffn", "recompute_above=2", "replicated_experts=1"]
     copies = "replicated_experts=2"
@@ -176,15 +173,22 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
         (["moe", "--clock=cpu"], "--threads 1"),
     ],
 )
-def test_errors_are_one_line_and_exit_2(arguments, expected):
-    done = _bench(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert expected in done.stderr
+def test_errors_are_one_line_and_exit_2(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launch/bench.py", *arguments])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "launch" / "bench.py"), run_name="__main__")
+    output, errors = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert output == ""
+    assert len(errors.splitlines()) == 1
+    assert expected in errors
 
 
-def test_without_a_name_it_lists_the_benchmarks():
-    done = _bench()
-    assert done.returncode == 0
-    assert "train_step" in done.stdout
+@pytest.mark.parametrize(("arguments", "code"), [([], 0), (["train_step", "--rounds", "0"], 2)])
+def test_a_process_of_its_own_lists_the_benchmarks_or_refuses(arguments, code):
+    command = [sys.executable, "launch/bench.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == (code != 0)
+    assert ("train_step" in done.stdout) == (code == 0)

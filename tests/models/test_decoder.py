@@ -1,5 +1,6 @@
 """The decoder with every mixer and a hybrid of all: isolation, caches, initialisation, loss, FLOP count."""
 
+import functools
 import itertools
 import math
 
@@ -17,7 +18,7 @@ from models.generation import stream_tokens
 from models.layers import RMSNorm, ShortConvolution
 from models.mixers.base import LayerCache
 from models.parallel import RowLinear, cast_parameters
-from tests.helpers import VOCABULARY, draw_tokens, pack, rows, tiny_decoder, tiny_model_config
+from tests.helpers import VOCABULARY, draw_tokens, examples, pack, rows, tiny_decoder, tiny_model_config
 
 HYBRID = ", ".join(MIXERS)
 # Branches that are both linear, that both rotate, and of which one does.
@@ -27,10 +28,16 @@ LAYOUTS = {**{name: (name, 2) for name in MIXERS}, "hybrid": (HYBRID, len(MIXERS
 LENGTHS = (70, 1, 3, 130, 20)
 
 
+@functools.cache
+def decoder_of(layout):
+    """The same for all tests, which leave it as it is."""
+    pattern, layers = LAYOUTS[layout]
+    return tiny_decoder(pattern, num_layers=layers).eval()
+
+
 @pytest.fixture(params=LAYOUTS)
 def model(request):
-    pattern, layers = LAYOUTS[request.param]
-    return tiny_decoder(pattern, num_layers=layers).eval()
+    return decoder_of(request.param)
 
 
 def documents(seed=0):
@@ -135,11 +142,11 @@ def in_pieces(model, tokens, cuts):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(cuts=st.sets(st.integers(1, 89), max_size=6))
+@torch.no_grad()
 def test_a_sequence_can_be_cut_anywhere(layout, cuts):
-    pattern, layers = LAYOUTS[layout]
-    model = tiny_decoder(pattern, num_layers=layers)
+    model = decoder_of(layout)
     tokens = draw_tokens(2, 90, seed=len(cuts))
     assert close(in_pieces(model, tokens, cuts), model(*rows(tokens)))
 

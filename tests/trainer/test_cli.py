@@ -1,7 +1,9 @@
 """The command line of launch/pretrain.py: one line for every mistake, at once, before torch is imported."""
 
+import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from trainer.config import PretrainConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
+PARSERS = {}
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +169,51 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line(command, files, arguments, message):
+@pytest.fixture
+def in_this_process(tmp_path, monkeypatch, capsys):
+    """Run pretrain.py in tmp_path without a process of its own; give the exit code, output and errors."""
+
+    def make_parser_once(config_class, description):
+        # The script's own options are added to a copy.
+        if config_class not in PARSERS:
+            PARSERS[config_class] = make_parser(config_class, description)
+        return copy.deepcopy(PARSERS[config_class])
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(os, "environ", os.environ.copy())
+        for name in ("RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        monkeypatch.setattr(cli, "make_parser", make_parser_once)
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+        with pytest.raises(SystemExit) as leaving:
+            runpy.run_path(SCRIPT, run_name="__main__")
+        return leaving.value.code, *capsys.readouterr()
+
+    return run
+
+
+# Found by the parser, in a file, by a dataclass, in a folder of weights, and beside the number of ranks.
+IN_A_PROCESS = ("unknown option", "YAML that is none", "bad combination", "missing weights", "unsupported layout")
+
+
+@pytest.mark.parametrize("name", IN_A_PROCESS)
+def test_a_mistake_is_one_line_before_torch_is_imported(command, files, name):
+    arguments, message = MISTAKES[name]
     result, imported = command(*arguments, "--run.dir=here")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    assert not imported
+    check_the_one_line(files, message, result.returncode, result.stdout, result.stderr)
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(in_this_process, files, arguments, message):
+    check_the_one_line(files, message, *in_this_process(*arguments, "--run.dir=here"))
+
+
+def check_the_one_line(files, message, code, output, errors):
+    assert code == 2 and output == ""
+    (line,) = errors.splitlines()
     assert line.startswith("error: ") and message in line
-    assert result.stdout == "" and not imported
     status = json.loads((files / "here" / "status.json").read_text())
     assert status == {"state": "config_error", "exit_code": 2, "message": line.removeprefix("error: ")}
     assert [path.name for path in (files / "here").iterdir()] == ["status.json"]
@@ -329,11 +370,10 @@ def test_rank_0_speaks_and_the_others_wait_for_it(monkeypatch, capsys, rank):
 # In this process
 
 
-def test_later_files_and_options_win(tmp_path):
+def test_later_files_and_options_win(parser, tmp_path):
     write(tmp_path, "first.yaml", {"train": {"steps": 200, "seed": 1}})
     write(tmp_path, "second.yaml", {"train": {"seed": 2}})
     files = [f"--config={tmp_path / name}.yaml" for name in ("first", "second")]
-    parser = make_parser(PretrainConfig, "")
     config, _ = parse(PretrainConfig, parser, [*files, "--train.seq_len=64"])
     assert (config.train.steps, config.train.seed, config.train.seq_len) == (200, 2, 64)
     config, _ = parse(PretrainConfig, parser, [*files[:1], "--train.steps=300"])
@@ -348,14 +388,13 @@ def test_later_files_and_options_win(tmp_path):
     st.none() | st.integers(1, 9),
     st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12),
 )
-def test_a_dump_reads_back_as_the_same_configuration(steps, lr, tied, ratio, prompt):
+def test_a_dump_reads_back_as_the_same_configuration(parser, steps, lr, tied, ratio, prompt):
     values = {
         "train": {"steps": steps},
         "optim": {"lr": lr},
         "model": {"tie_embeddings": tied, "mixers": {"linear_per_full": ratio}},
         "evaluation": {"prompt": prompt},
     }
-    parser = make_parser(PretrainConfig, "")
     text = dump(parser, parser.parse_object(values), PretrainConfig)
     assert list(yaml.safe_load(text)) == [field.name for field in fields(PretrainConfig)]
     config = from_mapping(PretrainConfig, yaml.safe_load(text))
@@ -363,7 +402,7 @@ def test_a_dump_reads_back_as_the_same_configuration(steps, lr, tied, ratio, pro
     assert config.evaluation.prompt == prompt
 
 
-def test_a_file_named_for_a_group_is_all_of_it(tmp_path):
+def test_a_file_named_for_a_group_is_all_of_it(parser, tmp_path):
     """But what a configuration and single options say of other groups stays."""
     recipe, model, experts = (tmp_path / f"{name}.yaml" for name in ("recipe", "model", "experts"))
     write(tmp_path, "recipe.yaml", {"model": {"num_layers": 2, "moe": {"num_experts": 4}}, "optim": {"lr": 0.5}})
@@ -371,8 +410,7 @@ def test_a_file_named_for_a_group_is_all_of_it(tmp_path):
     write(tmp_path, "experts.yaml", {"num_experts": 8})
 
     def read(*options):
-        arguments = ["--config", str(recipe), *options]
-        return parse(PretrainConfig, make_parser(PretrainConfig, ""), arguments)[0]
+        return parse(PretrainConfig, parser, ["--config", str(recipe), *options])[0]
 
     for options in (["--model", str(model)], [f"--model={model}"]):
         config = read(*options, "--model.hidden_size=128")

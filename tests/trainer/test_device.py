@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from tests.processes import finish, start
 from trainer import device as module
 from trainer.cli import ConfigError
 from trainer.device import (
@@ -105,7 +106,8 @@ def test_the_users_number_of_openmp_threads_is_taken(threads, monkeypatch, value
     assert threads == [expected, 5]
 
 
-@pytest.mark.parametrize("by_user", [True, False])
+# The user's own number is also told above, without torchrun.
+@pytest.mark.parametrize("by_user", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_torchruns_number_of_threads_is_told_from_the_users(tmp_path, by_user):
     (tmp_path / "rank.py").write_text(
         "import os, trainer.device as d\n"
@@ -119,25 +121,25 @@ def test_torchruns_number_of_threads_is_told_from_the_users(tmp_path, by_user):
     assert result.stdout.split("\n")[:2] == [f"threads 1 {1 if by_user else 3}"] * 2, result.stdout
 
 
-def test_threads_are_really_set():
+def test_threads_are_really_set(tmp_path):
     code = "import torch; from trainer.device import configure_threads as c; print(c(2), torch.get_num_threads())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["2", "2"]
+    (tmp_path / "script.py").write_text(code)
+    assert finish(start(tmp_path / "script.py")) == (0, "2 2\n")
 
 
 MEASURE = """
-import resource, sys, torch
+import resource, torch
 from trainer.device import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
 def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(16):  # until the allocator's small caches are full
-    torch.ones(16 << 20)
-before = faults()
-for _ in range(8):
-    torch.ones(16 << 20)
-print(faults() - before)
+    for _ in range(16):  # until the allocator's small caches are full
+        torch.ones(16 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+default = faults()
+assert keep_freed_memory()
+print(default, faults())
 """
 
 
@@ -145,12 +147,11 @@ print(faults() - before)
 def test_freed_memory_is_used_again():
     """Page faults of allocating 64 MiB eight times over, with the setting and without: 4 kB (or 2 MB) a fault."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_", "LD_"))}
-    counts = {}
-    for mode in ("keep", "default"):
-        command = [sys.executable, "-c", MEASURE, mode]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        counts[mode] = int(result.stdout)
-    assert counts["keep"] < counts["default"] / 4, counts
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True
+    )
+    default, kept = map(int, result.stdout.split())
+    assert kept < default / 4, (default, kept)
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.parity.worker import VOCAB
-from tests.processes import ROOT, run_ranks
+from tests.processes import ROOT, finish, run_ranks, start
 from trainer.cli import from_mapping
+from trainer.planning import plan as planning
 from trainer.planning.config import PlanConfig
 from trainer.planning.dry_run import Cut, DryRun
 from trainer.planning.plan import Planner, choices, in_flight
@@ -74,6 +75,20 @@ ON_DEEPSPEED = {
     "ZeRO 2 in bf16": values(engine={"name": "deepspeed", "zero_stage": 2}, precision="bf16"),
     "ZeRO 3 in bf16": values(engine={"name": "deepspeed", "zero_stage": 3}, precision="bf16"),
 }
+
+
+@pytest.fixture(autouse=True)
+def dry_runs_are_shared(monkeypatch):
+    """What one test had measured of a model is not measured again for the next one."""
+    monkeypatch.setattr(planning, "DryRun", dry_run)
+
+
+DRY_RUNS = {}
+
+
+def dry_run(model, vocab_size, dtype):
+    """As a planner makes it, but once."""
+    return DRY_RUNS.setdefault((repr(model), vocab_size, dtype), DryRun(model, vocab_size, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -285,5 +300,5 @@ def test_the_command(tmp_path):
     assert code == 0 and not errors, errors
     assert out.strip().splitlines()[-1].startswith("fits:")
     assert json.loads((tmp_path / "plan.json").read_text())[0]["fits"]
-    code, out, _ = command(*LAPTOP, "--cluster.memory", "0.02")
+    code, out = finish(start("launch/plan.py", *LAPTOP, "--cluster.memory", "0.02"))
     assert code == 1 and "does not fit" in out.strip().splitlines()[-1]
