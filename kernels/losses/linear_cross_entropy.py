@@ -23,26 +23,13 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
-from kernels.indices import check_range
+from kernels.losses import _blocks
+from kernels.losses._blocks import IGNORE_LABEL, Half
 from kernels.matmul import matmul
 from kernels.triton import implementations
 
-IGNORE_LABEL = -100
-
-# A block of tokens costs one pass over the gradient of weight, [V, D] in float32, so it holds at least 512 tokens, and
-# up to 1024 while its logits take no more than 64 MiB. The softmax goes through it by rows that stay in the cache.
-_LOGITS_BYTES = 64 << 20
-_MIN_TOKENS = 512
-_MAX_TOKENS = 1024
-_SOFTMAX_ELEMENTS = 1 << 17
-# Rows of the gradient of weight whose product exists at once, beside their sum: an eighth of a vocabulary of 256k.
-_PRODUCT_ROWS = 1 << 15
-
 # (logits_CV, target_C, scale_C, nll_C, wants_gradient): writes the losses and, over the logits, their gradients.
 _ToGradient = Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
-# (logits_CV, target_C, scale_C, statistics_2C) and (logits_CV, target_C, scale_C, log_total_C): its two halves for a
-# part of the vocabulary, in which a target below 0 or from V on is another rank's.
-_Half = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 def linear_cross_entropy_reference(
@@ -53,14 +40,7 @@ def linear_cross_entropy_reference(
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy` through F.cross_entropy on the whole logits; float64 stays float64."""
-    logits_NV = F.linear(hidden, weight)
-    if group is not None:
-        # The other ranks' logits are constants here: what is left is this rank's share of every gradient.
-        parts = [torch.empty_like(logits_NV) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, logits_NV.detach(), group=group)
-        parts[dist.get_rank(group)] = logits_NV
-        logits_NV = torch.cat(parts, dim=1)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    logits_NV = _blocks.whole_logits(hidden, weight, group)
     nll_N = F.cross_entropy(logits_NV, labels, ignore_index=IGNORE_LABEL, reduction="none")
     if token_weights is None:
         return nll_N.sum(), nll_N.detach()
@@ -104,8 +84,7 @@ def linear_cross_entropy(
     Logits come from a matmul in hidden's dtype and are float32 after it. The largest temporary holds the logits of one
     block of tokens; the gradient of weight is summed in float32.
     """
-    vocabulary = len(weight) * (1 if group is None else dist.get_world_size(group))
-    _check(hidden, weight, labels, token_weights, vocabulary)
+    _check(hidden, weight, labels, token_weights, _blocks.vocabulary_rows(weight, group))
     available = implementations(("torch", "reference"), hidden, weight, labels, token_weights)
     choice = resolve("linear_cross_entropy", backend, available)
     if choice == "reference":
@@ -115,22 +94,11 @@ def linear_cross_entropy(
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, vocabulary: int) -> None:
-    if not hidden.is_floating_point():
-        raise ValueError(f"linear_cross_entropy: hidden must be floating, not {hidden.dtype}")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"linear_cross_entropy: hidden [N, D] and weight [V, D] must share D and dtype, not "
-            f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(weight.shape)} {weight.dtype}"
-        )
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"linear_cross_entropy: labels must be int64 [{len(hidden)}], not {labels.dtype} {tuple(labels.shape)}"
-        )
+    _blocks.check_head("linear_cross_entropy", hidden, weight, labels, "label", vocabulary)
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"linear_cross_entropy: token_weights {tuple(token_weights.shape)} must be [{len(hidden)}]")
     if token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled():
         raise ValueError("linear_cross_entropy: token_weights would get no gradient: detach them first")
-    check_range("linear_cross_entropy", "label", labels, vocabulary, besides=IGNORE_LABEL)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -147,25 +115,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         backend: str,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        vocabulary = len(weight) * (1 if group is None else dist.get_world_size(group))
-        exists_N = (labels >= 0) & (labels < vocabulary)
-        # Labels that nobody could look at: their tokens read the row of another, and count as NaN.
-        unknown_N = ~exists_N & (labels != IGNORE_LABEL)
-        scale_N = exists_N.to(wide).masked_fill_(unknown_N, torch.nan)
+        target_N, scale_N = _blocks.find_targets(labels, weight, _blocks.vocabulary_rows(weight, group), group)
+        unknown_N = scale_N.isnan()
         if token_weights is not None:
             scale_N = scale_N * token_weights
-        target_N = labels.masked_fill(~exists_N, 0)
-        if group is not None:
-            target_N -= dist.get_rank(group) * len(weight)
         nll_N = torch.empty_like(scale_N)
         needs_hidden, needs_weight = (wants_gradients and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Without a token there is no block to write it.
         new_weight = torch.empty_like if len(hidden) else torch.zeros_like
-        grad_weight = new_weight(weight, dtype=wide) if needs_weight else None
+        grad_weight = new_weight(weight, dtype=nll_N.dtype) if needs_weight else None
         to_gradient = _choose_softmax(backend, group)
-        tokens = _block_tokens(weight)
+        tokens = _blocks.block_tokens(weight)
         blocks = zip(*(x.split(tokens) for x in (hidden, target_N, scale_N, nll_N)))
         for start, (hidden_CD, target_C, scale_C, nll_C) in zip(range(0, len(hidden), tokens), blocks):
             logits = matmul(hidden_CD, weight.T)
@@ -173,10 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[start : start + tokens] = matmul(logits, weight)
             if grad_weight is not None:
-                # Half-precision products are added up in float32.
-                add = Tensor.copy_ if start == 0 else Tensor.add_
-                for logits_CR, grad_RD in zip(logits.split(_PRODUCT_ROWS, dim=1), grad_weight.split(_PRODUCT_ROWS)):
-                    add(grad_RD, matmul(logits_CR.T, hidden_CD))
+                _blocks.add_weight_gradient(grad_weight, logits, hidden_CD, first=start == 0)
         # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
         nll_N.masked_fill_(scale_N == 0, 0.0).masked_fill_(unknown_N, torch.nan)
         loss = torch.dot(nll_N, scale_N)
@@ -202,29 +160,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _block_tokens(weight: Tensor) -> int:
-    return min(max(_LOGITS_BYTES // (weight.element_size() * len(weight)), _MIN_TOKENS), _MAX_TOKENS)
-
-
 def _choose_softmax(backend: str, group: dist.ProcessGroup | None) -> _ToGradient:
     """The backend's softmax of a block, over the ranks of `group` if there is one."""
-    to_gradient, statistics, part_to_gradient = _to_gradient, _statistics, _part_to_gradient
+    if group is not None:
+        return _over_ranks(*_blocks.choose_halves(backend), group)
     if backend == "triton":
         from kernels.triton import losses  # here, for machines without triton
 
-        to_gradient, statistics, part_to_gradient = losses.to_gradient, losses.statistics, losses.part_to_gradient
-    return to_gradient if group is None else _over_ranks(statistics, part_to_gradient, group)
+        return losses.to_gradient
+    return _to_gradient
 
 
-def _over_ranks(statistics: _Half, part_to_gradient: _Half, group: dist.ProcessGroup) -> _ToGradient:
+def _over_ranks(statistics: Half, part_to_gradient: Half, group: dist.ProcessGroup) -> _ToGradient:
     """The softmax of a block whose vocabulary is cut over ranks: both halves, and one all-gather between them."""
 
     def to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Tensor, wants_gradient: bool) -> None:
         local_2C = nll_C.new_empty(2, len(nll_C))
         statistics(logits_CV, target_C, scale_C, local_2C)
-        # Gathered rather than reduced: every rank adds in the same order, so that the losses agree to the last bit.
-        all_P2C = nll_C.new_empty(dist.get_world_size(group), *local_2C.shape)
-        dist.all_gather(list(all_P2C), local_2C, group=group)
+        all_P2C = _blocks.gather(local_2C, group)
         log_total_C = all_P2C[:, 0].logsumexp(0)
         torch.sub(log_total_C, all_P2C[:, 1].amax(0), out=nll_C)
         if wants_gradient:
@@ -233,37 +186,9 @@ def _over_ranks(statistics: _Half, part_to_gradient: _Half, group: dist.ProcessG
     return to_gradient
 
 
-def _softmax_rows(logits_CV: Tensor) -> int:
-    return max(1, _SOFTMAX_ELEMENTS // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
-
-
-def _statistics(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, statistics_2C: Tensor) -> None:
-    """Write the tokens' logsumexp over this part of the vocabulary, and their target's logit (−inf if not in it)."""
-    del scale_C  # which the Triton kernel reads, to pass over tokens that count nothing
-    rows, last = _softmax_rows(logits_CV), logits_CV.shape[1] - 1
-    for logits, target, log_total, at_target in zip(*(x.split(rows) for x in (logits_CV, target_C, *statistics_2C))):
-        wide = logits.to(statistics_2C.dtype)
-        torch.logsumexp(wide, -1, out=log_total)
-        inside = target.clamp(0, last)
-        at_target.copy_(wide.gather(1, inside[:, None])[:, 0].masked_fill_(inside != target, -torch.inf))
-
-
-def _part_to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, log_total_C: Tensor) -> None:
-    """Write the gradients of the tokens' losses over this part of their logits, given the whole logsumexp."""
-    rows, last = _softmax_rows(logits_CV), logits_CV.shape[1] - 1
-    blocks = zip(*(x.split(rows) for x in (logits_CV, target_C, scale_C, log_total_C)))
-    for logits, target, scale, log_total in blocks:
-        # Over the logits themselves, or over their wider copy.
-        gradient = logits.to(log_total.dtype).sub_(log_total[:, None]).exp_().mul_(scale[:, None])
-        inside = target.clamp(0, last)
-        gradient.scatter_add_(1, inside[:, None], -scale.masked_fill(inside != target, 0.0)[:, None])
-        if gradient.dtype != logits.dtype:
-            logits.copy_(gradient)
-
-
 def _to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Tensor, wants_gradient: bool) -> None:
     """Write the tokens' losses to nll and, if asked, their gradients over the logits."""
-    rows = _softmax_rows(logits_CV)
+    rows = _blocks.softmax_rows(logits_CV)
     for logits, target, scale, nll in zip(*(x.split(rows) for x in (logits_CV, target_C[:, None], scale_C, nll_C))):
         wide = logits.to(nll.dtype)
         probabilities = torch.softmax(wide, dim=-1)

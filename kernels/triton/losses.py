@@ -7,7 +7,10 @@ Gimelshein 2018, arXiv:1805.02867, algorithm 3), once, while the row is still in
 weight 0 is not read.
 
 Where the vocabulary is cut over ranks, they must meet between the two: `statistics` and `part_to_gradient` are the two
-halves, for a part of the vocabulary that may or may not have the target.
+halves, for a part of the vocabulary that may or may not have the target. They also serve log-probabilities and the
+entropy H = −sum p log p, whose sum U below the running maximum m comes along with the softmax's:
+
+    S = sum exp(z − m),   U = sum exp(z − m) (z − m),   H = log S − U / S
 """
 
 # Triton reads a kernel's annotations: only those of constexprs mean anything to it.
@@ -26,25 +29,51 @@ _BLOCK_V = 4096
 
 
 @triton.jit
-def _log_sum_exp(logits_ptr, vocabulary, BLOCK_V: tl.constexpr):
-    largest, total = tl.cast(float("-inf"), tl.float32), tl.cast(0.0, tl.float32)
+def _log_sum_exp(logits_ptr, inverse_temperature, vocabulary, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(logsumexp, entropy or 0) of a row."""
+    largest, total, moment = tl.cast(float("-inf"), tl.float32), tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for start in range(0, vocabulary, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+        z *= inverse_temperature
         new = tl.maximum(largest, tl.max(z, axis=0))
         # Logits of −inf only: any finite number in the place of their maximum leaves a sum of 0.
         finite = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(largest - finite) + tl.sum(tl.exp(z - finite), axis=0)
+        shrink, p = tl.exp(largest - finite), tl.exp(z - finite)
+        if ENTROPY:
+            # 0 log 0 = 0, of the maximum before the first logit as of logits of −inf.
+            fall = tl.where(largest == float("-inf"), 0.0, largest - finite)
+            moment = shrink * (moment + fall * total)
+            moment += tl.sum(p * tl.where(z == float("-inf"), 0.0, z - finite), axis=0)
+        total = total * shrink + tl.sum(p, axis=0)
         largest = new
-    return largest + tl.log(total)
+    entropy = tl.cast(0.0, tl.float32)
+    if ENTROPY:
+        entropy = tl.where(total == 0.0, 0.0, tl.log(total) - moment / total)
+    return largest + tl.log(total), entropy
 
 
 @triton.jit
-def _write_gradient(logits_ptr, target, scale, log_total, vocabulary, BLOCK_V: tl.constexpr):
+def _write_gradient(
+    logits_ptr,
+    target,
+    scale,
+    log_total,
+    inverse_temperature,
+    entropy_scale,
+    entropy,
+    vocabulary,
+    ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     for start in range(0, vocabulary, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
-        gradient = scale * (tl.exp(z - log_total) - tl.where(column == target, 1.0, 0.0))
+        log_p = z * inverse_temperature - log_total
+        p = tl.exp(log_p)
+        gradient = scale * (p - tl.where(column == target, 1.0, 0.0))
+        if ENTROPY:
+            gradient -= entropy_scale * p * tl.where(z == float("-inf"), 0.0, log_p + entropy)
         gradient = gradient.to(logits_ptr.dtype.element_ty)
         tl.store(logits_ptr + column, gradient, mask=column < vocabulary)
 
@@ -79,40 +108,78 @@ def _kernel(
         target = tl.load(target_ptr + row)
         inside = (target >= 0) & (target < vocabulary)
         at_target = tl.load(logits_ptr + target, mask=inside, other=float("-inf")).to(tl.float32)
-        log_total = _log_sum_exp(logits_ptr, vocabulary, BLOCK_V)
+        log_total, _ = _log_sum_exp(logits_ptr, 1.0, vocabulary, False, BLOCK_V)
         tl.store(nll_ptr + row, log_total - at_target)
         if GRADIENT:
             # Another thread overwrites the target's logit, which must have been read by all.
             tl.debug_barrier()
-            _write_gradient(logits_ptr, target, scale, log_total, vocabulary, BLOCK_V)
+            _write_gradient(logits_ptr, target, scale, log_total, 1.0, 0.0, 0.0, vocabulary, False, BLOCK_V)
 
 
 @triton.jit
 def _statistics_kernel(
-    logits_ptr, target_ptr, scale_ptr, log_total_ptr, at_target_ptr, stride, vocabulary, BLOCK_V: tl.constexpr
+    logits_ptr,
+    target_ptr,
+    scale_ptr,
+    log_total_ptr,
+    at_target_ptr,
+    entropy_ptr,
+    stride,
+    vocabulary,
+    inverse_temperature,
+    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     log_total, at_target = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
+    entropy = tl.cast(0.0, tl.float32)
     if tl.load(scale_ptr + row) != 0.0:
         target = tl.load(target_ptr + row)
         inside = (target >= 0) & (target < vocabulary)
         at_target = tl.load(logits_ptr + target, mask=inside, other=float("-inf")).to(tl.float32)
-        log_total = _log_sum_exp(logits_ptr, vocabulary, BLOCK_V)
+        at_target *= inverse_temperature
+        log_total, entropy = _log_sum_exp(logits_ptr, inverse_temperature, vocabulary, entropy_ptr is not None, BLOCK_V)
     tl.store(log_total_ptr + row, log_total)
     tl.store(at_target_ptr + row, at_target)
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, entropy)
 
 
 @triton.jit
-def _part_gradient_kernel(logits_ptr, target_ptr, scale_ptr, log_total_ptr, stride, vocabulary, BLOCK_V: tl.constexpr):
+def _part_gradient_kernel(
+    logits_ptr,
+    target_ptr,
+    scale_ptr,
+    log_total_ptr,
+    entropy_scale_ptr,
+    entropy_ptr,
+    stride,
+    vocabulary,
+    inverse_temperature,
+    BLOCK_V: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     scale = tl.load(scale_ptr + row)
-    if scale == 0.0:
+    entropy_scale, entropy = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
+    if entropy_ptr is not None:
+        entropy_scale, entropy = tl.load(entropy_scale_ptr + row), tl.load(entropy_ptr + row)
+    if (scale == 0.0) & (entropy_scale == 0.0):
         _write_zeros(logits_ptr, vocabulary, BLOCK_V)
     else:
         target, log_total = tl.load(target_ptr + row), tl.load(log_total_ptr + row)
-        _write_gradient(logits_ptr, target, scale, log_total, vocabulary, BLOCK_V)
+        _write_gradient(
+            logits_ptr,
+            target,
+            scale,
+            log_total,
+            inverse_temperature,
+            entropy_scale,
+            entropy,
+            vocabulary,
+            entropy_ptr is not None,
+            BLOCK_V,
+        )
 
 
 def _tile(target: str, vocabulary: int) -> tuple[int, int]:
@@ -139,39 +206,53 @@ def to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Ten
             _kernel[(tokens,)](*tensors, logits_CV.stride(0), vocabulary, **sizes)
 
 
-def statistics(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, statistics_2C: Tensor) -> None:
+def statistics(
+    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, statistics_SC: Tensor, inverse_temperature: float = 1.0
+) -> None:
     """Write what a rank must tell the others of its part of the vocabulary.
 
     Args:
         logits_CV: float32, bfloat16 or float16, its last dimension contiguous.
         target_C: int64; below 0 or from V on where another part has it.
         scale_C: float32, contiguous.
-        statistics_2C: float32, contiguous; gets the logsumexp of each token's logits and its target's logit, −inf where
-            another part has it; zeros for a token whose scale is 0.
+        statistics_SC: float32, its last dimension contiguous; of the logits times inverse_temperature it gets each
+            token's logsumexp, its target's logit, −inf where another part has it, and, if there is a third row, the
+            entropy of their softmax; zeros for a token whose scale is 0.
+        inverse_temperature: above 0.
     """
     tokens, vocabulary = logits_CV.shape
     block_v, warps = _tile(target_name(logits_CV.device), vocabulary)
+    log_total, at_target, *entropy = statistics_SC
     if tokens:
         with device_guard(logits_CV):
-            tensors = logits_CV, target_C, scale_C, *statistics_2C
-            _statistics_kernel[(tokens,)](*tensors, logits_CV.stride(0), vocabulary, BLOCK_V=block_v, num_warps=warps)
+            tensors = logits_CV, target_C, scale_C, log_total, at_target, entropy[0] if entropy else None
+            numbers = logits_CV.stride(0), vocabulary, inverse_temperature
+            _statistics_kernel[(tokens,)](*tensors, *numbers, BLOCK_V=block_v, num_warps=warps)
 
 
-def part_to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, log_total_C: Tensor) -> None:
-    """Write the gradients of the tokens' losses over this part of their logits.
+def part_to_gradient(
+    logits_CV: Tensor,
+    target_C: Tensor,
+    scale_C: Tensor,
+    log_total_C: Tensor,
+    inverse_temperature: float = 1.0,
+    entropy_scale_C: Tensor | None = None,
+    entropy_C: Tensor | None = None,
+) -> None:
+    """Write, over the logits z, scale (p − onehot) − entropy_scale p (log p + H), log p = inverse_temperature z − L.
 
     Args:
-        logits_CV, target_C, scale_C: as in `statistics`.
-        log_total_C: float32, contiguous; the logsumexp of each token's logits over all parts.
+        logits_CV, target_C, scale_C, inverse_temperature: as in `statistics`.
+        log_total_C: float32, contiguous; L, the logsumexp of each token's logits over all parts.
+        entropy_scale_C, entropy_C: likewise; H is the entropy of the softmax over all parts. Both or neither.
     """
     tokens, vocabulary = logits_CV.shape
     block_v, warps = _tile(target_name(logits_CV.device), vocabulary)
     if tokens:
         with device_guard(logits_CV):
-            tensors = logits_CV, target_C, scale_C, log_total_C
-            _part_gradient_kernel[(tokens,)](
-                *tensors, logits_CV.stride(0), vocabulary, BLOCK_V=block_v, num_warps=warps
-            )
+            tensors = logits_CV, target_C, scale_C, log_total_C, entropy_scale_C, entropy_C
+            numbers = logits_CV.stride(0), vocabulary, inverse_temperature
+            _part_gradient_kernel[(tokens,)](*tensors, *numbers, BLOCK_V=block_v, num_warps=warps)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
@@ -182,18 +263,25 @@ def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
     elements = tokens * vocabulary
     inputs = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "scale_ptr": "*fp32"}
     sizes = {"stride": "i32:16", "vocabulary": "i32:16"}
-    # Name, kernel, its outputs and other inputs, constexprs, passes over the logits in memory, operations on each.
-    kernels: tuple[tuple[str, Any, tuple[str, ...], dict[str, object], int, int], ...] = (
-        ("cross_entropy_losses", _kernel, ("nll_ptr",), {"GRADIENT": False}, 1, 4),
-        ("cross_entropy_gradients", _kernel, ("nll_ptr",), {"GRADIENT": True}, 3, 7),
-        ("cross_entropy_statistics", _statistics_kernel, ("log_total_ptr", "at_target_ptr"), {}, 1, 4),
-        ("cross_entropy_part_gradients", _part_gradient_kernel, ("log_total_ptr",), {}, 2, 3),
+    temperature = sizes | {"inverse_temperature": "fp32"}
+    told, given = ("log_total_ptr", "at_target_ptr"), ("log_total_ptr",)
+    no_entropy: dict[str, object] = {"entropy_ptr": None}
+    no_entropies: dict[str, object] = {"entropy_scale_ptr": None, "entropy_ptr": None}
+    # Name, kernel, its outputs and other inputs, numbers, constexprs, passes over the logits in memory, operations on
+    # each.
+    kernels: tuple[tuple[str, Any, tuple[str, ...], dict[str, str], dict[str, object], int, int], ...] = (
+        ("cross_entropy_losses", _kernel, ("nll_ptr",), sizes, {"GRADIENT": False}, 1, 4),
+        ("cross_entropy_gradients", _kernel, ("nll_ptr",), sizes, {"GRADIENT": True}, 3, 7),
+        ("cross_entropy_statistics", _statistics_kernel, told, temperature, no_entropy, 1, 5),
+        ("cross_entropy_part_gradients", _part_gradient_kernel, given, temperature, no_entropies, 2, 4),
+        ("entropy_statistics", _statistics_kernel, (*told, "entropy_ptr"), temperature, {}, 1, 7),
+        ("entropy_part_gradients", _part_gradient_kernel, (*given, *no_entropies), temperature, {}, 2, 8),
     )
     return [
         KernelSpec(
             name=name,
             fn=fn,
-            signature=inputs | dict.fromkeys(pointers, "*fp32") | sizes,
+            signature=inputs | dict.fromkeys(pointers, "*fp32") | numbers,
             constexprs={**constexprs, "BLOCK_V": block_v},
             num_warps=warps,
             num_stages=3,
@@ -201,5 +289,5 @@ def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
             bytes=passes * elements * dtype_bytes(dtype) + (12 + 4 * len(pointers)) * tokens,
             flops=operations * elements,
         )
-        for name, fn, pointers, constexprs, passes, operations in kernels
+        for name, fn, pointers, numbers, constexprs, passes, operations in kernels
     ]

@@ -13,6 +13,7 @@ from kernels.attention import attention
 from kernels.convolution import causal_conv1d
 from kernels.linear_attention import delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
 from kernels.losses.linear_cross_entropy import IGNORE_LABEL, linear_cross_entropy
+from kernels.losses.token_log_probs import token_log_probs
 from kernels.moe import dense_to_sparse_gate, grouped_linear, permute, top_k_gate, unpermute
 from kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from kernels.rotary import apply_rotary, rotary_tables
@@ -264,7 +265,7 @@ def _rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, op: str) -> Pr
     return Problem({"x": heads}, lambda given, backend: {"y": apply_rotary(**given, cos=cos, sin=sin, backend=backend)})
 
 
-def _loss(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def _loss(sizes: Sizes, device: torch.device, dtype: torch.dtype, op: str) -> Problem:
     draw = _Draw(device, dtype)
     labels = torch.randint(sizes.vocabulary, (sizes.tokens,), generator=draw.generator, device=device)
     labels[::7] = IGNORE_LABEL
@@ -273,6 +274,12 @@ def _loss(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     table = (0.05 * draw.normal(sizes.vocabulary, sizes.model).detach()).requires_grad_()
 
     def run(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+        if op == "token_log_probs":
+            options = {"temperature": 0.8, "vocab_size": sizes.vocabulary - 1}
+            ids = labels.clamp(max=sizes.vocabulary - 2)
+            log_probs, entropies = token_log_probs(given["hidden"], given["weight"], ids, **options, backend=backend)
+            assert entropies is not None
+            return {"log_probs": log_probs, "entropies": entropies}
         loss, nll = linear_cross_entropy(given["hidden"], given["weight"], labels, weights, backend=backend)
         return {"loss": loss, "nll": nll}
 
@@ -361,7 +368,8 @@ def _other_cases(sizes: Sizes) -> list[Case]:
     for op in ("swiglu", "swiglu_packed"):
         add("activations", op, _rows, op)
     add("rotary", "apply_rotary", _rows, "apply_rotary")
-    add("losses", "linear_cross_entropy", _loss)
+    for op in ("linear_cross_entropy", "token_log_probs"):
+        add("losses", op, _loss, op)
     for op in ("top_k_gate", "dense_to_sparse_gate"):
         add("routing", op, _gate, op)
     for op in ("permute", "unpermute", "grouped_linear"):

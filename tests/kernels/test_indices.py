@@ -14,6 +14,7 @@ from kernels.embedding import embedding
 from kernels.indices import check_range
 from kernels.linear_attention import gla, hgrn
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
+from kernels.losses.token_log_probs import token_log_probs
 from kernels.moe import grouped, grouped_linear, permutation, unpermute
 from kernels.rotary import apply_rotary, rotary_tables
 from kernels.triton import usable
@@ -52,6 +53,25 @@ def test_unseen_labels_make_the_loss_nan(unseen: None, backend: str, label: int,
     assert loss.isnan() and nll.isnan().tolist() == [False, False, True, False] and nll[1] == 0
     assert hidden.grad[2].isnan().all() and hidden.grad[[0, 1, 3]].isfinite().all()
     assert weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("token", [-1, 5, 1 << 40])
+def test_tokens_without_a_probability(backend: str, token: int) -> None:
+    with pytest.raises(ValueError, match=rf"token {token} at place 2 of 4 is outside 0 to 4 \(or -100\)"):
+        token_log_probs(draw(4, 3), draw(5, 3), torch.tensor([0, -100, token, 4]), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", *TRITON])
+@pytest.mark.parametrize("token", [-1, 5, 1 << 40])
+def test_unseen_tokens_have_no_log_probability(unseen: None, backend: str, token: int) -> None:
+    hidden, weight = draw(4, 3), draw(5, 3)
+    for results in token_log_probs(hidden, weight, torch.tensor([0, -100, token, 4]), backend=backend):
+        assert results.isnan().tolist() == [False, False, True, False] and results[1] == 0
+        hidden.grad = weight.grad = None
+        results.sum().backward(retain_graph=True)
+        assert hidden.grad[2].isnan().all() and hidden.grad[[0, 1, 3]].isfinite().all()
+        assert weight.grad.isnan().all()
 
 
 @pytest.mark.skipif(not TRITON, reason="no Triton")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.losses import linear_cross_entropy as module
+from kernels.losses import _blocks
 from kernels.losses.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -18,9 +18,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of tokens, and several of softmax rows in each, at test sizes."""
-    monkeypatch.setattr(module, "_MIN_TOKENS", 16)
-    monkeypatch.setattr(module, "_MAX_TOKENS", 16)
-    monkeypatch.setattr(module, "_SOFTMAX_ELEMENTS", 300)
+    monkeypatch.setattr(_blocks, "_MIN_TOKENS", 16)
+    monkeypatch.setattr(_blocks, "_MAX_TOKENS", 16)
+    monkeypatch.setattr(_blocks, "_SOFTMAX_ELEMENTS", 300)
 
 
 def _draw(tokens: int, width: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A vocabulary cut over 2 and 4 ranks equals one rank's: the loss with every gradient, and the embedding."""
+"""A vocabulary cut over 2 and 4 ranks equals one rank's: losses, log-probabilities and embedding, and gradients."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import embedding
 from kernels.embedding import sharded_embedding
-from kernels.losses import linear_cross_entropy as module
+from kernels.losses import _blocks
 from kernels.triton import usable
 from tests.kernels.triton._compare import DEVICE, error, random
 from tests.processes import run_ranks
@@ -23,16 +23,9 @@ def test_ranks_equal_one(world: int, backend: str) -> None:
     run_ranks(world, "-m", "tests.kernels.vocabulary_ranks", backend)
 
 
-def halves(backend: str) -> tuple[module._Half, module._Half]:
-    if backend == "torch":
-        return module._statistics, module._part_to_gradient
-    losses = pytest.importorskip("kernels.triton.losses")
-    return losses.statistics, losses.part_to_gradient
-
-
 def softmax_of_parts(parts: list[Tensor], target: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """The losses and the gradients over the logits of a vocabulary in parts of one size."""
-    statistics, part_to_gradient = halves(backend)
+    statistics, part_to_gradient = _blocks.choose_halves(backend)
     told = torch.full((len(parts), 2, len(target)), torch.nan, device=DEVICE)
     for rank, logits in enumerate(parts):
         statistics(logits, target - rank * logits.shape[1], scale, told[rank])
@@ -67,7 +60,7 @@ def test_halves_of_a_softmax(
     with pytest.MonkeyPatch.context() as patch:
         if backend == "triton":
             patch.setattr("kernels.triton.losses._BLOCK_V", 32)
-        patch.setattr(module, "_SOFTMAX_ELEMENTS", 100)
+        patch.setattr(_blocks, "_SOFTMAX_ELEMENTS", 100)
         parts = [part.clone(memory_format=torch.contiguous_format) for part in logits.chunk(world, dim=1)]
         nll, gradient = softmax_of_parts(parts, target, scale, backend)
     # Both terms of a loss are rounded at the size of the logits.

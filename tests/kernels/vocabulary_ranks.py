@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before there is a group, which it would keep, with its threads, as a default argument
@@ -10,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.embedding import sharded_embedding
-from kernels.losses import linear_cross_entropy as module
+from kernels.losses import _blocks
 from kernels.losses.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.losses.token_log_probs import token_log_probs, token_log_probs_reference
 from kernels.triton import usable
 from tests.interpreter import round_to_nearest
 from tests.kernels.test_linear_cross_entropy import _LargestOutput
@@ -31,9 +34,9 @@ def make_case(name: str, world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = torch.randint(0, rows, (tokens,), generator=generator)
     token_weights = torch.rand(tokens, generator=generator)
     if name == "masked":
-        labels[torch.rand(tokens, generator=generator) < 0.3] = module.IGNORE_LABEL
+        labels[torch.rand(tokens, generator=generator) < 0.3] = _blocks.IGNORE_LABEL
         token_weights[torch.rand(tokens, generator=generator) < 0.3] = 0
-        labels[:BLOCK_TOKENS] = module.IGNORE_LABEL  # a whole block of tokens
+        labels[:BLOCK_TOKENS] = _blocks.IGNORE_LABEL  # a whole block of tokens
     elif name == "large logits":
         hidden *= 1e3
     elif name == "labels on the first rank":
@@ -141,6 +144,70 @@ def check_work(device: str, group: dist.ProcessGroup) -> None:
     dist.all_gather = exchange
 
 
+def check_log_probs(device: str, group: dist.ProcessGroup) -> None:
+    world = dist.get_world_size(group)
+    # Padding that takes the end of a rank's rows, and all of the last rank's.
+    sizes = {"masked": None, "borders": ROWS * world - 3, "labels on the first rank": ROWS, "one token": None}
+    for dtype, backends in ((torch.float64, ("torch", "reference")), (torch.float32, ("torch", "triton"))):
+        for backend in backends:
+            if backend == "triton" and not usable(torch.empty(0, dtype=dtype, device=device)):
+                continue
+            for case, vocab_size in sizes.items():
+                try:
+                    check_log_probs_of(case, dtype, backend, vocab_size, device, group)
+                except AssertionError as error:
+                    where = f"{case}, {dtype}, {backend}, rank {dist.get_rank(group)} of {world}"
+                    raise AssertionError(f"{where}: {error}") from error
+
+
+def check_log_probs_of(
+    case: str, dtype: torch.dtype, backend: str, vocab_size: int | None, device: str, group: dist.ProcessGroup
+) -> None:
+    hidden, weight, tokens, _ = (x.to(device) for x in make_case(case, dist.get_world_size(group)))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if vocab_size is not None:
+        tokens = tokens.clamp(max=vocab_size - 1)
+    generator = torch.Generator().manual_seed(3)
+    factors = torch.randn(2, len(tokens), generator=generator, dtype=torch.float64).to(device)
+    exact = [x.double().clone().requires_grad_() for x in (hidden, weight)]
+    expected = token_log_probs_reference(*exact, tokens, 1.4, vocab_size=vocab_size)
+    sum((x * factor).sum() for x, factor in zip(expected, factors)).backward()
+
+    leaves = [hidden.clone().requires_grad_(), part(weight, group).requires_grad_()]
+    options = {"temperature": 1.4, "vocab_size": vocab_size, "group": group, "backend": backend}
+    found = token_log_probs(*leaves, tokens, **options)
+    sum((x * factor).sum() for x, factor in zip(found, factors)).backward()
+    for name, actual, whole in zip(("log_probs", "entropies"), found, expected):
+        assert_close(name, actual, whole, TOLERANCE[dtype])
+    assert_close("d_hidden", summed(leaves[0].grad, group), exact[0].grad, TOLERANCE[dtype])
+    assert_close("d_weight", gathered(leaves[1].grad, group), exact[1].grad, TOLERANCE[dtype])
+    assert len(gathered(torch.stack(found)[None], group).unique(dim=0)) == 1, "the ranks' results differ"
+
+
+def check_log_probs_exchanges(device: str, group: dist.ProcessGroup) -> None:
+    """One for all tokens, of three numbers each or two, and none in the backward."""
+    hidden, weight, tokens, _ = make_case("masked", dist.get_world_size(group))
+    hidden, tokens, weight = hidden.to(device), tokens.to(device), part(weight, group).to(device).requires_grad_()
+    sent: list[int] = []
+
+    def counted(exchange: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: Any, **kwargs: Any) -> object:
+            sent.append(args[1].numel())
+            return exchange(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce", "broadcast", "reduce_scatter", "all_to_all", "send", "recv"):
+            patch.setattr(dist, name, counted(getattr(dist, name)))
+        log_probs, entropies = token_log_probs(hidden, weight, tokens, group=group, backend="torch")
+        (log_probs.sum() + entropies.sum()).backward()
+        assert sent == [3 * TOKENS]
+        with torch.no_grad():
+            token_log_probs(hidden, weight, tokens, entropy=False, group=group, backend="torch")
+        assert sent == [3 * TOKENS, 2 * TOKENS]
+
+
 def check_embedding(device: str, group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     generator = torch.Generator().manual_seed(2)
@@ -186,11 +253,13 @@ def main(backend: str) -> None:
         round_to_nearest()
     dist.init_process_group(backend)
     rank, world = dist.get_rank(), dist.get_world_size()
-    module._block_tokens = lambda weight: BLOCK_TOKENS
-    module._SOFTMAX_ELEMENTS = 2 * ROWS  # rows by two
+    _blocks.block_tokens = lambda weight: BLOCK_TOKENS
+    _blocks._SOFTMAX_ELEMENTS = 2 * ROWS  # rows by two
     group = dist.group.WORLD
     check_losses(device, group)
     check_work(device, group)
+    check_log_probs(device, group)
+    check_log_probs_exchanges(device, group)
     check_embedding(device, group)
     check_tied(device, group)
     if world > 2:  # ranks in a group that are not those in the world

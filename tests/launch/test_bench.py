@@ -113,6 +113,21 @@ def test_moe_writes_its_fields(tmp_path):
 
 
 @pytest.mark.slow
+def test_losses_writes_its_fields(tmp_path):
+    path = tmp_path / "result.json"
+    sizes = {"tokens": 600, "hidden_size": 8, "vocab_size": 3000, "rounds": 1, "warmup": 0, "threads": 1}
+    sizes |= {"parts": "[cross_entropy,log_probs,scoring]"}
+    done = _bench("losses", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(path.read_text())
+    parts = ("cross_entropy", "log_probs", "scoring")
+    assert [line["case"] for line in lines] == [f"{part}, {what}" for part in parts for what in ("peak memory", "time")]
+    assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
+    for line in lines[1::2]:
+        assert float(re.search(r"agree to (\S+)$", line["note"])[1]) <= 1e-5
+
+
+@pytest.mark.slow
 def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
     """Two ranks of N tokens, each to 2 of E experts, D and F wide: FLOPs and bytes to the last one."""
     path = tmp_path / "result.json"
@@ -171,6 +186,7 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
         (["moe", "--parts=[systems]", "--experts=9"], "experts"),
         (["moe", "--skew=-1"], "skew"),
         (["moe", "--clock=cpu"], "--threads 1"),
+        (["losses", "--clock=cpu"], "--threads 1"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, expected, monkeypatch, capsys):

@@ -1,19 +1,36 @@
-"""Memory and time of the fused linear head and cross entropy against F.cross_entropy on the full logits."""
+"""Memory and time of what is fused with the linear head against torch's functions on the full logits.
+
+The cross entropy against F.cross_entropy; the tokens' log-probabilities and entropies against log_softmax.
+"""
 
 import multiprocessing
 import statistics
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainer.benchmarks.report import Comparison, report, say, time_by_turns
 from trainer.cli import ConfigError
 
-DESCRIPTION = "Peak memory and time of linear + cross entropy, fused and on full logits."
+if TYPE_CHECKING:
+    from torch import Tensor
 
+DESCRIPTION = "Peak memory and time of linear + cross entropy, or log-probabilities, fused and on full logits."
+
+Part = Literal["cross_entropy", "log_probs", "scoring"]
 Side = Literal["ours", "full logits"]
+
+_TITLES: dict[Part, str] = {
+    "cross_entropy": "linear + cross entropy, forward and backward",
+    "log_probs": "linear + log-probabilities and entropies, forward and backward",
+    "scoring": "linear + log-probabilities, forward alone",
+}
+# Both sides must agree so far, ‖a − b‖ / ‖b‖ of every result and gradient, on as many tokens.
+_LARGEST_DIFFERENCE = 1e-5
+_COMPARED_TOKENS = 256
 
 
 @dataclass
@@ -22,89 +39,133 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
+        parts: What to measure; log_probs of 4096 tokens takes 13 GB and more on full logits.
         tokens: Rows of the hidden states.
         hidden_size: Their width.
         vocab_size: Rows of the head.
         rounds: Timed calls of each side.
         warmup: Untimed calls of each side before.
         threads: CPU threads; 0 takes every core.
+        clock: wall, or cpu: this process's CPU time, which is fair on a shared machine; with one thread only.
     """
 
     json: str | None = None
+    parts: list[Part] = field(default_factory=lambda: ["cross_entropy"])
     tokens: int = 4096
     hidden_size: int = 512
     vocab_size: int = 152064
     rounds: int = 3
     warmup: int = 1
     threads: int = 0
+    clock: Literal["wall", "cpu"] = "wall"
 
     def __post_init__(self) -> None:
         for name in ("tokens", "hidden_size", "vocab_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.clock == "cpu" and self.threads != 1:
+            raise ConfigError("clock=cpu adds up the threads' time; use it with --threads 1")
         if sys.platform != "linux":
             raise ConfigError("peak memory is read from /proc, which Linux alone has; run this benchmark there")
 
 
 def main(config: Config) -> None:
-    """Measure memory, each side in a process of its own, then time by turns."""
+    """Measure the parts and print the table."""
     from trainer.device import configure_threads, keep_freed_memory
 
     keep_freed_memory()
     threads = configure_threads(config.threads)
+    lines = [line for part in config.parts for line in _measure(config, part, threads)]
+    shape = f"{config.tokens} tokens, width {config.hidden_size}, vocabulary {config.vocab_size}"
+    report(f"linear head, {shape}, float32, {threads} threads, {config.clock} time", lines, config.json)
+
+
+def _measure(config: Config, part: Part, threads: int) -> list[Comparison]:
+    """Memory, each side in a process of its own, then time by turns."""
+    difference = _difference(config, part)
     sides: tuple[Side, ...] = ("ours", "full logits")
     peaks = []
     for side in sides:
-        say(f"memory of {side}")
+        say(f"{part}: memory of {side}")
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks.append(pool.apply(_peak_memory, (config, side, threads)))
-    say("time")
-    calls: dict[str, Callable[[], object]] = {side: _call(config, side) for side in sides}
-    seconds = {
-        side: statistics.median(taken) for side, taken in time_by_turns(calls, config.rounds, config.warmup).items()
-    }
+            peaks.append(pool.apply(_peak_memory, (config, part, side, threads)))
+    say(f"{part}: time")
+    calls: dict[str, Callable[[], object]] = {side: _call(config, part, side) for side in sides}
+    clock = time.process_time if config.clock == "cpu" else time.perf_counter
+    taken = time_by_turns(calls, config.rounds, config.warmup, clock)
+    seconds = {side: statistics.median(taken[side]) for side in sides}
     ours, peer = peaks
-    shape = f"{config.tokens} tokens, width {config.hidden_size}, vocabulary {config.vocab_size}"
-    gradients = (config.tokens + config.vocab_size) * config.hidden_size * 4
+    gradients = 0 if part == "scoring" else (config.tokens + config.vocab_size) * config.hidden_size * 4
     note = (
         f"over the inputs; both gradients, {gradients / 1e6:.0f} MB, are in it; ours is {ours / peer:.3f} of the peer's"
     )
-    lines = [
-        Comparison("peak memory", ours / 1e6, peer / 1e6, peer / ours, "MB", note),
-        Comparison(
-            "time", seconds["ours"], seconds["full logits"], seconds["full logits"] / seconds["ours"], "s", shape
-        ),
+    agreement = f"{_TITLES[part]}; results and gradients agree to {difference:.0e}"
+    ratio = seconds["full logits"] / seconds["ours"]
+    return [
+        Comparison(f"{part}, peak memory", ours / 1e6, peer / 1e6, peer / ours, "MB", note),
+        Comparison(f"{part}, time", seconds["ours"], seconds["full logits"], ratio, "s", agreement),
     ]
-    report(f"linear + cross entropy, forward and backward, {shape}, float32, {threads} threads", lines, config.json)
 
 
-def _call(config: Config, side: Side) -> Callable[[], object]:
+def _difference(config: Config, part: Part) -> float:
+    """The largest one between the sides' results and gradients, of some of the tokens.
+
+    Raises:
+        RuntimeError: it is too large for a comparison of time to mean anything.
+    """
+    tokens = min(config.tokens, _COMPARED_TOKENS)
+    both = (_call(config, part, side, tokens)() for side in ("ours", "full logits"))
+    largest = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(*both, strict=True))
+    if not largest <= _LARGEST_DIFFERENCE:
+        raise RuntimeError(f"{part}: fused and full logits differ by {largest:.0e}")
+    return largest
+
+
+def _call(config: Config, part: Part, side: Side, tokens: int | None = None) -> Callable[[], "list[Tensor]"]:
+    """A side's results and the gradients of a weighted sum of them; of all of the configuration's tokens, or some."""
     import torch
     import torch.nn.functional as F
 
     from kernels.losses.linear_cross_entropy import linear_cross_entropy
+    from kernels.losses.token_log_probs import token_log_probs
 
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(config.tokens, config.hidden_size, generator=generator).requires_grad_()
+    rows = tokens or config.tokens
+    hidden = torch.randn(rows, config.hidden_size, generator=generator).requires_grad_()
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator).mul_(0.02).requires_grad_()
-    labels = torch.randint(0, config.vocab_size, (config.tokens,), generator=generator)
+    labels = torch.randint(0, config.vocab_size, (rows,), generator=generator)
+    advantages = torch.randn(rows, generator=generator)
 
-    def fused() -> None:
-        torch.autograd.grad(linear_cross_entropy(hidden, weight, labels)[0], (hidden, weight))
+    def results() -> "list[Tensor]":
+        if part == "cross_entropy":
+            if side == "ours":
+                return [linear_cross_entropy(hidden, weight, labels)[0]]
+            return [F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")]
+        if side == "ours":
+            found = token_log_probs(hidden, weight, labels, entropy=part == "log_probs")
+            return [x for x in found if x is not None]
+        log_p = F.linear(hidden, weight).log_softmax(-1)
+        log_probs = log_p.gather(1, labels[:, None])[:, 0]
+        return [log_probs, -(log_p.exp() * log_p).sum(-1)] if part == "log_probs" else [log_probs]
 
-    def full() -> None:
-        loss = F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
-        torch.autograd.grad(loss, (hidden, weight))
+    def call() -> "list[Tensor]":
+        if part == "scoring":
+            with torch.no_grad():
+                return results()
+        found = results()
+        # A policy gradient and its entropy bonus.
+        loss = found[0] if part == "cross_entropy" else (found[0] * advantages).sum() + 0.01 * found[1].sum()
+        return [*(x.detach() for x in found), *torch.autograd.grad(loss, (hidden, weight))]
 
-    return fused if side == "ours" else full
+    return call
 
 
-def _peak_memory(config: Config, side: Side, threads: int) -> int:
+def _peak_memory(config: Config, part: Part, side: Side, threads: int) -> int:
     """Bytes by which a first call raises this process's resident memory, at its highest."""
     import torch
 
     torch.set_num_threads(threads)
-    call = _call(config, side)
+    call = _call(config, part, side)
     # The libraries' own memory, which a small product makes them take, is no part of the loss.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = _memory("VmRSS")

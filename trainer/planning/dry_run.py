@@ -46,7 +46,7 @@ _BLOCK_SIZES = (
     "kernels.convolution.SLAB_ELEMENTS",
     "kernels.linear_attention._chunks._SEGMENT_ELEMENTS",
     "kernels.linear_attention._decays._BLOCK_ELEMENTS",
-    "kernels.losses.linear_cross_entropy._SOFTMAX_ELEMENTS",
+    "kernels.losses._blocks._SOFTMAX_ELEMENTS",
     "kernels.norms._BLOCK_ELEMENTS",
     "kernels.rotary._BLOCK_ELEMENTS",
 )

@@ -1,4 +1,4 @@
-"""The softmax kernel of the fused linear layer and cross entropy."""
+"""The softmax kernels of the fused linear layer: cross entropy, log-probabilities and entropies."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels.losses.linear_cross_entropy as loss_module
+from kernels.losses import _blocks
 from kernels.losses.linear_cross_entropy import IGNORE_LABEL, linear_cross_entropy, linear_cross_entropy_reference
+from kernels.losses.token_log_probs import token_log_probs, token_log_probs_reference
 from tests.kernels.triton._compare import DEVICE, assert_matches, error, random, results
 
 triton_losses = pytest.importorskip("kernels.triton.losses")
@@ -17,7 +18,7 @@ SETTINGS = settings(max_examples=8, deadline=None, derandomize=True)
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_losses, "_BLOCK_V", 32)
-    monkeypatch.setattr(loss_module, "_block_tokens", lambda weight: 5)
+    monkeypatch.setattr(_blocks, "block_tokens", lambda weight: 5)
 
 
 def labels_and_weights(tokens: int, vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,38 @@ def test_loss_and_gradients(
         lambda h, w: linear_cross_entropy_reference(h, w, *arguments),
         [hidden, weight],
         dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@SETTINGS
+@given(
+    tokens=st.integers(1, 12),
+    vocabulary=st.sampled_from([2, 31, 32, 33, 100]),
+    padding=st.sampled_from([0, 1, 40]),
+    entropy=st.booleans(),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+def test_log_probs_entropies_and_gradients(
+    dtype: torch.dtype, tokens: int, vocabulary: int, padding: int, entropy: bool, temperature: float, seed: int
+) -> None:
+    hidden, weight = random(tokens, 8, seed=seed), random(vocabulary + padding, 8, seed=seed + 1)
+    # bfloat16 logits of large numbers are off by whole units.
+    hidden, weight = ((x.detach() * 0.5).to(dtype).requires_grad_() for x in (hidden, weight))
+    ids, _ = labels_and_weights(tokens, vocabulary, seed)
+    ids[0] = 0
+    options = {"temperature": temperature, "entropy": entropy, "vocab_size": vocabulary}
+
+    def some(results: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+        return [x for x in results if x is not None]
+
+    assert_matches(
+        lambda h, w: some(token_log_probs(h, w, ids, **options, backend="triton")),
+        lambda h, w: some(token_log_probs_reference(h, w, ids, **options)),
+        [hidden, weight],
+        dtype,
+        tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype],
     )
 
 
