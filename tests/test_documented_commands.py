@@ -1,4 +1,4 @@
-"""README.md's and docs/' commands are accepted as they are written; tests/run_documented.py runs them."""
+"""README.md's and docs/' commands are accepted as they are written; tests/test_all_documented.py runs them."""
 
 import gzip
 import json
