@@ -39,7 +39,7 @@ COMMANDS = commands_to_run()
 
 @pytest.fixture(scope="module")
 def run_up_to(tmp_path_factory):
-    """Run the command of a number, and before it those of lower numbers that have not run: it may read their results."""
+    """Run the command of a number, and before it those of lower numbers, whose results it may read."""
     desk = lay_out(tmp_path_factory.mktemp("desk") / "spiketrain")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "COLUMNS")}
     environment |= {"PYTHONPATH": str(desk), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
