@@ -17,6 +17,8 @@ from trainer.data.dataset import Sampler
 from trainer.data.tokenizer import Tokenizer
 from trainer.device import peak_memory_bytes
 from trainer.engines.base import Engine
+from trainer.objectives.base import Objective
+from trainer.objectives.language_model import LanguageModel
 from trainer.optim import learning_rate
 from trainer.watchdog import Watchdog
 
@@ -43,6 +45,7 @@ class Trainer:
         progress: Where to continue; step 0 for a new run.
         peak_flops: Matrix-multiplication peak of all ranks together, None if unknown.
         watchdog: Told how far this rank has come; None where nobody watches.
+        objective: What is minimised; None for the next token's negative log-likelihood.
 
     Attributes:
         stop_requested: Set by anyone, on any rank, to stop after the current step.
@@ -63,10 +66,12 @@ class Trainer:
         progress: Progress,
         peak_flops: float | None,
         watchdog: Watchdog | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.config, self.config_yaml = config, config_yaml
         self.engine, self.sampler, self.tokenizer = engine, sampler, tokenizer
         self.callbacks = list(callbacks)
+        self.objective = LanguageModel() if objective is None else objective
         self.progress = progress
         self.resumed = progress.step > 0
         self.run_dir = Path(config.run.dir)
@@ -83,7 +88,6 @@ class Trainer:
         if config.model.moe.num_experts:
             more = config.model.moe.experts_at(None) + 1
             self._flops_per_expert = flops_per_token(whole, config.train.seq_len, more) - self._flops_per_token
-        self._micro_batches = config.train.accumulation(engine.data_parallel_size)
 
     @property
     def finished(self) -> bool:
@@ -154,7 +158,7 @@ class Trainer:
             world=self.engine.data_parallel_size,
         )
         lr = learning_rate(config.optim, step, config.train.steps)
-        result = self.engine.train_step(iter(batches), self._micro_batches, lr, step)
+        result = self.engine.train_step(batches, self.objective, lr, step)
         seconds = time.perf_counter() - start
         self.progress = replace(
             self.progress,

@@ -113,6 +113,7 @@ def _engine_losses(device: torch.device, backend: str) -> list[float]:
     from trainer.config import OptimConfig, PretrainConfig, TrainConfig
     from trainer.data.batch import Batch
     from trainer.engines.megatron import MegatronEngine
+    from trainer.objectives.language_model import LanguageModel
 
     small = device.type != "cuda"
     rows, time, steps = _sizes(device)
@@ -139,7 +140,7 @@ def _engine_losses(device: torch.device, backend: str) -> list[float]:
     engine = MegatronEngine(config, 64, device)
     try:
         with _backends(_choices(backend)):
-            return [engine.train_step(iter([batch]), 1, _LEARNING_RATE, step).loss for step in range(steps)]
+            return [engine.train_step([batch], LanguageModel(), _LEARNING_RATE, step).loss for step in range(steps)]
     finally:
         engine.close()
 

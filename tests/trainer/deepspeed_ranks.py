@@ -25,6 +25,7 @@ from trainer.config import EngineConfig, ParallelConfig
 from trainer.data.sources import find_sources
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.megatron import MegatronEngine, parallel_state
+from trainer.objectives.language_model import LanguageModel
 
 LR = 0.003
 # All that a router can keep from step to step, or draw.
@@ -105,7 +106,7 @@ def run(data, job):
 
     def validate():
         own = batches(1000)
-        return engine.all_reduce([engine.loss_sum(iter(own), len(own))])[0]
+        return engine.all_reduce(engine.evaluate(own, LanguageModel()))[0]
 
     result = {"steps": [], "counted": sum(parameter.numel() for parameter in engine.model.parameters())}
     if "load" in job:
@@ -120,7 +121,7 @@ def run(data, job):
             result["before"] = validate()
             if engine.rank == 0:
                 hook = decoder.final_norm.register_forward_hook(POISONS[job["poison"]])
-        outcome = engine.train_step(iter(own), len(own), LR, step)
+        outcome = engine.train_step(own, LanguageModel(), LR, step)
         if hook is not None:
             hook.remove()
         if "poison" in job and step == 1:

@@ -21,6 +21,7 @@ from tests.parity.worker import VOCAB, batches
 from trainer.cli import from_mapping
 from trainer.communication import SentBytes
 from trainer.config import PretrainConfig
+from trainer.objectives.language_model import LanguageModel
 
 
 class Keeping:
@@ -158,7 +159,7 @@ def by_collective(sent, wanted):
 def step(engine, config):
     own = batches(config, 0, engine.data_parallel_rank, engine.data_parallel_size)
     with SentBytes() as sent:
-        engine.train_step(iter(own), len(own), 1e-3)
+        engine.train_step(own, LanguageModel(), 1e-3)
     return sent
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 import json
 import logging
 import os
@@ -295,8 +294,8 @@ def loop(monkeypatch):
             data_parallel_size=1,
             all_reduce=lambda values: [value + others for value in values],
             broadcast=lambda value: value,
-            loss_sum=lambda batches, count: float(len(list(itertools.islice(batches, count)))),
-            train_step=lambda batches, count, lr, step: rates.append(lr) or result,
+            evaluate=lambda batches, objective: [float(len(batches))],
+            train_step=lambda batches, objective, lr, step: rates.append(lr) or result,
         )
         config = PretrainConfig(train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0))
         sampler = SimpleNamespace(micro_batches=lambda *args, **kwargs: [])
@@ -431,8 +430,8 @@ def validating(loop, tmp_path):
 def test_the_whole_split_is_validated_a_few_micro_batches_at_a_time(validating):
     trainer, stream, lines = validating()
     counts = []
-    loss_sum = trainer.engine.loss_sum
-    trainer.engine.loss_sum = lambda batches, count: counts.append(count) or loss_sum(batches, count)
+    evaluate = trainer.engine.evaluate
+    trainer.engine.evaluate = lambda batches, objective: counts.append(len(batches)) or evaluate(batches, objective)
     assert trainer.fit() is Outcome.DONE
     assert counts == [8, 8, 4] and stream.read == 20
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 1.0)]

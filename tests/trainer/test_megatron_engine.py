@@ -16,6 +16,7 @@ from trainer.data.sources import find_sources
 from trainer.engines import megatron
 from trainer.engines.megatron import MegatronEngine
 from trainer.loop import Trainer
+from trainer.objectives.language_model import LanguageModel
 
 
 def build(config):
@@ -34,7 +35,7 @@ def engine(tiny_data, tmp_path):
 
 def run_step(engine, sampler, config, step, lr=0.01):
     batches = sampler.micro_batches(step, config.train.micro_batch_size)
-    return engine.train_step(iter(batches), len(batches), lr)
+    return engine.train_step(batches, LanguageModel(), lr)
 
 
 def test_a_step_runs_mcores_schedule_ddp_and_distributed_optimizer(engine, monkeypatch):

@@ -267,7 +267,7 @@ def test_a_steps_line_has_the_promised_keys(trainer, monkeypatch):
     running = trainer()
     monkeypatch.setattr("trainer.loop.peak_memory_bytes", lambda device: 7)
     running.sampler = SimpleNamespace(micro_batches=lambda step, micro, rank, world: [])
-    running.engine.train_step = lambda batches, count, lr, step: StepResult(2.5, 0.25, 100, True)
+    running.engine.train_step = lambda batches, objective, lr, step: StepResult(2.5, 0.25, 100, True)
     running._flops_per_token, running._peak_flops = 3.0, 1e15
     line = running._step()
     assert set(line) == STEP_KEYS

@@ -218,7 +218,10 @@ def _peer_loss(peer: "nn.Module", batch: "Batch") -> "torch.Tensor":
 
 
 def _our_step(setup: _Setup) -> Callable[[], object]:
-    return lambda: setup.engine.train_step(iter([setup.batch]), 1, 1e-4)
+    from trainer.objectives.language_model import LanguageModel
+
+    objective = LanguageModel()
+    return lambda: setup.engine.train_step([setup.batch], objective, 1e-4)
 
 
 def _peer_step(setup: _Setup, model: "nn.Module") -> Callable[[], object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from trainer.callbacks.base import Callback
 from trainer.data.batch import Batch
 from trainer.data.compressors import bits_per_byte_of_compressors
 from trainer.data.dataset import EvaluationStream
+from trainer.objectives.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from trainer.data.sources import DataSources
@@ -118,13 +120,13 @@ class Evaluator(Callback):
         stages = trainer.config.parallel.pipeline
         # Pipeline stages are busy together for as many micro-batches as there are beyond the stages.
         chunk = stages * max(_CHUNK // stages, 4 if stages > 1 else 1)
-        for first in range(0, len(stream), chunk):
+        for _ in range(0, len(stream), chunk):
             if trainer.agreed_to_stop():
                 if trainer.engine.rank == 0:
                     _LOGGER.info("the validation of step %d is left to the next start", trainer.progress.step)
                 return False
             trainer.enter(self.phase)
-            nll += trainer.engine.loss_sum(source, min(chunk, len(stream) - first))
+            nll += trainer.engine.evaluate(list(islice(source, chunk)), LanguageModel())[0]
         nll_sum, tokens, text_bytes = trainer.engine.all_reduce([nll, *counted])
         trainer.samples = self._samples(trainer) if trainer.engine.rank == 0 else []
         trainer.report_evaluation("validation", nll_sum, tokens, text_bytes)

@@ -8,7 +8,7 @@ the first token of the next document.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ class Batch:
         positions: int64 `[B, T]`, from 0 in each document (packed) or in each row.
         cu_seqlens: int32 `[N + 1]`, the borders of N documents from 0 to T; None where rows are not packed.
         max_seqlen: tokens of the longest document (packed) or of a row.
+        extra: what an objective needs beside, by name: each `[B, T]`, in the order of `labels`.
     """
 
     tokens: torch.Tensor
@@ -35,6 +36,7 @@ class Batch:
     positions: torch.Tensor
     cu_seqlens: torch.Tensor | None
     max_seqlen: int
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def part(self, rank: int, ranks: int) -> Batch:
         """The consecutive tokens of every row that the `rank`-th of `ranks` has; `cu_seqlens` stays the whole's."""
@@ -46,6 +48,7 @@ class Batch:
             labels=self.labels[:, own],
             loss_mask=self.loss_mask[:, own],
             positions=self.positions[:, own],
+            extra={name: tensor[:, own] for name, tensor in self.extra.items()},
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -56,7 +59,13 @@ class Batch:
 
         borders = None if self.cu_seqlens is None else move(self.cu_seqlens)
         return Batch(
-            move(self.tokens), move(self.labels), move(self.loss_mask), move(self.positions), borders, self.max_seqlen
+            move(self.tokens),
+            move(self.labels),
+            move(self.loss_mask),
+            move(self.positions),
+            borders,
+            self.max_seqlen,
+            {name: move(tensor) for name, tensor in self.extra.items()},
         )
 
 

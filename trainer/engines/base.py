@@ -1,6 +1,6 @@
 """What the training loop asks of an engine. The loop never asks which one it has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ import torch
 
 from models.decoder import Decoder
 from trainer.data.batch import Batch
+from trainer.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class StepResult:
     """One optimizer step, the same on every rank.
 
     Attributes:
-        loss: Mean negative log-likelihood over the global batch, nats per token.
+        loss: The objective's sum over the global batch, divided by its count: of a language model nats per token.
         grad_norm: L2 norm of the whole gradient before clipping.
-        tokens: Tokens that counted in the loss.
+        tokens: What the objective divides by: of a language model the tokens that counted in the loss.
         skipped: The loss or the gradient was not finite; nothing was updated.
         metrics: What else goes into the step's line of metrics.jsonl, by its key.
     """
@@ -58,14 +59,18 @@ class Engine(Protocol):
     data_parallel_rank: int
     data_parallel_size: int
 
-    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float, step: int = 0) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
         """Forward and backward over this rank's micro-batches, one update at learning rate `lr`.
 
-        `step` counts the steps before this one: what the model does by schedule goes by it.
+        Args:
+            batches: As many micro-batches on every data-parallel rank.
+            objective: What is minimised. Its metrics go into the result's, divided by its count.
+            lr: Learning rate of the update.
+            step: Steps before this one: what the model does by schedule goes by it.
         """
 
-    def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""
+    def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
+        """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sum over the data-parallel ranks, in float64."""

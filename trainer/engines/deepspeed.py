@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +41,7 @@ from trainer.engines import megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import MOMENTS, Piece, Shard
+from trainer.objectives.base import Objective, Outputs
 
 _MAIN = "main"
 # ZeRO allocates a bucket of this many elements for communication; DeepSpeed's own 5e8 would be 2 GB on every rank.
@@ -48,18 +49,16 @@ _BUCKET_ELEMENTS = 50_000_000
 
 
 class LossModel(nn.Module):
-    """A decoder whose forward is the loss: what DeepSpeed's hooks wrap."""
+    """A decoder whose forward ends in the objective: what DeepSpeed's hooks wrap."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None, labels: Tensor, loss_mask: Tensor
-    ) -> Tensor:
-        """Loss of a micro-batch, summed over its tokens (nats). Arguments as Decoder.forward."""
-        loss_sum, _ = self.decoder(tokens, positions, cu_seqlens, labels, loss_mask)
-        return loss_sum
+    def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, Sequence[Tensor]]:
+        """What the objective makes of a micro-batch."""
+        hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens)
+        return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups), batch)
 
 
 class DeepSpeedEngine:
@@ -148,39 +147,42 @@ class DeepSpeedEngine:
                 return list(getattr(optimizer, name))
         raise RuntimeError(f"{type(optimizer).__name__} of DeepSpeed {self._deepspeed.__version__} is not known here")
 
-    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float, step: int = 0) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
         """Forward and backward over this rank's micro-batches, one update at learning rate `lr`, the `step`-th."""
-        assert micro_batches == self._micro_batches, "DeepSpeed was told at the start how many there are"
+        assert len(batches) == self._micro_batches, "DeepSpeed was told at the start how many there are"
         for group in self._adam.param_groups:
             group["lr"] = lr
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
-        local = [next(batches).to(self.device) for _ in range(micro_batches)]
-        tokens = self.all_reduce([float(sum(int(batch.loss_mask.sum()) for batch in local))])[0]
-        scale = micro_batches * self.data_parallel_size / max(tokens, 1.0)
+        (count,) = self.all_reduce([float(sum(map(objective.count, batches)))])
+        count = max(count, 1.0)
+        scale = len(batches) * self.data_parallel_size / count
         # DeepSpeed divides what it is given by the micro-batches.
-        statistics.begin_step([self._decoder], step, scale / micro_batches)
+        statistics.begin_step([self._decoder], step, scale / len(batches))
+        loss_sum = math.nan
+        named: list[float] = []
         counted: list[float] = []
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        loss_sum = 0.0
-        for i, batch in enumerate(local):
-            loss = self._forward(batch)
-            total += loss.detach()
-            if i == micro_batches - 1:
+        totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
+        for i, batch in enumerate(batches):
+            loss, sums = self._engine(batch.to(self.device), objective)
+            totals += torch.stack([loss.detach(), *sums])
+            if i == len(batches) - 1:
                 own = statistics.collect([self._decoder], self._model_config)
-                loss_sum, *counted = self.all_reduce([float(total), *own])
+                loss_sum, *rest = self.all_reduce([*totals.tolist(), *own])
+                named, counted = rest[: len(objective.metrics)], rest[len(objective.metrics) :]
                 if not math.isfinite(loss_sum):
                     # So that the gradient is not finite on any rank, and DeepSpeed skips the update on all of them.
                     loss = loss * math.nan
             self._engine.backward(loss * scale)
-            if i < micro_batches - 1:
+            if i < len(batches) - 1:
                 self._engine.step()
         grad_norm = self._update()
         skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
         if not skipped:
             statistics.finish_step([self._decoder], self._model_config, counted)
-        metrics = statistics.metrics(self._model_config, counted)
-        return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped, metrics)
+        metrics = {name: total / count for name, total in zip(objective.metrics, named, strict=True)}
+        metrics |= statistics.metrics(self._model_config, counted)
+        return StepResult(loss_sum / count, grad_norm, int(count), skipped, metrics)
 
     def _update(self) -> float:
         """Clip and step, unless the gradient is not finite; return its norm."""
@@ -211,9 +213,6 @@ class DeepSpeedEngine:
             dist.all_reduce(squares, group=group)
         return math.sqrt(float(squares))
 
-    def _forward(self, batch: Batch) -> Tensor:
-        return self._engine(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)
-
     def _spawn_experts(self) -> None:
         """Make all routed experts masked copies of the first. Adam's moments stay, those of the others zero."""
         for name, weight, writes_output in expert_weights(self._decoder):
@@ -225,13 +224,17 @@ class DeepSpeedEngine:
                 self._give_back(name, _MAIN, piece.values)
         self._publish()
 
-    def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""
+    def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
+        """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
         self._engine.eval()
+        totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            total = sum(float(self._forward(next(batches).to(self.device))) for _ in range(micro_batches))
+            for batch in batches:
+                total, sums = self._engine(batch.to(self.device), objective)
+                totals += torch.stack([total, *sums])
         self._engine.train()
-        return total
+        found: list[float] = totals.tolist()
+        return found
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sum over the data-parallel ranks, in float64."""

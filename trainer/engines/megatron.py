@@ -6,10 +6,9 @@ parameter is what it writes and reads; what several ranks have alike, the first 
 earliest stage.
 """
 
-import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +37,7 @@ from trainer.engines import groups, megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import Piece, Shard
+from trainer.objectives.base import Objective, Outputs
 
 with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
     # mcore says at import that TransformerEngine and Apex are missing; the torch fallbacks are what we want.
@@ -73,12 +73,12 @@ class Stage(nn.Module):
         self.share_embeddings_and_output_weights = decoder.model_config.tie_embeddings
         self._entering: Tensor | None = None
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Loss of a micro-batch, summed over its tokens (nats); what the next stage takes, if there is one."""
-        output = self.part(
-            batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask, self._entering
-        )
-        return output[0] if self.post_process else output
+    def forward(self, batch: Batch, objective: Objective) -> Tensor | tuple[Tensor, Sequence[Tensor]]:
+        """What the objective makes of a micro-batch, on the last stage; what the next stage takes, on the others."""
+        hidden = self.part.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens, entering=self._entering)
+        if not self.post_process:
+            return hidden
+        return objective.forward(Outputs(hidden, self.part.head_weight, self.part.groups), batch)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the activations of the previous stage; the first stage reads tokens and has none."""
@@ -226,7 +226,7 @@ class MegatronEngine:
         """Where mcore insists on CUDA tensors."""
         return megatron_cpu.cpu_tensors_pass_for_cuda() if self._on_cpu else nullcontext()
 
-    def train_step(self, batches: Iterator[Batch], micro_batches: int, lr: float, step: int = 0) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
         """Forward and backward over this rank's micro-batches, one update at learning rate `lr`, the `step`-th."""
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
@@ -234,15 +234,18 @@ class MegatronEngine:
         for stage in self._stages:
             stage.zero_grad_buffer()
         self._optimizer.zero_grad()
-        losses = self._run(batches, micro_batches, forward_only=False)
+        totals = self._totals(self._run(batches, objective, forward_only=False), objective)
         counted = statistics.collect(self._decoders, self._model_config)
-        loss_sum, tokens, *counted = self._sum_over_ranks(*self._totals(losses), *counted)
+        loss_sum, count, *sums = self._sum_over_ranks(*totals, *counted)
+        named, counted = sums[: len(objective.metrics)], sums[len(objective.metrics) :]
         grad_norm = self._update(lr, math.isfinite(loss_sum))
         skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
         if not skipped:
             statistics.finish_step(self._decoders, self._model_config, counted)
-        metrics = statistics.metrics(self._model_config, counted)
-        return StepResult(loss_sum / max(tokens, 1.0), grad_norm, int(tokens), skipped, metrics)
+        count = max(count, 1.0)
+        metrics = {name: total / count for name, total in zip(objective.metrics, named, strict=True)}
+        metrics |= statistics.metrics(self._model_config, counted)
+        return StepResult(loss_sum / count, grad_norm, int(count), skipped, metrics)
 
     def _update(self, lr: float, loss_is_finite: bool) -> float:
         """Clip and step, unless the loss or the gradient is not finite; return the norm of the gradient.
@@ -281,18 +284,19 @@ class MegatronEngine:
             if all(group["is_expert_parallel"] for group in part.param_groups):
                 part.reload_model_params()
 
-    def loss_sum(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        """Negative log-likelihood of this rank's micro-batches, summed (nats), without gradients."""
+    def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
+        """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
         with torch.no_grad():
-            losses = self._run(batches, micro_batches, forward_only=True)
-        loss_sum, _ = self._totals(losses)
+            found = self._run(batches, objective, forward_only=True)
+        total, _, *sums = self._totals(found, objective)
+        sums = [total, *sums]
         for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
-            (loss_sum,) = self._sum_over_ranks(loss_sum, group=group)
-        return loss_sum
+            sums = self._sum_over_ranks(*sums, group=group)
+        return sums
 
-    def _run(self, batches: Iterator[Batch], micro_batches: int, forward_only: bool) -> list[dict[str, Tensor]]:
-        """Mcore's schedule over the micro-batches; their losses, on the last stage only."""
-        taken = list(itertools.islice(batches, micro_batches))
+    def _run(self, batches: Sequence[Batch], objective: Objective, forward_only: bool) -> list[dict[str, Any]]:
+        """Mcore's schedule over the micro-batches; what the objective counts of each, on the last stage only."""
+        taken = list(batches)
         if self._parallel.virtual_pipeline > 1:
             # The interleaved schedule takes as many micro-batches as there are stages, or a multiple.
             taken += taken[-1:] * (-len(taken) % self._parallel.pipeline)
@@ -300,8 +304,8 @@ class MegatronEngine:
         context = parallel_state.get_context_parallel_rank(), self._parallel.context
         parts = [batch.part(*context) for batch in taken]
         iterators = [iter(parts) for _ in self._stages]
-        losses: list[dict[str, Tensor]] = self._forward_backward(
-            forward_step_func=partial(_forward_step, device=self.device),
+        found: list[dict[str, Any]] = self._forward_backward(
+            forward_step_func=partial(_forward_step, device=self.device, objective=objective),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._stages,
             num_microbatches=len(parts),
@@ -309,12 +313,13 @@ class MegatronEngine:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        return losses[:micro_batches]
+        return found[: len(batches)]
 
-    def _totals(self, losses: list[dict[str, Tensor]]) -> list[float]:
-        """Loss and tokens of this rank's part of the micro-batches; one of its tensor-parallel ranks counts it."""
+    def _totals(self, found: list[dict[str, Any]], objective: Objective) -> list[float]:
+        """Sum, count and metrics over this rank's part of the micro-batches; one tensor-parallel rank counts them."""
         counts = parallel_state.get_tensor_model_parallel_rank() == 0
-        return [float(sum(float(entry[name]) for entry in losses) * counts) for name in ("loss_sum", "tokens")]
+        names = ("sum", "count", *objective.metrics)
+        return [float(sum(float(entry[name]) for entry in found) * counts) for name in names]
 
     def _sum_over_ranks(self, *values: float, group: dist.ProcessGroup | None = None) -> list[float]:
         """Sum over a group, by default all ranks, in float64."""
@@ -419,15 +424,21 @@ class MegatronEngine:
         groups.close()
 
 
-def _forward_step(batches: Iterator[Batch], stage: Any, *, device: torch.device) -> tuple[Tensor, Any]:
-    """Mcore's forward_step_func: run a micro-batch; its loss is a sum with a token count (calculate_per_token_loss)."""
-    batch = next(batches).to(device)
+def _forward_step(
+    batches: Iterator[Batch], stage: Any, *, device: torch.device, objective: Objective
+) -> tuple[Any, Any]:
+    """Mcore's forward_step_func: run a micro-batch; its loss is a sum with a count (calculate_per_token_loss)."""
+    batch = next(batches)
+    count = objective.count(batch)
+    batch = batch.to(device)
 
-    def loss(loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        tokens = batch.loss_mask.sum().to(torch.int)
-        return loss_sum, tokens, {"loss_sum": loss_sum.detach(), "tokens": tokens}
+    def loss(found: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        total, sums = found
+        named = dict(zip(objective.metrics, sums, strict=True))
+        divisor = torch.tensor(count, dtype=torch.int, device=device)
+        return total, divisor, {"sum": total.detach(), "count": count, **named}
 
-    return stage(batch), loss
+    return stage(batch, objective), loss
 
 
 def initialize_groups(device: torch.device, parallel: ParallelConfig, seconds: float) -> None:

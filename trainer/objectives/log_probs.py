@@ -1,0 +1,42 @@
+"""Weighted log-probabilities of given tokens: the form of every policy gradient."""
+
+import torch
+from torch import Tensor
+
+from kernels.losses._blocks import IGNORE_LABEL
+from trainer.data.batch import Batch
+from trainer.objectives.base import Outputs
+
+
+class WeightedLogProbs:
+    """−sum_t w_t log p(y_t) − c sum_t H_t, over the number of tokens that the loss mask lets in.
+
+    With w the advantages it is the gradient of REINFORCE (Williams 1992, section 4).
+
+    Args:
+        weights: Name of the batch's extra tensor with w, float32 [B, T].
+        temperature: Divides the logits, as the sampler's did.
+        entropy: c, how much of the entropy is added to what is maximised.
+    """
+
+    def __init__(self, weights: str, temperature: float = 1.0, entropy: float = 0.0) -> None:
+        self._weights, self._temperature, self._entropy = weights, temperature, entropy
+        self.metrics: tuple[str, ...] = ("log_prob", *(("entropy",) if entropy else ()))
+
+    def count(self, batch: Batch) -> int:
+        """Tokens that count."""
+        return int(batch.loss_mask.count_nonzero())
+
+    def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See trainer.objectives.base.Objective. The metrics are means of log p and of H over the tokens."""
+        counts = batch.loss_mask != 0
+        tokens = batch.labels.masked_fill(~counts, IGNORE_LABEL)
+        log_probs, entropies = outputs.token_log_probs(
+            tokens, temperature=self._temperature, entropy=bool(self._entropy)
+        )
+        weights = torch.where(counts, batch.extra[self._weights], 0.0)
+        loss, counted = -(weights * log_probs).sum(), [log_probs.detach().sum()]
+        if entropies is not None:
+            loss = loss - self._entropy * entropies.sum()
+            counted.append(entropies.detach().sum())
+        return loss, tuple(counted)
