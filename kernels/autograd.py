@@ -9,7 +9,10 @@ from torch import Tensor
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
-_REFUSED = "second derivatives: {} has only a first one; compute it with backend='reference', which has every one"
+_REFUSED = (
+    "second derivatives: an operation of kernels/ has only first ones here, for its backward is written by hand; "
+    "backend='reference', of operations that have it, gives every one"
+)
 
 
 def once_differentiable(backward: _Backward) -> _Backward:
@@ -28,7 +31,7 @@ def once_differentiable(backward: _Backward) -> _Backward:
             return outputs
         several = isinstance(outputs, tuple)
         given = outputs if several else (outputs,)
-        message = _REFUSED.format(type(ctx).__name__.removesuffix("Backward")).encode()
+        message = _REFUSED.encode()
         # The node takes part in a graph only if something that enters it does.
         leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in given]
         refused = torch._C._functions.DelayedError(message, len(leaves))(*leaves)

@@ -72,12 +72,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") 
     """
     if not all(tensor.is_floating_point() for tensor in (x, cos, sin)):
         raise ValueError(f"apply_rotary: x {x.dtype}, cos {cos.dtype} and sin {sin.dtype} must be floating")
-    fit = x.dim() == 4 and x.shape[3] % 2 == 0 and cos.shape == sin.shape
+    fit = x.dim() == 4 and x.shape[3] % 2 == 0 and min(x.shape[2:]) > 0 and cos.shape == sin.shape
     # A batch of one table serves every example.
     if not fit or cos.shape[-2:] != (x.shape[1], x.shape[3] // 2) or cos.shape[:-2] not in ((), (1,), x.shape[:1]):
         raise ValueError(
-            f"apply_rotary: x {tuple(x.shape)} as [B, T, H, K] needs tables [T, K/2] or [B, T, K/2], "
-            f"not cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
+            f"apply_rotary: x {tuple(x.shape)} as [B, T, H, K], H and K positive and K even, needs tables [T, K/2] "
+            f"or [B, T, K/2], not cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
         )
     choice = resolve("apply_rotary", backend, implementations(("torch", "reference"), x, cos, sin))
     if choice == "reference":

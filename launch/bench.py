@@ -25,7 +25,7 @@ def main() -> None:
     """Run the benchmark that the first argument names with the options that follow it."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: bench.py NAME [--json FILE] [options; NAME --help lists them]\n")
+        print("usage: spiketrain bench NAME [--json FILE] [options; NAME --help lists them]\n")
         for known, description in BENCHMARKS.items():
             print(f"  {known:<20} {description}")
         return

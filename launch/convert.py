@@ -190,7 +190,7 @@ def main() -> None:
     """Run the command that the first argument names with the options that follow it."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: convert.py COMMAND [options; COMMAND --help lists them]\n")
+        print("usage: spiketrain convert COMMAND [options; COMMAND --help lists them]\n")
         for known, (_, _, description) in COMMANDS.items():
             print(f"  {known:<10} {description}")
         return

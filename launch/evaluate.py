@@ -28,7 +28,7 @@ class EvaluateConfig:
 
     Attributes:
         checkpoint: A run directory (its newest whole checkpoint), or one checkpoint.
-        data: A directory made by launch/prepare_data.py, the prefix of a Megatron .bin/.idx pair, or a text file or
+        data: A directory made by spiketrain prepare_data, the prefix of a Megatron .bin/.idx pair, or a text file or
             glob, one document a file, UTF-8.
         split: Which split of a prepared directory.
         seq_len: Tokens in a window; null takes what the run trained with.
@@ -135,11 +135,12 @@ def open_stream(config: EvaluateConfig, loaded: "LoadedModel", texts: list[str])
         stride=config.stride,
         document_mask=loaded.settings["data"]["document_mask"],
     )
-    largest, known = int(stream.file.tokens.max()), min(tokenizer.vocab_size, loaded.model.vocab_size)
-    if largest >= known:
+    tokens, known = stream.file.tokens, min(tokenizer.vocab_size, loaded.model.vocab_size)
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0 or largest >= known:
         raise ConfigError(
-            f"data: {config.data} has the token {largest}, and the tokenizer and the model know those below {known}; "
-            "it was made with another tokenizer"
+            f"data: {config.data} has the token {smallest if smallest < 0 else largest}, and the tokenizer and the "
+            f"model know 0 to {known - 1}; it was made with another tokenizer, or is damaged: prepare it again"
         )
     return stream
 

@@ -98,7 +98,7 @@ def main(config: GenerateConfig) -> None:
             for text in stream_text(tokenizer.decode, ids, continuation):
                 print(text, end="", flush=True)
         except FloatingPointError as error:
-            raise ConfigError(f"checkpoint: {loaded.path}: {error}; choose another checkpoint") from error
+            raise ConfigError(f"checkpoint: {loaded.path}: {error}; choose another, or a temperature") from error
         print()
 
 

@@ -26,8 +26,9 @@ def main() -> int:
         config, namespace = parse(PlanConfig, parser, sys.argv[1:])
         if not namespace.search:
             config.validate_layout(config.cluster.ranks)
-        if namespace.json and not Path(namespace.json).parent.is_dir():
-            raise ConfigError(f"--json: {Path(namespace.json).parent} is no directory; make it, or name another file")
+        json_file = Path(namespace.json).expanduser() if namespace.json else None
+        if json_file is not None and not json_file.parent.is_dir():
+            raise ConfigError(f"--json: {json_file.parent} is no directory; make it, or name another file")
         from trainer.planning.run import run
 
         plans = run(config, namespace.search)
@@ -35,8 +36,8 @@ def main() -> int:
         fail(str(error))
     from trainer.planning import report
 
-    if namespace.json:
-        Path(namespace.json).write_text(json.dumps([report.as_values(plan) for plan in plans], indent=1) + "\n")
+    if json_file is not None:
+        json_file.write_text(json.dumps([report.as_values(plan) for plan in plans], indent=1) + "\n")
     print(report.compare(plans[:BEST], config) if namespace.search else report.describe(plans[0]))
     return 0 if plans and plans[0].fits else 1
 

@@ -8,11 +8,13 @@ spiketrain pretrain --init weights/qwen --data.path data/web --run.dir runs/qwen
 """
 
 import sys
+import time
 from pathlib import Path
 
 from trainer import preflight, run_directory, run_lock, weights
 from trainer.cli import (
     EXIT_CONFIG_ERROR,
+    SECONDS_FOR_RANK_0,
     ConfigError,
     dump,
     fail,
@@ -20,6 +22,7 @@ from trainer.cli import (
     keep_threads_awake,
     make_parser,
     parse,
+    rank,
     write_status,
 )
 from trainer.config import PretrainConfig, world_size_from_environment
@@ -84,6 +87,11 @@ def train(config: PretrainConfig, config_yaml: str) -> int:
         return run(config, config_yaml, peers)
     except ConfigError as error:
         write_status(Path(config.run.dir), "config_error", EXIT_CONFIG_ERROR, str(error))
+        if rank() != 0:
+            # What all ranks have met, rank 0 says, and its end ends them. What this one alone has met, in its share of
+            # the data, nobody else will say.
+            time.sleep(SECONDS_FOR_RANK_0)
+            peers.report_own_failure(str(error))
         raise
 
 

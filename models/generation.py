@@ -23,13 +23,17 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
         int64 [B].
 
     Raises:
-        FloatingPointError: a logit is NaN, which argmax would take for the largest.
+        FloatingPointError: a row's largest logit is no finite number, though argmax would take one; or the temperature
+            is too small for the logits.
     """
-    if logits.isnan().any():
-        raise FloatingPointError("the model gives logits that are not numbers")
+    # NaN counts as the largest.
+    if not logits.amax(-1).isfinite().all():
+        raise FloatingPointError("the model gives logits that are not numbers, or infinite")
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
+    if probabilities.isnan().any():
+        raise FloatingPointError(f"temperature {temperature} is too small for the model's logits (0 is greedy)")
     if top_p < 1:
         ordered, indices = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays if what lies before it does not yet reach top_p: the most likely one always does.

@@ -22,7 +22,7 @@ EXIT_CONFIG_ERROR = 2
 EXIT_STOPPED = 75
 
 # torchrun ends the other ranks as soon as one fails. They wait this long for rank 0 to have said why.
-_SECONDS_FOR_RANK_0 = 10.0
+SECONDS_FOR_RANK_0 = 10.0
 
 # What jsonargparse, PyYAML and the dataclasses raise on bad input.
 _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
@@ -30,7 +30,7 @@ _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
 # Keys by their last part whose values are paths.
 _PATHS = frozenset(
     {"dir", "path", "tokenizer", "validation_path", "cache_dir", "resume", "init", "source", "output", "checkpoint"}
-    | {"data", "prompt_file", "validation", "test", "weights"}
+    | {"data", "prompt_file", "validation", "test", "weights", "json", "recipe", "runs"}
 )
 
 # Of `from_mapping`: to make one takes a quarter of a second.
@@ -104,11 +104,14 @@ def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names and values of the options of a command line, whether given as `--name value` or as `--name=value`."""
+    """Names and values of the options of a command line, whether given as `--name value` or as `--name=value`.
+
+    `~` at the beginning of a value is written out, as the parser does where it looks for a file.
+    """
     for i, argument in enumerate(arguments):
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            yield name, value if equals else next(iter(arguments[i + 1 : i + 2]), "")
+            yield name, os.path.expanduser(value if equals else next(iter(arguments[i + 1 : i + 2]), ""))
 
 
 def _check_files(config_class: type, arguments: Sequence[str]) -> None:
@@ -126,8 +129,12 @@ def _expand_home(config_class: type, namespace: Namespace) -> None:
     """Replace `~` at the beginning of paths, which a shell leaves as it is in `--run.dir=~/runs` and in files."""
     for key in dotted_keys(config_class):
         value = namespace.get(key)
-        if key.rsplit(".", 1)[-1] in _PATHS and isinstance(value, str):
+        if key.rsplit(".", 1)[-1] not in _PATHS:
+            continue
+        if isinstance(value, str):
             namespace[key] = os.path.expanduser(value)
+        elif isinstance(value, list):
+            namespace[key] = [os.path.expanduser(path) for path in value]
 
 
 def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
@@ -182,14 +189,12 @@ def dump(parser: ArgumentParser, namespace: Namespace, config_class: type) -> st
 
 
 def guess(arguments: Sequence[str], key: str) -> str | None:
-    """A key's value on a command line or in its YAML files, also where these do not parse as a whole."""
+    """A key's last value on a command line or in its YAML files, also where these do not parse as a whole."""
     found: Any = None
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-        if name == f"--{key}":
-            return os.path.expanduser(value)
-        if name == "--config" and Path(value).is_file():
+    for name, value in _options(arguments):
+        if name == key:
+            found = value
+        elif name == "config" and os.path.isfile(value):
             found = _lookup(Path(value), key) or found
     return os.path.expanduser(str(found)) if found else None
 
@@ -257,7 +262,7 @@ def fail(message: str) -> NoReturn:
         print(line, file=sys.stderr, flush=True)
         _tell_torchrun(line)
     else:
-        time.sleep(_SECONDS_FOR_RANK_0)
+        time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(EXIT_CONFIG_ERROR)
 
 

@@ -62,7 +62,7 @@ class DataConfig:
 
     Attributes:
         path: stdlib (the Python standard library's source, prepared on first use), a directory made by
-            launch/prepare_data.py, or the prefix of a Megatron .bin/.idx pair.
+            spiketrain prepare_data, or the prefix of a Megatron .bin/.idx pair.
         blend: Several sources with their weights, in place of path.
         tokenizer: tokenizer.json, SentencePiece .model or a directory with one; null takes the prepared directory's.
         validation_path: A .bin/.idx prefix for validation; null takes the prepared directory's validation split.
@@ -308,7 +308,7 @@ class CheckpointConfig:
         keep_every: Every so many-th checkpoint stays, too, those after a multiple of every * keep_every steps; 0 none.
         resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (what an earlier run has
             left there is set aside, as checkpoints.1 and so on), a path continues from that checkpoint.
-        init: A directory of weights, made by launch/convert.py, that a new run starts from; null draws them from
+        init: A directory of weights, made by spiketrain convert, that a new run starts from; null draws them from
             train.seed. Where the run goes on from a checkpoint it is not read.
         asynchronous: Train on while a copy of the state is written. Off by default: the copy takes host memory, as
             much as the checkpoint, and without a GPU the writer takes the cores that train.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.data.tokenizer import Tokenizer, named_token, token_config
+from trainer.json_files import parse_object
 
 _GENERATION, _TOKENS = "generation_config.json", "tokenizer_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -37,13 +38,16 @@ def hub_files(folder: Path | None, kind: str, rows: int) -> HubFiles:
         folder: With the tokenizer that the model was trained with.
         kind: The model's type.
         rows: Of its embedding.
+
+    Raises:
+        ConfigError: a file of the tokenizer cannot be read.
     """
     if folder is None:
         note = "the model has no tokenizer: nothing in config.json says which token ends a text"
         return HubFiles(dict.fromkeys(_IDS), {}, [note])
     tokenizer = Tokenizer.load(folder)
-    files, notes = {}, _notes(tokenizer, kind, rows)
-    generation = json.loads(tokenizer.files.get(_GENERATION, b"{}"))
+    files, notes = {}, _notes(tokenizer, folder, kind, rows)
+    generation = _read(tokenizer, folder / _GENERATION)
     ids = {key: generation.get(key, _id_of(tokenizer, key.removesuffix("_id"))) for key in _IDS}
     ends = ids["eos_token_id"]
     # A model stops at what ended documents in training, whatever else ends the turns of a chat.
@@ -53,9 +57,13 @@ def hub_files(folder: Path | None, kind: str, rows: int) -> HubFiles:
             notes.append(f"{_GENERATION}: eos_token_id {ends} becomes {ids['eos_token_id']}, which ended documents")
         known = {key: value for key, value in ids.items() if value is not None}
         files[_GENERATION] = _json(generation | known)
-    tokens = json.loads(tokenizer.files.get(_TOKENS, b"{}"))
-    if "tokenizer_class" not in tokens:
-        files[_TOKENS] = _json(tokens | {"tokenizer_class": _PLAIN_CLASS})
+    tokens = _read(tokenizer, folder / _TOKENS)
+    added = {} if "tokenizer_class" in tokens else {"tokenizer_class": _PLAIN_CLASS}
+    if named_token(token_config(tokenizer.files), "eos_token") is None:
+        # Of a tokenizer.json alone transformers knows no end.
+        added["eos_token"] = tokenizer.eod
+    if added:
+        files[_TOKENS] = _json(tokens | added)
     return HubFiles(ids, files, notes)
 
 
@@ -63,6 +71,16 @@ def imported_files(source: Path, config: dict[str, Any]) -> dict[str, bytes]:
     """The generation_config.json of a model that says in config.json alone which tokens end and begin a text."""
     known = {key: config[key] for key in _IDS if config.get(key) is not None}
     return {_GENERATION: _json(known)} if known and not (source / _GENERATION).is_file() else {}
+
+
+def _read(tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
+    """What a JSON file of a tokenizer holds; nothing where there is no such file.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+    """
+    content = tokenizer.model if tokenizer.model_name == path.name else tokenizer.files.get(path.name, b"{}")
+    return parse_object(content, path, "copy the tokenizer again")
 
 
 def _id_of(tokenizer: Tokenizer, name: str) -> int | None:
@@ -81,20 +99,18 @@ def _with(ends: int | list[int] | None, eod_id: int) -> int | list[int]:
     return ends if eod_id in known else [*known, eod_id]
 
 
-def _notes(tokenizer: Tokenizer, kind: str, rows: int) -> list[str]:
+def _notes(tokenizer: Tokenizer, folder: Path, kind: str, rows: int) -> list[str]:
     """Where transformers makes other tokens of a text than training did, or may draw what is none."""
     notes = []
     tokens = token_config(tokenizer.files)
-    json_file = tokenizer.files.get("tokenizer.json")
-    if tokenizer.model_name == "tokenizer.json":
-        json_file = tokenizer.model
+    json_file = _read(tokenizer, folder / "tokenizer.json")
     rebuilt = kind == "qwen2" or str(tokens.get("tokenizer_class")).removesuffix("Fast") == "Qwen2Tokenizer"
-    if rebuilt and (json_file is None or not _is_qwen2(json.loads(json_file))):
+    if rebuilt and not _is_qwen2(json_file):
         notes.append(
             "transformers' AutoTokenizer splits text by Qwen2's own rules for this model, which are not this "
             "tokenizer's: load it with PreTrainedTokenizerFast.from_pretrained"
         )
-    if json_file is None:
+    if not json_file:
         notes.append(
             "transformers converts tokenizer.model, and may give a few texts other tokens, such as those with U+2581; "
             "SentencePiece gives those of training"

@@ -74,7 +74,7 @@ def _check_tokenizers(config: PretrainConfig, sources: DataSources) -> None:
         if digest != first[1]:
             raise ConfigError(
                 f"{first[0]} and {name} are of different tokenizers (SHA-256 {first[1][:12]} and {digest[:12]}): "
-                "prepare the data with the same one (launch/prepare_data.py --tokenizer.path), or name what belongs "
+                "prepare the data with the same one (spiketrain prepare_data --tokenizer.path), or name what belongs "
                 "together"
             )
 

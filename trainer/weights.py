@@ -17,6 +17,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from trainer.cli import ConfigError, from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
 from trainer.durable import flush_to_disk
+from trainer.json_files import read_object
 from trainer.run_directory import differences, flatten, starts_anew
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def open_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"checkpoint.init: {path} is not a directory; name one that launch/convert.py wrote")
+        raise ConfigError(f"checkpoint.init: {path} is not a directory; name one that spiketrain convert wrote")
     tensors = read_headers(path)
     model, vocab_size = _read_config(path)
     return Weights(path, model, vocab_size, tensors)
@@ -101,10 +103,10 @@ def _read_config(path: Path) -> tuple[ModelConfig, int]:
     if config.get("model_type", _MODEL_TYPE) != _MODEL_TYPE:
         raise ConfigError(
             f"{path / CONFIG_NAME} is another program's (model_type={config['model_type']!r}); make weights of that "
-            f"model first: python launch/convert.py import --source {path} --output weights/NAME"
+            f"model first: spiketrain convert import --source {path} --output weights/NAME"
         )
     raise ConfigError(
-        f"{path / CONFIG_NAME} has no model section and vocab_size; launch/convert.py writes one that has"
+        f"{path / CONFIG_NAME} has no model section and vocab_size; spiketrain convert writes one that has"
     )
 
 
@@ -158,14 +160,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: there is none.
     """
     try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
+        return read_object(path, "write the weights again", _without_repeats)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; name a directory that has it beside the tensors") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read ({error}); write the weights again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object; write the weights again")
-    return values
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -283,7 +280,7 @@ def arguments_from(path: str | Path) -> list[str]:
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ConfigError(
-            f"--init: {path} is not a directory; name one that launch/convert.py wrote, or, to go on with a run whose "
+            f"--init: {path} is not a directory; name one that spiketrain convert wrote, or, to go on with a run whose "
             "weights are gone, give --config RUN/config.yaml"
         )
     weights = open_weights(path)
@@ -316,6 +313,7 @@ def expand_init(arguments: Sequence[str]) -> list[str]:
 
 def _model_section(value: str) -> str:
     """The value of --model: of the config.json of weights their section, else as it is."""
+    value = os.path.expanduser(value)
     # Not by pathlib: a section can also be written out, longer than a name may be.
     if os.path.basename(value) != CONFIG_NAME or not os.path.isfile(value):
         return value
@@ -397,6 +395,8 @@ def write(
     Raises:
         ConfigError: the disk is full, the directory cannot be written, or something appeared there meanwhile.
     """
+    # `.` and `x/..` have no name to write beside.
+    output = output.resolve()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own, for another process may write there, too.
@@ -411,7 +411,7 @@ def write(
         _write_tensors(unfinished, model, read, max_file_bytes, report, name_of)
         _write_json(unfinished / CONFIG_NAME, _facts(model) if config is None else config)
         _copy_tokenizer(tokenizer, unfinished, files or {})
-        for path in (*(path for path in unfinished.rglob("*") if path.is_file()), unfinished):
+        for path in (*unfinished.rglob("*"), unfinished):
             flush_to_disk(path)
         # Refused by the system where the directory is not empty.
         unfinished.rename(output)
@@ -420,6 +420,9 @@ def write(
         raise ConfigError(f"output: {output} cannot be written ({reason}); name another") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    # They are there; that their name is on the disk, too, cannot be had of a directory that may not be read.
+    with suppress(OSError):
+        flush_to_disk(output.parent)
 
 
 def _is_taken(output: Path) -> bool:

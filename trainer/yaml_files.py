@@ -62,6 +62,8 @@ def _check_duplicates(path: Path, node: yaml.Node) -> None:
         return
     seen: dict[Any, int] = {}
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise FileError(f"{path}:{_line(key)}: a key is a list or a section; keys are plain words")
         if key.value in seen:
             raise FileError(
                 f"{path}:{_line(key)}: {key.value!r} was given on line {seen[key.value]} already; keep one of the two"

@@ -47,6 +47,8 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, name: str, 
             f"{op}: hidden [N, D] and weight [V, D] must share D and dtype, not "
             f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(weight.shape)} {weight.dtype}"
         )
+    if not len(weight):
+        raise ValueError(f"{op}: weight {tuple(weight.shape)} has no rows; a head has one for each {name}")
     if ids.shape != hidden.shape[:1] or ids.dtype != torch.int64:
         raise ValueError(f"{op}: {name}s must be int64 [{len(hidden)}], not {ids.dtype} {tuple(ids.shape)}")
     check_range(op, name, ids, vocabulary, besides=IGNORE_LABEL)
@@ -93,7 +95,7 @@ def softmax_rows(logits_CV: Tensor) -> int:
 def add_weight_gradient(grad_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
     """Add a block's part of the gradient of weight to the sum, or begin it.
 
-    Half-precision products are added up in float32, which grad_VD has.
+    grad_VD is wide, float32, or float64 for float64 inputs: products in half precision are added up in float32.
     """
     add = Tensor.copy_ if first else Tensor.add_
     for logits_CR, grad_RD in zip(logits_CV.split(_PRODUCT_ROWS, dim=1), grad_VD.split(_PRODUCT_ROWS)):

@@ -72,10 +72,12 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor
 
 def _grouped_mm(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     """`grouped_linear` through torch, which checks no count."""
-    ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    fit = (tokens_per_expert_E >= 0).all() & (ends_E[-1] == len(x_ND))
+    # No sum of counts in these bounds wraps in int64; one of int32 can, back to the right one.
+    ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int64)
+    bounded = (tokens_per_expert_E >= 0) & (tokens_per_expert_E <= len(x_ND))
+    fit = bounded.all() & (ends_E[-1] == len(x_ND))
     # Where they do not, one expert takes all rows: nothing is read out of bounds.
-    y_NO = F.grouped_mm(x_ND, weight_EOD.mT, offs=torch.where(fit, ends_E, len(x_ND)))
+    y_NO = F.grouped_mm(x_ND, weight_EOD.mT, offs=torch.where(fit, ends_E, len(x_ND)).int())
     return torch.where(fit, y_NO, torch.nan)
 
 

@@ -140,9 +140,9 @@ def top_k_gate(
     Raises:
         ValueError: an argument is out of range, or the backend cannot serve these inputs.
     """
-    experts = logits_TE.shape[-1]
     _check_choices("top_k_gate", ("score", score, SCORES), ("normalize", normalize, NORMALIZATIONS))
     _check_logits("top_k_gate", logits_TE)
+    experts = logits_TE.shape[1]
     if not 1 <= top_k <= experts or not scale > 0:
         raise ValueError(
             f"top_k_gate: top_k {top_k} must be 1 to the number of experts of logits {tuple(logits_TE.shape)}, "
@@ -203,9 +203,9 @@ def dense_to_sparse_gate(
     Raises:
         ValueError: an argument is out of range, or the backend cannot serve these inputs.
     """
-    experts = logits_TE.shape[-1]
     _check_choices("dense_to_sparse_gate", ("activation", activation, ACTIVATIONS))
     _check_logits("dense_to_sparse_gate", logits_TE)
+    experts = logits_TE.shape[1]
     if not 1 <= (experts if max_experts is None else max_experts) <= experts:
         raise ValueError(
             f"dense_to_sparse_gate: max_experts {max_experts} must be 1 to the number of experts of logits "

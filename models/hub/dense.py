@@ -19,8 +19,6 @@ _INNER = {
     "ffn_norm": "post_attention_layernorm",
     "ffn": "mlp",
 }
-# The end-of-document token of the tokenizers that launch/prepare_data.py learns.
-_LEARNED_EOD = 0
 _DEFAULT_THETA = 10000.0
 
 # Numbers of the model, read by `from_hub`.
@@ -110,27 +108,16 @@ def hub_name(name: str) -> str:
     return f"model.layers.{layer}.{_INNER[part]}.{rest}"
 
 
-def to_hub(
-    model: ModelConfig,
-    vocab_size: int,
-    dtype: str,
-    max_positions: int,
-    *,
-    eos_token_id: int | list[int] | None = _LEARNED_EOD,
-    bos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-) -> dict[str, Any]:
-    """The config.json of a model.
+def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) -> dict[str, Any]:
+    """The config.json of a model, which does not say what ends and begins a text.
+
+    Those keys are there with null: without them transformers takes 2 and 1.
 
     Args:
         model: Its shape.
         vocab_size: Rows of its embedding.
         dtype: As torch names it.
         max_positions: Tokens of the longest sequence it was trained on.
-        eos_token_id: What ends a text, None where nothing says. The key is always there, for without it transformers
-            takes 2.
-        bos_token_id: What begins a text, written for the same reason (transformers takes 1).
-        pad_token_id: What fills up shorter texts of a batch.
 
     Raises:
         ValueError: no architecture here computes what it does.
@@ -155,9 +142,9 @@ def to_hub(
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
         # What transformers read before rope_parameters.
         "rope_theta": attention.rope_theta,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
     }
 
 

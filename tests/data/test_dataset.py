@@ -409,9 +409,9 @@ def test_ids_without_a_row_of_the_embedding_are_refused_as_they_are_read(data):
     sampler = open_training_data(str(data), seed=0, seq_len=64, global_batch_size=8, eod_id=EOD, vocab_size=900)
     sampler.samples(0)
     sampler = open_training_data(str(data), seed=0, seq_len=64, global_batch_size=8, eod_id=EOD, vocab_size=800)
-    with pytest.raises(ValueError, match=r"data holds the token id 8\d\d, and the vocabulary goes from 0 to 799"):
+    with pytest.raises(ConfigError, match=r"data holds the token id 8\d\d, and the vocabulary goes from 0 to 799"):
         sampler.samples(0)
-    with pytest.raises(ValueError, match="from 0 to 799"):
+    with pytest.raises(ConfigError, match="from 0 to 799"):
         list(EvaluationStream(data, 64, eod_id=EOD, vocab_size=800))
 
 

@@ -26,7 +26,7 @@ from trainer.data import corpus
 from trainer.data.dataset import EvaluationStream, open_training_data
 from trainer.data.indexed import TokenFile
 from trainer.data.layout import find_corpora, resolve_prefix
-from trainer.data.prepare import prepare, prepare_stdlib, sample_texts
+from trainer.data.prepare import finished_part, prepare, prepare_stdlib, sample_texts
 from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
 from trainer.data.tokenizer import Tokenizer
 
@@ -372,6 +372,97 @@ def test_parts_that_are_not_whole_are_made_again(lines, prepared, tmp_path, monk
     assert seen == [f"{number:08}" for number in range(4)]
     for name in ("train.bin", "train.idx"):
         assert (tmp_path / "out" / name).read_bytes() == (prepared / name).read_bytes()
+
+
+def test_a_part_that_is_no_object_is_made_again(tmp_path):
+    (tmp_path / "00000000.bin").touch()
+    (tmp_path / "00000000.json").write_text("[]")
+    assert finished_part(tmp_path / "00000000", corpus.MemoryShard((), 0), np.dtype(np.uint16)) is None
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Prepare all shards, and be stopped before they are joined."""
+    from trainer.data import prepare as module
+
+    def run(config: PrepareConfig) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_join", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                prepare(config)
+
+    return run
+
+
+def test_another_end_of_documents_is_another_setting(prepared, tmp_path, stopped):
+    """Also where a file beside the tokenizer's model names it: parts with two ends would make one data set."""
+    folder, source = tmp_path / "tokenizer", tmp_path / "a.txt"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes((prepared / "tokenizer.model").read_bytes())
+    source.write_text("some text")
+    shares = {"validation_share": 0, "test_share": 0}
+    config = configure(source, tmp_path / "out", tokenizer=TokenizerConfig(path=str(folder)), **shares)
+    stopped(config)
+    named = json.dumps({"spiketrain_eod": Tokenizer.load(folder)._processor.id_to_piece(300)})
+    (folder / "tokenizer_config.json").write_text(named)
+    for _ in ("unfinished", "finished"):
+        with pytest.raises(ConfigError, match=r"other settings: tokenizer\.eod_id \(there 0, now 300\)"):
+            prepare(config)
+        (folder / "tokenizer_config.json").unlink()
+        output = prepare(config)
+        (folder / "tokenizer_config.json").write_text(named)
+    info = json.loads((output / "dataset.json").read_text())
+    # As earlier versions wrote it.
+    del info["settings"]["tokenizer.eod_id"]
+    (output / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(ConfigError, match=r"tokenizer\.eod_id \(there 0, now 300\)"):
+        prepare(config)
+    (folder / "tokenizer_config.json").unlink()
+    assert prepare(config) == output
+
+
+@pytest.mark.parametrize("changed", ["text", "held"])
+def test_a_tokenizer_is_learned_anew_where_its_text_has_changed(tmp_path, stopped, capsys, changed):
+    def learned():
+        return capsys.readouterr().err.count("learned ")
+
+    for name, word in (("text", "first"), ("held", "second")):
+        (tmp_path / f"{name}.txt").write_text(f"{word} {' '.join(WORDS)}\n" * 50)
+    tokenizer = TokenizerConfig(vocab_size=300)
+    held = {"validation": str(tmp_path / "held.txt"), "test_share": 0, "tokenizer": tokenizer}
+    config = configure(tmp_path / "text.txt", tmp_path / "out", **held)
+    stopped(config)
+    stopped(config)
+    assert learned() == 1
+    (tmp_path / f"{changed}.txt").write_text("others, and more of them\n" * 70)
+    prepare(config)
+    assert learned() == (changed == "text")
+    fresh = prepare(replace(config, output=str(tmp_path / "fresh")))
+    assert digests(tmp_path / "out") == digests(fresh)
+
+
+def test_nothing_is_thrown_away_before_what_it_became_is_on_the_disk(prepared, tmp_path, monkeypatch):
+    from trainer.data import prepare as module
+
+    (tmp_path / "a.txt").write_text("some text")
+    flushed: list[tuple[str, bool]] = []
+    output = tmp_path / "out"
+
+    def note(path: Path) -> None:
+        assert (output / ".partial").exists()
+        flushed.append((path.name, (output / "dataset.json").exists()))
+
+    monkeypatch.setattr(module, "flush_to_disk", note)
+    tokenizer = TokenizerConfig(path=str(prepared))
+    prepare(configure(tmp_path / "a.txt", output, tokenizer=tokenizer, validation_share=0, test_share=0))
+    assert ("tokenizer.model", False) in flushed and flushed[-1] == ("out", True)
+
+
+def test_a_source_may_have_brackets_in_its_name(tmp_path):
+    (tmp_path / "a[1].txt").write_text("some text")
+    config = configure(tmp_path / "a[1].txt", tmp_path / "out")
+    (shard,) = corpus.shards(config.source, "text")
+    assert [document.text for document in shard.documents()] == ["some text"]
 
 
 def test_a_first_try_that_came_to_nothing_is_in_nobodys_way(tmp_path):

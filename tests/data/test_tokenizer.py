@@ -142,6 +142,13 @@ def test_broken_files_are_refused(tmp_path, name, content, eod, message):
         Tokenizer.load(tmp_path / name, eod)
 
 
+def test_a_broken_file_beside_a_tokenizer_is_named(learned, tmp_path):
+    learned.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: tokenizer_config\.json cannot be read .*copy the"):
+        Tokenizer.load(tmp_path)
+
+
 def test_missing_tokens_and_files_are_refused(byte_level, tmp_path):
     with pytest.raises(ConfigError, match="no tokenizer at"):
         Tokenizer.load(tmp_path)

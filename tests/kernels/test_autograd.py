@@ -96,7 +96,7 @@ def test_a_penalty_on_a_gradient_is_refused(name: str) -> None:
     (first,) = torch.autograd.grad(OPS[name](x).sum(), x)
     (recorded,) = torch.autograd.grad(OPS[name](x).sum(), x, create_graph=True)
     torch.testing.assert_close(recorded, first, rtol=1e-12, atol=1e-12)
-    with pytest.raises(RuntimeError, match=r"second derivatives: _.* has only a first one"):
+    with pytest.raises(RuntimeError, match="second derivatives: an operation of kernels/ has only first ones"):
         recorded.square().sum().backward()
 
 
@@ -116,5 +116,5 @@ def test_results_that_are_missing_and_graphs_of_other_things() -> None:
     assert [gradient.item() for gradient in gradients] == [3.0, 75.0]
     gradients[1].backward()  # the part that has second derivatives keeps them
     assert z.grad.item() == 30.0
-    with pytest.raises(RuntimeError, match="second derivatives: Half"):
+    with pytest.raises(RuntimeError, match="second derivatives: an operation"):
         gradients[0].backward()

@@ -115,7 +115,9 @@ def test_unseen_counts_make_the_products_nan(unseen: None, counts: list[int]) ->
     assert y.shape == (5, 2) and y.isnan().all() and x.grad.isnan().all()
 
 
-@pytest.mark.parametrize("counts", [*COUNTS.values(), [2, 0, 3]], ids=[*COUNTS, "right"])
+@pytest.mark.parametrize(
+    "counts", [*COUNTS.values(), [1 << 31, 1 << 31, 5], [2, 0, 3]], ids=[*COUNTS, "right in 32 bits", "right"]
+)
 def test_torchs_product_is_held_within_its_rows(counts: list[int]) -> None:
     x, weight = draw(5, 8).detach().bfloat16(), draw(3, 16, 8).detach().bfloat16()
     y = grouped._grouped_mm(x, weight, torch.tensor(counts))

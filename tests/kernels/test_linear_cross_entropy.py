@@ -147,6 +147,7 @@ def test_errors() -> None:
         (hidden[None], weight, labels, None),
         (hidden, weight[:, :3], labels, None),
         (hidden, weight.float(), labels, None),
+        (hidden, weight[:0], torch.full_like(labels, -100), None),
         (hidden, weight, labels[:3], None),
         (hidden, weight, labels.int(), None),
         (hidden, weight, labels, token_weights[:3]),

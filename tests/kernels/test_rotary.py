@@ -71,6 +71,8 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="even"):
         rotary_tables(torch.arange(3), 5, 1e4)
     cos, sin = rotary_tables(torch.arange(3), 4, 1e4)
-    for shape in ((2, 4, 1, 4), (2, 3, 1, 6), (3, 1, 4)):
+    for shape in ((2, 4, 1, 4), (2, 3, 1, 6), (3, 1, 4), (2, 3, 0, 4)):
         with pytest.raises(ValueError, match="apply_rotary"):
             apply_rotary(torch.zeros(shape), cos, sin)
+    with pytest.raises(ValueError, match="apply_rotary"):
+        apply_rotary(torch.zeros(2, 3, 1, 0), cos[:, :0], sin[:, :0])

@@ -5,10 +5,14 @@ import json
 import shutil
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch.evaluate import EvaluateConfig, open_stream
 from tests.trainer.conftest import metrics
+from trainer.cli import ConfigError, make_parser, parse
+from trainer.data.indexed import TokenArray
 from trainer.data.layout import tokenizer_sha256
 from trainer.data.tokenizer import learn_sentencepiece
 
@@ -73,6 +77,25 @@ def test_data_of_another_tokenizer_are_refused_and_an_override_is_said(launch, t
     assert code == 0 and f"tokenizer: {tiny_data}, in place of the checkpoint's\n" in errors
     code, _, errors, _ = launch("evaluate", *arguments[:-1], str(tmp_path / "other"), forked=True)
     assert code == 2 and "in place of the checkpoint's, which is another" in errors
+
+
+def test_figures_go_to_a_file_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    arguments = (f"--checkpoint={tmp_path}", f"--data={tmp_path / 'a.txt'}", "--json=~/out.json")
+    config, _ = parse(EvaluateConfig, make_parser(EvaluateConfig, ""), arguments)
+    assert config.json == str(tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("token", [-1, 4])
+def test_tokens_that_the_model_does_not_have_are_refused(token):
+    known = SimpleNamespace(vocab_size=4, eod_id=0)
+    settings = {"train": {"seq_len": 4}, "data": {"document_mask": True}}
+    loaded = SimpleNamespace(require_tokenizer=lambda: known, model=known, settings=settings)
+    data = TokenArray.from_documents([[1, token, 2, 0]], "data")
+    config = SimpleNamespace(data=data, seq_len=None, batch_size=1, split="test", stride=None)
+    with pytest.raises(ConfigError, match=f"has the token {token}, and the tokenizer and the model know 0 to 3"):
+        open_stream(config, loaded, [])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.trainer.conftest import ROOT
+from trainer.cli import make_parser, parse
 
 specification = importlib.util.spec_from_file_location("report", ROOT / "launch" / "report.py")
 report = importlib.util.module_from_spec(specification)
@@ -45,6 +46,13 @@ def test_the_average_stays_within_the_values(values):
     assert len(smoothed) == len(values)
     assert smoothed[0] == pytest.approx(values[0])
     assert min(values) - 1e-9 <= min(smoothed) and max(smoothed) <= max(values) + 1e-9
+
+
+def test_runs_may_be_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "metrics.jsonl").touch()
+    config, _ = parse(report.ReportConfig, make_parser(report.ReportConfig, ""), ["--runs=[~/.]"])
+    assert config.runs == [f"{tmp_path}/."]
 
 
 def test_bad_input_is_one_line(launch, trained):

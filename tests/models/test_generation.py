@@ -29,10 +29,20 @@ def test_temperature_zero_takes_the_most_likely(logits, top_p):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_numbers_are_refused(temperature):
-    logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
+@pytest.mark.parametrize("row", [[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
+def test_logits_that_are_not_numbers_are_refused(temperature, row):
     with pytest.raises(FloatingPointError, match="not numbers"):
-        sample_token(logits, temperature, 1.0, seeded(0))
+        sample_token(torch.tensor([[0.0, 1.0], row]), temperature, 1.0, seeded(0))
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320])
+def test_a_temperature_that_is_too_small_for_the_logits_is_refused(temperature):
+    with pytest.raises(FloatingPointError, match="is too small"):
+        sample_token(torch.tensor([[0.0, 1.0]]), temperature, 1.0, seeded(0))
+
+
+def test_a_token_may_be_ruled_out():
+    assert sample_token(torch.tensor([[-torch.inf, 1.0]]), 1.0, 1.0, seeded(0)).tolist() == [1]
 
 
 def nucleus(logits, temperature, top_p):

@@ -124,6 +124,10 @@ MISTAKES = {
 MISTAKES_IN_FILES = {
     "no value": (["--train.steps="], "train.steps: expected int, got nothing"),
     "key given twice": (["--config=twice.yaml"], "twice.yaml:3: 'steps' was given on line 2 already; keep one"),
+    "list for a key": (["--config=list_key.yaml"], "list_key.yaml:2: a key is a list or a section; keys are plain"),
+    "section for a key": (["--config=map_key.yaml"], "map_key.yaml:1: a key is a list or a section; keys are plain"),
+    "key given twice in a file at home": (["--config=~/twice.yaml"], "{home}/twice.yaml:3: 'steps' was given on line"),
+    "key given twice in a section's file at home": (["--model=~/shape.yaml"], "{home}/shape.yaml:2: 'num_layers' was"),
     "source given twice": (["--config=blend.yaml"], "blend.yaml:4: 'a' was given on line 3 already; keep one"),
     "empty section": (["--config=section.yaml"], "section.yaml:1: train is empty; give its keys, or leave the line"),
     "null for a number": (["--config=null.yaml"], "null.yaml:2: train.steps is null; give it a value, or leave"),
@@ -155,6 +159,8 @@ def files(tmp_path):
     write(tmp_path, "bad_value.yaml", {"train": {"micro_batch_size": 0}})
     write(tmp_path, "broken.yaml", "train: [1\n")
     write(tmp_path, "twice.yaml", "train:\n  steps: 3\n  steps: 5\n")
+    write(tmp_path, "list_key.yaml", "train:\n  [a, b]: 1\n")
+    write(tmp_path, "map_key.yaml", "{a: 1}: 2\n")
     write(tmp_path, "blend.yaml", "data:\n  blend:\n    a: 1\n    a: 2\n")
     write(tmp_path, "section.yaml", "train:\nmodel: {}\n")
     write(tmp_path, "null.yaml", "train:\n  steps:\n")
@@ -227,9 +233,10 @@ def parser():
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES_IN_FILES.values(), ids=MISTAKES_IN_FILES)
 def test_a_mistake_in_a_file_names_file_line_and_key(parser, files, monkeypatch, arguments, message):
     monkeypatch.chdir(files)
+    monkeypatch.setenv("HOME", str(files))
     with pytest.raises(ConfigError) as refusal:
         parse(PretrainConfig, parser, arguments)
-    assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(message.replace("{home}", str(files))) and "\n" not in str(refusal.value)
     assert guess(arguments, "run.dir") is None
 
 
@@ -367,6 +374,33 @@ def test_rank_0_speaks_and_the_others_wait_for_it(monkeypatch, capsys, rank):
     assert (sum(waited) >= 5) == (rank != 0)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_alone_has_met_it_says(monkeypatch, tmp_path, rank):
+    """Such as a token that its share of the data holds: rank 0, which speaks for all, knows nothing of it."""
+    from launch import pretrain as command
+    from trainer import pretrain
+
+    said = []
+
+    class Peers:
+        def __init__(self, run_dir):
+            self.report_own_failure = said.append
+
+    def run(config, config_yaml, peers):
+        raise ConfigError("train holds the token id 600")
+
+    monkeypatch.setattr(pretrain, "run", run)
+    monkeypatch.setattr(command, "PeerWatch", Peers)
+    monkeypatch.setattr(command, "dump_stacks_on_request", lambda: None)
+    monkeypatch.setattr(command.run_directory, "check", lambda config: False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("RANK", str(rank))
+    config = from_mapping(PretrainConfig, {"run": {"dir": str(tmp_path)}})
+    with pytest.raises(ConfigError, match="600"):
+        command.train(config, "")
+    assert said == (["train holds the token id 600"] if rank else [])
+
+
 # In this process
 
 
@@ -402,7 +436,7 @@ def test_a_dump_reads_back_as_the_same_configuration(parser, steps, lr, tied, ra
     assert config.evaluation.prompt == prompt
 
 
-def test_a_file_named_for_a_group_is_all_of_it(parser, tmp_path):
+def test_a_file_named_for_a_group_is_all_of_it(parser, tmp_path, monkeypatch):
     """But what a configuration and single options say of other groups stays."""
     recipe, model, experts = (tmp_path / f"{name}.yaml" for name in ("recipe", "model", "experts"))
     write(tmp_path, "recipe.yaml", {"model": {"num_layers": 2, "moe": {"num_experts": 4}}, "optim": {"lr": 0.5}})
@@ -412,7 +446,8 @@ def test_a_file_named_for_a_group_is_all_of_it(parser, tmp_path):
     def read(*options):
         return parse(PretrainConfig, parser, ["--config", str(recipe), *options])[0]
 
-    for options in (["--model", str(model)], [f"--model={model}"]):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for options in (["--model", str(model)], [f"--model={model}"], ["--model=~/model.yaml"]):
         config = read(*options, "--model.hidden_size=128")
         assert config.model == ModelConfig(num_layers=3, hidden_size=128) and config.optim.lr == 0.5
     config = read("--model", str(model), "--model.moe", str(experts))
@@ -430,12 +465,16 @@ def test_mappings_are_checked_too():
         from_mapping(TrainConfig, {"steps": 0})
 
 
-def test_keys_are_guessed_from_what_does_not_parse(tmp_path):
+def test_keys_are_guessed_from_what_does_not_parse(tmp_path, monkeypatch):
     write(tmp_path, "run.yaml", {"run": {"dir": "in file"}, "unknown": 1})
     write(tmp_path, "broken.yaml", "run: {dir: [\n")
     config = f"--config={tmp_path / 'run.yaml'}"
     assert guess(["--nonsense", "--run.dir=a"], "run.dir") == "a"
-    assert guess(["--run.dir", "b", config], "run.dir") == "b"
+    # The last one counts, as in the parser.
+    assert guess(["--run.dir", "b", "--run.dir=c"], "run.dir") == guess([config, "--run.dir", "c"], "run.dir") == "c"
+    assert guess(["--run.dir", "b", config], "run.dir") == "in file"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert guess(["--config=~/run.yaml"], "run.dir") == "in file"
     assert guess([config], "run.dir") == guess(["--config", config.split("=")[1]], "run.dir") == "in file"
     assert guess([f"--config={tmp_path / 'broken.yaml'}"], "run.dir") is None
     assert guess(["--run.dir"], "run.dir") in (None, "")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +136,19 @@ def test_what_is_there_is_never_overwritten(tmp_path):
     assert f"{other} is left of a write that did not end, or of one under way" in lines[0]
 
 
+@pytest.mark.parametrize("output", [".", "x/.."])
+def test_a_directory_may_be_named_by_dots(tmp_path, monkeypatch, output):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = {"tokenizer": None, "max_file_bytes": 1e9, "report": lambda line: None}
+    flushed = []
+    monkeypatch.setattr(weights, "flush_to_disk", lambda path: flushed.append((path, path.is_dir())))
+    weights.write(Path(output), shapes(MODEL, VOCABULARY), lambda tensors: None, **options)
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    assert flushed[-1] == (tmp_path, True), "the new name is on the disk, too"
+
+
 def test_two_writes_at_once_give_one_whole_directory(tmp_path):
     """Both have begun before either ends, and neither touches the other's files."""
     both, outcomes = threading.Barrier(2, timeout=60), {}
@@ -205,9 +219,15 @@ def indexed(weight_map):
     return damage
 
 
+def unreadable(folder):
+    """A directory in its place: what root may not read either."""
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
 NORM = "layers.1.ffn_norm.weight"
 DAMAGES = {
-    "no directory": (shutil.rmtree, "weights is not a directory; name one that launch/convert.py wrote"),
+    "no directory": (shutil.rmtree, "weights is not a directory; name one that spiketrain convert wrote"),
     "a pickle": (
         pickled,
         "holds neither model.safetensors nor model.safetensors.index.json; pytorch_model.bin may be a",
@@ -219,9 +239,10 @@ DAMAGES = {
     "a file cut short": (truncated, "model.safetensors is not a whole safetensors file ("),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "config.json is missing; name a directory"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read ("),
+    "a configuration that may not be read": (unreadable, "config.json cannot be read (Is a directory); write"),
     "another configuration": (
         lambda folder: (folder / "config.json").write_text('{"vocab_size": 512, "hidden_size": 32}'),
-        "config.json has no model section and vocab_size; launch/convert.py",
+        "config.json has no model section and vocab_size; spiketrain convert",
     ),
     "no tensor": (lambda folder: change(folder, lambda tensors: tensors.pop(NORM)), f"lacks {NORM}; write"),
     "a tensor too many": (
@@ -401,9 +422,11 @@ def test_options_after_init_override_it(tmp_path):
     assert parsed(f"--init={tmp_path}").model == MODEL
 
 
-def test_the_configuration_of_weights_is_a_model_section(tmp_path):
+def test_the_configuration_of_weights_is_a_model_section(tmp_path, monkeypatch):
     write(tmp_path, MODEL)
-    for argument in (("--model", f"{tmp_path}/config.json"), (f"--model={tmp_path}/config.json",)):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = (("--model", f"{tmp_path}/config.json"), (f"--model={tmp_path}/config.json",), ("--model=~/config.json",))
+    for argument in named:
         config = parsed(*argument)
         assert config.model == MODEL and config.checkpoint.init is None
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

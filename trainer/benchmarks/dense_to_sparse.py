@@ -7,7 +7,7 @@ run's own length.
 In the table and the JSON file `ours` is the validation loss of a gate in bits per byte, the mean over seeds, `peer`
 that of top-k, and `ratio` the peer's by ours: above 1 where the gate is better.
 
-Each run is a launch/pretrain.py of its own. Those that are finished are kept, and a stopped one goes on.
+Each run is a spiketrain pretrain of its own. Those that are finished are kept, and a stopped one goes on.
 """
 
 import json
@@ -79,7 +79,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive")
         if not Path(self.recipe).is_file():
-            raise ConfigError(f"recipe: {self.recipe} does not exist; name a configuration of launch/pretrain.py")
+            raise ConfigError(f"recipe: {self.recipe} does not exist; name a configuration of spiketrain pretrain")
 
 
 class Cost(NamedTuple):

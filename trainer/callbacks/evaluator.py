@@ -58,7 +58,7 @@ class Evaluator(Callback):
         engine = trainer.engine
         if engine.rank == 0 and trainer.config.evaluation.samples and not engine.model_is_whole:
             _LOGGER.info(
-                "no text samples on the way: no rank has the whole model; launch/generate.py reads checkpoints"
+                "no text samples on the way: no rank has the whole model; spiketrain generate reads checkpoints"
             )
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

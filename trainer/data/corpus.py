@@ -193,15 +193,18 @@ class JsonlShard(Shard):
                 place += len(file.readline()) - 1
             while place < self.stop and (line := file.readline()):
                 if line.strip():
-                    yield rows.take(f"{Path(self.path).name}:{place}", self._parse(line, place))
+                    yield self._take(rows, line, place)
                 place += len(line)
         # Whether text_key is wrong is decided by the file's beginning, so that it does not depend on where it is cut.
         if self.start == 0:
             rows.require_text()
 
-    def _parse(self, line: bytes, place: int) -> Any:
+    def _take(self, rows: Rows, line: bytes, place: int) -> Document | LeftOut:
+        name = f"{Path(self.path).name}:{place}"
         try:
-            return json.loads(line)
+            return rows.take(name, json.loads(line.decode("utf-8-sig")))
+        except UnicodeDecodeError:
+            return LeftOut(name, ROW_NOT_UTF8)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{self.path}, byte {place}: not a JSON object a line ({error}); correct or remove the line"
@@ -231,6 +234,7 @@ class JsonArrayShard(Shard):
                 raise ConfigError(f"{self.path} is not whole JSON ({error}); correct or remove the file") from error
         for number, row in enumerate(content if isinstance(content, list) else [content]):
             yield rows.take(f"{Path(self.path).name}:{number}", row)
+        rows.require_text()
 
     def identity(self) -> str:
         """See `Shard.identity`."""
@@ -256,17 +260,17 @@ class ParquetShard(Shard):
         rows = Rows(self.path, self.text_key)
         try:
             with parquet.ParquetFile(self.path) as file:
-                column = file.read_row_group(self.group, columns=[self.text_key]).column(0).to_pylist()
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{self.path}, row group {self.group}: text that is not UTF-8 ({error.reason}); write it again as "
-                "strings, or as bytes, of which such rows are left out"
-            ) from error
+                column = file.read_row_group(self.group, columns=[self.text_key]).column(0)
+                try:
+                    texts = column.to_pylist()
+                except UnicodeDecodeError:
+                    # As bytes, which rows are documents is decided one by one.
+                    texts = column.cast(pyarrow.large_binary()).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise ConfigError(
                 f"{self.path}, row group {self.group} cannot be read ({error}); download or write it again"
             ) from error
-        for row, text in enumerate(column, self.first_row):
+        for row, text in enumerate(texts, self.first_row):
             yield rows.take(f"{Path(self.path).name}:{row}", {self.text_key: text})
 
     def identity(self) -> str:
@@ -335,7 +339,7 @@ def text_shards(root: str, paths: Sequence[str]) -> Iterator[TextShard]:
 def jsonl_shards(path: str, text_key: str) -> Iterator[JsonlShard]:
     """Cut a jsonl file by bytes; a compressed file is one shard, since it can only be read from its beginning."""
     size, mark = os.path.getsize(path), stamp([path])
-    if path.endswith(COMPRESSED):
+    if path.lower().endswith(COMPRESSED):
         yield JsonlShard(path, 0, 1 << 62, size, text_key, mark)
         return
     for start in range(0, size, shard_bytes(size)):
@@ -396,18 +400,23 @@ def _json_kind(path: str, text_key: str) -> str:
         row, end = json.JSONDecoder().raw_decode(head)
     except (ValueError, RecursionError):
         return "text"
-    if not isinstance(row, dict) or text_key not in row:
+    if not isinstance(row, dict):
         return "text"
-    return "array" if array or "\n" in head[:end] else "lines"
+    in_a_line = "\n" not in head[:end]
+    # One object alone may be anything; several are rows, whose text lies elsewhere if it is not under the key.
+    several = array or (in_a_line and head[end:].lstrip().startswith("{"))
+    if text_key not in row and not several:
+        return "text"
+    return "lines" if in_a_line and not array else "array"
 
 
 def _records_kind(path: str, text_key: str) -> str:
     """What a file is by its name and, for .json, its beginning."""
-    name = path
+    name = whole = path.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
     if name.endswith(".parquet"):
-        return "parquet" if name == path else "text"
+        return "parquet" if name == whole else "text"
     if name.endswith(_LINES):
         return "lines"
     return _json_kind(path, text_key) if name.endswith(".json") else "text"
@@ -458,7 +467,7 @@ def open_hub(name: str) -> Any:
             loaded = datasets.load_from_disk(name)
             return (loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded).to_iterable_dataset()
         if Path(name).is_file():
-            suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix.removeprefix(".")
+            suffix = Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix.removeprefix(".")
             builder = {"jsonl": "json", "ndjson": "json", "txt": "text"}.get(suffix, suffix)
             return datasets.load_dataset(builder, data_files={split: name}, split=split, streaming=True)
         return datasets.load_dataset(name, config or None, split=split, streaming=True)

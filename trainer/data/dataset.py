@@ -29,14 +29,19 @@ from trainer.data.layout import NO_END, find_corpora
 
 
 def check_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
-    """Refuse what has no row in the embedding; before a run it is looked for in a sample of large files only.
+    """Refuse ids without a row in the embedding. Before a run those of large files are only looked at in a sample.
+
+    Args:
+        ids: what was read.
+        vocab_size: rows of the embedding; None, where it is not known, refuses nothing.
+        name: of the file, for the message.
 
     Raises:
-        ValueError: naming the file `name` and the id.
+        ConfigError: naming the file and the first of the worst ids.
     """
     if vocab_size is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         wrong = ids.max() if ids.max() >= vocab_size else ids.min()
-        raise ValueError(
+        raise ConfigError(
             f"{name} holds the token id {wrong}, and the vocabulary goes from 0 to {vocab_size - 1}: use the tokenizer "
             "that made the data, or a larger model.vocab_size"
         )

@@ -143,7 +143,7 @@ class _ZstandardReader(io.RawIOBase):
 
 @contextmanager
 def reading(path: str) -> Iterator[BinaryIO]:
-    """A file open for reading; what ends in .gz or .zst is decompressed.
+    """A file open for reading; what ends in .gz or .zst, in small letters or capitals, is decompressed.
 
     Raises:
         ConfigError: if it cannot be decompressed.
@@ -164,15 +164,15 @@ class DamagedFile(ConfigError):
 
 
 def _open(path: str) -> BinaryIO:
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return cast(BinaryIO, gzip.open(path))
-    if path.endswith(".zst"):
+    if path.lower().endswith(".zst"):
         return cast(BinaryIO, io.BufferedReader(_ZstandardReader(path), _CHUNK))
     return open(path, "rb")
 
 
 def _zstandard_error(path: str) -> type[Exception]:
-    if not path.endswith(".zst"):
+    if not path.lower().endswith(".zst"):
         return EOFError
     import zstandard
 

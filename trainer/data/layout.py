@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cli import ConfigError
+from trainer.json_files import read_object
 
 SPLITS = ("train", "validation", "test")
 INFO_NAME = "dataset.json"
@@ -27,16 +27,9 @@ def read_info(directory: str | Path) -> dict[str, Any] | None:
     """
     path = Path(directory) / INFO_NAME
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, "delete the directory and prepare the data again")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}): delete the directory and prepare the data again"
-        ) from error
-    if not isinstance(info, dict):
-        raise ConfigError(f"{path} is not a JSON object: delete the directory and prepare the data again")
-    return info
 
 
 def tokenizer_file(path: str | Path) -> Path:
@@ -97,7 +90,7 @@ def resolve_prefix(path: str | Path, split: str = "train") -> Path:
     if missing:
         raise ConfigError(
             f"no token data at {path}: {prefix}{missing[0]} does not exist; prepare it with "
-            f"`python launch/prepare_data.py --source SOURCE --output {path}`, or give the prefix "
+            f"`spiketrain prepare_data --source SOURCE --output {path}`, or give the prefix "
             "of a Megatron .bin/.idx pair"
         )
     return prefix

@@ -28,13 +28,14 @@ from typing import Any, Literal
 import numpy as np
 
 from trainer.cli import ConfigError
-from trainer.data.corpus import Document, Shard, hash_unit, shards, split_of, valid_text
+from trainer.data.corpus import Document, MemoryShard, Shard, hash_unit, shards, split_of, valid_text
 from trainer.data.files import LeftOut
 from trainer.data.indexed import token_dtype, write_index
 from trainer.data.layout import INFO_NAME, SPLITS, tokenizer_sha256
 from trainer.data.prepare_config import PrepareConfig, finished, refuse_other_settings, stdlib_config
-from trainer.data.tokenizer import Tokenizer, learn_sentencepiece
+from trainer.data.tokenizer import Tokenizer, learn_sentencepiece, tokenizer_files
 from trainer.durable import flush_to_disk, write_atomically
+from trainer.json_files import read_object
 
 _SAMPLE_MB = {"bpe": 16.0, "unigram": 2.0}
 _SECONDS_BETWEEN_LINES = 30.0
@@ -178,7 +179,8 @@ def finished_part(stem: Path, shard: Shard, dtype: np.dtype) -> dict[str, Any] |
     except (FileNotFoundError, ValueError):
         return None
     # Parts that an earlier version wrote say less.
-    if not {"identity", "lengths", "bytes", "max_id", "left_out", "changed"} <= part.keys():
+    known = {"identity", "lengths", "bytes", "max_id", "left_out", "changed"}
+    if not isinstance(part, dict) or not known <= part.keys():
         return None
     whole = size == sum(sum(lengths) for lengths in part["lengths"].values()) * dtype.itemsize
     return part if whole and part["identity"] == shard.identity() else None
@@ -304,8 +306,12 @@ def _prepare_locked(config: PrepareConfig, output: Path, settings: dict[str, Any
     }
     if config.source == "stdlib":
         info["python"] = sys.version.split()[0]
-    flush_to_disk(output)
+    for path in tokenizer_files(output):
+        flush_to_disk(path)
+        flush_to_disk(path.parent)
     write_atomically(output / INFO_NAME, (json.dumps(info, indent=2) + "\n").encode())
+    # Until its name is on the disk, too, what it was made from is needed.
+    flush_to_disk(output)
     shutil.rmtree(partial)
     _report(output, info, seconds)
 
@@ -319,11 +325,7 @@ def _open_partial(output: Path, settings: dict[str, Any]) -> Path:
     partial = output / ".partial"
     manifest = partial / "manifest.json"
     if any((partial / "parts").glob("*.json")):
-        try:
-            had = json.loads(manifest.read_bytes())
-        except ValueError as error:
-            raise ConfigError(f"{manifest} cannot be read ({error}): delete {partial} and start again") from error
-        refuse_other_settings(output, had, settings)
+        refuse_other_settings(output, read_object(manifest, f"delete {partial} and start again"), settings)
     elif not manifest.exists() and any((output / f"{split}.bin").exists() for split in SPLITS):
         raise ConfigError(f"{output} holds token files that this command did not write; choose another --output")
     elif manifest.exists() and manifest.read_bytes() != json.dumps(settings).encode():
@@ -340,8 +342,13 @@ def _tokenizer(config: PrepareConfig, partial: Path) -> tuple[Tokenizer, Path]:
     if settings.path is not None:
         tokenizer = Tokenizer.load(settings.path, settings.eod)
         return tokenizer, Path(settings.path).expanduser()
-    model = partial / "tokenizer.model"
-    if not model.exists():
+    model, learned_from = partial / "tokenizer.model", partial / "learned_from"
+    text = _training_text(config)
+    if not model.exists() or not learned_from.exists() or learned_from.read_text() != text:
+        # Shards first: without a model, nothing would say that another made them.
+        shutil.rmtree(partial / "parts")
+        (partial / "parts").mkdir()
+        model.unlink(missing_ok=True)
         started = time.monotonic()
         texts = list(sample_texts(config))
         if not texts:
@@ -352,11 +359,26 @@ def _tokenizer(config: PrepareConfig, partial: Path) -> tuple[Tokenizer, Path]:
         learned = learn_sentencepiece(texts, settings.kind, settings.vocab_size)
         temporary = partial / "learned"
         temporary.mkdir(exist_ok=True)
+        write_atomically(learned_from, text.encode())
         os.replace(learned.save(temporary), model)
         temporary.rmdir()
         size, seconds = sum(map(len, texts)) / 1e6, time.monotonic() - started
         _say(f"learned {learned.vocab_size:,} {settings.kind} pieces from {size:.1f} MB in {seconds:.1f} s")
     return Tokenizer.load(model), model
+
+
+def _training_text(config: PrepareConfig) -> str:
+    """What changes with the text that a tokenizer is learned from: a hash of its shards; of a stream, its name."""
+    if config.source.startswith("hf:"):
+        return config.source
+    digest = hashlib.sha256()
+    for shard, rule in planned_shards(config):
+        if rule.fixed is not None:
+            break
+        # Of files, one in memory holds what is left out.
+        if not isinstance(shard, MemoryShard):
+            digest.update(f"{shard.identity()}\n".encode())
+    return digest.hexdigest()
 
 
 def _tokenize_with_progress(

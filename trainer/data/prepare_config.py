@@ -108,7 +108,11 @@ class PrepareConfig:
                 yield key, source
 
     def settings(self) -> dict[str, Any]:
-        """What the output depends on, flat: not where it is written, nor by how many workers."""
+        """What the output depends on, flat: not where it is written, nor by how many workers.
+
+        Raises:
+            ConfigError: an existing tokenizer cannot be read, or has no end-of-document token.
+        """
         values = asdict(self)
         tokenizer = values.pop("tokenizer")
         for key in ("output", "workers"):
@@ -116,7 +120,12 @@ class PrepareConfig:
         for key, source in self.sources():
             values[key] = source if is_named(source) else os.path.abspath(os.path.expanduser(source))
         if self.tokenizer.path is not None:
-            tokenizer = {"sha256": tokenizer_sha256(self.tokenizer.path), "eod": self.tokenizer.eod}
+            from trainer.data.tokenizer import Tokenizer
+
+            # Which token ends a document may be said by files beside the model, of which its hash knows nothing.
+            eod_id = Tokenizer.load(self.tokenizer.path, self.tokenizer.eod).eod_id
+            sha256 = tokenizer_sha256(self.tokenizer.path)
+            tokenizer = {"sha256": sha256, "eod": self.tokenizer.eod, "eod_id": eod_id}
         return values | {f"tokenizer.{key}": value for key, value in tokenizer.items()}
 
 
@@ -133,7 +142,9 @@ def check_source(key: str, source: str) -> None:
     """
     if source == "hf:":
         raise ConfigError(f"{key}: hf: names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME@SPLIT")
-    if not is_named(source) and not glob.glob(os.path.expanduser(source), recursive=True):
+    path = os.path.expanduser(source)
+    # As `find_files`: a name with brackets is that of a file first.
+    if not is_named(source) and not os.path.exists(path) and not glob.glob(path, recursive=True):
         raise ConfigError(
             f"{key}: no file matches {source}; give an existing file, directory or glob, stdlib, or hf:NAME"
         )
@@ -148,7 +159,11 @@ def finished(output: str | Path, settings: dict[str, Any]) -> dict[str, Any] | N
     info = read_info(output)
     if info is None:
         return None
-    refuse_other_settings(output, info.get("settings", {}), settings)
+    had = info.get("settings", {})
+    if "tokenizer.sha256" in had:
+        # Earlier versions wrote it beside the settings alone.
+        had = {"tokenizer.eod_id": info.get("eod_id")} | had
+    refuse_other_settings(output, had, settings)
     for split in info.get("splits", {}):
         for suffix in (".bin", ".idx"):
             if not (Path(output) / f"{split}{suffix}").is_file():

@@ -21,6 +21,7 @@ import numpy as np
 
 from trainer.cli import ConfigError
 from trainer.data.layout import tokenizer_file
+from trainer.json_files import parse_object
 
 EOD_PIECE = "<|endoftext|>"
 # SentencePiece writes a space as U+2581, so a U+2581 of the text itself must take another way: through its three bytes.
@@ -82,9 +83,7 @@ def token_config(files: Mapping[str, bytes]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for name in ("special_tokens_map.json", _CONFIG_NAME):
-        found = json.loads(files.get(name, b"{}"))
-        if not isinstance(found, dict):
-            raise ConfigError(f"{name} is not a JSON object; copy the tokenizer again")
+        found = parse_object(files.get(name, b"{}"), name, "copy the tokenizer again")
         values |= {key: value for key, value in found.items() if value is not None}
     return values
 
@@ -102,6 +101,7 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of token ids, gaps included.
         eod_id: the end-of-document token; `encode` never gives it, preparation appends it.
+        eod: its name.
         model: the content of the model file.
         model_name: its name where `save` writes it.
         files: by name, what lay beside the model file and belongs to it (special tokens, chat template and so on).
@@ -111,6 +111,7 @@ class Tokenizer(ABC):
 
     vocab_size: int
     eod_id: int
+    eod: str
     model: bytes
     files: dict[str, bytes]
 
@@ -188,6 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ConfigError(
                 f"the model has no end-of-document piece{f' {eod}' if eod else ''}; name one with tokenizer.eod"
             )
+        self.eod = str(self._processor.id_to_piece(self.eod_id))
         self._eod_is_named = eod == named or (named is None and self.eod_id == self._processor.eos_id())
         byte = self._processor.piece_to_id("<0x00>")
         first = self._processor.encode("a", out_type=str)
@@ -237,8 +239,7 @@ class SentencePieceTokenizer(Tokenizer):
         """See `Tokenizer.save`."""
         path = Path(directory) / self.model_name
         path.write_bytes(self.model)
-        eod = self._processor.id_to_piece(self.eod_id)
-        _write_files(self.files if self._eod_is_named else _naming_eod(self.files, eod), path.parent)
+        _write_files(self.files if self._eod_is_named else _naming_eod(self.files, self.eod), path.parent)
         return path
 
 
@@ -264,12 +265,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.encode_special_tokens = True
         self._vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values()) + 1
-        self._eod = eod or self._find_eod()
-        if self._eod not in self._vocab:
+        self.eod = eod or self._find_eod()
+        if self.eod not in self._vocab:
             raise ConfigError(
-                f"the tokenizer has no token {self._eod}; name its end-of-document token with tokenizer.eod"
+                f"the tokenizer has no token {self.eod}; name its end-of-document token with tokenizer.eod"
             )
-        self.eod_id = self._vocab[self._eod]
+        self.eod_id = self._vocab[self.eod]
 
     def _find_eod(self) -> str:
         found = [name for name in (self._named_eod(), *_KNOWN_EODS) if name in self._vocab]
@@ -316,7 +317,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer.save`."""
         path = Path(directory) / self.model_name
         path.write_bytes(self.model)
-        _write_files(self.files if self._named_eod() == self._eod else _naming_eod(self.files, self._eod), path.parent)
+        _write_files(self.files if self._named_eod() == self.eod else _naming_eod(self.files, self.eod), path.parent)
         return path
 
 

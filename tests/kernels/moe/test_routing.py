@@ -128,6 +128,11 @@ def test_homogeneous_activations_leave_the_temperature_unidentified(activation: 
 
 
 def test_errors() -> None:
+    for wrong in (torch.zeros(()), torch.zeros(6), torch.zeros(3, 6, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="top_k_gate: logits must be floating"):
+            top_k_gate(wrong, 1)
+        with pytest.raises(ValueError, match="dense_to_sparse_gate: logits must be floating"):
+            dense_to_sparse_gate(wrong, 1.0, 0.1)
     logits = torch.zeros(3, 6)
     for options, message in (
         ({"top_k": 7}, "top_k 7 must be 1 to"),

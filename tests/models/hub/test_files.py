@@ -234,10 +234,20 @@ def test_auto_tokenizer_gives_our_tokens_or_the_export_says_otherwise(tmp_path, 
     notes = exported(tmp_path / "hub", kind)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hub")
     same = theirs.encode(TRICKY, add_special_tokens=False) == Tokenizer.load(tmp_path / "hub").encode(TRICKY)
+    assert (theirs.eos_token, theirs.eos_token_id) == (EOD, 0), "which tokenizer.json alone does not say"
     said = any("PreTrainedTokenizerFast.from_pretrained" in note for note in notes)
     assert (same, said) == (kind != "qwen2", kind == "qwen2")
     assert GenerationConfig.from_pretrained(tmp_path / "hub").eos_token_id == 0
     assert AutoConfig.from_pretrained(tmp_path / "hub").eos_token_id == 0
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+def test_a_broken_file_beside_a_tokenizer_is_named(tmp_path, name, content):
+    learn_sentencepiece([TRICKY * 3, "def f(x): return x"] * 5, "bpe", 300).save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/{name} (cannot be read|is not a JSON object)"):
+        hub_files(tmp_path, "qwen2", 300)
 
 
 def test_qwen2_s_own_tokenizer_needs_no_word(tmp_path):
