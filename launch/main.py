@@ -32,9 +32,9 @@ COMMANDS = {
     "bench": "benchmarks, ours beside a peer",
     "report": "draw training curves",
 }
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_EXIT_STOPPED = 75
-# When one rank has left, the others have this long.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_EXIT_CONFIG_ERROR, _EXIT_STOPPED = 2, 75
+# When one rank has left, however it did, the others have this long.
 _SECONDS_TO_LEAVE = 30.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 # siginfo's si_code of a signal that the kernel sent, as for Ctrl-C; prctl's number (linux/prctl.h).
@@ -112,14 +112,19 @@ class Ranks:
     """
 
     def __init__(self, command: list[str], count: int) -> None:
+        # Under nohup the end of the terminal is ignored, but would come through once it is blocked.
+        ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._signals = {*_SIGNALS} - ({signal.SIGHUP} if ignores_hangup else set())
         shared = {
+            # By which the ranks know each other, and no others.
+            "SPIKETRAIN_LAUNCH": f"{socket.gethostname()} {os.getpid()} {time.time_ns()}",
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
         }
         # From here on signals wait until `wait` asks for them: none is lost while some ranks are yet to be started.
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, signal.SIGCHLD})
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._signals, signal.SIGCHLD})
         prepare = _preparation(self._mask)
         self._ranks = {
             number: subprocess.Popen(
@@ -135,7 +140,7 @@ class Ranks:
     def wait(self) -> int:
         """Wait for all; 0, or the exit code of the first that failed (128 + N where signal N ended it)."""
         while self._ranks:
-            if number := _next_signal(_SECONDS_BETWEEN_LOOKS):
+            if number := _next_signal(self._signals, _SECONDS_BETWEEN_LOOKS):
                 self._send(number)
             for rank, process in list(self._ranks.items()):
                 if process.poll() is not None:
@@ -152,38 +157,42 @@ class Ranks:
 
     def _note_end(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         code = process.returncode
-        if code == 0 or self._exit_code:
+        if self._exit_code or (code == 0 and self._deadline < math.inf):
             return
-        self._exit_code = code if code > 0 else 128 - code
+        self._deadline = time.monotonic() + _SECONDS_TO_LEAVE
+        self._exit_code = code if code >= 0 else 128 - code
         if code < 0:
             name = signal.Signals(-code).name
             print(f"error: rank {rank} (pid {process.pid}) was ended by {name}", file=sys.stderr, flush=True)
-        if code == _EXIT_STOPPED:
-            # The others are about to leave by themselves.
-            self._deadline = time.monotonic() + _SECONDS_TO_LEAVE
-        else:
+        elif code not in (0, _EXIT_CONFIG_ERROR, _EXIT_STOPPED):
+            print(f"error: rank {rank} (pid {process.pid}) exited with {code}", file=sys.stderr, flush=True)
+        if code not in (0, _EXIT_STOPPED):
+            # Else the others are about to leave by themselves.
             self._send(signal.SIGTERM)
-            self._deadline = time.monotonic() + _SECONDS_TO_LEAVE
 
 
-def _next_signal(seconds: float) -> int | None:
+def _next_signal(signals: set[signal.Signals], seconds: float) -> int | None:
     """A signal to hand on, if one comes within `seconds`; a child's end comes as none, at once."""
     if not hasattr(signal, "sigtimedwait"):
         # macOS, which does not tell who sent it: what is handed on twice is taken for one request.
         time.sleep(seconds)
-        pending = signal.sigpending() & set(_SIGNALS)
+        pending = signal.sigpending() & signals
         return signal.sigwait(pending) if pending else None
-    info = signal.sigtimedwait({*_SIGNALS, signal.SIGCHLD}, seconds)
+    info = signal.sigtimedwait({*signals, signal.SIGCHLD}, seconds)
     if info is None or info.si_signo == signal.SIGCHLD or info.si_code == _FROM_TERMINAL:
         return None
     return info.si_signo
 
 
 def _preparation(mask: set[int | signal.Signals]) -> Callable[[], None]:
-    """What a rank does before it runs: it hears signals, and is asked to stop if this process dies (Linux)."""
+    """What a rank does before it runs: it hears signals, and is asked to stop if this process dies (Linux).
+
+    A request to save would end it while it cannot: it is ignored till the run asks for it.
+    """
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if prctl is not None:
             prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

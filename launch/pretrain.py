@@ -8,13 +8,11 @@ spiketrain pretrain --init weights/qwen --data.path data/web --run.dir runs/qwen
 """
 
 import sys
-import time
 from pathlib import Path
 
 from trainer import preflight, run_directory, run_lock, weights
 from trainer.cli import (
     EXIT_CONFIG_ERROR,
-    SECONDS_FOR_RANK_0,
     ConfigError,
     dump,
     fail,
@@ -23,6 +21,7 @@ from trainer.cli import (
     make_parser,
     parse,
     rank,
+    tell_torchrun,
     write_status,
 )
 from trainer.config import PretrainConfig, world_size_from_environment
@@ -40,6 +39,9 @@ def main() -> int:
     check_only = "--check" in sys.argv[1:]
     try:
         config, namespace = parse(PretrainConfig, parser, weights.expand_init(sys.argv[1:]))
+        config, restart = run_directory.settle_restart(config)
+        if restart is not None and rank() == 0:
+            print(restart, flush=True)
         world_size = world_size_from_environment() if namespace.world_size is None else namespace.world_size
         if world_size < 1:
             raise ConfigError(f"--world-size is {world_size}: it must be at least 1")
@@ -86,13 +88,13 @@ def train(config: PretrainConfig, config_yaml: str) -> int:
 
         return run(config, config_yaml, peers)
     except ConfigError as error:
-        write_status(Path(config.run.dir), "config_error", EXIT_CONFIG_ERROR, str(error))
-        if rank() != 0:
-            # What all ranks have met, rank 0 says, and its end ends them. What this one alone has met, in its share of
-            # the data, nobody else will say.
-            time.sleep(SECONDS_FOR_RANK_0)
-            peers.report_own_failure(str(error))
-        raise
+        if rank() == 0:
+            write_status(Path(config.run.dir), "config_error", EXIT_CONFIG_ERROR, str(error))
+            raise
+        # Nothing where rank 0 has said it. It may not have met with it, and then waits for this rank.
+        peers.report_own_failure(str(error), "config_error", EXIT_CONFIG_ERROR)
+        tell_torchrun(f"error: {error}")
+        sys.exit(EXIT_CONFIG_ERROR)
 
 
 if __name__ == "__main__":

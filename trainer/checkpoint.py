@@ -8,11 +8,12 @@
         checksums.json    SHA-256 of every other file; a checkpoint without it was never finished
 
 Every rank flushes and hashes the files that it has written; before a run goes on, every rank looks at a share of them.
+A checkpoint that a run went back past, since it is damaged, is kept beside the others as `damaged_step_00000100`.
 """
 
 import json
+import logging
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -28,9 +29,15 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.durable import flush_to_disk
 from trainer.engines import pieces
 from trainer.engines.base import Engine
+from trainer.run_directory import checkpoint_path as checkpoint_path
+from trainer.run_directory import list_checkpoints as list_checkpoints
+from trainer.run_directory import step_of as step_of
 
-_NAME = re.compile(r"step_(\d{8,})")
+_LOGGER = logging.getLogger("spiketrain")
 _SECONDS_BETWEEN_LOOKS = 0.05
+# What becomes of a checkpoint: it is written, it is about to be removed, it was found damaged.
+_SAVING, _REMOVING, _DAMAGED = ".saving_", ".removing_", "damaged_"
+_IS_DAMAGED = " is damaged and passed over: "
 
 
 @dataclass(frozen=True)
@@ -46,27 +53,6 @@ class Progress:
     step: int = 0
     tokens: int = 0
     skipped: int = 0
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run by name, oldest first, whole or not."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-
-
-def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise ConfigError(f"{path} is not a checkpoint: its name should look like step_00000100")
-    return int(match.group(1))
 
 
 @dataclass(frozen=True)
@@ -149,15 +135,35 @@ def find_latest_over_ranks(engine: Engine, run_dir: Path) -> tuple[Path | None, 
 def _newest_whole(
     run_dir: Path, paths: list[Path], damage_of: Callable[[Path], str | None]
 ) -> tuple[Path | None, list[str]]:
-    complaints = [
-        f"{path} was not finished and is passed over" for path in sorted((run_dir / "checkpoints").glob(".saving_*"))
-    ]
+    unfinished = sorted((run_dir / "checkpoints").glob(f"{_SAVING}*"))
+    complaints = [f"{path} was not finished and is passed over" for path in unfinished]
     for path in reversed(paths):
         reason = damage_of(path)
         if reason is None:
             return path, complaints
-        complaints.append(f"{path} is damaged and passed over: {reason}")
+        complaints.append(f"{path}{_IS_DAMAGED}{reason}")
     return None, complaints
+
+
+def damaged_ones(complaints: list[str]) -> list[str]:
+    """Of the lines that `find_latest` gives those about damaged checkpoints, the newest first."""
+    return [line for line in complaints if _IS_DAMAGED in line]
+
+
+def set_damaged_aside(run_dir: Path, newest_whole: Path) -> list[Path]:
+    """Give the checkpoints that a run goes back past other names; where they are now.
+
+    Under their own they would count as newer than what the run saves next.
+    """
+    return [_set_aside(path) for path in list_checkpoints(run_dir) if step_of(path) > step_of(newest_whole)]
+
+
+def _set_aside(path: Path) -> Path:
+    target, number = path.with_name(f"{_DAMAGED}{path.name}"), 0
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{_DAMAGED}{path.name}.{number}")
+    return path.rename(target)
 
 
 def require_whole(engine: Engine, path: Path) -> None:
@@ -267,7 +273,7 @@ class _Work(threading.Thread):
 
 def _unfinished(target: Path) -> Path:
     """Where a checkpoint lies until it is whole."""
-    return target.with_name(f".saving_{target.name}")
+    return target.with_name(f"{_SAVING}{target.name}")
 
 
 def _open(engine: Engine, target: Path, progress: Progress, config_yaml: str, tokenizer: Tokenizer | None) -> None:
@@ -292,10 +298,11 @@ def _publish(run_dir: Path, target: Path, keep: Retention, digests: dict[str, st
     _seal(_unfinished(target), digests)
     if target.exists():
         # Only a damaged checkpoint can stand here: a run continues from its newest whole one.
-        shutil.rmtree(target)
+        _set_aside(target)
     os.replace(_unfinished(target), target)
-    flush_to_disk(target.parent)
-    _prune(run_dir, keep)
+    for path in (target.parent, run_dir):
+        flush_to_disk(path)
+    _prune(run_dir, keep, target)
 
 
 def _seal(directory: Path, digests: dict[str, str]) -> None:
@@ -307,14 +314,27 @@ def _seal(directory: Path, digests: dict[str, str]) -> None:
         flush_to_disk(path)
     listed |= {f"state/{name}": digests[name] for name in sorted(digests)}
     (directory / checksums.NAME).write_text(json.dumps(listed, indent=1) + "\n")
-    for path in (directory / checksums.NAME, directory / "state", directory):
+    folders = sorted(path for path in directory.rglob("*") if path.is_dir())
+    for path in (directory / checksums.NAME, *folders, directory):
         flush_to_disk(path)
 
 
-def _prune(run_dir: Path, keep: Retention) -> None:
+def _prune(run_dir: Path, keep: Retention, newest: Path) -> None:
+    """Remove what failed removals and saves have left, and the checkpoints before `newest` that need not stay."""
+    for path in (*newest.parent.glob(f"{_REMOVING}*"), *newest.parent.glob(f"{_SAVING}*")):
+        _remove(path)
     if keep.newest:
-        for path in list_checkpoints(run_dir)[: -keep.newest]:
+        # What lies after it, if anything does, is none of this run's.
+        for path in [path for path in list_checkpoints(run_dir) if step_of(path) <= step_of(newest)][: -keep.newest]:
             if not keep.steps or step_of(path) % keep.steps:
-                shutil.rmtree(path)
-    for path in (run_dir / "checkpoints").glob(".saving_*"):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, which first loses its name. Training goes on where that fails; the next save tries again."""
+    try:
+        if not path.name.startswith("."):
+            path = path.rename(path.with_name(f"{_REMOVING}{path.name}"))
         shutil.rmtree(path)
+    except OSError as error:
+        _LOGGER.warning("%s could not be removed, and is left for now: %s", path, error)

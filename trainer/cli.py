@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -17,12 +18,13 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer import yaml_files
+from trainer.durable import write_atomically
 
 EXIT_CONFIG_ERROR = 2
 EXIT_STOPPED = 75
 
 # torchrun ends the other ranks as soon as one fails. They wait this long for rank 0 to have said why.
-SECONDS_FOR_RANK_0 = 10.0
+_SECONDS_FOR_RANK_0 = 10.0
 
 # What jsonargparse, PyYAML and the dataclasses raise on bad input.
 _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
@@ -256,17 +258,18 @@ def _nearest(key: str, known: list[str]) -> str | None:
 
 
 def fail(message: str) -> NoReturn:
-    """Say why, once over all ranks, and exit with 2."""
-    if rank() == 0:
-        line = f"error: {' '.join(message.split())}"
-        print(line, file=sys.stderr, flush=True)
-        _tell_torchrun(line)
-    else:
-        time.sleep(SECONDS_FOR_RANK_0)
+    """Say why, and exit with 2. A rank other than 0 says it where rank 0 has not ended it in the meantime."""
+    line = " ".join(message.split())
+    if rank() != 0:
+        time.sleep(_SECONDS_FOR_RANK_0)
+        line = f"rank {rank()} on {socket.gethostname()}: {line}"
+    line = f"error: {line}"
+    print(line, file=sys.stderr, flush=True)
+    tell_torchrun(line)
     sys.exit(EXIT_CONFIG_ERROR)
 
 
-def _tell_torchrun(line: str) -> None:
+def tell_torchrun(line: str) -> None:
     """Have torchrun, whose own report follows, end that report with the line in place of advice on tracebacks."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
@@ -279,15 +282,12 @@ def write_status(run_dir: str | Path, state: str, exit_code: int, message: str =
     if rank() != 0 and not any_rank:
         return
     path = Path(run_dir)
-    temporary = path / f".status.json.{rank()}.tmp"
+    content = json.dumps({"state": state, "exit_code": exit_code, "message": message}) + "\n"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"state": state, "exit_code": exit_code, "message": message}) + "\n")
-        os.replace(temporary, path / "status.json")
+        write_atomically(path / "status.json", content.encode())
     except OSError as error:
         # run.dir, or a full disk, may be the very thing that is wrong: a second error must not hide the first.
-        if path.is_dir():
-            temporary.unlink(missing_ok=True)
         if state != "config_error":
             print(
                 f"error: {path}/status.json cannot be written: {disk_error(path, error)}", file=sys.stderr, flush=True

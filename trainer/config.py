@@ -307,7 +307,8 @@ class CheckpointConfig:
         keep: Newest checkpoints that stay; 0 keeps all.
         keep_every: Every so many-th checkpoint stays, too, those after a multiple of every * keep_every steps; 0 none.
         resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (what an earlier run has
-            left there is set aside, as checkpoints.1 and so on), a path continues from that checkpoint.
+            left there is set aside, as checkpoints.1 and so on; a restart by SLURM or torchrun goes on as with auto), a
+            path continues from that checkpoint.
         init: A directory of weights, made by spiketrain convert, that a new run starts from; null draws them from
             train.seed. Where the run goes on from a checkpoint it is not read.
         asynchronous: Train on while a copy of the state is written. Off by default: the copy takes host memory, as

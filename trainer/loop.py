@@ -11,6 +11,7 @@ from typing import Any
 
 from models.decoder import flops_per_token, shapes
 from trainer.callbacks.base import Callback
+from trainer.callbacks.health import TrainingDiverged
 from trainer.checkpoint import Progress
 from trainer.config import PretrainConfig
 from trainer.data.dataset import Sampler
@@ -99,11 +100,15 @@ class Trainer:
         self._call("on_start")
         try:
             outcome = self._take_steps()
-        except BaseException:
-            self._end_after_failure()
+        except BaseException as error:
+            if isinstance(error, TrainingDiverged):
+                # On all ranks alike: what they have begun together they can finish.
+                self.enter("save")
+                self._call_after_failure("on_give_up")
+            self._call_after_failure("on_end")
             raise
         self.enter("end")
-        for callback in self.callbacks:
+        for callback in reversed(self.callbacks):
             callback.on_end(self)
         return outcome
 
@@ -120,11 +125,11 @@ class Trainer:
             self._call("on_step", metrics)
         return Outcome.STOPPED if self.cut_short else Outcome.DONE
 
-    def _end_after_failure(self) -> None:
-        """Call on_end; what fails there must not hide what failed before (files on a full disk cannot be closed)."""
-        for callback in self.callbacks:
+    def _call_after_failure(self, hook: str) -> None:
+        """What fails there must not hide what failed before (files on a full disk cannot be closed)."""
+        for callback in reversed(self.callbacks):
             try:
-                callback.on_end(self)
+                getattr(callback, hook)(self)
             except Exception as error:
                 _LOGGER.warning("%s could not end: %s", type(callback).__name__, error)
 

@@ -19,6 +19,10 @@ from typing import NoReturn
 from trainer import run_lock
 from trainer.cli import EXIT_STOPPED, rank, write_status
 
+# These ask a run to stop. USR1 is the batch system's word that the time is nearly up: unlike TERM, torchrun can be made
+# to ignore it. HUP comes when a terminal closes.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
 # torchrun looks at its ranks every 0.1 s.
 _SECONDS_FOR_LAUNCHER = 5.0
 
@@ -43,8 +47,10 @@ class PeerWatch:
             self._listen()
         else:
             self._nobody_died.set()
-        signal.signal(signal.SIGTERM, self._leave)
-        signal.signal(signal.SIGINT, self._leave)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # Under nohup the end of the terminal is none of the run's business.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._leave)
 
     def _listen(self) -> None:
         # By a descriptor, since a handler waits for the main thread, which may be waiting for the dead rank.
@@ -78,17 +84,17 @@ class PeerWatch:
         pids = [f"rank {peer}" + (f" (pid {self._pids[peer]})" if peer in self._pids else "") for peer in dead]
         return f"{', '.join(pids)} on {socket.gethostname()} died; the launcher's report has the exit code or signal"
 
-    def report(self, message: str) -> None:
+    def report(self, message: str, state: str = "failed", exit_code: int = 1) -> None:
         """Write down what ended the run, unless a rank of this start has already said so, or another has the run."""
         if self._has_been_told() or not run_lock.belongs_to_this_launch(self._run_dir):
             return
         # First where it cannot fail: the disk may be what failed.
         print(f"error: {message}", file=sys.stderr, flush=True)
-        write_status(self._run_dir, "failed", 1, message, any_rank=True)
+        write_status(self._run_dir, state, exit_code, message, any_rank=True)
         with suppress(OSError), (self._run_dir / "run.log").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    def report_own_failure(self, message: str) -> None:
+    def report_own_failure(self, message: str, state: str = "failed", exit_code: int = 1) -> None:
         """Write down a failure of this rank, unless it follows from the death of another.
 
         Connections to a rank that died break at once, a little before the launcher says that it did.
@@ -97,7 +103,7 @@ class PeerWatch:
             time.sleep(_SECONDS_FOR_LAUNCHER)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             message = f"rank {rank()} (pid {os.getpid()}) on {socket.gethostname()} failed: {message}"
-        self.report(message)
+        self.report(message, state, exit_code)
 
     def _has_been_told(self) -> bool:
         """Whether a rank of this start has already written how it ended."""

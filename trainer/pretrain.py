@@ -2,6 +2,8 @@
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,9 +23,10 @@ from trainer.cli import EXIT_STOPPED, ConfigError, describe_failure, rank, write
 from trainer.config import PretrainConfig
 from trainer.data.sources import DataSources, find_sources
 from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
+from trainer.durable import write_atomically
 from trainer.engines.base import Engine
 from trainer.loop import Outcome, Trainer
-from trainer.peers import PeerWatch
+from trainer.peers import STOPS, PeerWatch
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")
@@ -38,7 +41,7 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
     run_dir = Path(config.run.dir)
     # Until there is something to save; left alone it would end the process.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    with run_lock.owned(run_dir):
+    with _signals_given_back(), run_lock.owned(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         logs.configure(run_dir, rank())
         peers = peers or PeerWatch(run_dir)
@@ -48,15 +51,35 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
         except (ConfigError, SystemExit):
             raise
         except TrainingDiverged as error:
+            _ignore_stops()
             write_status(run_dir, "failed", 1, str(error))
             _LOGGER.error("%s", error)
             return 1
         except BaseException as error:
+            _ignore_stops()
             peers.report_own_failure(describe_failure(error))
             raise
         finally:
             watchdog.close()
     return _exit_code(outcome)
+
+
+@contextmanager
+def _signals_given_back() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore_stops() -> None:
+    """The run has ended: a request to stop must not change how, nor keep it from being written down."""
+    for number in STOPS:
+        # By a handler that does nothing: of a signal that is ignored outright the peer watch would not hear either.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 def _exit_code(outcome: Outcome) -> int:
@@ -91,6 +114,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
         watchdog,
     )
     outcome = trainer.fit()
+    _ignore_stops()
     # Before any rank leaves, which the launcher takes for a failure if it was stopped, and ends the others.
     write_status(config.run.dir, outcome.value, _exit_code(outcome))
     engine.barrier()
@@ -105,7 +129,7 @@ def _write_configuration(config: PretrainConfig, config_yaml: str, progress: Pro
     change = run_directory.change_of_schedule(saved if saved.is_dir() else run_dir, config, progress.step)
     if change is not None:
         _LOGGER.warning("%s", change)
-    (run_dir / "config.yaml").write_text(config_yaml)
+    write_atomically(run_dir / "config.yaml", config_yaml.encode())
 
 
 def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) -> Engine:
@@ -172,8 +196,12 @@ def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:
     path, complaints = checkpoint.find_latest_over_ranks(engine, run_dir)
     for complaint in complaints if engine.rank == 0 else ():
         _LOGGER.warning("%s", complaint)
-    if path is None and not run_directory.starts_anew(config):
-        raise run_directory.nothing_whole(run_dir, next(line for line in complaints if "damaged" in line))
+    # By what all ranks have been told: each one's own view of the directory may differ.
+    if path is None and (damaged := checkpoint.damaged_ones(complaints)):
+        raise run_directory.nothing_whole(run_dir, damaged[0])
+    if path is not None and engine.rank == 0:
+        for aside in checkpoint.set_damaged_aside(run_dir, path):
+            _LOGGER.warning("the damaged checkpoint is now %s, which may be removed", aside)
     return path
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from trainer.config import OptimConfig, PretrainConfig
 from trainer.optim import learning_rate
 
 _NAME = re.compile(r"step_(\d{8,})")
+# What a run leaves that a new one would write over. The checkpoints last: till they have another name, the others are
+# theirs, also where a kill comes in between.
+_KEPT = ("metrics.jsonl", "tensorboard", "checkpoints")
 
 # A run goes on only with the same model, the same data, the same batches and the same beginning.
 _FIXED = (
@@ -29,15 +32,63 @@ _FIXED = (
 )
 # A schedule that goes on at a rate this much higher than it would have had is worth a word.
 _JUMP = 1.05
-# Where stdlib is prepared changes nothing, nor does what is computed again, or where.
+# Of these the keys that change no result: where the data `stdlib` is kept, which experts' activations are computed
+# again, and which experts are copied to every rank.
 _FREE = ("data.cache_dir", "model.moe.recompute_above", "model.moe.replicate_above")
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name.
+
+    Raises:
+        ConfigError: it is no checkpoint's.
+    """
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ConfigError(f"{path} is not a checkpoint: its name should look like step_00000100")
+    return int(match[1])
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints of a run by name, oldest first, whole or not."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints of a run by name, whole or not, oldest first."""
-    folder = run_dir / "checkpoints"
-    matches = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for match in matches if match)
+    return [step_of(path) for path in list_checkpoints(run_dir)]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.yaml of a run, or of a checkpoint, as nested values; empty where there is none.
+
+    Raises:
+        ConfigError: it is cut short, or no configuration.
+    """
+    path = directory / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _unreadable(path, " ".join(str(error).split())) from error
+    if not isinstance(values, dict):
+        raise _unreadable(path, "it is empty" if values is None else "it holds no keys")
+    return values
+
+
+def _unreadable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be read ({reason}); put the config.yaml of a whole checkpoint of that run in its place"
+    )
 
 
 def starts_anew(config: PretrainConfig) -> bool:
@@ -46,13 +97,27 @@ def starts_anew(config: PretrainConfig) -> bool:
     return resume == "never" or (resume == "auto" and not checkpoint_steps(Path(config.run.dir)))
 
 
+def settle_restart(config: PretrainConfig) -> tuple[PretrainConfig, str | None]:
+    """What a start goes by that the batch system or torchrun has made again, and a line about it if it is not as asked.
+
+    Only the first start begins anew: a later one with the same arguments goes on from what that has saved.
+    """
+    counts = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if config.checkpoint.resume != "never" or not any(count.isdigit() and int(count) for count in counts):
+        return config, None
+    goes_on = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
+    return goes_on, "checkpoint.resume=never: this start is a restart, and goes on as with auto"
+
+
 def set_aside(run_dir: Path) -> list[Path]:
     """Give what an earlier run has left other names, so that a new one can start; where it is now.
 
-    They all get the same number, the first under which none of them is there.
+    They all get the same number, the first under which none of them is there. Without checkpoints the lines of metrics
+    are worth keeping; an empty file is not.
     """
-    found = [run_dir / name for name in ("checkpoints", "metrics.jsonl", "tensorboard") if (run_dir / name).exists()]
-    if run_dir / "checkpoints" not in found:
+    found = [run_dir / name for name in _KEPT if (run_dir / name).exists()]
+    metrics = run_dir / "metrics.jsonl"
+    if run_dir / "checkpoints" not in found and not (metrics in found and metrics.stat().st_size):
         return []
     number = 1
     while any(_numbered(path, number).exists() for path in found):
@@ -94,11 +159,11 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
 
 def differing_keys(run: Path, config: PretrainConfig) -> list[str]:
     """The keys in which a run, its directory or a checkpoint, differs from `config`, as `key: theirs -> ours`."""
-    path = run / "config.yaml"
-    if not path.exists():
+    values = read_config(run)
+    if not values:
         return []
     # A key that did not exist when the run began stands at its default.
-    theirs = _fixed(asdict(PretrainConfig())) | _fixed(yaml.safe_load(path.read_text()))
+    theirs = _fixed(asdict(PretrainConfig())) | _fixed(values)
     ours = _fixed(asdict(config))
     if config.train.precision == "auto":
         ours["train.precision"] = theirs["train.precision"]
@@ -111,9 +176,7 @@ def precision_of_the_run(config: PretrainConfig) -> str | None:
         return None
     run_dir = Path(config.run.dir)
     source = run_dir if checkpoint_steps(run_dir) else Path(config.checkpoint.resume)
-    path = source / "config.yaml"
-    values = flatten(yaml.safe_load(path.read_text())) if path.exists() else {}
-    precision: str | None = values.get("train.precision")
+    precision: str | None = flatten(read_config(source)).get("train.precision")
     return precision
 
 
@@ -143,8 +206,11 @@ def change_of_schedule(earlier: Path, config: PretrainConfig, step: int) -> str 
         config: Of the steps to come.
         step: Steps taken.
     """
-    path = earlier / "config.yaml"
-    saved = yaml.safe_load(path.read_text()) if path.is_file() else None
+    try:
+        saved = read_config(earlier)
+    except ConfigError:
+        # Nothing to compare with is no reason to end the run.
+        return None
     if not saved or not 0 < step < config.train.steps:
         return None
     known = {item.name for item in fields(OptimConfig)}
@@ -219,7 +285,7 @@ def _reached(run_dir: Path, steps: list[int]) -> int:
     """
     complaints = []
     for step in reversed(steps):
-        path = run_dir / "checkpoints" / f"step_{step:08d}"
+        path = checkpoint_path(run_dir, step)
         try:
             checksums.read(path)
             return step

@@ -77,10 +77,13 @@ def _machine() -> str:
 
 
 def launch_id() -> str:
-    """The same for every rank of a launch, and for no other launch on this machine that still runs."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    """The same for every rank of a launch, and for no other launch that still runs."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SPIKETRAIN_LAUNCH")
     if "MASTER_PORT" in os.environ:
-        return " ".join(os.environ.get(name, "") for name in names)
+        address = os.environ.get("MASTER_ADDR", "")
+        # Every machine has such an address: then all ranks are on this one.
+        machine = [socket.gethostname()] if address in ("localhost", "::1") or address.startswith("127.") else []
+        return " ".join([*machine, *(os.environ.get(name, "") for name in names)])
     return f"{_machine()} {os.getpid()} {_process_began(os.getpid())}"
 
 
@@ -108,19 +111,21 @@ class _Lock:
     def __init__(self, directory: Path) -> None:
         self.path, self.owner = directory / _LOCK, Owner.this_process()
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="run lock", daemon=True)
 
     def hold(self) -> None:
         """Renew the lock from now on."""
-        threading.Thread(target=self._renew, name="run lock", daemon=True).start()
+        self._thread.start()
 
     def _renew(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
                 os.utime(self.path)
             except FileNotFoundError:
-                # Somebody removed it by hand; it is ours until another has it.
+                # Somebody removed it by hand; it is ours until another has it, or until it is given back.
                 with suppress(OSError):
-                    _create(self.path, self.owner)
+                    if not self._ended.is_set():
+                        _create(self.path, self.owner)
             except OSError:
                 # A file server that is away for a moment: the next time may do.
                 continue
@@ -132,9 +137,9 @@ class _Lock:
     def release(self) -> None:
         """Give the lock back, if it is still ours."""
         self._ended.set()
-        current = _read(self.path)
-        if current is not None and current.is_same_process(self.owner):
-            self.path.unlink(missing_ok=True)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        _remove_if_owned(self.path, self.owner)
 
 
 _held: dict[Path, _Lock] = {}
@@ -237,6 +242,12 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
+def _remove_if_owned(path: Path, owner: Owner) -> None:
+    current = _read(path)
+    if current is not None and current.is_same_process(owner):
+        path.unlink(missing_ok=True)
+
+
 def _create(path: Path, owner: Owner) -> None:
     """Create a lock file.
 
@@ -273,7 +284,9 @@ def _take(directory: Path) -> None:
             raise ConfigError(_in_use(directory, state))
         # Of several that find it stale one at a time may remove it, and looks again before it does.
         with _taking_over(directory):
-            if _look(directory) is None or _read(path) != state.owner:
+            again = _look(directory)
+            reason = None if again is None else again.why_stale(ours)
+            if reason is None:
                 continue
             print(f"{path} is taken over: {reason}", file=sys.stderr, flush=True)
             path.unlink(missing_ok=True)
@@ -291,17 +304,41 @@ def _in_use(directory: Path, state: _State) -> str:
 @contextmanager
 def _taking_over(directory: Path) -> Iterator[None]:
     path, ours = directory / _TAKEOVER, Owner.this_process()
-    end = time.monotonic() + _TAKEOVER_SECONDS
+    seen, end = None, 0.0
     while True:
         try:
             _create(path, ours)
             break
         except FileExistsError:
-            if time.monotonic() > end:
+            current = _mark(path)
+            if current != seen:
+                seen, end = current, time.monotonic() + _TAKEOVER_SECONDS
+            elif time.monotonic() > end:
                 # Whoever made it was killed in between.
-                path.unlink(missing_ok=True)
+                _clear(path, seen)
             time.sleep(0.05)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        _remove_if_owned(path, ours)
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another that comes after it under the same name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _clear(path: Path, seen: tuple[int, int] | None) -> None:
+    """Remove the takeover file that was `seen`, and no other: of several processes that try one succeeds."""
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        if _mark(aside) != seen:
+            # Another process was faster, and this is its own.
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()

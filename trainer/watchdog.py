@@ -27,6 +27,12 @@ from trainer.config import RunConfig
 from trainer.peers import PeerWatch, leave_at_once
 
 _DIRECTORY = "ranks"
+# Where mcore's main thread waits in a call that has no Python frame of its own.
+_WAITS_OF_MCORE = (
+    "/megatron/core/pipeline_parallel/p2p_communication.py",
+    "/megatron/core/pipeline_parallel/schedules.py",
+    "/megatron/core/distributed/param_and_grad_buffer.py",
+)
 # Notes are written this often in the shortest time that a phase may take, at most every so many seconds.
 _NOTES, _MOST_SECONDS = 20, 10.0
 
@@ -127,6 +133,7 @@ class Watchdog:
         self._note = replace(
             self._note, progress=progress, phase=phase, step=step, where=where, waits=waits, beat=self._note.beat + 1
         )
+        # Not flushed to the disk: that may take long beside a save, and a note that is late is taken for a hang.
         temporary = self._path(rank()).with_suffix(".tmp")
         # A full disk or an absent file server must not end the run from here.
         with suppress(OSError):
@@ -199,12 +206,19 @@ def _described(notes: Iterable[Note]) -> dict[int, str]:
 
 
 def _innermost(frame: FrameType | None) -> tuple[str, bool]:
-    """The function that a thread is in, and whether it waits for other ranks: it is one of torch.distributed's."""
+    """The function that a thread is in, and whether it waits for other ranks."""
     if frame is None:
         return "", False
     code = frame.f_code
-    waits = False
-    while frame is not None and not waits:
-        waits = "/torch/distributed/" in frame.f_code.co_filename
+    files = []
+    while frame is not None:
+        files.append(frame.f_code.co_filename)
         frame = frame.f_back
-    return f"{code.co_name} ({Path(code.co_filename).name}:{code.co_firstlineno})", waits
+    return f"{code.co_name} ({Path(code.co_filename).name}:{code.co_firstlineno})", waits_for_others(files)
+
+
+def waits_for_others(files: list[str]) -> bool:
+    """Whether a stack, given by its files from the innermost out, is that of a rank that waits for others."""
+    # torch.distributed.checkpoint writes files: a rank that hangs there is the one that the others wait for.
+    within = ("/torch/distributed/" in file and "/torch/distributed/checkpoint/" not in file for file in files)
+    return files[0].endswith(_WAITS_OF_MCORE) or any(within)

@@ -58,6 +58,11 @@ folder = pathlib.Path(sys.argv[1])
 rank = os.environ["RANK"]
 if rank == "1" and sys.argv[2] == "fails":
     sys.exit(3)
+if rank == "0" and sys.argv[2] == "saves":
+    os.kill(os.getpid(), signal.SIGUSR2)
+    sys.exit(0)
+if rank == "1" and sys.argv[2] in ("leaves", "saves"):
+    sys.exit(0)
 if rank == "1" and sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "ends":
@@ -68,7 +73,7 @@ def stop(number, frame):
         file.write(signal.Signals(number).name + " ")
     time.sleep(0.3)
     sys.exit(75)
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, stop)
 (folder / f"ready{rank}").touch()
 time.sleep(60)
@@ -76,13 +81,14 @@ sys.exit(9)
 """
 
 
-def ranks(folder, how):
+def ranks(folder, how, seconds_to_leave=30.0):
     """Two ranks of the program above, supervised in a process of its own, in a process group of its own."""
     (folder / "rank.py").write_text(RANK)
     program = (
-        f"import sys\nfrom launch.main import Ranks\nsys.exit(Ranks([sys.executable, {str(folder / 'rank.py')!r}, "
+        "import signal, sys\nfrom launch import main\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        f"main._SECONDS_TO_LEAVE = {seconds_to_leave}\n"
+        f"sys.exit(main.Ranks([sys.executable, {str(folder / 'rank.py')!r}, {str(folder)!r}, {how!r}], 2).wait())"
     )
-    program += f"{str(folder)!r}, {how!r}], 2).wait())"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -102,7 +108,7 @@ def test_ranks_are_told_who_they_are_and_end(tmp_path):
     assert [(tmp_path / name).read_text() for name in "01"] == ["2 2 0", "2 2 1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_is_handed_on_once(tmp_path, number):
     process = ranks(tmp_path, "waits")
     when_ready(tmp_path)
@@ -113,7 +119,9 @@ def test_a_signal_is_handed_on_once(tmp_path, number):
 
 def test_a_rank_that_fails_ends_the_others_with_its_exit_code(tmp_path):
     process = ranks(tmp_path, "fails")
-    assert process.communicate(timeout=60)[1] == "" and process.returncode == 3
+    errors = process.communicate(timeout=60)[1]
+    assert errors.startswith("error: rank 1 (pid ") and errors.endswith(") exited with 3\n")
+    assert process.returncode == 3
     # Rank 0 was asked to stop, whether it was ready for that or not.
     assert not Path(f"/proc/{process.pid}").exists()
 
@@ -123,6 +131,34 @@ def test_a_rank_that_is_killed_is_named(tmp_path):
     errors = process.communicate(timeout=60)[1]
     assert errors.startswith("error: rank 1 (pid ") and errors.endswith(") was ended by SIGKILL\n")
     assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_a_rank_that_leaves_in_peace_gives_the_others_a_time_too(tmp_path):
+    """They would wait for it."""
+    process = ranks(tmp_path, "leaves", seconds_to_leave=0.2)
+    errors = process.communicate(timeout=120)[1]
+    assert errors.startswith("error: rank 0 (pid ") and errors.endswith(") was ended by SIGKILL\n")
+    assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_a_request_to_save_ends_no_rank_that_cannot_yet(tmp_path):
+    process = ranks(tmp_path, "saves")
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+
+
+def test_under_nohup_a_closed_terminal_is_not_handed_on(monkeypatch):
+    class Started:
+        def __init__(self, *args, **kwargs):
+            pass
+
+    monkeypatch.setattr(main.subprocess, "Popen", Started)
+    for handler, hears in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+        previous, mask = signal.signal(signal.SIGHUP, handler), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        try:
+            assert (signal.SIGHUP in main.Ranks([], 1)._signals) is hears
+        finally:
+            signal.signal(signal.SIGHUP, previous)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")

@@ -45,7 +45,7 @@ def test_two_nodes_train_to_the_end(whole):
 
 
 def test_a_stopped_run_queues_again_and_is_the_same(whole, cluster, submit, configuration):
-    # It has saved before it is stopped: the processes that mcore saves with are there.
+    # It has saved before it is stopped.
     config, run_dir = configuration(STEPS, every=20)
     job = submit([NODES], [config, "--optim.lr", "0.005"])
     job.wait_until(lambda: last_step(run_dir) >= 25, "at step 25")

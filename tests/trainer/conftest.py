@@ -1,6 +1,7 @@
 """A tiny run on the dataset of `tiny_data`: as a command, and in this process."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,19 @@ from tests import processes
 from tests.processes import QUIET
 from tests.processes import ROOT as ROOT
 from tests.processes import finish as finish
+
+
+@pytest.fixture
+def log():
+    """The messages of the logger spiketrain, which other tests may have cut off from pytest's."""
+    logger, messages = logging.getLogger("spiketrain"), []
+    level, handler = logger.level, logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tests.trainer.test_deepspeed_engine import read_parameters
 from tests.trainer.test_megatron_engine import build, run_step
 from trainer import checkpoint, pretrain
 from trainer.callbacks.checkpointer import Checkpointer
+from trainer.callbacks.health import TrainingDiverged
 from trainer.checkpoint import BackgroundSave, Progress, Retention
 from trainer.config import CheckpointConfig, EngineConfig
 from trainer.data.sources import find_sources
@@ -168,6 +169,28 @@ def test_the_end_of_a_run_waits(tmp_path, end):
         callback.on_stop(fake_trainer(tmp_path, engine, 4 if end == "stop" else 3))
     last = ["step_00000004"] if end != "stop right after a save" else []
     assert names(tmp_path) == ["step_00000003", *last]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_gives_up_finishes_its_save_first(tmp_path, log, fails):
+    """On all ranks alike; its failure does not hide why the run gave up."""
+    engine, callback = FakeEngine(), Checkpointer(3, Retention(), asynchronous=True)
+    engine.fail = fails
+    trainer = fake_trainer(tmp_path, engine, 3)
+    trainer.callbacks = [callback]
+
+    def take_steps():
+        callback.on_step(trainer, {})
+        threading.Timer(0.2, engine.may_write.set).start()
+        raise TrainingDiverged("20 steps in a row")
+
+    trainer._take_steps = take_steps
+    with pytest.raises(TrainingDiverged):
+        trainer.fit()
+    if fails:
+        assert log == ["Checkpointer could not end: no space left on device"]
+    else:
+        assert names(tmp_path) == ["step_00000003"]
 
 
 def test_a_failure_ends_the_run_at_the_next_step(tmp_path):

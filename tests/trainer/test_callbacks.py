@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import logging
 import os
 import signal
 from types import SimpleNamespace
@@ -43,19 +42,6 @@ def fake_trainer(step=0, steps=10, rank=0, resumed=False):
     return trainer
 
 
-@pytest.fixture
-def log():
-    """The messages of the logger spiketrain, which other tests may have cut off from pytest's."""
-    logger, messages = logging.getLogger("spiketrain"), []
-    level, handler = logger.level, logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
 # NonFiniteGuard
 
 
@@ -93,9 +79,11 @@ def test_skipped_steps_are_reported_by_rank_0(log):
 # StopOnSignal
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_to_stop(number, log):
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    # The tests may run under nohup.
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     trainer, callback = fake_trainer(), StopOnSignal()
     callback.on_start(trainer)
     try:
@@ -108,6 +96,7 @@ def test_a_signal_asks_to_stop(number, log):
         callback.on_end(trainer)
     assert log == [f"{signal.Signals(number).name}: stopping after this step"]
     assert {each: signal.getsignal(each) for each in before} == before
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_a_signal_after_the_end_is_as_before(monkeypatch):
@@ -119,6 +108,37 @@ def test_a_signal_after_the_end_is_as_before(monkeypatch):
         callback.on_end(trainer)
         os.kill(os.getpid(), signal.SIGTERM)
         assert seen == [signal.SIGTERM] and trainer.stop_requested is False
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    trainer, callback = fake_trainer(), StopOnSignal()
+    try:
+        callback.on_start(trainer)
+        os.kill(os.getpid(), signal.SIGHUP)
+        callback.on_end(trainer)
+        assert trainer.stop_requested is False
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_signal_is_a_request_while_the_callbacks_end(loop):
+    """Not the end of the process, which would cut short what they have to write."""
+
+    class Ending(Callback):
+        def on_end(self, trainer):
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(trainer.stop_requested)
+
+    def leave(number, frame):
+        raise SystemExit(75)
+
+    ended, previous = [], signal.signal(signal.SIGTERM, leave)
+    try:
+        assert loop([StopOnSignal(), Ending()], steps=1).fit() is Outcome.DONE
+        assert ended == [True]
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -310,7 +330,8 @@ def test_callbacks_are_called_in_order(loop):
     calls = []
     trainer = loop([Recorder(calls, "a"), Recorder(calls, "b")], steps=2)
     assert trainer.fit() is Outcome.DONE
-    assert calls == [(name, what) for what in ("start", 1, 2, "end") for name in ("a", "b")]
+    ends = [("b", "end"), ("a", "end")]
+    assert calls == [(name, what) for what in ("start", 1, 2) for name in ("a", "b")] + ends
     assert len(trainer.rates) == 2 and trainer.progress == Progress(step=2, tokens=20)
 
 
@@ -380,7 +401,7 @@ def test_a_failing_end_does_not_hide_the_failure(loop, log):
     calls = []
     with pytest.raises(OSError, match="no space left"):
         loop([Recorder(calls, "a", fail), Stuck(), Recorder(calls, "b")]).fit()
-    assert calls[-2:] == [("a", "end"), ("b", "end")]
+    assert calls[-2:] == [("b", "end"), ("a", "end")]
     assert log == ["Stuck could not end: cannot close"]
 
 
@@ -444,13 +465,20 @@ def test_a_stop_is_heard_in_the_last_validation(validating):
 
 
 @pytest.mark.parametrize(
-    ("written", "validates"),
-    [([{"step": 2, "loss": 1.0}], True), ([{"step": 2, "split": "validation"}], False), (None, False)],
-    ids=["interrupted", "done", "another run's checkpoint"],
+    ("written", "is_ours", "validates"),
+    [
+        ([{"step": 2, "loss": 1.0}], True, True),
+        ([{"step": 2, "split": "validation"}], True, False),
+        ([], True, True),
+        # The file is there: the callback before has opened it.
+        ([], False, False),
+    ],
+    ids=["interrupted", "done", "no lines", "another run's checkpoint"],
 )
-def test_a_run_that_goes_on_validates_what_it_had_no_time_for(validating, tmp_path, written, validates):
-    if written is not None:
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+def test_a_run_that_goes_on_validates_what_it_had_no_time_for(validating, tmp_path, written, is_ours, validates):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    if is_ours:
+        (tmp_path / "checkpoints/step_00000002").mkdir(parents=True)
     trainer, _, lines = validating(step=2)
     assert trainer.fit() is Outcome.DONE and trainer.rates == []
     assert len(lines) == validates

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer import checkpoint
+from trainer import checkpoint, checksums
 from trainer.checkpoint import Progress, Retention
 from trainer.cli import ConfigError
 from trainer.engines.pieces import Piece, Writer
@@ -154,8 +154,25 @@ def test_metadata_run_no_code(tmp_path):
 
     path = save(tmp_path, 1)
     (path / "state/.metadata").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print has no place"):
+    with pytest.raises(ValueError, match=r"builtins\.print has no place"):
         checkpoint.pieces.read_metadata(path / "state")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x05", b"no pickle", pickle.dumps((1, 2)), b"cno.such.module\nName\n.", b"ctorch\nno_such_name\n."],
+    ids=["empty", "cut", "text", "other", "module", "name"],
+)
+def test_metadata_that_cannot_be_read_are_damage(tmp_path, damage, content):
+    """Though they are as they were written: by another version of torch, or by a host whose disk was failing."""
+    old, new = save(tmp_path, 1), save(tmp_path, 2)
+    (new / "state/.metadata").write_bytes(content)
+    listed = json.loads((new / "checksums.json").read_text())
+    listed["state/.metadata"] = checksums.digest(new / "state/.metadata")
+    (new / "checksums.json").write_text(json.dumps(listed))
+    assert damage(new).startswith("state/.metadata ")
+    latest, (complaint,) = checkpoint.find_latest(tmp_path)
+    assert latest == old and f"{new} is damaged and passed over: state/.metadata" in complaint
 
 
 def test_a_failed_save_leaves_the_others_and_is_named(tmp_path):
@@ -184,8 +201,59 @@ def test_keeps_every_so_many_th(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [10, 20, 25, 30]
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
-    path = save(tmp_path, 2)
+def damaged(path):
     (path / "state/__0_0.distcp").write_bytes(b"")
+    return path
+
+
+def test_a_run_that_goes_back_past_a_damaged_checkpoint_keeps_what_it_saves(tmp_path):
+    save(tmp_path, 100)
+    damaged(save(tmp_path, 200))
+    saved = save(tmp_path, 150, keep=1)
+    assert checkpoint.find_latest(tmp_path)[0] == saved
+
+
+def test_a_run_that_goes_back_sets_the_damaged_checkpoints_aside(tmp_path):
+    folder, whole = tmp_path / "checkpoints", save(tmp_path, 100)
+    for step in (200, 300):
+        damaged(save(tmp_path, step))
+    names = ["damaged_step_00000200", "damaged_step_00000300"]
+    assert checkpoint.set_damaged_aside(tmp_path, whole) == [folder / name for name in names]
+    damaged(save(tmp_path, 200))
+    assert checkpoint.set_damaged_aside(tmp_path, whole) == [folder / "damaged_step_00000200.1"]
+    assert checkpoint.list_checkpoints(tmp_path) == [whole]
+    assert checkpoint.find_latest(tmp_path) == (whole, [])
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch, log):
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError("device or resource busy")
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as busy:
+        busy.setattr(checkpoint.shutil, "rmtree", refuse)
+        save(tmp_path, 2, keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [2]
+    left = tmp_path / "checkpoints/.removing_step_00000001"
+    assert left.is_dir() and log == [f"{left} could not be removed, and is left for now: device or resource busy"]
+    assert checkpoint.find_latest(tmp_path)[1] == []
+    save(tmp_path, 3, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_names_reach_the_disk_before_the_checkpoint_has_its_own(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(checkpoint, "flush_to_disk", flushed.append)
+    tokenizer = SimpleNamespace(save=lambda directory: (directory / "tokenizer.json").write_text("{}"))
+    path = checkpoint.save(FakeEngine(), tmp_path, Progress(1), "model: {}\n", tokenizer, Retention())
+    unfinished = path.with_name(".saving_step_00000001")
+    for name in ("tokenizer/tokenizer.json", "tokenizer", "state", "."):
+        assert unfinished / name in flushed
+    assert flushed[-2:] == [tmp_path / "checkpoints", tmp_path]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
+    path = damaged(save(tmp_path, 2))
     assert save(tmp_path, 2) == path
     assert checkpoint.damage(path) is None

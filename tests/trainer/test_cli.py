@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +17,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch import pretrain as command_of_pretraining
 from models.config import ModelConfig, MoEConfig, RouterConfig
 from tests.helpers import WAIT
-from trainer import cli
+from trainer import cli, run_directory
 from trainer.cli import ConfigError, dotted_keys, dump, fail, from_mapping, guess, make_parser, parse, write_status
-from trainer.config import PretrainConfig, TrainConfig
+from trainer.config import PretrainConfig, RunConfig, TrainConfig
+from trainer.peers import STOPS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
@@ -225,6 +229,13 @@ def check_the_one_line(files, message, code, output, errors):
     assert [path.name for path in (files / "here").iterdir()] == ["status.json"]
 
 
+def test_a_restart_says_that_it_does_not_begin_anew(in_this_process, monkeypatch):
+    said = "checkpoint.resume=never: this start is a restart, and goes on as with auto\n"
+    for count, output in (("0", ""), ("2", said)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        assert in_this_process("--check", "--world-size=0", "--checkpoint.resume=never")[:2] == (2, output)
+
+
 @pytest.fixture(scope="module")
 def parser():
     return make_parser(PretrainConfig, "")
@@ -370,35 +381,35 @@ def test_rank_0_speaks_and_the_others_wait_for_it(monkeypatch, capsys, rank):
     with pytest.raises(SystemExit) as leaving:
         fail("two\n  lines")
     assert leaving.value.code == 2
-    assert capsys.readouterr().err == ("error: two lines\n" if rank == 0 else "")
+    who = "" if rank == 0 else f"rank 1 on {socket.gethostname()}: "
+    assert capsys.readouterr().err == f"error: {who}two lines\n"
     assert (sum(waited) >= 5) == (rank != 0)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_what_one_rank_alone_has_met_it_says(monkeypatch, tmp_path, rank):
-    """Such as a token that its share of the data holds: rank 0, which speaks for all, knows nothing of it."""
-    from launch import pretrain as command
-    from trainer import pretrain
+def test_a_rank_that_alone_is_refused_is_heard(tmp_path, monkeypatch, capsys):
+    """Rank 0, which has nothing to say, waits for it."""
 
-    said = []
+    def refuse(config):
+        raise ConfigError("the file is not there")
 
-    class Peers:
-        def __init__(self, run_dir):
-            self.report_own_failure = said.append
-
-    def run(config, config_yaml, peers):
-        raise ConfigError("train holds the token id 600")
-
-    monkeypatch.setattr(pretrain, "run", run)
-    monkeypatch.setattr(command, "PeerWatch", Peers)
-    monkeypatch.setattr(command, "dump_stacks_on_request", lambda: None)
-    monkeypatch.setattr(command.run_directory, "check", lambda config: False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("RANK", str(rank))
-    config = from_mapping(PretrainConfig, {"run": {"dir": str(tmp_path)}})
-    with pytest.raises(ConfigError, match="600"):
-        command.train(config, "")
-    assert said == (["train holds the token id 600"] if rank else [])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr(run_directory, "check", refuse)
+    monkeypatch.setattr(command_of_pretraining, "dump_stacks_on_request", lambda: None)
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            command_of_pretraining.train(PretrainConfig(run=RunConfig(dir=str(tmp_path))), "")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert leaving.value.code == 2
+    told = json.loads((tmp_path / "status.json").read_text())
+    message = f"rank 1 (pid {os.getpid()}) on {socket.gethostname()} failed: the file is not there"
+    assert told == {"state": "config_error", "exit_code": 2, "message": message}
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert "the file is not there" in (tmp_path / "error.json").read_text()
 
 
 # In this process

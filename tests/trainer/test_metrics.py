@@ -134,8 +134,8 @@ def test_lines_are_there_at_once(trainer, tmp_path):
 def test_a_resumed_run_goes_on_at_its_checkpoint(trainer, tmp_path):
     path = tmp_path / "metrics.jsonl"
     run(trainer(), MetricsFile(path, 1), 1, 5)
-    with path.open("a") as stream:
-        stream.write('{"step": 6, "lo')
+    damaged = '{"loss": 1.0}\n[3]\nnull\n{"step": null}\n\n'
+    path.write_text(damaged + path.read_text() + '{"step": 6, "lo')
     run(trainer(3), MetricsFile(path, 1), 4, STEPS)
     assert [line["step"] for line in lines(path) if "split" not in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines(path) if "split" in line] == [3, 6]

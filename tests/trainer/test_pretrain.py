@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -14,9 +16,11 @@ from kernels import backend
 from models.decoder import flops_per_token, shapes
 from tests.helpers import STEP_KEYS
 from tests.trainer.conftest import finish, in_process_config, leave_groups, metrics, status
-from trainer import pretrain
-from trainer.cli import from_mapping
-from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig
+from trainer import cli, pretrain
+from trainer.checkpoint import Progress
+from trainer.cli import ConfigError, from_mapping
+from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig, RunConfig
+from trainer.peers import PeerWatch
 
 PEAK = 1e9  # FLOP/s that the run is told the machine can do
 
@@ -139,3 +143,70 @@ def test_the_peak_is_that_of_all_ranks_where_a_model_is_cut(monkeypatch):
         all_reduce=lambda values: [2 * value for value in values],
     )
     assert pretrain._total_peak_flops(PretrainConfig(), engine) == 12.0
+
+
+# Signals, and what ranks see of a directory
+
+
+def stop_this_process():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stop_after_the_last_step_changes_nothing(tiny_data, tmp_path, monkeypatch):
+    def write_status(*arguments):
+        stop_this_process()
+        cli.write_status(*arguments)
+
+    monkeypatch.setattr(pretrain, "write_status", write_status)
+    before = signal.getsignal(signal.SIGTERM)
+    config = replace(in_process_config(tiny_data, tmp_path / "run", steps=1), evaluation=EvaluationConfig(every=0))
+    assert pretrain.run(config, "") == 0
+    assert status(tmp_path / "run")["state"] == "done"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stop_does_not_keep_a_failure_from_being_written_down(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    def report(peers, message):
+        stop_this_process()
+        told.append(message)
+
+    told = []
+    monkeypatch.setattr(pretrain, "_train", fail)
+    monkeypatch.setattr(PeerWatch, "report_own_failure", report)
+    with pytest.raises(RuntimeError, match="broken"):
+        pretrain.run(PretrainConfig(run=RunConfig(dir=str(tmp_path))), "")
+    assert len(told) == 1 and told[0].startswith("RuntimeError: broken")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_go_by_what_they_were_told_of_checkpoints(tmp_path, monkeypatch, rank):
+    """Not by what each sees of the directory, which on another host may be older."""
+    config = PretrainConfig(run=RunConfig(dir=str(tmp_path)))
+    engine, folder = SimpleNamespace(rank=rank), tmp_path / "checkpoints"
+
+    def load(told):
+        monkeypatch.setattr(pretrain.checkpoint, "find_latest_over_ranks", lambda *_: told)
+        return pretrain._checkpoint_to_load(config, engine)
+
+    complaints = [f"{folder}/.saving_is_damaged was not finished and is passed over"]
+    complaints += [f"{folder}/step_0000000{step} is damaged and passed over: it is empty" for step in (2, 1)]
+    with pytest.raises(ConfigError, match=r"none can be read \(.*step_00000002 is damaged"):
+        load((None, complaints))
+    for step in (1, 2):
+        (folder / f"step_0000000{step}").mkdir(parents=True)
+    assert load((None, complaints[:1])) is None
+    whole = folder / "step_00000001"
+    assert load((whole, complaints[:2])) == whole
+    assert (folder / "damaged_step_00000002").exists() == (rank == 0)
+
+
+def test_the_configuration_is_replaced_as_a_whole(tmp_path):
+    """A run that is killed meanwhile leaves the old one, not an empty one."""
+    (tmp_path / "config.yaml").write_text("old")
+    (tmp_path / "other name").hardlink_to(tmp_path / "config.yaml")
+    pretrain._write_configuration(PretrainConfig(run=RunConfig(dir=str(tmp_path))), "new", Progress())
+    assert (tmp_path / "config.yaml").read_text() == "new"
+    assert (tmp_path / "other name").read_text() == "old"

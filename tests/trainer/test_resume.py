@@ -114,6 +114,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_run, tmp_
     assert "step_00000008 is damaged and passed over" in output
     assert "step_00000006 is damaged and passed over" in output
     assert f"resumed from {run_dir}/checkpoints/step_00000003" in output
+    # Out of the way of what the run saves now.
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        *("damaged_step_00000006", "damaged_step_00000008", "step_00000003", "step_00000006", "step_00000009"),
+    ]
     steps, _ = trajectory(run_dir)
     assert [step for step, _, _ in steps] == list(range(1, 10))
 

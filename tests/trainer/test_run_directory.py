@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,7 +20,16 @@ from trainer.config import (
     RunConfig,
     TrainConfig,
 )
-from trainer.run_directory import change_of_schedule, check, checkpoint_steps, differing_keys, set_aside
+from trainer.run_directory import (
+    change_of_schedule,
+    check,
+    checkpoint_steps,
+    differing_keys,
+    list_checkpoints,
+    precision_of_the_run,
+    set_aside,
+    settle_restart,
+)
 
 
 def configuration(run_dir, resume="auto", init=None, **parts):
@@ -52,8 +62,10 @@ def test_steps_are_read_from_names(run_dir, tmp_path):
     folder = run_dir / "checkpoints"
     for name in (".saving_step_00000300", "step_", "step_last", "notes"):
         (folder / name).mkdir()
-    (folder / "step_100000000").mkdir()
-    assert checkpoint_steps(run_dir) == [100, 200, 100000000]
+    for name in ("step_100000000", "step_99999999"):
+        (folder / name).mkdir()
+    assert checkpoint_steps(run_dir) == [100, 200, 99999999, 100000000]
+    assert list_checkpoints(run_dir)[-1] == folder / "step_100000000"
     assert checkpoint_steps(tmp_path / "nothing") == []
 
 
@@ -126,13 +138,72 @@ def test_never_starts_again_and_sets_aside_what_is_there(run_dir):
     assert check(configuration(run_dir, "never", model=ModelConfig(hidden_size=128))) is False
     (run_dir / "metrics.jsonl").write_text("first")
     first = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert set_aside(run_dir) == [run_dir / "checkpoints.1", run_dir / "metrics.1.jsonl"]
-    assert set_aside(run_dir) == [], "a run without checkpoints is not worth keeping"
+    assert set_aside(run_dir) == [run_dir / "metrics.1.jsonl", run_dir / "checkpoints.1"]
+    assert set_aside(run_dir) == []
     assert sorted(path.name for path in (run_dir / "checkpoints.1").iterdir()) == first
     (run_dir / "checkpoints").mkdir()
     (run_dir / "metrics.jsonl").write_text("second")
-    assert set_aside(run_dir) == [run_dir / "checkpoints.2", run_dir / "metrics.2.jsonl"]
+    assert set_aside(run_dir) == [run_dir / "metrics.2.jsonl", run_dir / "checkpoints.2"]
     assert (run_dir / "metrics.1.jsonl").read_text() == "first"
+
+
+def test_what_was_set_aside_in_part_is_set_aside_in_full_by_the_next_start(run_dir, monkeypatch):
+    """The checkpoints come last: while they are there, the start after a kill finds something to set aside."""
+    (run_dir / "metrics.jsonl").write_text("first")
+    rename = Path.rename
+
+    def killed_after_the_first(path, target):
+        rename(path, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "rename", killed_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            set_aside(run_dir)
+    assert set_aside(run_dir) == [run_dir / "checkpoints.1"]
+    assert (run_dir / "metrics.1.jsonl").read_text() == "first"
+
+
+def test_metrics_without_checkpoints_are_kept_and_an_empty_file_is_not(run_dir):
+    set_aside(run_dir)
+    (run_dir / "metrics.jsonl").touch()
+    assert set_aside(run_dir) == []
+    (run_dir / "metrics.jsonl").write_text("lines")
+    assert set_aside(run_dir) == [run_dir / "metrics.1.jsonl"]
+
+
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
+
+@pytest.mark.parametrize("name", RESTARTS)
+@pytest.mark.parametrize(
+    ("resume", "count", "expected"),
+    [("never", "0", "never"), ("never", "1", "auto"), ("auto", "1", "auto"), (".", "1", "."), ("never", None, "never")],
+)
+def test_a_restart_does_not_begin_anew(run_dir, monkeypatch, name, resume, count, expected):
+    for each in RESTARTS:
+        monkeypatch.delenv(each, raising=False)
+    if count is not None:
+        monkeypatch.setenv(name, count)
+    config, said = settle_restart(configuration(run_dir, resume))
+    assert config.checkpoint.resume == expected
+    assert (said is not None) == (resume != expected)
+
+
+CUT = {"": "it is empty", "train: {steps: [": "while parsing", "7": "it holds no keys"}
+
+
+@pytest.mark.parametrize("content", CUT)
+def test_a_configuration_that_was_cut_short_is_said(run_dir, content):
+    (run_dir / "config.yaml").write_text(content)
+    for ask in (check, precision_of_the_run):
+        with pytest.raises(ConfigError) as error:
+            ask(configuration(run_dir))
+        said = str(error.value)
+        assert said.startswith(f"{run_dir}/config.yaml cannot be read ({CUT[content]}") and "\n" not in said
+        assert said.endswith("; put the config.yaml of a whole checkpoint of that run in its place")
+    # A word about the learning rate is not worth the run.
+    assert change_of_schedule(run_dir, configuration(run_dir), 100) is None
 
 
 CHANGES = {

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
+from tests.helpers import WAIT
 from tests.trainer.conftest import ROOT
 from trainer import run_lock
 from trainer.cli import ConfigError
-from trainer.run_lock import Owner, belongs_to_this_launch, other_owner, owned
+from trainer.run_lock import Owner, _create, _Lock, _taking_over, belongs_to_this_launch, other_owner, owned
 
 HOLDER = """
 import sys, time
@@ -122,6 +126,83 @@ def test_it_is_renewed(tmp_path, monkeypatch):
         while (tmp_path / "lock").stat().st_mtime == 0:
             assert time.monotonic() < end
             time.sleep(0.01)
+
+
+def test_it_is_not_made_again_once_it_was_given_back(tmp_path, monkeypatch):
+    """The renewing thread has just seen that somebody removed the file."""
+    lock, renews, go_on, given_back = _Lock(tmp_path), *(threading.Event() for _ in range(3))
+    _create(lock.path, lock.owner)
+
+    def see_it_removed(path):
+        path.unlink()
+        renews.set()
+        assert go_on.wait(WAIT)
+        raise FileNotFoundError
+
+    def create_late(path, owner):
+        assert given_back.wait(WAIT)
+        _create(path, owner)
+
+    ended = lock._ended
+    lock._ended = SimpleNamespace(wait=ended.wait, is_set=ended.is_set, set=lambda: (ended.set(), go_on.set()))
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(run_lock.os, "utime", see_it_removed)
+    monkeypatch.setattr(run_lock, "_create", create_late)
+    lock.hold()
+    assert renews.wait(WAIT)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "run lock")
+    lock.release()
+    given_back.set()
+    thread.join(WAIT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_renewed_at_the_last_moment_is_not_taken(tmp_path, monkeypatch):
+    @contextmanager
+    def renewed(directory):
+        os.utime(directory / "lock")
+        yield
+
+    write(tmp_path, age=130.0)
+    before = (tmp_path / "lock").read_text()
+    monkeypatch.setattr(run_lock, "_taking_over", renewed)
+    with pytest.raises(ConfigError, match="pid 1 on node7"), owned(tmp_path):
+        pass
+    assert (tmp_path / "lock").read_text() == before
+
+
+def test_who_takes_over_removes_no_other_ones_mark(tmp_path):
+    with _taking_over(tmp_path):
+        write(tmp_path)
+        (tmp_path / "lock").rename(tmp_path / "lock.takeover")
+    assert (tmp_path / "lock.takeover").exists()
+
+
+def test_the_mark_of_a_killed_process_is_removed_once(tmp_path, monkeypatch):
+    mark = tmp_path / "lock.takeover"
+    mark.write_text("killed")
+    seen = run_lock._mark(mark)
+    monkeypatch.setattr(run_lock, "_TAKEOVER_SECONDS", 0.0)
+    with _taking_over(tmp_path):
+        ours = mark.read_text()
+        # Another that has waited for the killed one comes too late.
+        run_lock._clear(mark, seen)
+        assert mark.read_text() == ours != "killed"
+    assert list(tmp_path.iterdir()) == []
+    run_lock._clear(mark, seen)
+
+
+def test_launches_on_two_machines_are_told_apart(monkeypatch):
+    """Each has a first port of its own, which may be the same, at an address that each has."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for address, differ in (("127.0.0.1", True), ("localhost", True), ("node1", False)):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        here = run_lock.launch_id()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(run_lock.socket, "gethostname", lambda: "elsewhere")
+            assert (run_lock.launch_id() != here) == differ
+    monkeypatch.setenv("SPIKETRAIN_LAUNCH", "another")
+    assert run_lock.launch_id() != here
 
 
 def test_other_ranks_take_no_lock(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from trainer.config import RunConfig
-from trainer.watchdog import Note, _innermost, who_is_behind
+from trainer.watchdog import Note, _innermost, waits_for_others, who_is_behind
 
 
 def notes(*changes):
@@ -55,6 +55,26 @@ def test_where_a_thread_is():
     names = {}
     exec(library, names)
     assert _innermost(names["frame"])[1] is True
+
+
+C10D, WRITER = "/x/torch/distributed/distributed_c10d.py", "/x/torch/distributed/checkpoint/filesystem.py"
+SCHEDULES = "/x/megatron/core/pipeline_parallel/schedules.py"
+STACKS = {
+    "a collective": ([C10D, "/x/trainer/engines/megatron.py", "/x/trainer/loop.py"], True),
+    "a collective of a save": ([C10D, WRITER, "/x/trainer/engines/pieces.py"], True),
+    "writing a file": ([WRITER, "/x/trainer/engines/pieces.py", "/x/trainer/loop.py"], False),
+    "flushing it": (["/x/trainer/durable.py", WRITER, "/x/trainer/engines/pieces.py"], False),
+    "a pipeline's neighbour": (["/x/megatron/core/pipeline_parallel/p2p_communication.py", SCHEDULES], True),
+    "a pipeline's schedule": ([SCHEDULES, "/x/trainer/engines/megatron.py"], True),
+    "gradients": (["/x/megatron/core/distributed/param_and_grad_buffer.py", SCHEDULES], True),
+    "computing below the schedule": (["/x/models/decoder.py", SCHEDULES, "/x/trainer/engines/megatron.py"], False),
+    "reading data": (["/x/trainer/data/dataset.py", SCHEDULES, "/x/trainer/loop.py"], False),
+}
+
+
+@pytest.mark.parametrize(("files", "waits"), STACKS.values(), ids=STACKS)
+def test_who_waits_is_told_from_the_stack(files, waits):
+    assert waits_for_others(files) is waits
 
 
 @pytest.mark.parametrize(("phase", "seconds"), [("train", 10), ("validate", 10), ("start", 60), ("save", 60)])

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 class Callback:
     """Hooks of the training loop, called on every rank in the order of the callbacks; all default to nothing.
 
+    on_give_up and on_end go the other way round: what was set up first is taken down last.
+
     Attributes:
         phase: What the run does while its hooks run, which tells how long they may take (RunConfig.phase_seconds).
     """
@@ -31,6 +33,9 @@ class Callback:
 
     def on_stop(self, trainer: Trainer) -> None:
         """The run was asked to stop before its last step."""
+
+    def on_give_up(self, trainer: Trainer) -> None:
+        """The run ends with TrainingDiverged, on all ranks alike; on_end follows."""
 
     def on_end(self, trainer: Trainer) -> None:
         """The loop has ended, however it did."""

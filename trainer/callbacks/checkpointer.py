@@ -18,7 +18,7 @@ class Checkpointer(Callback):
     """Save every `every` steps (0 never on the way), at the last step, and when the run is asked to save or to stop.
 
     An asynchronous save is looked after at every step, so that its failure ends the run there; the next one waits for
-    it, and so does the end of the run.
+    it, and so does the end of the run, also where it gives up.
     """
 
     phase = "save"
@@ -43,6 +43,10 @@ class Checkpointer(Callback):
     def on_stop(self, trainer: Trainer) -> None:
         """Save where the run stands."""
         self._save(trainer, wait=True)
+
+    def on_give_up(self, trainer: Trainer) -> None:
+        """Finish the save that is under way; the state of now is not worth one."""
+        self._look_after(trainer, wait=True)
 
     def _save(self, trainer: Trainer, wait: bool) -> None:
         self._look_after(trainer, wait=True)

@@ -17,6 +17,7 @@ from trainer.data.batch import Batch
 from trainer.data.compressors import bits_per_byte_of_compressors
 from trainer.data.dataset import EvaluationStream
 from trainer.objectives.language_model import LanguageModel
+from trainer.run_directory import checkpoint_path
 
 if TYPE_CHECKING:
     from trainer.data.sources import DataSources
@@ -67,9 +68,10 @@ class Evaluator(Callback):
 
     def on_resume(self, trainer: Trainer) -> None:
         """Validate if it was time after the last step, and the last start was stopped before or during it."""
-        path = trainer.run_dir / "metrics.jsonl"
+        step = trainer.progress.step
         # A fresh directory that goes on from another run's checkpoint has nothing to make up for.
-        missing = trainer.engine.rank == 0 and path.exists() and not validated(path, trainer.progress.step)
+        is_ours = trainer.engine.rank == 0 and checkpoint_path(trainer.run_dir, step).is_dir()
+        missing = is_ours and not validated(trainer.run_dir / "metrics.jsonl", step)
         if trainer.engine.broadcast(missing):
             self._validate_if_due(trainer)
 

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.callbacks.base import Callback
+from trainer.durable import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -66,7 +67,7 @@ class History:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file that lie after `step`, and a last line that a crash cut short."""
+    """Drop the lines of a metrics file that lie after `step`, and damaged ones: a crash may cut the last short."""
     if not path.exists():
         return
     kept = []
@@ -74,11 +75,9 @@ def cut_back(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
-            break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(kept).encode())
 
 
 def heat_map(columns: Sequence[np.ndarray | list[float]], most: int = _COLUMNS) -> np.ndarray:

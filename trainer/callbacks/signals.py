@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 stop a run at the next step, saved; SIGUSR2 has it saved, and goes on."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 stop a run at the next step, saved; SIGUSR2 has it saved, and goes on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from trainer.callbacks.base import Callback
+from trainer.peers import STOPS
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
-
-# USR1 is the batch system's word that the time is nearly up: unlike TERM, torchrun can be made to ignore it.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopOnSignal(Callback):
@@ -34,8 +32,10 @@ class StopOnSignal(Callback):
             logging.getLogger("spiketrain").info("%s: saving after this step", signal.Signals(number).name)
             trainer.save_requested = True
 
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, request)
+        for number in STOPS:
+            # Under nohup the end of the terminal is none of the run's business.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, request)
         self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, request_save)
 
     def on_end(self, trainer: Trainer) -> None:

@@ -73,7 +73,11 @@ class Engine(Protocol):
         """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
 
     def all_reduce(self, values: list[float]) -> list[float]:
-        """Sum over the data-parallel ranks, in float64."""
+        """Sum over all ranks, in float64, divided by the ranks that share a data-parallel one's work; all get it.
+
+        Of values that these ranks have alike it is the sum over the data-parallel ranks. What one rank alone has, such
+        as a signal, counts less than once, but is not lost.
+        """
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable object, on every rank."""
@@ -92,7 +96,11 @@ class Engine(Protocol):
         """Copy what `save` would write; training may go on at once. Every rank calls it."""
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, under this layout or another."""
+        """Read what `save` wrote, under this layout or another.
+
+        Raises:
+            ConfigError: it is another version's, or another model's.
+        """
 
     def close(self) -> None:
         """Leave the process groups."""

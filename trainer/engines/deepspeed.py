@@ -237,7 +237,7 @@ class DeepSpeedEngine:
         return found
 
     def all_reduce(self, values: list[float]) -> list[float]:
-        """Sum over the data-parallel ranks, in float64."""
+        """See `Engine.all_reduce`."""
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -493,7 +493,3 @@ def _allocate_state(adam: torch.optim.AdamW, parameters: list[Tensor]) -> None:
 def _shapes_alone(decoder: Decoder) -> Decoder:
     with torch.device("meta"):
         return Decoder(decoder.model_config, decoder.vocab_size)
-
-
-def _random_file(rank: int) -> str:
-    return f"random_{rank:05d}.pt"

@@ -331,7 +331,7 @@ class MegatronEngine:
         return sums
 
     def all_reduce(self, values: list[float]) -> list[float]:
-        """Sum over the data-parallel ranks, in float64."""
+        """See `Engine.all_reduce`."""
         # Over all ranks, each data-parallel one as often as it has ranks: what one alone knows, a signal, must come
         # to all.
         share = self.data_parallel_size / self.world_size

@@ -439,14 +439,28 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Where the boxes of a checkpoint's parameters lie."""
-    with (directory / _METADATA).open("rb") as stream:
-        metadata: Metadata = _MetadataUnpickler(stream).load()
+    """Where the boxes of a checkpoint's parameters lie.
+
+    Raises:
+        ValueError: they cannot be read: another version of torch may have written them.
+    """
+    content = (directory / _METADATA).read_bytes()
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:
+        # A pickle may raise whatever its instructions meet with.
+        raise ValueError(f"state/{_METADATA} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        raise ValueError(f"state/{_METADATA} does not say where the parameters lie")
     return metadata
 
 
 def files_of(directory: Path) -> set[str]:
-    """The files that hold the parameters, by the checkpoint's own word."""
+    """The files that hold the parameters, by the checkpoint's own word.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     return {place.relative_path for place in read_metadata(directory).storage_data.values()}
 
 
