@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models.decoder import Decoder, shapes
+from models.decoder import shapes
 from trainer import checkpoint, logs, precision, preflight, run_directory, run_lock, weights
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
@@ -25,6 +25,7 @@ from trainer.data.sources import DataSources, find_sources
 from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
 from trainer.durable import write_atomically
 from trainer.engines.base import Engine
+from trainer.engines.spec import EngineSpec
 from trainer.loop import Outcome, Trainer
 from trainer.peers import STOPS, PeerWatch
 from trainer.watchdog import Watchdog
@@ -134,15 +135,14 @@ def _write_configuration(config: PretrainConfig, config_yaml: str, progress: Pro
 
 def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) -> Engine:
     """The engine that engine.name asks for; it is imported here, so that the other one need not be installed."""
+    spec = EngineSpec.of(config, vocab_size)
     if config.engine.name == "deepspeed":
         from trainer.engines.deepspeed import DeepSpeedEngine
 
-        decoder = Decoder(config.model, vocab_size)
-        weights.start(decoder, config)
-        return DeepSpeedEngine(config, decoder, device)
+        return DeepSpeedEngine(spec, device)
     from trainer.engines.megatron import MegatronEngine
 
-    return MegatronEngine(config, vocab_size, device)
+    return MegatronEngine(spec, device)
 
 
 def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callback]:

@@ -257,18 +257,23 @@ def check_vocabulary(config: PretrainConfig, vocab_size: int) -> None:
         _require_rows(open_weights(config.checkpoint.init), vocab_size)
 
 
-def start(model: "Decoder", config: PretrainConfig) -> None:
-    """Give a model, or a stage of one before it is cut, the parameters that its run begins with.
+def init_of(config: PretrainConfig) -> str | None:
+    """The weights that a run begins with: none where a checkpoint is about to take their place."""
+    return config.checkpoint.init if starts_anew(config) else None
 
-    They are read from checkpoint.init, or drawn: so, too, where a checkpoint is about to take their place.
+
+def start(model: "Decoder", init: str | None, seed: int) -> None:
+    """Give a model, or a stage of one before it is cut, the parameters that it begins with.
+
+    They are read from the weights `init`, or drawn from `seed`.
     """
     from models.decoder import initialize, seed_routers
 
-    if config.checkpoint.init is None or not starts_anew(config):
-        initialize(model, config.train.seed)
+    if init is None:
+        initialize(model, seed)
     else:
-        fill(model, open_weights(config.checkpoint.init))
-        seed_routers(model, config.train.seed)
+        fill(model, open_weights(init))
+        seed_routers(model, seed)
 
 
 def arguments_from(path: str | Path) -> list[str]:

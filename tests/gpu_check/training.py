@@ -110,9 +110,9 @@ def _plain_losses(device: torch.device, backend: str) -> list[float]:
 
 def _engine_losses(device: torch.device, backend: str) -> list[float]:
     """Mcore's schedule, DDP and distributed optimizer on one rank."""
-    from trainer.config import OptimConfig, PretrainConfig, TrainConfig
     from trainer.data.batch import Batch
     from trainer.engines.megatron import MegatronEngine
+    from trainer.engines.spec import EngineSpec
     from trainer.objectives.language_model import LanguageModel
 
     small = device.type != "cuda"
@@ -126,18 +126,14 @@ def _engine_losses(device: torch.device, backend: str) -> list[float]:
         None,
         time,
     )
-    config = PretrainConfig(
-        model=_model_config(small),
-        train=TrainConfig(
-            steps=steps,
-            seq_len=time,
-            micro_batch_size=rows,
-            global_batch_size=rows,
-            precision="fp32" if small else "bf16",
-        ),
-        optim=OptimConfig(lr=_LEARNING_RATE, warmup_steps=0),
+    spec = EngineSpec(
+        _model_config(small),
+        64,
+        precision="fp32" if small else "bf16",
+        micro_batch_size=rows,
+        global_batch_size=rows,
     )
-    engine = MegatronEngine(config, 64, device)
+    engine = MegatronEngine(spec, device)
     try:
         with _backends(_choices(backend)):
             return [engine.train_step([batch], LanguageModel(), _LEARNING_RATE, step).loss for step in range(steps)]

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from models.decoder import Decoder, initialize
 from models.parallel import apply_experts, expert_parameters, sharded_parameters, token_dispatcher
 from trainer.cli import from_mapping
 from trainer.communication import SentBytes
@@ -32,6 +31,7 @@ from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.megatron import MegatronEngine, parallel_state
 from trainer.objectives.language_model import LanguageModel
 from trainer.objectives.log_probs import WeightedLogProbs
+from trainer.pretrain import build_engine
 
 EOD = 0
 VOCAB = 64
@@ -110,12 +110,9 @@ def keep_gradients(engine, decoder):
 def build(job):
     """The engine of a job, and its configuration."""
     config, vocab = from_mapping(PretrainConfig, job["config"]), job.get("vocab", VOCAB)
-    if config.engine.name == "megatron":
-        return MegatronEngine(config, vocab, torch.device("cpu")), config
-    decoder = Decoder(config.model, vocab)
-    initialize(decoder, config.train.seed)
-    engine = DeepSpeedEngine(config, decoder, torch.device("cpu"))
-    keep_gradients(engine, decoder)
+    engine = build_engine(config, vocab, torch.device("cpu"))
+    if isinstance(engine, DeepSpeedEngine):
+        keep_gradients(engine, engine._decoder)
     return engine, config
 
 

@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 
 from models.config import MoEConfig
-from models.decoder import Decoder, initialize
 from tests.helpers import WAIT
 from tests.trainer.conftest import in_process_config
 from trainer.cli import from_mapping
 from trainer.config import EngineConfig, ParallelConfig
 from trainer.data.sources import find_sources
-from trainer.engines.deepspeed import DeepSpeedEngine
-from trainer.engines.megatron import MegatronEngine, parallel_state
+from trainer.engines.megatron import parallel_state
 from trainer.objectives.language_model import LanguageModel
+from trainer.pretrain import build_engine
 
 LR = 0.003
 # All that a router can keep from step to step, or draw.
@@ -71,12 +70,9 @@ def build(data, job):
         config = replace(config, model=replace(config.model, moe=EXPERTS))
     sources = find_sources(config)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
-    if config.engine.name == "megatron":
-        megatron = MegatronEngine(config, vocab_size, torch.device("cpu"))
-        return megatron, sources.open_training(config), megatron.model
-    decoder = Decoder(config.model, vocab_size)
-    initialize(decoder, config.train.seed)
-    return DeepSpeedEngine(config, decoder, torch.device("cpu")), sources.open_training(config), decoder
+    built = build_engine(config, vocab_size, torch.device("cpu"))
+    decoder = built.model if config.engine.name == "megatron" else built._decoder
+    return built, sources.open_training(config), decoder
 
 
 def wait_for(path):

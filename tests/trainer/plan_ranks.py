@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
-from models.decoder import Decoder, initialize
 from tests.parity.worker import VOCAB, batches
 from trainer.cli import from_mapping
 from trainer.communication import SentBytes
 from trainer.config import PretrainConfig
+from trainer.engines.spec import EngineSpec
 from trainer.objectives.language_model import LanguageModel
 
 
@@ -90,7 +90,7 @@ def storages(tensors):
 def megatron(config):
     from trainer.engines.megatron import MegatronEngine, parallel_state
 
-    engine = MegatronEngine(config, VOCAB, torch.device("cpu"))
+    engine = MegatronEngine(EngineSpec.of(config, VOCAB), torch.device("cpu"))
     parameters = storages(parameter for stage in engine._stages for parameter in stage.parameters())
     buffers = (buffer for stage in engine._stages for buffer in stage.buffers + stage.expert_parallel_buffers)
     gradients = storages(buffer.grad_data for buffer in buffers)
@@ -130,9 +130,7 @@ def deepspeed(config):
 
     # Kept, so that none of its addresses comes again.
     before = alive()
-    decoder = Decoder(config.model, VOCAB)
-    initialize(decoder, config.train.seed)
-    engine = DeepSpeedEngine(config, decoder, torch.device("cpu"))
+    engine = DeepSpeedEngine(EngineSpec.of(config, VOCAB), torch.device("cpu"))
     held = {}
     update = engine._adam.step
 

@@ -11,7 +11,6 @@ import torch
 from torch.distributed.checkpoint import filesystem
 
 from models.config import MixerLayoutConfig, MoEConfig, RouterConfig
-from models.decoder import Decoder, initialize
 from tests.helpers import WAIT
 from tests.trainer.conftest import finish, in_process_config, leave_groups, status, trajectory
 from tests.trainer.test_callbacks import fake_trainer as idle_trainer
@@ -25,6 +24,7 @@ from trainer.config import CheckpointConfig, EngineConfig
 from trainer.data.sources import find_sources
 from trainer.engines.base import PendingSave
 from trainer.engines.pieces import Piece, Writer
+from trainer.engines.spec import EngineSpec
 
 
 class FakeEngine:
@@ -218,9 +218,8 @@ def build_any(config):
     from trainer.engines.deepspeed import DeepSpeedEngine
 
     sources = find_sources(config)
-    decoder = Decoder(config.model, config.model.padded_vocab_size(sources.vocab_size))
-    initialize(decoder, config.train.seed)
-    return DeepSpeedEngine(config, decoder, torch.device("cpu")), sources.open_training(config)
+    spec = EngineSpec.of(config, config.model.padded_vocab_size(sources.vocab_size))
+    return DeepSpeedEngine(spec, torch.device("cpu")), sources.open_training(config)
 
 
 @pytest.mark.parametrize(

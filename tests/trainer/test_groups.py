@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.decoder import Decoder, initialize
 from tests.trainer.conftest import in_process_config
 from trainer.config import EngineConfig
-from trainer.engines.megatron import MegatronEngine
+from trainer.pretrain import build_engine
 
 CPU = torch.device("cpu")
 
@@ -25,23 +24,13 @@ def gloo_threads():
     return {name: number for name, number in names.items() if "gloo" in name}
 
 
-def build(config, vocab_size):
-    if config.engine.name == "megatron":
-        return MegatronEngine(config, vocab_size, CPU)
-    from trainer.engines.deepspeed import DeepSpeedEngine
-
-    decoder = Decoder(config.model, vocab_size)
-    initialize(decoder, config.train.seed)
-    return DeepSpeedEngine(config, decoder, CPU)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
 @pytest.mark.parametrize("engine", [EngineConfig("megatron"), EngineConfig("deepspeed", 2)], ids=lambda x: x.name)
 def test_a_closed_engine_is_freed_with_its_threads(tiny_data, tmp_path, engine):
     gc.collect()
     before = gloo_threads()
     config = replace(in_process_config(tiny_data, tmp_path), engine=engine)
-    built = build(config, 512)
+    built = build_engine(config, 512, CPU)
     while_open = gloo_threads()
     assert while_open["gloo_tcp_loop"] - before.get("gloo_tcp_loop", 0) == 1, "all groups share a device"
     assert while_open["pt_gloo_runloop"] > before.get("pt_gloo_runloop", 0)

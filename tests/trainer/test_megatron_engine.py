@@ -15,6 +15,7 @@ from trainer import pretrain
 from trainer.data.sources import find_sources
 from trainer.engines import megatron
 from trainer.engines.megatron import MegatronEngine
+from trainer.engines.spec import EngineSpec
 from trainer.loop import Trainer
 from trainer.objectives.language_model import LanguageModel
 
@@ -22,7 +23,7 @@ from trainer.objectives.language_model import LanguageModel
 def build(config):
     sources = find_sources(config)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
-    return MegatronEngine(config, vocab_size, torch.device("cpu")), sources.open_training(config)
+    return MegatronEngine(EngineSpec.of(config, vocab_size), torch.device("cpu")), sources.open_training(config)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from tests.trainer.test_megatron_engine import build, run_step
 from trainer.cli import ConfigError, from_mapping
 from trainer.config import EngineConfig, PretrainConfig, TrainConfig
 from trainer.data.sources import find_sources
+from trainer.engines.spec import EngineSpec
 from trainer.run_directory import differing_keys
 
 T = 64
@@ -186,9 +187,8 @@ def test_deepspeed_takes_the_same_steps(tiny_data, tmp_path, stage):
         config = in_process_config(tiny_data, tmp_path / "run", recompute=recompute)
         config = replace(config, engine=EngineConfig("deepspeed", stage))
         sources = find_sources(config)
-        decoder = Decoder(config.model, config.model.padded_vocab_size(sources.vocab_size))
-        initialize(decoder, config.train.seed)
-        engine = DeepSpeedEngine(config, decoder, torch.device("cpu"))
+        vocab_size = config.model.padded_vocab_size(sources.vocab_size)
+        engine = DeepSpeedEngine(EngineSpec.of(config, vocab_size), torch.device("cpu"))
         taken = [run_step(engine, sources.open_training(config), config, step) for step in range(STEPS)]
         engine.close()
         return taken

@@ -106,14 +106,13 @@ def test_a_stage_opens_only_the_files_that_have_its_tensors(tmp_path):
     assert all(torch.equal(parameter, drawn[name]) for name, parameter in own.items())
 
 
-def test_routers_draw_the_same_noise_from_weights_and_from_a_checkpoint(tiny_data, tmp_path):
+def test_routers_draw_the_same_noise_from_weights_and_from_a_checkpoint(tmp_path):
     """Their seeds are in neither: a resumed run, whose parameters are drawn first, must have the same."""
     experts = tiny_model_config(moe=MoEConfig(num_experts=2, losses=RouterLossConfig(balance=0)))
     write(tmp_path / "weights", experts)
     drawn, started = Decoder(experts, VOCABULARY), Decoder(experts, VOCABULARY)
-    config = replace(in_process_config(tiny_data, tmp_path / "run", seed=5), model=experts)
-    weights.start(drawn, config)
-    weights.start(started, replace(config, checkpoint=CheckpointConfig(init=str(tmp_path / "weights"))))
+    weights.start(drawn, None, seed=5)
+    weights.start(started, str(tmp_path / "weights"), seed=5)
     seeds = [[router.seed for router in routers([model]).values()] for model in (drawn, started)]
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 2
 

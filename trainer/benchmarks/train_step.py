@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from models.config import AttentionConfig, GatedDeltaNetConfig, MixerLayoutConfig, ModelConfig
 from trainer.benchmarks.report import Comparison, report, say, time_by_turns
 from trainer.cli import ConfigError
-from trainer.config import OptimConfig, PretrainConfig, TrainConfig
+from trainer.config import OptimConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -170,6 +170,7 @@ def _prepare(config: Config, case: str, precision: str) -> _Setup:
     from models.decoder import Decoder, flops_per_token, initialize
     from trainer.benchmarks.transformers_peer import build_peer, copy_weights
     from trainer.engines.megatron import MegatronEngine
+    from trainer.engines.spec import EngineSpec
 
     model = config.model(case)
     rows, seq_len = (1, config.hybrid_seq_len) if case == "hybrid" else (config.batch_size, config.seq_len)
@@ -180,14 +181,10 @@ def _prepare(config: Config, case: str, precision: str) -> _Setup:
     copy_weights(decoder, peer)
     batch = _random_batch(rows, seq_len, config.vocab_size)
     _check_losses(decoder, peer, batch)
-    pretrain = PretrainConfig(
-        model=model,
-        train=TrainConfig(precision=precision, seq_len=seq_len, micro_batch_size=rows, global_batch_size=rows),  # type: ignore[arg-type]
-        optim=OptimConfig(),
-    )
+    spec = EngineSpec(model, config.vocab_size, precision=precision, micro_batch_size=rows, global_batch_size=rows)
     flops = flops_per_token(decoder, seq_len)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    engine = MegatronEngine(pretrain, config.vocab_size, torch.device("cpu"))
+    engine = MegatronEngine(spec, torch.device("cpu"))
     return _Setup(f"{case} {precision}", engine, peer.to(dtype), batch, dtype, flops)
 
 

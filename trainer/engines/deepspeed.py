@@ -34,13 +34,14 @@ from models.decoder import Decoder, no_weight_decay
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
 from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients, sharded_parameters
-from trainer.config import PretrainConfig
+from trainer.config import OptimConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups as process_groups
 from trainer.engines import megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import MOMENTS, Piece, Shard
+from trainer.engines.spec import EngineSpec
 from trainer.objectives.base import Objective, Outputs
 
 _MAIN = "main"
@@ -67,33 +68,34 @@ class DeepSpeedEngine:
     Under ZeRO 3 no rank holds the parameters, and `model` has their shapes only (on the meta device).
 
     Args:
-        config: The run.
-        decoder: The whole model, initialised, float32, on the CPU, the same on every rank; it is cut in place.
+        spec: What to train and how.
         device: Where to train.
     """
 
-    def __init__(self, config: PretrainConfig, decoder: Decoder, device: torch.device) -> None:
+    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
         self.device = device
-        self._stage, self._clip = config.engine.zero_stage, config.optim.clip_grad
-        self._bf16 = config.train.precision == "bf16"
+        self._stage, self._clip = spec.sharding.zero_stage, spec.optim.clip_grad
+        self._bf16 = spec.precision == "bf16"
         self._deepspeed = _import_deepspeed(device)
         os.environ.setdefault("LOCAL_RANK", "0")
-        process_groups.initialize(device, config.run.collective_seconds)
+        process_groups.initialize(device, spec.collective_seconds)
         self._deepspeed.init_distributed(process_groups.backend_of(device), auto_mpi_discovery=False, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._writer = pieces.Writer(self.rank, self.world_size, process_groups.saving_group())
-        self._groups, unit = _model_parallel_groups(device, config)
-        self._tensor_ranks = config.parallel.tensor
+        self._groups, unit = _model_parallel_groups(device, spec)
+        self._tensor_ranks = spec.parallel.tensor
         self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
         self.data_parallel_size = self.world_size // self._tensor_ranks
+        decoder = Decoder(spec.model, spec.vocab_size)
+        spec.fill(decoder)
         cut(decoder, self._groups)
-        self._decoder, self._model_config, self._seed = decoder, config.model, config.train.seed
+        self._decoder, self._model_config, self._seed = decoder, spec.model, spec.seed
         self._parameters: dict[str, Any] = dict(decoder.named_parameters())
         self._shards = _shards(decoder, self._groups)
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
         self.model_is_whole = self._stage < 3 and decoder.is_whole
-        decoder.recompute(config.train.recomputed_parts)
-        self._micro_batches = config.train.accumulation(self.data_parallel_size)
+        decoder.recompute(spec.recompute)
+        self._micro_batches = spec.micro_batches(self.data_parallel_size)
         # ZeRO 3 keeps all parameters in one buffer of one type: there only their main copies are float32.
         float32 = {
             name: parameter.detach().to(device, copy=True)
@@ -107,9 +109,9 @@ class DeepSpeedEngine:
             model=LossModel(decoder),
             mpu=unit,
             # Called when the parameters have been cast and have not yet been cut.
-            optimizer=lambda _: self._build_adam(config, float32),
+            optimizer=lambda _: self._build_adam(spec.optim, float32),
             model_parameters=list(decoder.parameters()),
-            config=_deepspeed_config(config, decoder, self._micro_batches, device),
+            config=_deepspeed_config(spec, decoder, self._micro_batches, device),
         )[0]
         _allocate_state(self._adam, self._flat_parameters())
         # Summed as they come, for afterwards DeepSpeed has them sharded.
@@ -119,7 +121,7 @@ class DeepSpeedEngine:
             # What routers keep count of, which DeepSpeed casts along with the parameters. It is yet to be trained.
             buffer.data = buffer.data.float()
 
-    def _build_adam(self, config: PretrainConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
+    def _build_adam(self, optim: OptimConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self._parameters.items():
             if name in float32:
@@ -127,7 +129,6 @@ class DeepSpeedEngine:
             # A group is one flat tensor, so one type; DeepSpeed takes the first group's for that of the model.
             key = (parameter.dtype == torch.float32, no_weight_decay(name, parameter))
             groups.setdefault(key, []).append(parameter)
-        optim = config.optim
         self._adam = torch.optim.AdamW(
             [{"params": groups[key], "weight_decay": 0.0 if key[1] else optim.weight_decay} for key in sorted(groups)],
             lr=optim.lr,
@@ -401,9 +402,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _model_parallel_groups(device: torch.device, config: PretrainConfig) -> tuple[Groups, Any]:
+def _model_parallel_groups(device: torch.device, spec: EngineSpec) -> tuple[Groups, Any]:
     """What the layers are told of the ranks that share them, and DeepSpeed's `mpu`; None where no ranks do."""
-    parallel = config.parallel
+    parallel = spec.parallel
     if parallel.tensor == 1:
         return WHOLE, None
     from megatron.core import parallel_state
@@ -412,7 +413,7 @@ def _model_parallel_groups(device: torch.device, config: PretrainConfig) -> tupl
 
     if device.type == "cpu":
         megatron_cpu.adapt()
-    megatron.initialize_groups(device, parallel, config.run.collective_seconds)
+    megatron.initialize_groups(device, parallel, spec.collective_seconds)
     unit = SimpleNamespace()
     # By the names of Megatron-LM's first versions and of later ones: DeepSpeed uses both.
     for theirs, ours in (("model", "tensor_model"), ("tensor_model", "tensor_model"), ("data", "data")):
@@ -444,35 +445,33 @@ def _sum_shares(grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total.to(grad.dtype)
 
 
-def _deepspeed_config(
-    config: PretrainConfig, decoder: Decoder, micro_batches: int, device: torch.device
-) -> dict[str, Any]:
-    engine, on_gpu = config.engine, device.type != "cpu"
+def _deepspeed_config(spec: EngineSpec, decoder: Decoder, micro_batches: int, device: torch.device) -> dict[str, Any]:
+    sharding, on_gpu = spec.sharding, device.type != "cpu"
     numel = sum(parameter.numel() for parameter in decoder.parameters())
     # Even, for ZeRO aligns the parts that are gathered.
     bucket = min(_BUCKET_ELEMENTS, numel + numel % 2)
     zero: dict[str, Any] = {
-        "stage": engine.zero_stage,
+        "stage": sharding.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         # gloo has no stream to overlap on.
         "overlap_comm": on_gpu,
         "stage3_prefetch_bucket_size": bucket,
         # Norms and biases stay whole on every rank.
-        "stage3_param_persistence_threshold": 10 * config.model.hidden_size,
+        "stage3_param_persistence_threshold": 10 * spec.model.hidden_size,
     }
     host = {"device": "cpu", "pin_memory": on_gpu}
-    if engine.offload != "none":
+    if sharding.offload != "none":
         zero["offload_optimizer"] = host
-    if engine.offload == "parameters":
+    if sharding.offload == "parameters":
         zero["offload_param"] = host
     return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": spec.micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_print": None,
         # Without ZeRO the engine clips, since DeepSpeed would neither tell the norm nor skip a step.
-        "gradient_clipping": config.optim.clip_grad if engine.zero_stage else 0.0,
-        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},
+        "gradient_clipping": spec.optim.clip_grad if sharding.zero_stage else 0.0,
+        "bf16": {"enabled": spec.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,

@@ -30,13 +30,13 @@ from models.parallel import (
     partial_gradients,
     sharded_parameters,
 )
-from trainer import weights
-from trainer.config import ParallelConfig, PretrainConfig
+from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups, megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import Piece, Shard
+from trainer.engines.spec import EngineSpec
 from trainer.objectives.base import Objective, Outputs
 
 with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
@@ -94,30 +94,29 @@ class MegatronEngine:
     """See trainer.engines.base.Engine.
 
     Args:
-        config: The run.
-        vocab_size: Rows of the embedding, padding included.
+        spec: What to train and how.
         device: Where to train.
     """
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
         self.device = device
         self._on_cpu = device.type == "cpu"
         if self._on_cpu:
             megatron_cpu.adapt()
-        initialize_groups(device, config.parallel, config.run.collective_seconds)
+        initialize_groups(device, spec.parallel, spec.collective_seconds)
         if not self._on_cpu:
-            tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(spec.seed)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
-        self._clip = config.optim.clip_grad
-        self._parallel, self._model_config, self._seed = config.parallel, config.model, config.train.seed
-        self._groups = layer_groups(config.parallel)
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        transformer_config = _transformer_config(config, dtype)
+        self._clip = spec.optim.clip_grad
+        self._parallel, self._model_config, self._seed = spec.parallel, spec.model, spec.seed
+        self._groups = layer_groups(spec.parallel)
+        dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+        transformer_config = _transformer_config(spec, dtype)
         self._stages = [
-            self._wrap(Stage(decoder, transformer_config, number if config.parallel.virtual_pipeline > 1 else None))
-            for number, decoder in enumerate(self._build_decoders(config, vocab_size, dtype))
+            self._wrap(Stage(decoder, transformer_config, number if spec.parallel.virtual_pipeline > 1 else None))
+            for number, decoder in enumerate(self._build_decoders(spec, dtype))
         ]
         no_sync = [stage.no_sync for stage in self._stages]
         transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -125,7 +124,7 @@ class MegatronEngine:
         self._decoders: list[Decoder] = [stage.module.part for stage in self._stages]
         self.model = self._decoders[0]
         self.model_is_whole = self.model.is_whole
-        self._optimizer = self._build_optimizer(config, dtype)
+        self._optimizer = self._build_optimizer(spec, dtype)
         # Not those of the optimizer's state: a rank of which no parameter is large enough to have a part has none.
         self._updates = 0
         self._owned = dict(_owned_parts(self._optimizer.chained_optimizers))
@@ -133,14 +132,14 @@ class MegatronEngine:
         self._writer = pieces.Writer(self.rank, self.world_size, groups.saving_group())
         self._forward_backward = get_forward_backward_func()
 
-    def _build_decoders(self, config: PretrainConfig, vocab_size: int, dtype: torch.dtype) -> Iterator[Decoder]:
+    def _build_decoders(self, spec: EngineSpec, dtype: torch.dtype) -> Iterator[Decoder]:
         """The stages of the model that this rank has, begun as the whole is, and of them its part."""
-        stages = config.parallel.stage_layers(config.model.num_layers)
-        for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: config.parallel.pipeline]:
-            decoder = Decoder(config.model, vocab_size, layers)
-            weights.start(decoder, config)
+        stages = spec.parallel.stage_layers(spec.model.num_layers)
+        for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: spec.parallel.pipeline]:
+            decoder = Decoder(spec.model, spec.vocab_size, layers)
+            spec.fill(decoder)
             cut(decoder, self._groups)
-            decoder.recompute(config.train.recomputed_parts)
+            decoder.recompute(spec.recompute)
             cast_parameters(decoder, dtype)
             decoder.to(self.device)
             # What mcore's norm of the gradient must not count twice.
@@ -155,8 +154,8 @@ class MegatronEngine:
                 parameters[name].shared = True
             # Summed over stages, so these are to be cut over data-parallel ranks alike: mcore gives them a bucket each.
             for name, parameter in parameters.items():
-                tied = config.model.tie_embeddings and name == "embedding.weight"
-                if config.parallel.pipeline > 1 and (tied or name == "lower_bounds"):
+                tied = spec.model.tie_embeddings and name == "embedding.weight"
+                if spec.parallel.pipeline > 1 and (tied or name == "lower_bounds"):
                     parameter.shared_embedding = True
             yield decoder
 
@@ -190,8 +189,8 @@ class MegatronEngine:
             for gradient in own:
                 gradient.copy_(total)
 
-    def _build_optimizer(self, config: PretrainConfig, dtype: torch.dtype) -> Any:
-        optim = config.optim
+    def _build_optimizer(self, spec: EngineSpec, dtype: torch.dtype) -> Any:
+        optim = spec.optim
         optimizer_config = OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -478,13 +477,13 @@ def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup | None)
         tensor.copy_(total.view_as(tensor))
 
 
-def _transformer_config(config: PretrainConfig, dtype: torch.dtype) -> TransformerConfig:
+def _transformer_config(spec: EngineSpec, dtype: torch.dtype) -> TransformerConfig:
     """What mcore's schedules and DDP read of a model; the layers are ours and read models.config."""
-    parallel = config.parallel
+    parallel = spec.parallel
     return TransformerConfig(
         # Ours may be split unevenly over the stages, which mcore would refuse: a layer a stage.
         num_layers=parallel.pipeline * parallel.virtual_pipeline,
-        hidden_size=config.model.hidden_size,
+        hidden_size=spec.model.hidden_size,
         num_attention_heads=parallel.tensor,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
