@@ -127,7 +127,7 @@ def start(
     }
     connection = _connect(imported)
     output = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process that has it
-    errors = tempfile.TemporaryFile() if errors_apart else output  # noqa: SIM115
+    errors = tempfile.TemporaryFile() if errors_apart else output  # noqa: SIM115  as above
     socket.send_fds(connection, [json.dumps(request).encode()], [output.fileno(), errors.fileno()])
     return Process(connection, request["arguments"], output, errors)
 

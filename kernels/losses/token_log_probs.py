@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.losses import _blocks
-from kernels.losses._blocks import IGNORE_LABEL
+from kernels.losses._blocks import IGNORE_LABEL as IGNORE_LABEL
 from kernels.matmul import matmul
 from kernels.triton import implementations
 

@@ -1,6 +1,7 @@
 """The Megatron engine: what it runs on, that it computes what plain PyTorch does, what it does with broken numbers."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def engine(tiny_data, tmp_path):
 def run_step(engine, sampler, config, step, lr=0.01):
     batches = sampler.micro_batches(step, config.train.micro_batch_size)
     return engine.train_step(batches, LanguageModel(), lr)
+
+
+def test_a_step_in_which_no_token_counts(engine):
+    built, sampler, config = engine
+    batches = sampler.micro_batches(0, config.train.micro_batch_size)
+    silent = [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in batches]
+    result = built.train_step(silent, LanguageModel(), 0.01)
+    assert (result.loss, result.grad_norm, result.tokens, result.skipped) == (0.0, 0.0, 0, False)
 
 
 def test_a_step_runs_mcores_schedule_ddp_and_distributed_optimizer(engine, monkeypatch):

@@ -156,8 +156,8 @@ class DeepSpeedEngine:
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
         (count,) = self.all_reduce([float(sum(map(objective.count, batches)))])
-        count = max(count, 1.0)
-        scale = len(batches) * self.data_parallel_size / count
+        divisor = max(count, 1.0)
+        scale = len(batches) * self.data_parallel_size / divisor
         # DeepSpeed divides what it is given by the micro-batches.
         statistics.begin_step([self._decoder], step, scale / len(batches))
         loss_sum = math.nan
@@ -181,9 +181,9 @@ class DeepSpeedEngine:
         skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
         if not skipped:
             statistics.finish_step([self._decoder], self._model_config, counted)
-        metrics = {name: total / count for name, total in zip(objective.metrics, named, strict=True)}
+        metrics = {name: total / divisor for name, total in zip(objective.metrics, named, strict=True)}
         metrics |= statistics.metrics(self._model_config, counted)
-        return StepResult(loss_sum / count, grad_norm, int(count), skipped, metrics)
+        return StepResult(loss_sum / divisor, grad_norm, int(count), skipped, metrics)
 
     def _update(self) -> float:
         """Clip and step, unless the gradient is not finite; return its norm."""

@@ -241,10 +241,10 @@ class MegatronEngine:
         skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
         if not skipped:
             statistics.finish_step(self._decoders, self._model_config, counted)
-        count = max(count, 1.0)
-        metrics = {name: total / count for name, total in zip(objective.metrics, named, strict=True)}
+        divisor = max(count, 1.0)
+        metrics = {name: total / divisor for name, total in zip(objective.metrics, named, strict=True)}
         metrics |= statistics.metrics(self._model_config, counted)
-        return StepResult(loss_sum / count, grad_norm, int(count), skipped, metrics)
+        return StepResult(loss_sum / divisor, grad_norm, int(count), skipped, metrics)
 
     def _update(self, lr: float, loss_is_finite: bool) -> float:
         """Clip and step, unless the loss or the gradient is not finite; return the norm of the gradient.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.losses._blocks import IGNORE_LABEL
+from kernels.losses.token_log_probs import IGNORE_LABEL
 from trainer.data.batch import Batch
 from trainer.objectives.base import Outputs
 
