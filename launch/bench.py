@@ -15,6 +15,7 @@ BENCHMARKS = {
     "linear_attention": "forward and backward of every linear attention against transformers, fla-core and SDPA",
     "moe": "forward and backward of a mixture-of-experts layer against a loop over experts and Mixtral's block",
     "losses": "memory and time of linear + cross entropy or log-probabilities, fused against full logits",
+    "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",
     "dense_to_sparse": "the laptop recipe with dense-to-sparse gates against top-k, at equal training FLOPs",
     "gate_identifiability": "error of gate parameters against sample size: which gates let a temperature be learned",

@@ -51,6 +51,7 @@ def main() -> int:
         findings = preflight.check(config) if check_only or not finished else preflight.Findings()
         if check_only:
             weights.check_tensors(config)
+            weights.check_trainable(config)
     except ValueError as error:
         run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir
         # The status of a run that trains there is not ours to write.

@@ -1,8 +1,8 @@
 """The decoder: embedding, a stack of pre-norm blocks, final norm, head. Plain PyTorch."""
 
-import hashlib
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +10,31 @@ from torch import Tensor, nn
 from kernels.matmul import linear
 from kernels.rotary import rotary_tables
 from models.config import SOFTMAX_MIXERS, ModelConfig, branches
-from models.layers import RMSNorm, ShortConvolution, SwiGLU
+from models.layers import RMSNorm, SwiGLU
 from models.mixers import build_mixer
-from models.mixers.base import LayerCache, Mixer, SequenceInfo
+from models.mixers.base import LayerCache, SequenceInfo
 from models.mixers.hgrn import layer_bounds
-from models.mixers.parallel_branches import WeightedSum
 from models.moe.layer import MoELayer
-from models.moe.router import SPAWNED_ROUTER_STD, Router, token_keys
-from models.parallel import (
+from models.moe.router import Router, token_keys
+from models.parallel import ColumnLinear, VocabEmbedding, enter_region, vocabulary_loss
+from models.parameters import (
     WHOLE,
-    ColumnLinear,
     Groups,
-    VocabEmbedding,
-    enter_region,
+    Module,
+    Placement,
+    cast_parameters,
+    check_declarations,
+    draw,
     expert_parameters,
     local_part,
-    vocabulary_loss,
+    seed_of,
+    shard,
+    zeros,
 )
 from models.recompute import run_region
 
 
-class Block(nn.Module):
+class Block(Module):
     """x = x + mixer(norm(x)); x = x + ffn(norm(x)).
 
     Attributes:
@@ -38,7 +42,6 @@ class Block(nn.Module):
             experts moe_activation or moe_experts (models.moe.layer.MoELayer).
     """
 
-    groups: Groups = WHOLE
     recompute: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig, mixer: str, experts: bool = False) -> None:
@@ -70,7 +73,7 @@ class Block(nn.Module):
         return fed
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """A language model over a vocabulary of `vocab_size` rows, or consecutive layers of one: a pipeline stage.
 
     Args:
@@ -79,7 +82,8 @@ class Decoder(nn.Module):
         layers: The layers to build, a range of all; the first brings the embedding, the last the norm and the head.
     """
 
-    groups: Groups = WHOLE
+    # Every rank has the bounds of all channels, and reads those of its own.
+    placements: ClassVar = {"lower_bounds": Placement(zeros, in_region=True, float32=True, decayed=False)}
 
     def __init__(self, config: ModelConfig, vocab_size: int, layers: range | None = None) -> None:
         super().__init__()
@@ -101,11 +105,13 @@ class Decoder(nn.Module):
             self.lm_head = ColumnLinear(config.hidden_size, vocab_size, bias=False)
         # One parameter for all layers, of every kind: their bounds come from a softmax over the depth. The first layer
         # has no bound.
-        self.lower_bounds: nn.Parameter | None = None
         bounded = config.bounded_layers()
-        if set(bounded) & set(layers):
-            self.lower_bounds = nn.Parameter(torch.empty(config.num_layers, config.hidden_size))
+        bounds = torch.empty(config.num_layers, config.hidden_size) if set(bounded) & set(layers) else None
+        self.lower_bounds: nn.Parameter | None
+        self.register_parameter("lower_bounds", None if bounds is None else nn.Parameter(bounds))
         self._first_bounded = bounded[0] if bounded else None
+        # Now, and not when a rank misses what it should have summed.
+        check_declarations(self)
 
     @property
     def is_whole(self) -> bool:
@@ -127,6 +133,12 @@ class Decoder(nn.Module):
         if self.lower_bounds is not None and str(self._first_bounded) not in self.layers:
             names.add("lower_bounds")
         return frozenset(names)
+
+    def summed_over_stages(self) -> frozenset[str]:
+        """The parameters whose gradients pipeline stages sum: a tied embedding, and lower bounds."""
+        tied = self.embedding is not None and self.model_config.tie_embeddings
+        bounded = self.lower_bounds is not None
+        return frozenset({"embedding.weight"} if tied else ()) | frozenset({"lower_bounds"} if bounded else ())
 
     @property
     def head_weight(self) -> Tensor:
@@ -213,67 +225,37 @@ def shapes(config: ModelConfig, vocab_size: int) -> Decoder:
         return Decoder(config, vocab_size)
 
 
-def initialize(model: Decoder, seed: int) -> None:
-    """Draw every parameter from a generator of its own, seeded by (seed, name).
+def build(
+    config: ModelConfig,
+    vocab_size: int,
+    layers: range | None = None,
+    *,
+    groups: Groups = WHOLE,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """Build this rank's shard of a model, or of consecutive layers of it, in memory that is not yet written.
 
-    So a parameter starts the same whatever the layout of ranks and whatever other layers exist. Matrices are normal
-    with std `init_std`, those that write into the residual stream smaller (GPT-2's rule) where the configuration says
-    so, routers near zero where all experts begin as one; short convolutions are uniform in +-width^-0.5 (torch's rule);
-    biases are 0 and norms 1; parallel branches weigh the same. What makes the decays is drawn by the mixers themselves
-    (`initialize_decay`); HGRN's lower bounds start evenly spaced over the depth.
+    Nothing larger than the shard is ever allocated. What fills it: `initialize`, trainer.weights, or a checkpoint.
     """
-    config = model.model_config
-    residual_std = config.init_std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else config.init_std
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2:
-                continue
-            generator = seeded_generator(seed, f"{path}.{name}")
-            if isinstance(module, ShortConvolution):
-                bound = parameter.shape[1] ** -0.5
-                nn.init.uniform_(parameter, -bound, bound, generator=generator)
-            else:
-                std = residual_std if getattr(module, "writes_residual", False) else config.init_std
-                if isinstance(module, Router) and config.moe.spawn_step is not None:
-                    std = SPAWNED_ROUTER_STD
-                nn.init.normal_(parameter, std=std, generator=generator)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
-        if isinstance(module, WeightedSum):
-            module.reset_weight()
-    # After the rest, of which some is drawn anew here.
-    for path, module in model.named_modules():
-        if isinstance(module, Mixer):
-            module.initialize_decay(seeded_generator(seed, f"{path}.decay"))
-        if isinstance(module, Router):
-            module.initialize_temperature()
+    with torch.device("meta"):
+        decoder = Decoder(config, vocab_size, layers)
+    shard(decoder, groups)
+    cast_parameters(decoder, dtype)
+    return decoder.to_empty(device=device)
+
+
+def initialize(model: Decoder, seed: int) -> None:
+    """Draw what this rank has of every parameter, as its module declares; see models.parameters.draw."""
+    draw(model, model.model_config, seed, model.groups)
     seed_routers(model, seed)
-    if model.lower_bounds is not None:
-        nn.init.zeros_(model.lower_bounds)
 
 
 def seed_routers(model: Decoder, seed: int) -> None:
     """Have every router draw its noise by (seed, name), which no parameter holds."""
     for path, module in model.named_modules():
         if isinstance(module, Router):
-            module.seed = _hash(seed, f"{path}.noise")
-
-
-def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """A generator for one parameter."""
-    return torch.Generator().manual_seed(_hash(seed, name))
-
-
-def _hash(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def no_weight_decay(name: str, parameter: Tensor) -> bool:
-    """Norms, biases, A_log and dt_bias are not decayed: everything below two dimensions; lower bounds neither."""
-    return parameter.dim() < 2 or name.rsplit(".", 1)[-1] == "lower_bounds"
+            module.seed = seed_of(seed, f"{path}.noise")
 
 
 def matmul_parameters(model: Decoder) -> Iterator[Tensor]:

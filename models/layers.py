@@ -1,5 +1,6 @@
 """What blocks are made of beside mixers: norms and the feed-forward."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from kernels.activations import swiglu
 from kernels.norms import Activation, gated_rms_norm, rms_norm
 from models.config import ModelConfig
-from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, sum_over
+from models.parallel import ColumnLinear, RowLinear, sum_over
+from models.parameters import Drawing, Groups, Module, Placement, ones
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
+
+    placements: ClassVar[Mapping[str, Placement]] = {"weight": Placement(ones, decayed=False)}
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -39,10 +43,9 @@ class GatedRMSNorm(RMSNorm):
 
 
 class FullWidthRMSNorm(RMSNorm):
-    """RMSNorm over all heads together, whose channels are cut over tensor-parallel ranks with them."""
+    """RMSNorm over all heads together, whose channels are sharded over tensor-parallel ranks with them."""
 
-    shard_axes: ClassVar = {"weight": 0}
-    groups: Groups = WHOLE
+    placements: ClassVar = {"weight": Placement(ones, shard_axis=0, decayed=False)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., size], or this rank's channels of it."""
@@ -52,10 +55,9 @@ class FullWidthRMSNorm(RMSNorm):
 
 
 class FullWidthGatedRMSNorm(GatedRMSNorm):
-    """GatedRMSNorm over all heads together, cut as FullWidthRMSNorm; the gate is silu."""
+    """GatedRMSNorm over all heads together, sharded as FullWidthRMSNorm; the gate is silu."""
 
-    shard_axes: ClassVar = {"weight": 0}
-    groups: Groups = WHOLE
+    placements: ClassVar = FullWidthRMSNorm.placements
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Normalise and gate x, both [..., size], or this rank's channels of it."""
@@ -72,18 +74,26 @@ def _norm_of_part(x: Tensor, weight: Tensor, eps: float, groups: Groups) -> Tens
     return wide * torch.rsqrt(mean_square + eps) * weight.to(wide.dtype)
 
 
-class ShortConvolution(nn.Module):
+def _uniform_by_width(block: Tensor, drawing: Drawing) -> None:
+    """Uniform in ±width^-0.5, as torch draws a depthwise convolution."""
+    bound = drawing.shape[1] ** -0.5
+    block.uniform_(-bound, bound, generator=drawing.generator)
+
+
+class ShortConvolution(Module):
     """Weight of a causal depthwise convolution [channels, width]; without bias, followed by SiLU."""
 
-    shard_axes: ClassVar = {"weight": 0}
+    placements: ClassVar = {"weight": Placement(_uniform_by_width, shard_axis=0)}
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Module):
     """Feed-forward down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    in_region: ClassVar = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

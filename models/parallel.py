@@ -1,17 +1,16 @@
-"""How a model is cut over ranks: its layers' weights, and the sequence between them.
+"""Tensor, sequence and expert parallelism: the sharded layers, and what ranks exchange in forward and backward.
 
 The only file in models/ that knows Megatron, and it imports it only where there is something to exchange: one process
-is plain PyTorch. Each class says along which dimension its weights are cut; models are built and initialised whole,
-layer by layer, and `cut` then leaves each rank its part.
+is plain PyTorch. Which parameters are sharded, and how, their modules declare (models.parameters).
 
 A block's mixer and feed-forward are tensor-parallel regions (arXiv 1909.08053). What enters is the same on every rank,
 what leaves is summed over them; inside, each rank has its heads and channels. With sequence parallelism (arXiv
-2205.05198) the residual stream between regions is cut along the sequence: it is gathered where it enters, and
+2205.05198) the residual stream between regions is sharded along the sequence: it is gathered where it enters, and
 reduce-scattered where it leaves.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,27 +22,7 @@ from kernels.embedding import embedding, sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
 from kernels.moe import permute, unpermute
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The ranks over which a model is cut; None where one rank has the whole.
-
-    Attributes:
-        tensor: Ranks that share heads, feed-forward channels and the vocabulary.
-        context: Ranks that hold consecutive, equal parts of every sequence.
-        sequence: Cut the residual stream over `tensor`, too.
-        expert: Ranks that share the routed experts, each of which is whole on one of them: tensor-, context- and
-            data-parallel ranks of a pipeline stage, with tokens of their own each.
-    """
-
-    tensor: dist.ProcessGroup | None = None
-    context: dist.ProcessGroup | None = None
-    sequence: bool = False
-    expert: dist.ProcessGroup | None = None
-
-
-WHOLE = Groups()
+from models.parameters import Groups, Module, Placement, normal, zeros
 
 
 class _Enter(torch.autograd.Function):
@@ -122,16 +101,13 @@ def sum_counts(x: Tensor, groups: Groups) -> Tensor:
     return x
 
 
-def local_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
-    """The part of x that this rank has, x being cut evenly along `dim`: a view."""
-    if group is None:
-        return x
-    size = x.shape[dim] // dist.get_world_size(group)
-    return x.narrow(dim, dist.get_rank(group) * size, size)
+_BIAS = Placement(zeros, decayed=False)
 
 
-class Linear(nn.Linear):
-    """Linear layer through the fastest matrix product of the device. Weight [out, in]."""
+class Linear(Module, nn.Linear):
+    """Linear layer through the fastest matrix product of the device. Weight [out, in], whole on every rank."""
+
+    placements: ClassVar[Mapping[str, Placement]] = {"weight": Placement(normal), "bias": _BIAS}
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [..., in] to [..., out]."""
@@ -139,28 +115,26 @@ class Linear(nn.Linear):
 
 
 class ColumnLinear(Linear):
-    """Linear layer cut along its outputs (heads, feed-forward channels), within a region. Weight [out, in]."""
+    """Linear layer sharded along its outputs (heads, feed-forward channels), within a region. Weight [out, in]."""
 
-    shard_axes: ClassVar = {"weight": 0, "bias": 0}
+    placements: ClassVar = {"weight": Placement(normal, shard_axis=0), "bias": replace(_BIAS, shard_axis=0)}
 
 
 class RowLinear(Linear):
-    """Linear layer cut along its inputs; it ends a region and writes into the residual stream. Weight [out, in]."""
+    """Linear layer sharded along its inputs; it ends a region and writes into the residual stream. Weight [out, in]."""
 
-    shard_axes: ClassVar = {"weight": 1}
-    writes_residual: ClassVar = True
-    groups: Groups = WHOLE
+    # Added to a sum over ranks, a bias would count once a rank: there is none.
+    placements: ClassVar = {"weight": Placement(normal, shard_axis=1, writes_residual=True), "bias": _BIAS}
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [T, B, in] to the residual stream [T, B, out]."""
         return leave_region(super().forward(x), self.groups)
 
 
-class VocabEmbedding(nn.Embedding):
-    """Embedding cut along the vocabulary. Weight [V, D]."""
+class VocabEmbedding(Module, nn.Embedding):
+    """Embedding sharded along the vocabulary. Weight [V, D]."""
 
-    shard_axes: ClassVar = {"weight": 0}
-    groups: Groups = WHOLE
+    placements: ClassVar = {"weight": Placement(normal, shard_axis=0)}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The residual stream [T, B, D] of token ids [T, B]."""
@@ -283,73 +257,3 @@ def token_dispatcher(num_experts: int, group: dist.ProcessGroup) -> Any:
     own = num_experts // ranks
     first = dist.get_rank(group) * own
     return MoEAlltoAllTokenDispatcher(own, list(range(first, first + own)), config, groups)
-
-
-def cut(model: nn.Module, groups: Groups) -> None:
-    """Leave this rank its part of an initialised model, and tell the layers who has the others."""
-    if groups.expert is not None:
-        for weight in expert_parameters(model):
-            weight.data = local_part(weight.data, groups.expert).clone()
-    for module in model.modules():
-        if hasattr(module, "groups"):
-            vars(module)["groups"] = groups
-        if groups.expert is not None and hasattr(module, "dispatcher"):
-            vars(module)["dispatcher"] = token_dispatcher(vars(module)["config"].num_experts, groups.expert)
-        if groups.tensor is None:
-            continue
-        ranks = dist.get_world_size(groups.tensor)
-        for name in getattr(module, "head_counts", ()):
-            if hasattr(module, name):
-                setattr(module, name, getattr(module, name) // ranks)
-        for name, axis in getattr(module, "shard_axes", {}).items():
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                parameter.data = local_part(parameter.data, groups.tensor, axis).clone()
-
-
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of routed experts, [E, O, D]: a rank holds some experts, and each of them whole."""
-    return [getattr(module, name) for module in model.modules() for name in getattr(module, "expert_weights", ())]
-
-
-def sharded_parameters(model: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """The parameters that are cut over tensor-parallel ranks, each with the dimension."""
-    return [
-        (parameter, axis)
-        for module in model.modules()
-        for name, axis in getattr(module, "shard_axes", {}).items()
-        if (parameter := module._parameters.get(name)) is not None
-    ]
-
-
-def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
-    """The parameters that every tensor-parallel rank holds whole, but of whose gradient each has only a share.
-
-    They are those inside regions, where a rank has its own heads, and lower bounds, of which it reads its own channels;
-    with sequence parallelism all, for a rank then has only its own tokens between regions. A mixer's module that takes
-    what regions have left says `between_regions`.
-    """
-    if groups.tensor is None:
-        return []
-    other = {id(parameter) for parameter, _ in sharded_parameters(model)}
-    other |= {id(parameter) for parameter in expert_parameters(model)}
-    if not groups.sequence:
-        between = (module for module in model.modules() if getattr(module, "between_regions", False))
-        other |= {id(parameter) for module in between for parameter in module.parameters()}
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in other and (groups.sequence or {"mixer", "ffn", "lower_bounds"} & set(name.split(".")))
-    ]
-
-
-def keep_float32(name: str) -> bool:
-    """Parameters that stay float32 in bf16 training: decays and routers, whose small changes bfloat16 would lose."""
-    return name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "lower_bounds") or "router" in name.split(".")
-
-
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast every parameter in place, but those that keep_float32 names."""
-    for name, parameter in module.named_parameters():
-        if not keep_float32(name):
-            parameter.data = parameter.data.to(dtype)

@@ -126,6 +126,9 @@ class TrainConfig:
             mixture of experts also less than ffn: moe_activation, the router and the activation between the experts'
             products, or moe_experts, routed and shared experts. Null takes the mixer, which saves the most memory for
             its operations.
+        trainable: Patterns of the names of the parameters that are trained, such as "layers.*.mixer.*", where * stands
+            for anything. The others are frozen: they have no gradient and no optimizer state. The names are those of
+            exported weights.
     """
 
     steps: int = 1000
@@ -137,6 +140,7 @@ class TrainConfig:
     max_skipped_steps: int = 10
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[Literal["mixer", "ffn", "moe_activation", "moe_experts"]] | None = None
+    trainable: list[str] = field(default_factory=lambda: ["*"])
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
@@ -151,6 +155,9 @@ class TrainConfig:
         _require(
             self.recompute_modules != [],
             "train.recompute_modules is empty; name mixer or ffn, or use train.recompute=none",
+        )
+        _require(
+            self.trainable != [], "train.trainable is empty: nothing would be trained; name a pattern, or leave it out"
         )
         of_experts = [name for name in self.recompute_modules or [] if name.startswith("moe_")]
         _require(

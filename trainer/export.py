@@ -9,7 +9,7 @@ import torch
 from models.config import ModelConfig
 from models.decoder import shapes
 from models.hub.dense import from_hub, hub_name, left_out, to_hub
-from models.parallel import cast_parameters
+from models.parameters import cast_parameters
 from trainer import weights
 from trainer.checkpoint import read_progress
 from trainer.cli import ConfigError
@@ -34,7 +34,7 @@ def export(
         checkpoint: A run directory, or one of its checkpoints.
         output: Where they go: an empty directory, or a name that is free.
         precision: Of the weights; that of the run where it is None. From a bf16 run fp32 takes the float32 copies that
-            the optimizer updates. Decays are float32 always (models.parallel.keep_float32).
+            the optimizer updates. Decays are float32 always (models.parameters.Placement.float32).
         max_file_bytes: More are put into several files.
         report: Told of every file.
         hugging_face: Write names and config.json as transformers reads them.

@@ -9,9 +9,8 @@ import yaml
 from torch import Tensor
 
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, build
 from models.moe.statistics import set_step
-from models.parallel import cast_parameters
 from trainer import checkpoint
 from trainer.cli import ConfigError, from_mapping
 from trainer.data.tokenizer import Tokenizer
@@ -73,7 +72,7 @@ class StoredModel:
         settings: The run's configuration as plain values.
         model: The shape of the model.
         vocab_size: Rows of its embedding.
-        dtype: Of its parameters, but those that models.parallel.keep_float32 names.
+        dtype: Of its parameters, but those that models.parameters.Placement.float32 names.
         tokenizer: The directory of the checkpoint's tokenizer, None where the run had none.
     """
 
@@ -125,8 +124,7 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
         ConfigError: no usable checkpoint there, or a tokenizer with more ids than the model has.
     """
     stored = open_checkpoint(path)
-    decoder = Decoder(stored.model, stored.vocab_size)
-    cast_parameters(decoder, stored.dtype)
+    decoder = build(stored.model, stored.vocab_size, dtype=stored.dtype)
     stored.read(decoder.state_dict())
     # As in the validation after the checkpoint's last step.
     set_step([decoder], max(checkpoint.read_progress(stored.path).step - 1, 0))

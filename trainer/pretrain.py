@@ -89,6 +89,7 @@ def _exit_code(outcome: Outcome) -> int:
 
 def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outcome:
     weights.check_tensors(config)
+    weights.check_trainable(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
     config, config_yaml = precision.settle(config, config_yaml, device)
@@ -98,8 +99,9 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     sources = find_sources(config)
     findings = preflight.check(config, sources)
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
+    resumes = not run_directory.starts_anew(config)
     engine = build_engine(config, vocab_size, device)
-    progress = _resume(config, engine)
+    progress = _resume(config, engine, resumes)
     if rank() == 0:
         _write_configuration(config, config_yaml, progress)
     _describe(config, engine, threads, findings)
@@ -165,14 +167,18 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
     return callbacks
 
 
-def _resume(config: PretrainConfig, engine: Engine) -> Progress:
+def _resume(config: PretrainConfig, engine: Engine, resumes: bool) -> Progress:
     """Load the checkpoint that checkpoint.resume means, and say which were passed over.
+
+    An engine that `resumes` has parameters that were neither drawn nor read.
 
     Raises:
         ConfigError: there are checkpoints, of which none can be read, or the one that was named is damaged or of
             another model; nothing has been changed.
     """
     path = _checkpoint_to_load(config, engine)
+    if path is None and resumes:
+        raise ConfigError(f"{config.run.dir} lost its checkpoints while this start began; see to them, and start again")
     if path is None:
         if config.checkpoint.init is not None and engine.rank == 0:
             _LOGGER.info("started from %s", config.checkpoint.init)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig, MoEConfig
-from models.decoder import seeded_generator, shapes
+from models.decoder import shapes
 from models.moe.router import Router
 from models.moe.spawning import expected_gates, masked_copy
-from models.parallel import cast_parameters
+from models.parameters import cast_parameters, draw, seeded_generator
 from trainer import weights
 from trainer.cli import ConfigError
 from trainer.export import DTYPES
@@ -134,7 +134,7 @@ def _with_experts(dense: _Dense, moe: MoEConfig) -> ModelConfig:
 def _router(moe: MoEConfig, hidden_size: int, std: float, seed: int, name: str) -> Tensor:
     """The parameter or state of a new router that a name ends with."""
     router = Router(moe, hidden_size)
-    router.initialize_temperature()
+    draw(router, ModelConfig(moe=moe), seed)
     nn.init.normal_(router.weight, std=std, generator=seeded_generator(seed, name))
     tensor: Tensor = router.state_dict()[name.rsplit(".", 1)[-1]]
     return tensor

@@ -225,6 +225,33 @@ def check_tensors(config: PretrainConfig) -> None:
     require_tensors(weights.path, weights.tensors, shapes(config.model, weights.vocab_size))
 
 
+def check_trainable(config: PretrainConfig) -> None:
+    """Hold the patterns of train.trainable against the names of the model's parameters. May import torch.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
+    patterns = config.train.trainable
+    if patterns == ["*"]:
+        return
+    from models.decoder import shapes
+    from models.parameters import matches
+
+    names = [name for name, _ in shapes(config.model, 1).named_parameters()]
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ConfigError(
+                f"train.trainable: no parameter's name matches {pattern!r}; they are named as {names[0]} and "
+                f"{names[len(names) // 2]}"
+            )
+    frozen = [name for name in names if ".experts." in name and not matches(name, patterns)]
+    if config.model.moe.spawn_step is not None and frozen:
+        raise ConfigError(
+            f"train.trainable leaves {listed(frozen)} frozen, and model.moe.spawn_step="
+            f"{config.model.moe.spawn_step} would write to them; train the experts, or leave spawn_step out"
+        )
+
+
 def require_tensors(
     path: Path, tensors: dict[str, StoredTensor], model: "Decoder", name_of: Callable[[str], str] = str
 ) -> None:
@@ -257,23 +284,19 @@ def check_vocabulary(config: PretrainConfig, vocab_size: int) -> None:
         _require_rows(open_weights(config.checkpoint.init), vocab_size)
 
 
-def init_of(config: PretrainConfig) -> str | None:
-    """The weights that a run begins with: none where a checkpoint is about to take their place."""
-    return config.checkpoint.init if starts_anew(config) else None
+def start(model: "Decoder", init: str | None, seed: int, resumes: bool = False) -> None:
+    """Give this rank's shard of a model, or of a stage of one, the values that it begins with.
 
-
-def start(model: "Decoder", init: str | None, seed: int) -> None:
-    """Give a model, or a stage of one before it is cut, the parameters that it begins with.
-
-    They are read from the weights `init`, or drawn from `seed`.
+    They are read from the weights `init`, or drawn from `seed`; where a checkpoint is to be loaded, neither.
     """
     from models.decoder import initialize, seed_routers
 
-    if init is None:
+    if init is None and not resumes:
         initialize(model, seed)
-    else:
+        return
+    if init is not None and not resumes:
         fill(model, open_weights(init))
-        seed_routers(model, seed)
+    seed_routers(model, seed)
 
 
 def arguments_from(path: str | Path) -> list[str]:
@@ -326,8 +349,16 @@ def _model_section(value: str) -> str:
 
 
 def fill(model: "Decoder", weights: Weights) -> None:
-    """Read the parameters that a model or stage has into its own types."""
-    read_tensors(_kept(model), weights.tensors)
+    """Read what this rank has of a model or stage into its own types, and no more than that."""
+    from models.parameters import declared
+
+    parts: dict[str, tuple[slice, ...]] = {}
+    for name, row in declared(model).items():
+        axis, rank, ranks = row.place(model.groups)
+        if axis is not None and ranks > 1:
+            size = row.tensor.shape[axis]
+            parts[name] = (*[slice(None)] * axis, slice(rank * size, (rank + 1) * size))
+    read_tensors(_kept(model), weights.tensors, parts=parts)
 
 
 def _kept(model: "Decoder") -> dict[str, "Tensor"]:
@@ -336,14 +367,20 @@ def _kept(model: "Decoder") -> dict[str, "Tensor"]:
 
 
 def read_tensors(
-    into: dict[str, "Tensor"], stored: dict[str, StoredTensor], name_of: Callable[[str], str] = str
+    into: dict[str, "Tensor"],
+    stored: dict[str, StoredTensor],
+    name_of: Callable[[str], str] = str,
+    parts: Mapping[str, tuple[slice, ...]] | None = None,
 ) -> None:
-    """Fill tensors from those that are stored under `name_of` their names, one at a time."""
+    """Fill tensors from those that are stored under `name_of` their names, or from the `parts` of them, one by one."""
+    parts = parts or {}
     for file in {stored[name_of(name)].file for name in into}:
         with safe_open(file, framework="pt") as opened:
             for name, tensor in into.items():
                 if stored[name_of(name)].file == file:
-                    read = opened.get_tensor(name_of(name))
+                    stored_name = name_of(name)
+                    part = parts.get(name)
+                    read = opened.get_tensor(stored_name) if part is None else opened.get_slice(stored_name)[part]
                     tensor.copy_(read)
                     if stored[name_of(name)].dtype == "F64" and not read.isfinite().equal(tensor.isfinite()):
                         raise ConfigError(f"{file}: {name_of(name)} has values beyond the range of {tensor.dtype}")

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.convolution import causal_conv1d
-from models.parallel import WHOLE, Groups
+from models.parameters import Drawing, Groups, Init, Module, Placement
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,26 @@ class LayerCache:
         self.tensors[name] = state
 
 
-class Mixer(nn.Module):
+class Mixer(Module):
     """A token mixer: `forward(x [T, B, D], info, cache=None) -> [T, B, D]`, causal, documents kept apart.
 
     With a cache, x continues the sequences whose state the cache holds, and the cache is brought up to date.
 
     Attributes:
         rotary: (head size, base) of the rotary embedding whose cosines and sines `info` shall hold; None for none.
-        head_counts: The attributes that count heads, which are cut over tensor-parallel ranks.
+        head_counts: The attributes that count heads, of which a tensor-parallel rank has its share.
     """
 
-    head_counts: ClassVar = ("num_heads", "num_kv_heads", "num_v_heads")
-    groups: Groups = WHOLE
+    head_counts: ClassVar[tuple[str, ...]] = ()
+    in_region: ClassVar = True
     rotary: tuple[int, float] | None = None
 
-    def initialize_decay(self, generator: torch.Generator) -> None:
-        """Draw what makes the decays, where the source gives it another start than the rest; nothing by default."""
+    def set_groups(self, groups: Groups) -> None:
+        """Keep the number of this rank's heads."""
+        super().set_groups(groups)
+        if groups.tensor is not None:
+            for name in self.head_counts:
+                setattr(self, name, getattr(self, name) // dist.get_world_size(groups.tensor))
 
 
 def split_heads(x_TBD: Tensor, num_heads: int) -> Tensor:
@@ -121,3 +126,16 @@ def draw_dt_bias(size: int, generator: torch.Generator) -> Tensor:
     low, high = math.log(1e-3), math.log(1e-1)
     dt = torch.empty(size).uniform_(low, high, generator=generator).exp_().clamp_(min=1e-4)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def decay_placements(draw: Callable[[Drawing], tuple[Tensor, Tensor]]) -> dict[str, Placement]:
+    """Of A_log and dt_bias, both sharded with the heads; `draw` gives both, for they come from one stream."""
+
+    def part(number: int) -> Init:
+        def copy(block: Tensor, drawing: Drawing) -> None:
+            block.copy_(draw(drawing)[number])
+
+        return copy
+
+    placement = partial(Placement, shard_axis=0, float32=True, decayed=False, stream="decay")
+    return {"A_log": placement(part(0)), "dt_bias": placement(part(1))}

@@ -1,5 +1,7 @@
 """Delta net (Yang et al. 2024, arXiv 2406.06484), and the projections that the mixers with a delta rule share."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from kernels.linear_attention import delta_rule
@@ -20,6 +22,8 @@ from models.parallel import ColumnLinear, RowLinear
 
 class DeltaRuleMixer(Mixer):
     """q, k, v = SiLU(conv(W x)), q and k L2-normalised per head; the strength of a write b_t = sigmoid(W_b x_t)."""
+
+    head_counts: ClassVar = ("num_heads", "num_v_heads")
 
     def __init__(
         self,

@@ -9,9 +9,25 @@ from torch import Tensor, nn
 from kernels.linear_attention import gated_delta_rule
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
-from models.mixers.base import LayerCache, SequenceInfo, draw_dt_bias, merge_heads, run_recurrence, split_heads
+from models.mixers.base import (
+    LayerCache,
+    SequenceInfo,
+    decay_placements,
+    draw_dt_bias,
+    merge_heads,
+    run_recurrence,
+    split_heads,
+)
 from models.mixers.delta_net import DeltaRuleMixer
 from models.parallel import ColumnLinear
+from models.parameters import Drawing
+
+
+def _draw_decay(drawing: Drawing) -> tuple[Tensor, Tensor]:
+    """A ~ U(0, 16); dt log-uniform in [1e-3, 1e-1], dt_bias its inverse softplus (as the authors' code)."""
+    heads = drawing.config.gated_delta_net.value_heads
+    a = torch.empty(heads).uniform_(0, 16, generator=drawing.generator).clamp_(min=1e-3)
+    return a.log(), draw_dt_bias(heads, drawing.generator)
 
 
 class GatedDeltaNet(DeltaRuleMixer):
@@ -21,8 +37,7 @@ class GatedDeltaNet(DeltaRuleMixer):
     q, k, v pass a short convolution with SiLU, q and k are L2-normalised, the output is RMS-normalised and gated.
     """
 
-    # Decays are cut over tensor-parallel ranks with the heads they belong to.
-    shard_axes: ClassVar = {"A_log": 0, "dt_bias": 0}
+    placements: ClassVar = decay_placements(_draw_decay)
 
     def __init__(self, config: ModelConfig) -> None:
         gdn, d_model = config.gated_delta_net, config.hidden_size
@@ -32,13 +47,6 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads))
         self.o_norm = GatedRMSNorm(gdn.head_v_dim, config.norm_eps)
-
-    def initialize_decay(self, generator: torch.Generator) -> None:
-        """A ~ U(0, 16); dt log-uniform in [1e-3, 1e-1], dt_bias its inverse softplus (as the authors' code)."""
-        a = torch.empty(self.num_v_heads).uniform_(0, 16, generator=generator).clamp_(min=1e-3)
-        with torch.no_grad():
-            self.A_log.copy_(a.log())
-            self.dt_bias.copy_(draw_dt_bias(self.num_v_heads, generator))
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""

@@ -1,5 +1,7 @@
 """Gated linear attention (Yang et al. 2023, arXiv 2312.06635)."""
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ class GatedLinearAttention(Mixer):
     per head and gated.
     """
 
+    head_counts: ClassVar = ("num_heads",)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         gla_config, d_model = config.gated_linear_attention, config.hidden_size
@@ -27,7 +31,7 @@ class GatedLinearAttention(Mixer):
         self.k_proj = ColumnLinear(d_model, key_size, bias=False)
         self.v_proj = ColumnLinear(d_model, value_size, bias=False)
         self.g_proj = ColumnLinear(d_model, value_size, bias=False)
-        # The bottleneck is whole on every tensor-parallel rank; the expansion is cut with the heads.
+        # The bottleneck is whole on every tensor-parallel rank; the expansion is sharded with the heads.
         rank = gla_config.gate_low_rank
         self.gk_proj = nn.Sequential(Linear(d_model, rank, bias=False), ColumnLinear(rank, key_size))
         self.g_norm = GatedRMSNorm(value_size // self.num_heads, config.norm_eps)

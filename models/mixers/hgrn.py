@@ -8,6 +8,8 @@ The bounds grow with the layer, so that higher layers remember for longer; the f
 not to its layers: the softmax goes over all of them.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,8 @@ from kernels.linear_attention import hgrn, hgrn2
 from models.config import ModelConfig
 from models.layers import FullWidthGatedRMSNorm, FullWidthRMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
-from models.parallel import ColumnLinear, RowLinear, local_part
+from models.parallel import ColumnLinear, RowLinear
+from models.parameters import local_part
 
 
 def layer_bounds(weights_LD: Tensor) -> list[Tensor | None]:
@@ -71,6 +74,8 @@ class HGRN2(LowerBoundedMixer):
     v_t = W_i x_t. The state of a head is K x K: HGRN's, expanded by an outer product with no further parameters. The
     norm of the output spans the full width, all heads together; there is no output gate.
     """
+
+    head_counts: ClassVar = ("num_heads",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -9,9 +9,30 @@ from torch import Tensor, nn
 from kernels.linear_attention import gated_delta_rule
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
-from models.mixers.base import LayerCache, SequenceInfo, draw_dt_bias, merge_heads, run_recurrence, split_heads
+from models.mixers.base import (
+    LayerCache,
+    SequenceInfo,
+    decay_placements,
+    draw_dt_bias,
+    merge_heads,
+    run_recurrence,
+    split_heads,
+)
 from models.mixers.delta_net import DeltaRuleMixer
 from models.parallel import ColumnLinear, Linear
+from models.parameters import Drawing
+
+
+def _draw_decay(drawing: Drawing) -> tuple[Tensor, Tensor]:
+    """A ~ U(1, 16), or 1 for the bounded gate; dt log-uniform in [1e-3, 1e-1], dt_bias its inverse softplus.
+
+    No source gives dt_bias for the bounded gate; this one starts it at decays of about exp(-5 dt).
+    """
+    kda = drawing.config.kimi_delta_attention
+    a = torch.ones(kda.value_heads)
+    if kda.gate == "softplus":
+        a.uniform_(1, 16, generator=drawing.generator)
+    return a.log(), draw_dt_bias(kda.value_heads * kda.head_dim, drawing.generator)
 
 
 class KimiDeltaAttention(DeltaRuleMixer):
@@ -27,14 +48,13 @@ class KimiDeltaAttention(DeltaRuleMixer):
     is RMS-normalised per head and gated by a sigmoid of a low-rank projection.
     """
 
-    # Decays are cut over tensor-parallel ranks with the heads they belong to.
-    shard_axes: ClassVar = {"A_log": 0, "dt_bias": 0}
+    placements: ClassVar = decay_placements(_draw_decay)
 
     def __init__(self, config: ModelConfig) -> None:
         kda, d_model = config.kimi_delta_attention, config.hidden_size
         super().__init__(d_model, kda, kda.value_heads)
         self.gate, self.min_log_decay = kda.gate, kda.min_log_decay
-        # The bottlenecks are whole on every tensor-parallel rank; the expansions are cut with the heads.
+        # The bottlenecks are whole on every tensor-parallel rank; the expansions are sharded with the heads.
         rank, decays = kda.head_v_dim, self.num_v_heads * kda.head_dim
         self.f_proj = nn.Sequential(Linear(d_model, rank, bias=False), ColumnLinear(rank, decays, bias=False))
         self.g_proj = nn.Sequential(
@@ -43,18 +63,6 @@ class KimiDeltaAttention(DeltaRuleMixer):
         self.A_log = nn.Parameter(torch.empty(self.num_v_heads))
         self.dt_bias = nn.Parameter(torch.empty(decays))
         self.o_norm = GatedRMSNorm(kda.head_v_dim, config.norm_eps, activation="sigmoid")
-
-    def initialize_decay(self, generator: torch.Generator) -> None:
-        """A ~ U(1, 16), or 1 for the bounded gate; dt log-uniform in [1e-3, 1e-1], dt_bias its inverse softplus.
-
-        No source gives dt_bias for the bounded gate; this one starts it at decays of about exp(-5 dt).
-        """
-        a = torch.ones(self.num_v_heads)
-        if self.gate == "softplus":
-            a.uniform_(1, 16, generator=generator)
-        with torch.no_grad():
-            self.A_log.copy_(a.log())
-            self.dt_bias.copy_(draw_dt_bias(self.dt_bias.numel(), generator))
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""

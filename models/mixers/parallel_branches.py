@@ -11,25 +11,27 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.layers import RMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo
+from models.parameters import Drawing, Module, Placement
 
 
-class WeightedSum(nn.Module):
+def _mean(block: Tensor, drawing: Drawing) -> None:
+    """Begin as the mean of the normalised outputs."""
+    block.fill_(1 / drawing.shape[0])
+
+
+class WeightedSum(Module):
     """o = sum over i of w_i RMSNorm_i(o_i)   (eq. 6), each norm with its own weight.
 
     It takes the residual stream that the branches' output projections leave, not what is inside their regions.
     """
 
-    between_regions: ClassVar = True
+    in_region: ClassVar = False
+    placements: ClassVar = {"weight": Placement(_mean, decayed=False)}
 
     def __init__(self, terms: int, size: int, eps: float) -> None:
         super().__init__()
         self.norms = nn.ModuleList(RMSNorm(size, eps) for _ in range(terms))
         self.weight = nn.Parameter(torch.empty(terms))
-        self.reset_weight()
-
-    def reset_weight(self) -> None:
-        """Start as the mean of the normalised outputs."""
-        nn.init.constant_(self.weight, 1 / len(self.norms))
 
     def forward(self, outputs: Sequence[Tensor]) -> Tensor:
         """Add up the branches' outputs, each [..., size]."""

@@ -1,6 +1,7 @@
 """Retention (Sun et al. 2023, arXiv 2307.08621)."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from kernels.rotary import apply_rotary
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
-from models.parallel import ColumnLinear, RowLinear, local_part
+from models.parallel import ColumnLinear, RowLinear
+from models.parameters import local_part
 
 
 class Retention(Mixer):
@@ -18,6 +20,8 @@ class Retention(Mixer):
 
     q and k are rotated (arXiv 2104.09864); the output is RMS-normalised per head and gated by silu(W_g x).
     """
+
+    head_counts: ClassVar = ("num_heads",)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

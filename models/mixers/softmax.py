@@ -1,5 +1,7 @@
 """Softmax attention: full and sliding-window."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from models.parallel import ColumnLinear, RowLinear
 class FullAttention(Mixer):
     """o_t = sum over s <= t of softmax(q_t . k_s / sqrt(K)) v_s, grouped-query, rotary (arXiv 2104.09864)."""
 
+    head_counts: ClassVar = ("num_heads", "num_kv_heads")
     window: int | None = None
 
     def __init__(self, config: ModelConfig) -> None:

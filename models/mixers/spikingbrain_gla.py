@@ -4,7 +4,9 @@ Converted from softmax attention: projections with biases and grouped queries ar
 output takes the place of the softmax's denominator. No rotary embedding, no convolution, no output gate.
 """
 
-import torch
+import math
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,10 +15,13 @@ from models.config import ModelConfig
 from models.layers import RMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, run_recurrence, split_heads
 from models.parallel import ColumnLinear, Linear, RowLinear
+from models.parameters import Drawing, Placement
 
 
 class _ConvertedAttention(Mixer):
     """The projections of the attention that was converted, and the norm that is put behind them."""
+
+    head_counts: ClassVar = ("num_heads", "num_kv_heads")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,6 +35,20 @@ class _ConvertedAttention(Mixer):
         self.o_proj = RowLinear(query_size, d_model, bias=False)
 
 
+def _xavier(block: Tensor, drawing: Drawing) -> None:
+    """Xavier-uniform with gain 2^-2.5, as the authors' code has it for what conversion adds."""
+    bound = 2**-2.5 * math.sqrt(6 / sum(drawing.shape))
+    block.uniform_(-bound, bound, generator=drawing.generator)
+
+
+class _GateLinear(Linear):
+    placements: ClassVar = {**Linear.placements, "weight": Placement(_xavier)}
+
+
+class _GateColumnLinear(ColumnLinear):
+    placements: ClassVar = {**ColumnLinear.placements, "weight": Placement(_xavier, shard_axis=0)}
+
+
 class SpikingBrainGLA(_ConvertedAttention):
     """S_t = Diag(a_t) S_(t-1) + relu(k_t) v_t^T,  o_t = RMSNorm(S_t^T relu(q_t) / sqrt(K)) per head: the 7B model's.
 
@@ -40,15 +59,10 @@ class SpikingBrainGLA(_ConvertedAttention):
         super().__init__(config)
         spiking = config.spikingbrain_gla
         self.gate_normalizer = spiking.gate_normalizer
-        # The bottleneck is whole on every tensor-parallel rank; the expansion is cut with the heads.
+        # The bottleneck is whole on every tensor-parallel rank; the expansion is sharded with the heads.
         rank, key_size = spiking.gate_low_rank, spiking.num_kv_heads * spiking.head_dim
-        self.gk_proj = nn.Sequential(Linear(config.hidden_size, rank, bias=False), ColumnLinear(rank, key_size))
-
-    def initialize_decay(self, generator: torch.Generator) -> None:
-        """Xavier-uniform with gain 2^-2.5, as the authors' code has it for what conversion adds."""
-        for layer in self.gk_proj:
-            assert isinstance(layer, nn.Linear)
-            nn.init.xavier_uniform_(layer.weight, gain=2**-2.5, generator=generator)
+        down = _GateLinear(config.hidden_size, rank, bias=False)
+        self.gk_proj = nn.Sequential(down, _GateColumnLinear(rank, key_size))
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""

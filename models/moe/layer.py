@@ -4,7 +4,7 @@ y = sum over the kept experts e of gate_e(x) FFN_e(x), plus FFN_shared(x) (arXiv
 size of tokens times experts times width: rows are gathered by expert, multiplied group by group, and added up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,17 +18,25 @@ from kernels.activations import swiglu
 from kernels.moe import grouped_linear
 from models.config import ModelConfig
 from models.moe.router import Router
-from models.parallel import WHOLE, ColumnLinear, Groups, RowLinear, apply_experts, enter_region, replicate_experts
+from models.parallel import (
+    ColumnLinear,
+    RowLinear,
+    apply_experts,
+    enter_region,
+    replicate_experts,
+    token_dispatcher,
+)
+from models.parameters import Groups, Module, Placement, normal
 from models.recompute import run_region
 
 _GATED = {"swiglu": swiglu, "geglu": lambda gate, up: F.gelu(gate) * up}
 _PLAIN = {"gelu": F.gelu, "relu_squared": lambda x: F.relu(x).square()}
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(Module):
     """One linear layer for each expert. Weight [E, O, D]; expert-parallel ranks have consecutive experts of it."""
 
-    expert_weights: ClassVar = ("weight",)
+    placements: ClassVar[Mapping[str, Placement]] = {"weight": Placement(normal, expert=True)}
 
     def __init__(self, experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -42,10 +50,10 @@ class ExpertLinear(nn.Module):
 class ExpertRowLinear(ExpertLinear):
     """ExpertLinear that writes into the residual stream."""
 
-    writes_residual: ClassVar = True
+    placements: ClassVar = {"weight": Placement(normal, expert=True, writes_residual=True)}
 
 
-class Experts(nn.Module):
+class Experts(Module):
     """The routed experts that this rank has."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -67,8 +75,10 @@ class Experts(nn.Module):
             return self.down_proj(hidden, tokens_per_expert_E)
 
 
-class SharedExperts(nn.Module):
-    """The experts that every token goes to, as one feed-forward of their width together; cut as a dense one is."""
+class SharedExperts(Module):
+    """The experts that every token goes to, as one feed-forward of their width together; sharded as a dense one is."""
+
+    in_region: ClassVar = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -89,17 +99,16 @@ class SharedExperts(nn.Module):
             return self.down_proj(hidden)
 
 
-class MoELayer(nn.Module):
+class MoELayer(Module):
     """Routed and shared experts in place of a feed-forward.
 
     Attributes:
-        dispatcher: Exchanges tokens between the ranks that share the experts (models.parallel.token_dispatcher).
+        dispatcher: Exchanges tokens between the ranks that share the experts (models.token_dispatcher).
         recompute: What of the block runs again in backward. Of it this layer heeds moe_activation (the router, and the
             activation between the experts' products) and moe_experts (routed and shared experts, without the exchange
             of tokens); the block, what contains all of it.
     """
 
-    groups: Groups = WHOLE
     dispatcher: Any = None
     recompute: frozenset[str] = frozenset()
 
@@ -109,6 +118,12 @@ class MoELayer(nn.Module):
         self.router = Router(config.moe, config.hidden_size)
         self.experts = Experts(config)
         self.shared_experts = SharedExperts(config) if config.moe.shared_experts else None
+
+    def set_groups(self, groups: Groups) -> None:
+        """Make the exchange of tokens between the ranks that share the experts."""
+        super().set_groups(groups)
+        if groups.expert is not None:
+            self.dispatcher = token_dispatcher(self.config.num_experts, groups.expert)
 
     def forward(self, x: Tensor, token_keys: Tensor | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D], with sequence parallelism this rank's part of it.

@@ -10,7 +10,7 @@ into micro-batches and over ranks. It is added in backward, where the layer is; 
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,26 @@ from kernels.autograd import once_differentiable
 from kernels.moe import dense_to_sparse_gate, top_k_gate
 from kernels.moe.routing import largest
 from models.config import MoEConfig
-from models.parallel import WHOLE, Groups, sum_counts
+from models.parallel import sum_counts
+from models.parameters import Drawing, Module, Placement, zeros
 from models.recompute import is_recomputing
 
 # Of a router whose experts begin alike: its gates begin near what they are on average.
 SPAWNED_ROUTER_STD = 1e-3
+
+
+def _start_weight(block: Tensor, drawing: Drawing) -> None:
+    spawns = drawing.config.moe.spawn_step is not None
+    block.normal_(std=SPAWNED_ROUTER_STD if spawns else drawing.config.init_std, generator=drawing.generator)
+
+
+def _start_temperature(block: Tensor, drawing: Drawing) -> None:
+    """Start a learned temperature where the schedule would."""
+    block.fill_(math.log(drawing.config.moe.router.dense_to_sparse.temperature_start))
+
+
+def _even_load(block: Tensor, drawing: Drawing) -> None:
+    block.fill_(1 / drawing.shape[0])
 
 
 class Routing(NamedTuple):
@@ -39,7 +54,7 @@ class Routing(NamedTuple):
     routing_map: Tensor
 
 
-class Router(nn.Module):
+class Router(Module):
     """The router of one layer. Weight [E, D].
 
     Attributes:
@@ -52,7 +67,13 @@ class Router(nn.Module):
         load: Share of each expert in the batch of the step before, float32 [E]; likewise.
     """
 
-    groups: Groups = WHOLE
+    # Its gradient is whole where it has seen all tokens: it lies on the residual stream.
+    placements: ClassVar = {
+        "weight": Placement(_start_weight, float32=True),
+        "log_temperature": Placement(_start_temperature, float32=True, decayed=False),
+        "bias": Placement(zeros, float32=True),
+        "load": Placement(_even_load, float32=True),
+    }
     step: int | None = None
     loss_scale: float = 1.0
     seed: int = 0
@@ -63,20 +84,15 @@ class Router(nn.Module):
         self.config = config
         experts, router, losses = config.num_experts, config.router, config.losses
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
-        self.log_temperature: nn.Parameter | None = None
-        if router.gate == "dense_to_sparse" and router.dense_to_sparse.schedule == "learned":
-            self.log_temperature = nn.Parameter(torch.empty(1))
+        learns = router.gate == "dense_to_sparse" and router.dense_to_sparse.schedule == "learned"
+        self.log_temperature: nn.Parameter | None
+        self.register_parameter("log_temperature", nn.Parameter(torch.empty(1)) if learns else None)
         self.bias: Tensor | None
         self.load: Tensor | None
         self.register_buffer("bias", torch.zeros(experts) if router.bias_update_rate else None)
         follows_load = (losses.balance and losses.scope == "global") or config.replicated_experts
         self.register_buffer("load", torch.full((experts,), 1 / experts) if follows_load else None)
         self.statistics: Tensor | None = None
-
-    def initialize_temperature(self) -> None:
-        """Start a learned temperature where the schedule would."""
-        if self.log_temperature is not None:
-            nn.init.constant_(self.log_temperature, math.log(self.config.router.dense_to_sparse.temperature_start))
 
     def forward(self, x_TBD: Tensor, token_keys_TB: Tensor | None = None) -> Routing:
         """Route the tokens of x [T, B, D], those of a row-major [T * B, D].

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.config import MoEConfig
-from models.decoder import Decoder, seeded_generator
+from models.config import ModelConfig, MoEConfig
+from models.decoder import Decoder
 from models.moe.router import Router, token_keys
-from models.parallel import Groups
+from models.parameters import Groups, draw, parameter_rows, seeded_generator
 
 # Tokens that the mean of gates with noise is taken over: its error is below 1 %.
 _TOKENS = 4096
@@ -28,8 +28,8 @@ def expected_gates(moe: MoEConfig) -> float:
     dense-to-sparse gate the share that it keeps, its noise included.
     """
     router = Router(replace(moe, capacity_factor=None, pad_to_capacity=False, spawn_step=None), hidden_size=1)
+    draw(router, ModelConfig(moe=moe), seed=0)
     nn.init.zeros_(router.weight)
-    router.initialize_temperature()
     router.step = 0
     tokens = torch.arange(_TOKENS)[:, None]
     routing = router(torch.zeros(_TOKENS, 1, 1), token_keys(tokens, torch.zeros_like(tokens)))
@@ -44,11 +44,11 @@ def masked_copy(matrix: Tensor, share: float, seed: int, name: str) -> Tensor:
     return matrix * (drawn >= share) / (1 - share)
 
 
-def expert_weights(decoder: Decoder) -> Iterator[tuple[str, nn.Parameter, bool]]:
+def expert_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor, bool]]:
     """The weights of routed experts by name, and whether they write the experts' output."""
-    for path, module in decoder.named_modules():
-        for name in getattr(module, "expert_weights", ()):
-            yield f"{path}.{name}", getattr(module, name), getattr(module, "writes_residual", False)
+    for name, row in parameter_rows(decoder).items():
+        if row.placement.expert:
+            yield name, row.tensor, row.placement.writes_residual
 
 
 def spawned(weight_EOD: Tensor, name: str, writes_output: bool, moe: MoEConfig, seed: int, groups: Groups) -> Tensor:

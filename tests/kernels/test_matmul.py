@@ -23,7 +23,7 @@ from models.config import (
     RetentionConfig,
 )
 from models.decoder import Decoder, initialize
-from models.parallel import cast_parameters
+from models.parameters import cast_parameters
 
 
 def _error(a, b):

@@ -127,6 +127,18 @@ def test_losses_writes_its_fields(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_shard_is_built_in_little_more_than_its_own_memory(tmp_path):
+    recipe, path = tmp_path / "wide.yaml", tmp_path / "result.json"
+    model = "{num_layers: 4, hidden_size: 1024, ffn_hidden_size: 4096, vocab_size: 65536}"
+    recipe.write_text(f"model: {model}\ndata: {{path: stdlib}}\nparallel: {{tensor: 2}}\n")
+    _bench("building", "--recipes", f"[{recipe}]", "--json", str(path))
+    (line,) = json.loads(path.read_text())
+    # Half of the embedding's 64 M elements, of the head's and of the layers', in float32.
+    assert line["peer"] > 0.25
+    assert 1 / 1.3 < line["ratio"] < 1.05
+
+
+@pytest.mark.slow
 def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
     """Two ranks of N tokens, each to 2 of E experts, D and F wide: FLOPs and bytes to the last one."""
     path = tmp_path / "result.json"

@@ -13,11 +13,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import LINEAR_MIXERS, MIXERS
-from models.decoder import Decoder, flops_per_token, initialize, no_weight_decay
+from models.decoder import Decoder, flops_per_token, initialize
 from models.generation import stream_tokens
 from models.layers import RMSNorm, ShortConvolution
 from models.mixers.base import LayerCache
-from models.parallel import RowLinear, cast_parameters
+from models.parallel import RowLinear
+from models.parameters import cast_parameters, parameter_rows
 from tests.helpers import VOCABULARY, draw_tokens, examples, pack, rows, tiny_decoder, tiny_model_config
 
 HYBRID = ", ".join(MIXERS)
@@ -286,8 +287,8 @@ def all_options(tied=False):
 
 def test_what_weight_decay_leaves_out():
     undecayed, decayed = set(), set()
-    for name, parameter in all_options().named_parameters():
-        (undecayed if no_weight_decay(name, parameter) else decayed).add(name)
+    for name, row in parameter_rows(all_options()).items():
+        (decayed if row.placement.decayed else undecayed).add(name)
     leaves = {name.split(".")[-1] for name in undecayed}
     assert leaves == {"weight", "bias", "A_log", "dt_bias", "lower_bounds"}
     assert all("norm" in name for name in undecayed if name.endswith(".weight"))

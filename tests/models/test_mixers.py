@@ -13,7 +13,7 @@ from models.config import LINEAR_MIXERS, MIXERS
 from models.decoder import Decoder, initialize
 from models.mixers.base import LayerCache, SequenceInfo
 from models.mixers.hgrn import bounded_log_decay, layer_bounds
-from models.parallel import cast_parameters
+from models.parameters import cast_parameters
 from tests.helpers import VOCABULARY, draw_tokens, pack, rows, tiny_decoder, tiny_model_config
 
 TIME, WIDTH = 11, 32

@@ -6,11 +6,11 @@ from torch import nn
 
 from kernels.rotary import rotary_tables
 from models.config import ModelConfig, branches
-from models.decoder import Decoder, initialize, no_weight_decay
+from models.decoder import Decoder, initialize
 from models.mixers import build_mixer
 from models.mixers.base import LayerCache, SequenceInfo
 from models.mixers.parallel_branches import ParallelBranches
-from models.parallel import partial_gradients
+from models.parameters import parameter_rows, partial_gradients
 from tests.helpers import VOCABULARY, draw_tokens, rows, tiny_decoder, tiny_model_config
 
 PATTERNS = (
@@ -88,7 +88,7 @@ def test_branches_share_nothing_and_start_as_their_mean():
     torch.testing.assert_close(module.merge.weight, torch.full((3,), 1 / 3))
     projections = [branch.q_proj.weight for branch in module.branches]
     assert not torch.equal(projections[0], projections[1]) and not torch.equal(projections[1], projections[2])
-    assert all(no_weight_decay(name, parameter) for name, parameter in module.merge.named_parameters())
+    assert not any(row.placement.decayed for row in parameter_rows(module.merge).values())
 
 
 def test_decays_of_branches_are_drawn():

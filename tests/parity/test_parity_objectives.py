@@ -12,11 +12,11 @@ CASES = [*(name for name in LAYOUTS if name in ("TP2", "TP2+SP", "PP2", "PP2 int
 CASES += ["ZeRO-2", "ZeRO-3"]
 
 
-def case(name):
+def case(name, **settings):
     """Ranks, and the configuration of one process and of that many."""
     layout = ZERO[name][2] if name in ZERO else LAYOUTS.get(name, {"data": 2})
     ranks, keys = ranks_of(layout)
-    config = configuration(**keys)
+    config = configuration(**settings, **keys)
     if name == "EP2":
         config["model"] = config["model"] | {"moe": EXPERTS}
         return ranks, config, config | {"parallel": {"expert": 2}}

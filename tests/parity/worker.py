@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from models.parallel import apply_experts, expert_parameters, sharded_parameters, token_dispatcher
+from models.parallel import apply_experts, token_dispatcher
+from models.parameters import Groups, parameter_rows
 from trainer.cli import from_mapping
 from trainer.communication import SentBytes
 from trainer.config import PretrainConfig
@@ -73,23 +74,23 @@ def gradients(engine):
                 parts = list(bucket.grad_data.chunk(dist.get_world_size(data)))
                 dist.all_gather(parts, parts[dist.get_rank(data)].clone(), group=data)
         decoder = stage.module.part
-        own = {name: parameter.main_grad for name, parameter in decoder.named_parameters()}
+        own = {name: parameter.main_grad for name, parameter in decoder.named_parameters() if parameter.requires_grad}
         found |= gathered(decoder, own, tensor, expert)
     return found
 
 
 def gathered(decoder, gradients, tensor, expert=None):
     """Copies of gradients by the parameters' names, of those that are cut with the parts of every rank of the group."""
-    cuts = {id(parameter): (axis, tensor) for parameter, axis in sharded_parameters(decoder)}
-    cuts |= {id(parameter): (0, expert) for parameter in expert_parameters(decoder)}
+    groups = Groups(tensor=tensor, expert=expert)
     found = {}
-    for name, parameter in decoder.named_parameters():
-        gradient = gradients[name].contiguous()
-        axis, group = cuts.get(id(parameter), (0, None))
+    for name, row in parameter_rows(decoder).items():
+        if not row.tensor.requires_grad:
+            continue
+        gradient, group = gradients[name].contiguous(), row.group(groups)
         if group is not None:
             parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, gradient, group=group)
-            gradient = torch.cat(parts, axis)
+            gradient = torch.cat(parts, row.axis)
         found[name] = gradient.clone()
     return found
 
@@ -100,7 +101,8 @@ def keep_gradients(engine, decoder):
 
     def keep_and_update():
         if engine.gradients is None:
-            own = {name: from_zero(parameter) for name, parameter in decoder.named_parameters()}
+            trained = {name: value for name, value in decoder.named_parameters() if value.requires_grad}
+            own = {name: from_zero(parameter) for name, parameter in trained.items()}
             engine.gradients = gathered(decoder, own, decoder.groups.tensor)
         return update()
 
@@ -142,6 +144,22 @@ def digest(engine):
     return found.hexdigest()
 
 
+def held(engine):
+    """What this rank has for training: elements of Adam's moments, and of buffers for gradients (Megatron's engine)."""
+    megatron = isinstance(engine, MegatronEngine)
+    parts = [part.optimizer for part in engine._optimizer.chained_optimizers] if megatron else [engine._adam]
+    states = [state for part in parts for state in part.state.values()]
+    buffers = (
+        [buffer for stage in engine._stages for buffer in stage.buffers + stage.expert_parallel_buffers]
+        if megatron
+        else []
+    )
+    return {
+        "moments": sum(state[name].numel() for state in states for name in ("exp_avg", "exp_avg_sq")),
+        "gradients": sum(buffer.grad_data.numel() for buffer in buffers),
+    }
+
+
 def run(job):
     """Losses and gradient norms of every step, the gradients of the first (or another), a validation at the end, and a
     digest of the parameters; asked to count, the bytes sent between the ranks that share experts, by step and
@@ -181,7 +199,7 @@ def run(job):
         writer.join()
     own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size, vocab)
     (validation,) = engine.all_reduce(engine.evaluate(own, objective)[:1])
-    final = digest(engine)
+    final, kept = digest(engine), held(engine)
     parallel_state.destroy_model_parallel()
     if isinstance(engine, MegatronEngine):
         leave(set(_world.pg_map) - groups)
@@ -192,6 +210,7 @@ def run(job):
         "metrics": metrics,
         "sent": sent,
         "digest": final,
+        "held": kept,
     }
 
 

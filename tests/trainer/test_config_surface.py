@@ -37,7 +37,7 @@ KEYS = {
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",
     "model.moe.losses": "balance scope z",
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
-    "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute "
+    "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute trainable "
     "recompute_modules",
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
     "engine": "name zero_stage offload",
@@ -89,7 +89,12 @@ def test_options_of_plan():
 def test_options_of_pretrain():
     options = options_of("launch/pretrain.py")
     # jsonargparse gives a list a second option, to append to it.
-    lists = {"--parallel.pipeline_layers+", "--train.recompute_modules+", "--model.moe.dense_layers+"}
+    lists = {
+        "--parallel.pipeline_layers+",
+        "--train.recompute_modules+",
+        "--model.moe.dense_layers+",
+        "--train.trainable+",
+    }
     assert options == PRETRAIN_OPTIONS | {f"--{key}" for key in written_down()} | lists
 
 

@@ -10,7 +10,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import schedules
 
-from models.decoder import Decoder, initialize, no_weight_decay
+from models.decoder import Decoder, initialize
+from models.parameters import parameter_rows
 from tests.trainer.conftest import finish, in_process_config, leave_groups, metrics, status
 from trainer import pretrain
 from trainer.data.sources import find_sources
@@ -90,8 +91,8 @@ def test_equals_plain_pytorch(engine):
     initialize(model, config.train.seed)
     optim = config.optim
     groups = [[], []]
-    for name, parameter in model.named_parameters():
-        groups[no_weight_decay(name, parameter)].append(parameter)
+    for row in parameter_rows(model).values():
+        groups[not row.placement.decayed].append(row.tensor)
     adam = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": optim.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
         betas=(optim.beta1, optim.beta2),

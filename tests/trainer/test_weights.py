@@ -22,7 +22,7 @@ from models.moe.statistics import routers
 from tests.helpers import VOCABULARY, tiny_model_config
 from tests.trainer.conftest import ROOT, finish, in_process_config, metrics
 from trainer import weights
-from trainer.cli import ConfigError, make_parser, parse
+from trainer.cli import ConfigError, from_mapping, make_parser, parse
 from trainer.config import CheckpointConfig, PretrainConfig
 from trainer.data.sources import find_sources
 from trainer.export import export, import_weights
@@ -115,6 +115,33 @@ def test_routers_draw_the_same_noise_from_weights_and_from_a_checkpoint(tmp_path
     weights.start(started, str(tmp_path / "weights"), seed=5)
     seeds = [[router.seed for router in routers([model]).values()] for model in (drawn, started)]
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 2
+
+
+def test_a_resumed_run_draws_and_reads_nothing(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("models.decoder.draw", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(weights, "fill", lambda *arguments: drawn.append(arguments))
+    model = Decoder(MODEL, VOCABULARY)
+    weights.start(model, None, seed=5, resumes=True)
+    weights.start(model, "weights of the first start", seed=5, resumes=True)
+    assert drawn == []
+    weights.start(model, None, seed=5)
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": {"trainable": ["layers.*.mixr.*"]}}, r"no parameter's name matches 'layers.\*.mixr.\*'"),
+        (
+            {"model": {"moe": {"num_experts": 4, "spawn_step": 3}}, "train": {"trainable": ["*mixer*"]}},
+            r"train.trainable leaves layers.*experts.* frozen, and model.moe.spawn_step=3",
+        ),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(changes, expected):
+    with pytest.raises(ConfigError, match=expected):
+        weights.check_trainable(from_mapping(PretrainConfig, changes))
 
 
 def test_what_is_there_is_never_overwritten(tmp_path):

@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trainer.benchmarks.report import Comparison, report, say, time_by_turns
 from trainer.cli import ConfigError
+from trainer.memory import resident_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,13 +168,6 @@ def _peak_memory(config: Config, part: Part, side: Side, threads: int) -> int:
     call = _call(config, part, side)
     # The libraries' own memory, which a small product makes them take, is no part of the loss.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
-    before = _memory("VmRSS")
+    before = resident_bytes()
     call()
-    return _memory("VmHWM") - before
-
-
-def _memory(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    return resident_bytes(peak=True) - before

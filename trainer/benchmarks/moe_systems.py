@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.parallel import Groups, cut
+from models.parameters import Groups, shard
 from models.recompute import run_region
 from trainer.benchmarks.moe import Config, build_layer, largest_difference, make_inputs
 from trainer.benchmarks.report import Comparison, say
@@ -166,7 +166,7 @@ def _count(case: Case, rank: int, config: Config, groups: Groups) -> tuple[Figur
         # A constant channel is a bias of the router.
         x[..., 0] = 1
         layer.router.weight[:, 0] = -config.skew * torch.arange(1.0, config.experts + 1).log()
-    cut(layer, groups)
+    shard(layer, groups)
     layer.recompute = case.recompute
     load = _load(layer, x)
     if layer.router.load is not None:

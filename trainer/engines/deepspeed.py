@@ -30,10 +30,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.decoder import Decoder, no_weight_decay
+from models.decoder import Decoder, build
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
-from models.parallel import WHOLE, Groups, cut, keep_float32, partial_gradients, sharded_parameters
+from models.parameters import WHOLE, Groups, declared, freeze, parameter_rows, partial_gradients
 from trainer.config import OptimConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups as process_groups
@@ -86,12 +86,20 @@ class DeepSpeedEngine:
         self._tensor_ranks = spec.parallel.tensor
         self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
         self.data_parallel_size = self.world_size // self._tensor_ranks
-        decoder = Decoder(spec.model, spec.vocab_size)
+        dtype = torch.bfloat16 if self._bf16 else torch.float32
+        decoder = build(spec.model, spec.vocab_size, groups=self._groups, dtype=dtype)
         spec.fill(decoder)
-        cut(decoder, self._groups)
+        freeze(decoder, spec.trainable)
         self._decoder, self._model_config, self._seed = decoder, spec.model, spec.seed
-        self._parameters: dict[str, Any] = dict(decoder.named_parameters())
-        self._shards = _shards(decoder, self._groups)
+        self._rows = declared(decoder)
+        self._parameters: dict[str, Any] = {name: row.tensor for name, row in parameter_rows(decoder).items()}
+        self._trained = {name: value for name, value in self._parameters.items() if value.requires_grad}
+        # Before ZeRO 3 takes the shapes away.
+        self._shards = {name: Shard.of(row.tensor, *row.place(self._groups)) for name, row in self._rows.items()}
+        for name, parameter in self._parameters.items():
+            if self._rows[name].group(self._groups) is not None:
+                # In DeepSpeed's norm of the gradient it counts on every rank.
+                parameter.tensor_model_parallel = True
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
         self.model_is_whole = self._stage < 3 and decoder.is_whole
         decoder.recompute(spec.recompute)
@@ -100,8 +108,9 @@ class DeepSpeedEngine:
         float32 = {
             name: parameter.detach().to(device, copy=True)
             for name, parameter in self._parameters.items()
-            if self._stage < 3 and keep_float32(name)
+            if self._stage < 3 and self._rows[name].placement.float32
         }
+        buffers = {name: buffer.detach().clone() for name, buffer in decoder.named_buffers()}
         # DeepSpeed would remember the last engine's.
         groups: Any = importlib.import_module("deepspeed.utils.groups")
         groups.mpu = None
@@ -110,16 +119,16 @@ class DeepSpeedEngine:
             mpu=unit,
             # Called when the parameters have been cast and have not yet been cut.
             optimizer=lambda _: self._build_adam(spec.optim, float32),
-            model_parameters=list(decoder.parameters()),
+            model_parameters=list(self._trained.values()),
             config=_deepspeed_config(spec, decoder, self._micro_batches, device),
         )[0]
         _allocate_state(self._adam, self._flat_parameters())
         # Summed as they come, for afterwards DeepSpeed has them sharded.
         for parameter in partial_gradients(decoder, self._groups):
             parameter.register_hook(partial(_sum_shares, group=self._groups.tensor))
-        for buffer in decoder.buffers():
-            # What routers keep count of, which DeepSpeed casts along with the parameters. It is yet to be trained.
-            buffer.data = buffer.data.float()
+        for name, values in buffers.items():
+            # DeepSpeed casts them along with the parameters.
+            self._rows[name].tensor.data = values.to(device)
 
     def _build_adam(self, optim: OptimConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -127,8 +136,9 @@ class DeepSpeedEngine:
             if name in float32:
                 parameter.data = float32[name]
             # A group is one flat tensor, so one type; DeepSpeed takes the first group's for that of the model.
-            key = (parameter.dtype == torch.float32, no_weight_decay(name, parameter))
-            groups.setdefault(key, []).append(parameter)
+            if name in self._trained:
+                key = (parameter.dtype == torch.float32, not self._rows[name].placement.decayed)
+                groups.setdefault(key, []).append(parameter)
         self._adam = torch.optim.AdamW(
             [{"params": groups[key], "weight_decay": 0.0 if key[1] else optim.weight_decay} for key in sorted(groups)],
             lr=optim.lr,
@@ -142,7 +152,7 @@ class DeepSpeedEngine:
         """The tensors that Adam updates: whole parameters, or this rank's part of each group, flat and in float32."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
-            return list(self._parameters.values())
+            return list(self._trained.values())
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(optimizer, name):
                 return list(getattr(optimizer, name))
@@ -190,7 +200,7 @@ class DeepSpeedEngine:
         if self._stage > 0:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())
-        parameters = list(self._parameters.values())
+        parameters = list(self._trained.values())
         norm = self._grad_norm(parameters)
         if not math.isfinite(norm):
             # AdamW passes parameters without a gradient over.
@@ -274,26 +284,30 @@ class DeepSpeedEngine:
 
     def _written_parts(self) -> dict[str, Piece]:
         """What this rank writes, by the names in a checkpoint."""
-        parts = self._counted() if self.rank == 0 else {}
+        parts: dict[str, Piece] = {}
         first_of_tensor_ranks = self._groups.tensor is None or dist.get_rank(self._groups.tensor) == 0
-        for name, parameter in self._parameters.items():
-            if not (first_of_tensor_ranks or hasattr(parameter, "tensor_model_parallel")):
+        for name, row in self._rows.items():
+            if not (first_of_tensor_ranks or row.group(self._groups) is not None):
                 continue
-            main, *moments = (self._to_write(self._owned(name, key)) for key in (_MAIN, *MOMENTS))
+            if name not in self._trained:
+                parts[pieces.MODEL + name] = self._to_write(self._frozen(name), self._is_partitioned(name))
+                continue
+            main, *moments = (self._to_write(self._owned(name, key), self._stage > 0) for key in (_MAIN, *MOMENTS))
             model = self._as_the_model_reads_it(name, main) if self._bf16 else main
             named = dict(zip(MOMENTS, moments, strict=True))
             parts |= pieces.stored(name, model, main if self._bf16 else None, named)
         return parts
 
-    def _to_write(self, owned: Piece) -> Piece:
-        """Without ZeRO every rank has everything."""
-        return owned.share(self.data_parallel_rank, self.data_parallel_size) if self._stage == 0 else owned
+    def _to_write(self, piece: Piece, sharded: bool) -> Piece:
+        """What ZeRO has sharded, as it is; of what every data-parallel rank has, an even share."""
+        return piece if sharded else piece.share(self.data_parallel_rank, self.data_parallel_size)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, of either engine, under this layout, ZeRO stage and offloading or another."""
         reader = pieces.Reader(directory)
-        owned = {name: {key: self._owned(name, key) for key in (_MAIN, *MOMENTS)} for name in self._parameters}
-        parts = self._counted()
+        owned = {name: {key: self._owned(name, key) for key in (_MAIN, *MOMENTS)} for name in self._trained}
+        frozen = {name: self._frozen(name) for name in self._rows if name not in self._trained}
+        parts = {pieces.MODEL + name: piece for name, piece in frozen.items()}
         for name, by_key in owned.items():
             parts |= reader.optimizer_state(name, by_key[_MAIN], by_key)
         reader.read(parts)
@@ -306,9 +320,17 @@ class DeepSpeedEngine:
         self._publish()
         reader.restore_random_state(self.rank, self.world_size)
 
-    def _counted(self) -> dict[str, Piece]:
-        """What routers keep count of, the same on every rank."""
-        return {pieces.MODEL + name: Piece.of(buffer) for name, buffer in self._decoder.named_buffers()}
+    def _is_partitioned(self, name: str) -> bool:
+        """Whether ZeRO has sharded the tensor that the model computes with: parameters, not buffers, in stage 3."""
+        return self._stage == 3 and name in self._parameters
+
+    def _frozen(self, name: str) -> Piece:
+        """What a rank has of a frozen parameter, or of a buffer: a view of it."""
+        shard, tensor = self._shards[name], self._rows[name].tensor
+        if self._is_partitioned(name):
+            start, count = self._range(name)
+            return Piece(shard, start, self._parameters[name].ds_tensor.data.view(-1)[:count])
+        return Piece(shard, 0, tensor.data.view(-1))
 
     def _as_the_model_reads_it(self, name: str, owned: Piece) -> Piece:
         """The elements of a piece as they are in the parameter itself."""
@@ -421,21 +443,6 @@ def _model_parallel_groups(device: torch.device, spec: EngineSpec) -> tuple[Grou
             function = getattr(parallel_state, f"get_{ours}_parallel_{fact}")
             setattr(unit, f"get_{theirs}_parallel_{fact}", function)
     return megatron.layer_groups(parallel), unit
-
-
-def _shards(decoder: Decoder, groups: Groups) -> dict[str, Shard]:
-    """What this rank has of every parameter; those that are cut are marked for DeepSpeed's norm of the gradient."""
-    if groups.tensor is None:
-        return {name: Shard.of(parameter) for name, parameter in decoder.named_parameters()}
-    axes = {id(parameter): axis for parameter, axis in sharded_parameters(decoder)}
-    rank, ranks = dist.get_rank(groups.tensor), dist.get_world_size(groups.tensor)
-    shards = {}
-    parameters: dict[str, Any] = dict(decoder.named_parameters())
-    for name, parameter in parameters.items():
-        shards[name] = Shard.of(parameter, axes.get(id(parameter)), rank, ranks)
-        if id(parameter) in axes:
-            parameter.tensor_model_parallel = True
-    return shards
 
 
 def _sum_shares(grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:

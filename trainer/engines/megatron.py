@@ -19,17 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.decoder import Decoder, no_weight_decay
+from models.decoder import Decoder, build
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
-from models.parallel import (
-    Groups,
-    cast_parameters,
-    cut,
-    expert_parameters,
-    partial_gradients,
-    sharded_parameters,
-)
+from models.parameters import Declared, Groups, declared, freeze, parameter_rows, partial_gradients
 from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups, megatron_cpu, pieces
@@ -118,6 +111,9 @@ class MegatronEngine:
             self._wrap(Stage(decoder, transformer_config, number if spec.parallel.virtual_pipeline > 1 else None))
             for number, decoder in enumerate(self._build_decoders(spec, dtype))
         ]
+        for stage in self._stages:
+            # Not before: mcore copies parameters into buffers of its own, and unwritten memory takes no room.
+            spec.fill(stage.module.part)
         no_sync = [stage.no_sync for stage in self._stages]
         transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         transformer_config.finalize_model_grads_func = self._finalize_gradients
@@ -127,37 +123,36 @@ class MegatronEngine:
         self._optimizer = self._build_optimizer(spec, dtype)
         # Not those of the optimizer's state: a rank of which no parameter is large enough to have a part has none.
         self._updates = 0
-        self._owned = dict(_owned_parts(self._optimizer.chained_optimizers))
+        self._owned: dict[Tensor, _Owned] = dict(_owned_parts(self._optimizer.chained_optimizers))
         self._is_float32 = dtype == torch.float32
         self._writer = pieces.Writer(self.rank, self.world_size, groups.saving_group())
         self._forward_backward = get_forward_backward_func()
 
     def _build_decoders(self, spec: EngineSpec, dtype: torch.dtype) -> Iterator[Decoder]:
-        """The stages of the model that this rank has, begun as the whole is, and of them its part."""
+        """Shards of the pipeline stages that this rank has, not yet filled."""
         stages = spec.parallel.stage_layers(spec.model.num_layers)
         for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: spec.parallel.pipeline]:
-            decoder = Decoder(spec.model, spec.vocab_size, layers)
-            spec.fill(decoder)
-            cut(decoder, self._groups)
+            decoder = build(spec.model, spec.vocab_size, layers, groups=self._groups, dtype=dtype, device=self.device)
             decoder.recompute(spec.recompute)
-            cast_parameters(decoder, dtype)
-            decoder.to(self.device)
-            # What mcore's norm of the gradient must not count twice.
-            for parameter, axis in sharded_parameters(decoder) if self._groups.tensor is not None else ():
-                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, axis, 1)
-            for parameter in expert_parameters(decoder):
-                # Summed over the ranks that have the same experts. To mcore's norm each is a parameter of its own.
-                vars(parameter)["allreduce"] = False
-                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-            parameters: dict[str, Any] = dict(decoder.named_parameters())
-            for name in decoder.copies():
-                parameters[name].shared = True
-            # Summed over stages, so these are to be cut over data-parallel ranks alike: mcore gives them a bucket each.
-            for name, parameter in parameters.items():
-                tied = spec.model.tie_embeddings and name == "embedding.weight"
-                if spec.parallel.pipeline > 1 and (tied or name == "lower_bounds"):
-                    parameter.shared_embedding = True
+            freeze(decoder, spec.trainable)
+            for row in parameter_rows(decoder).values():
+                self._describe_to_mcore(row, decoder)
             yield decoder
+
+    def _describe_to_mcore(self, row: Declared, decoder: Decoder) -> None:
+        """Set the attributes by which mcore sums and counts a parameter's gradient."""
+        parameter: Any = row.tensor
+        if row.group(self._groups) is not None or row.placement.expert:
+            # In the norm it counts on every rank. To mcore an expert is a parameter of its own, shared or not.
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, row.axis, 1)
+        if row.placement.expert:
+            # Summed over the ranks that have the same experts.
+            parameter.allreduce = False
+        if row.name in decoder.copies():
+            parameter.shared = True
+        if self._parallel.pipeline > 1 and row.name in decoder.summed_over_stages():
+            # The distributed optimizer must shard it alike on all stages: mcore gives it a bucket of its own.
+            parameter.shared_embedding = True
 
     def _wrap(self, stage: Stage) -> DistributedDataParallel:
         ddp_config = DistributedDataParallelConfig(
@@ -181,7 +176,11 @@ class MegatronEngine:
             _all_reduce_together([parameter.main_grad for parameter in shares], self._groups.tensor)
         model = decoders[0].model_config
         if model.bounded_layers() and len(self._parallel.stage_layers(model.num_layers)) > 1:
-            own = [decoder.lower_bounds.main_grad for decoder in decoders if decoder.lower_bounds is not None]
+            own = [
+                decoder.lower_bounds.main_grad
+                for decoder in decoders
+                if decoder.lower_bounds is not None and decoder.lower_bounds.requires_grad
+            ]
             total = torch.zeros(model.num_layers, model.hidden_size, device=self.device)
             for gradient in own:
                 total += gradient
@@ -203,7 +202,9 @@ class MegatronEngine:
             params_dtype=dtype,
             use_distributed_optimizer=True,
         )
-        undecayed = ParamWithNamePredicate(name="no_weight_decay", fn=lambda param, name: no_weight_decay(name, param))
+        rows = [row for decoder in self._decoders for row in parameter_rows(decoder).values()]
+        decayed = {id(row.tensor) for row in rows if row.placement.decayed}
+        undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda param, name: id(param) not in decayed)
         overrides = {ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}}
         with self._accepted_types():
             optimizer = get_megatron_optimizer(
@@ -365,32 +366,50 @@ class MegatronEngine:
         parts: dict[str, Piece] = {}
         first_of_tensor_ranks = parallel_state.get_tensor_model_parallel_rank() == 0
         for decoder in self._decoders:
-            cut_here, copies = self._cut_axes(decoder), decoder.copies()
-            for name, parameter in decoder.named_parameters():
-                if parameter not in self._owned or name in copies:
-                    continue
-                if parameter not in cut_here and not first_of_tensor_ranks:
-                    continue
-                shard, owned = self._shard(parameter, cut_here), self._owned[parameter]
-                main, moments = owned.pieces(shard)
-                model = main if self._is_float32 else owned.as_the_model_reads_it(parameter, shard)
-                parts |= pieces.stored(name, model, None if self._is_float32 else main, moments)
-            first_of_stage = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-            if first_of_tensor_ranks and first_of_stage:
-                parts |= _counted(decoder)
+            copies = decoder.copies()
+            for name, row in declared(decoder).items():
+                # What tensor-parallel ranks have alike, the first one writes. Of experts each updates another range.
+                alike = row.group(self._groups) is None and not row.placement.expert
+                if name not in copies and (first_of_tensor_ranks or not alike):
+                    parts |= self._written(row)
         return parts
+
+    def _written(self, row: Declared) -> dict[str, Piece]:
+        """What this rank writes of a parameter or buffer, by the names in a checkpoint."""
+        if (owned := self._owned.get(row.tensor)) is not None:
+            shard = Shard.of(row.tensor, *row.place(self._groups))
+            main, moments = owned.pieces(shard)
+            model = main if self._is_float32 else owned.as_the_model_reads_it(row.tensor, shard)
+            return pieces.stored(row.name, model, None if self._is_float32 else main, moments)
+        if row.tensor.requires_grad:
+            # Another data-parallel rank updates it.
+            return {}
+        replicas = (
+            (parallel_state.get_expert_data_parallel_rank(), parallel_state.get_expert_data_parallel_world_size())
+            if row.placement.expert
+            else (
+                parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            )
+        )
+        return {pieces.MODEL + row.name: self._whole_shard(row).share(*replicas)}
+
+    def _whole_shard(self, row: Declared) -> Piece:
+        """All that this rank has of a frozen parameter, or of a buffer."""
+        return Piece(Shard.of(row.tensor, *row.place(self._groups)), 0, row.tensor.detach().view(-1))
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote, of either engine, under this layout or another."""
         reader = pieces.Reader(directory)
         for decoder in self._decoders:
             # Not of all stages at once: two of one rank may have a parameter of the same name.
-            parts = _counted(decoder)
-            cut_here = self._cut_axes(decoder)
-            for name, parameter in decoder.named_parameters():
-                if parameter in self._owned:
-                    main, moments = self._owned[parameter].pieces(self._shard(parameter, cut_here))
+            parts: dict[str, Piece] = {}
+            for name, row in declared(decoder).items():
+                if (owned := self._owned.get(row.tensor)) is not None:
+                    main, moments = owned.pieces(Shard.of(row.tensor, *row.place(self._groups)))
                     parts |= reader.optimizer_state(name, main, moments)
+                elif not row.tensor.requires_grad:
+                    parts[pieces.MODEL + name] = self._whole_shard(row)
             reader.read(parts)
         self._updates = reader.adam_step
         for part in self._optimizer.chained_optimizers:
@@ -400,20 +419,6 @@ class MegatronEngine:
         for stage in self._stages:
             stage.start_param_sync()
         reader.restore_random_state(self.rank, self.world_size)
-
-    def _cut_axes(self, decoder: Decoder) -> dict[nn.Parameter, tuple[int, int, int]]:
-        """The parameters that are cut over tensor- or expert-parallel ranks: dimension, this rank, and all ranks."""
-        tensor, expert = self._groups.tensor, self._groups.expert
-        cuts: dict[nn.Parameter, tuple[int, int, int]] = {}
-        if tensor is not None:
-            place = dist.get_rank(tensor), dist.get_world_size(tensor)
-            cuts |= {parameter: (axis, *place) for parameter, axis in sharded_parameters(decoder)}
-        # Of experts that are not shared each data-parallel rank, tensor-parallel ones included, updates its part.
-        place = (0, 1) if expert is None else (dist.get_rank(expert), dist.get_world_size(expert))
-        return cuts | dict.fromkeys(expert_parameters(decoder), (0, *place))
-
-    def _shard(self, parameter: nn.Parameter, cuts: dict[nn.Parameter, tuple[int, int, int]]) -> Shard:
-        return Shard.of(parameter, *cuts[parameter]) if parameter in cuts else Shard.of(parameter)
 
     def close(self) -> None:
         """Leave the process groups, and free the optimizer's state."""
@@ -545,7 +550,7 @@ class _Owned:
         moments = {key: Piece(shard, self.start, self.state[key].detach()) for key in pieces.MOMENTS}
         return Piece(shard, self.start, self.main.detach()), moments
 
-    def as_the_model_reads_it(self, parameter: nn.Parameter, shard: Shard) -> Piece:
+    def as_the_model_reads_it(self, parameter: Tensor, shard: Shard) -> Piece:
         """The same elements of the parameter itself."""
         return Piece(shard, self.start, parameter.detach().view(-1)[self.start : self.start + self.main.numel()])
 
@@ -563,8 +568,3 @@ def _owned_parts(optimizers: list[Any]) -> Iterator[tuple[nn.Parameter, _Owned]]
             for parameter, main in zip(parameters, mains, strict=True):
                 start = part._get_model_param_range_map(parameter)["param"].start
                 yield parameter, _Owned(start, main, part.optimizer.state[main])
-
-
-def _counted(decoder: Decoder) -> dict[str, Piece]:
-    """What routers keep count of, the same on every rank that has the layer."""
-    return {pieces.MODEL + name: Piece.of(buffer) for name, buffer in decoder.named_buffers()}

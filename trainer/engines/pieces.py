@@ -372,8 +372,12 @@ class Reader:
         return MAIN + name if MAIN + name in self.stored else MODEL + name
 
     def optimizer_state(self, name: str, main: Piece, moments: Mapping[str, Piece]) -> dict[str, Piece]:
-        """What an optimizer has of a parameter, by the names in this checkpoint, for `read`."""
-        return {self.main_name(name): main} | {f"optimizer.{key}.{name}": moments[key] for key in MOMENTS}
+        """What an optimizer has of a parameter, by the names in this checkpoint, for `read`.
+
+        Of a parameter that was frozen there are no moments: they stay as they are, zero.
+        """
+        stored = {f"optimizer.{key}.{name}": moments[key] for key in MOMENTS}
+        return {self.main_name(name): main} | {key: piece for key, piece in stored.items() if key in self.stored}
 
     def read(self, pieces: Mapping[str, Piece]) -> None:
         """Fill the pieces; what does not overlap with them is not read.

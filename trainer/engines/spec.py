@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from models.config import ModelConfig
 from trainer import weights
 from trainer.config import EngineConfig, OptimConfig, ParallelConfig, PretrainConfig, RunConfig, TrainConfig
+from trainer.run_directory import starts_anew
 
 if TYPE_CHECKING:
     from models.decoder import Decoder
@@ -29,6 +30,9 @@ class EngineSpec:
         global_batch_size: Rows of a step, over all data-parallel ranks.
         recompute: The parts of a block that backward computes again, see models.decoder.Block.
         init: The directory of the weights to begin with; None to draw them.
+        resumes: A checkpoint will be loaded: parameters are neither drawn nor read.
+        trainable: Patterns of the names of the parameters that are trained. The others are frozen: they have no
+            gradient and no optimizer state.
         collective_seconds: How long a collective may take.
     """
 
@@ -43,6 +47,8 @@ class EngineSpec:
     global_batch_size: int = TrainConfig.global_batch_size
     recompute: frozenset[str] = frozenset()
     init: str | None = None
+    resumes: bool = False
+    trainable: tuple[str, ...] = ("*",)
     collective_seconds: float = field(default_factory=lambda: RunConfig().collective_seconds)
 
     @classmethod
@@ -60,7 +66,9 @@ class EngineSpec:
             train.micro_batch_size,
             train.global_batch_size,
             train.recomputed_parts,
-            weights.init_of(config),
+            config.checkpoint.init,
+            not starts_anew(config),
+            tuple(train.trainable),
             config.run.collective_seconds,
         )
 
@@ -69,5 +77,5 @@ class EngineSpec:
         return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
 
     def fill(self, decoder: Decoder) -> None:
-        """Give the model, or a stage of it before it is sharded, the parameters to begin with."""
-        weights.start(decoder, self.init, self.seed)
+        """Give this rank's shard of a model, or of a stage of it, the values to begin with."""
+        weights.start(decoder, self.init, self.seed, resumes=self.resumes)

@@ -12,7 +12,8 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels.losses.token_log_probs import token_log_probs
-from models.parallel import Groups, enter_region, vocabulary_loss
+from models.parallel import enter_region, vocabulary_loss
+from models.parameters import Groups
 from trainer.data.batch import Batch
 
 

@@ -1,8 +1,8 @@
 """One rank of a layout, run on shapes alone: what its layers keep for backward, and what they send.
 
 The model's own code runs, under torch's FakeTensorMode (tensors without memory, operations without arithmetic) and in
-a world of fake process groups, whose collectives do nothing but have the right sizes. So every shard is cut as
-`models.parallel.cut` does it, what is kept is what autograd saves, and what is sent is what the layers hand to their
+a world of fake process groups, whose collectives do nothing but have the right sizes. So every shard is that of
+`models.parameters.shard`, what is kept is what autograd saves, and what is sent is what the layers hand to their
 groups. Operations are those of the CPU: kernels on a GPU keep other intermediates.
 
 Everything is linear in the number of tokens once the windows are full, so that long sequences are not walked through:
@@ -25,15 +25,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # registers t
 
 from models.config import ModelConfig
 from models.decoder import Decoder, flops_per_token, matmul_parameters
-from models.parallel import (
+from models.parallel import enter_region, vocabulary_loss
+from models.parameters import (
     WHOLE,
     Groups,
     cast_parameters,
-    cut,
-    enter_region,
     expert_parameters,
+    parameter_rows,
     partial_gradients,
-    vocabulary_loss,
+    shard,
 )
 from trainer.communication import SentBytes
 from trainer.planning.experts import balanced
@@ -104,8 +104,7 @@ class ParameterSpec:
         name: As in the decoder.
         numel: Elements on this rank.
         itemsize: Bytes of an element.
-        expert: Whether it belongs to a routed expert: a module says so by `expert_weights`, the names of such
-            parameters. Expert-parallel ranks hold different ones.
+        expert: Whether it belongs to a routed expert, of which expert-parallel ranks hold different ones.
         partial: Whether tensor-parallel ranks sum their shares of its gradient.
     """
 
@@ -117,25 +116,35 @@ class ParameterSpec:
 
 
 @contextmanager
-def shapes_alone(cut_to: Cut) -> Iterator[Groups]:
-    """Tensors made within have no memory; the groups are those of a middle context rank of a world of its own."""
+def fake_groups(cut_to: Cut) -> Iterator[Groups]:
+    """The groups of a middle context rank of a world of its own, whose collectives do nothing."""
+    if cut_to.ranks == 1:
+        yield WHOLE
+        return
     layer_ranks, own = cut_to.tensor * cut_to.context, cut_to.context // 2 * cut_to.tensor
+    dist.init_process_group("fake", store=FakeStore(), rank=own, world_size=cut_to.ranks)
+    try:
+        tensor = dist.new_group(list(range(own, own + cut_to.tensor))) if cut_to.tensor > 1 else None
+        context = dist.new_group(list(range(0, layer_ranks, cut_to.tensor))) if cut_to.context > 1 else None
+        # They are some of the others in truth; only their number matters here.
+        expert = dist.new_group(list(range(own, cut_to.ranks, layer_ranks))) if cut_to.expert > 1 else None
+        yield Groups(tensor, context, cut_to.sequence, expert)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def shapes_alone(cut_to: Cut) -> Iterator[Groups]:
+    """Tensors made within have no memory, and the groups are fake."""
     with ExitStack() as stack:
         for size in _BLOCK_SIZES:
             stack.enter_context(mock.patch(size, 1 << 62))
         # Attention's function allocates what it gives; its tiles are arithmetic alone.
         stack.enter_context(mock.patch("kernels.attention._tiles", return_value=()))
-        groups = WHOLE
         if cut_to.ranks > 1:
             # Where mcore allocates what it gathers.
             stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")))
-            dist.init_process_group("fake", store=FakeStore(), rank=own, world_size=cut_to.ranks)
-            stack.callback(dist.destroy_process_group)
-            tensor = dist.new_group(list(range(own, own + cut_to.tensor))) if cut_to.tensor > 1 else None
-            context = dist.new_group(list(range(0, layer_ranks, cut_to.tensor))) if cut_to.context > 1 else None
-            # They are some of the others in truth; only their number matters here.
-            expert = dist.new_group(list(range(own, cut_to.ranks, layer_ranks))) if cut_to.expert > 1 else None
-            groups = Groups(tensor, context, cut_to.sequence, expert)
+        groups = stack.enter_context(fake_groups(cut_to))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield groups
 
@@ -191,7 +200,7 @@ class DryRun:
 
     def _build(self, layers: range, groups: Groups) -> Decoder:
         decoder = Decoder(self.config, self.vocab_size, layers)
-        cut(decoder, groups)
+        shard(decoder, groups)
         cast_parameters(decoder, self.dtype)
         return decoder
 
@@ -200,14 +209,11 @@ class DryRun:
         with shapes_alone(cut_to) as groups, balanced(self.config.moe):
             decoder = self._build(layers, groups)
             partial = {id(parameter) for parameter in partial_gradients(decoder, groups)}
-            experts = {
-                id(module._parameters[name])
-                for module in decoder.modules()
-                for name in getattr(module, "expert_weights", ())
-            }
             return [
-                ParameterSpec(name, p.numel(), p.element_size(), id(p) in experts, id(p) in partial)
-                for name, p in decoder.named_parameters()
+                ParameterSpec(
+                    name, row.tensor.numel(), row.tensor.element_size(), row.placement.expert, id(row.tensor) in partial
+                )
+                for name, row in parameter_rows(decoder).items()
             ]
 
     def _flops(self, number: int, seq_len: int) -> tuple[float, float]:

@@ -44,7 +44,7 @@ def balanced(config: MoEConfig) -> Iterator[None]:
     with ExitStack() as stack:
         # The dispatcher is the group: what mcore's does besides is to count rows.
         for name, value in (
-            ("models.parallel.token_dispatcher", lambda experts, group: group),
+            ("models.moe.layer.token_dispatcher", lambda experts, group: group),
             ("models.moe.layer.apply_experts", apply_experts),
             # The products are arithmetic alone.
             ("kernels.moe.grouped._experts", lambda counts: ()),

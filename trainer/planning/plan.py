@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.parameters import matches
 from trainer.config import PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
@@ -163,14 +164,20 @@ def states(parameters: Sequence[ParameterSpec], config: PretrainConfig, replicas
 
     Counted in the engines (tests/trainer/test_plan.py). Megatron: DDP's buffers of parameters and of float32 gradients,
     and the distributed optimizer's part of main parameters and moments; in float32 the parameters are the main ones.
+    Frozen parameters have neither gradients nor an optimizer's state.
     """
+    trained = _trained(parameters, config)
     if config.engine.name == "deepspeed":
-        return _zero_states(parameters, config, replicas)
+        return _zero_states(parameters, trained, config, replicas)
     optimizer = 0.0
-    for parameter in parameters:
+    for parameter in trained:
         copies = 2 if parameter.itemsize == MAIN else 3
         optimizer += parameter.numel * MAIN * copies / (experts if parameter.expert else replicas)
-    return States(_weights(parameters), MAIN * _elements(parameters), optimizer)
+    return States(_weights(parameters), MAIN * _elements(trained), optimizer)
+
+
+def _trained(parameters: Sequence[ParameterSpec], config: PretrainConfig) -> list[ParameterSpec]:
+    return [parameter for parameter in parameters if matches(parameter.name, config.train.trainable)]
 
 
 def _elements(parameters: Sequence[ParameterSpec]) -> int:
@@ -181,15 +188,17 @@ def _weights(parameters: Sequence[ParameterSpec]) -> int:
     return sum(parameter.numel * parameter.itemsize for parameter in parameters)
 
 
-def _zero_states(parameters: Sequence[ParameterSpec], config: PretrainConfig, ranks: int) -> States:
+def _zero_states(
+    parameters: Sequence[ParameterSpec], trained: Sequence[ParameterSpec], config: PretrainConfig, ranks: int
+) -> States:
     """DeepSpeed's, which keeps main parameters of its own in float32, too, and with ZeRO 3 a bucket for messages."""
     stage, offload, bf16 = config.engine.zero_stage, config.engine.offload, config.train.precision == "bf16"
-    weights, main = _weights(parameters), MAIN * _elements(parameters)
+    weights, main, gradients_of = _weights(parameters), MAIN * _elements(trained), _weights(trained)
     if stage == 0:
         return States(weights, main, 2 * main)
     optimizer = 3 * main / ranks
     # In bf16 ZeRO 1 adds up in float32 beside backward's own; ZeRO 2 in float32, and 3, hand Adam a copy of their part.
-    gradients = {1: main + weights * bf16, 2: main / ranks * (1 if bf16 else 2), 3: 2 * main / ranks}[stage]
+    gradients = {1: main + gradients_of * bf16, 2: main / ranks * (1 if bf16 else 2), 3: 2 * main / ranks}[stage]
     held = weights / ranks if stage == 3 else weights
     host = (optimizer if offload != "none" else 0.0) + (held if offload == "parameters" else 0.0)
     bucket = float(MAIN * min(ZERO_BUCKET_ELEMENTS, _elements(parameters)))
@@ -341,7 +350,7 @@ class Planner:
         gathers = {None: optimizers, 0: 0, 1: 1, 2: 1, 3: micro_batches * (2 - _stays(parameters))}[zero]
         sent = dict.fromkeys(("gradients", "parameters", "shares", "tied embedding"), 0.0)
         parallel = config.parallel
-        for parameter in parameters:
+        for parameter in _trained(parameters, config):
             others = ranks * parallel.tensor // parallel.expert if parameter.expert else ranks
             share = (others - 1) / others
             sent["gradients"] += sums * share * parameter.numel * MAIN

@@ -11,7 +11,8 @@ from models.decoder import Decoder, flops_per_token, initialize
 from models.layers import SwiGLU
 from models.moe.layer import Experts, MoELayer
 from models.moe.statistics import begin_step, collect
-from models.parallel import apply_experts, expert_parameters, keep_float32
+from models.parallel import apply_experts
+from models.parameters import expert_parameters, parameter_rows
 from tests.helpers import VOCABULARY, draw_tokens, tiny_model_config
 
 SPARSE = RouterConfig(gate="dense_to_sparse", dense_to_sparse=DenseToSparseConfig(threshold=0.2, gumbel_noise=True))
@@ -140,7 +141,7 @@ def test_operations_are_those_of_the_active_experts():
 
 
 def test_routers_stay_float32():
-    names = [name for name, _ in build(router=SPARSE).named_parameters() if keep_float32(name)]
+    names = [name for name, row in parameter_rows(build(router=SPARSE)).items() if row.placement.float32]
     assert names == [f"layers.{layer}.ffn.router.weight" for layer in (0, 1)]
 
 

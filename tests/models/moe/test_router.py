@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.config import DenseToSparseConfig, MoEConfig, RouterConfig, RouterLossConfig
+from models import parameters
+from models.config import DenseToSparseConfig, ModelConfig, MoEConfig, RouterConfig, RouterLossConfig
 from models.moe.router import Router, busiest, fit_capacity, gumbel, gumbel_noise, token_keys
-from models.parallel import Groups
+from models.parameters import Groups
 
 EXPERTS, WIDTH, T, B = 8, 16, 6, 3
 
@@ -17,10 +18,10 @@ EXPERTS, WIDTH, T, B = 8, 16, 6, 3
 def build(seed=0, **changes):
     """A router of 8 experts, as at a step of training."""
     router = Router(MoEConfig(num_experts=EXPERTS, **changes), WIDTH)
+    parameters.draw(router, ModelConfig(moe=router.config), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         router.weight.normal_(generator=generator)
-    router.initialize_temperature()
     router.step = 0
     return router
 

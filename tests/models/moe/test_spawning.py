@@ -7,7 +7,7 @@ from models.config import DenseToSparseConfig, ModelConfig, MoEConfig, RouterCon
 from models.decoder import Decoder, initialize
 from models.moe.spawning import expected_gates, expert_weights, masked_copy, spawned
 from models.moe.statistics import begin_step, collect, finish_step, metrics, routers
-from models.parallel import WHOLE
+from models.parameters import WHOLE
 
 VOCABULARY = 32
 GATES = {
