@@ -229,7 +229,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             row.tensor.data = row.tensor.data.to(dtype)
 
 
-def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
+def set_trainable(model: nn.Module, trainable: Sequence[str]) -> None:
     """Train only the parameters whose names match a pattern, such as `layers.*.mixer.*` (`*` matches dots, too)."""
     for name, row in parameter_rows(model).items():
         row.tensor.requires_grad_(matches(name, trainable))

@@ -291,6 +291,24 @@ class ParallelConfig:
         )
         return [range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
+    def require_divisible(self, model: ModelConfig) -> None:
+        """Hold the sizes of a model against the ranks that share them.
+
+        Raises:
+            ValueError: heads, channels, rows of the vocabulary or experts do not divide over them.
+        """
+        for name, size in model.tensor_parallel_sizes().items() if self.tensor > 1 else ():
+            _require(
+                size % self.tensor == 0,
+                f"{name}={size} does not divide by parallel.tensor={self.tensor}; use a divisor of {size}",
+            )
+        experts = model.moe.num_experts
+        _require(
+            experts % self.expert == 0,
+            f"model.moe.num_experts={experts} does not divide by parallel.expert={self.expert}; use a divisor of "
+            f"{experts}",
+        )
+
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel ranks.
 
@@ -471,17 +489,13 @@ class PretrainConfig:
         refuse_unsupported(self)
         parallel = self.parallel
         accumulation = self.train.accumulation(parallel.data_parallel(world_size))
-        for name, size in self.model.tensor_parallel_sizes().items() if parallel.tensor > 1 else ():
-            _require(
-                size % parallel.tensor == 0,
-                f"{name}={size} does not divide by parallel.tensor={parallel.tensor}; use a divisor of {size}",
-            )
         _require(
             parallel.tensor > 1 or not parallel.sequence,
             "parallel.sequence cuts over the tensor-parallel ranks, of which there is one; use parallel.tensor=2 or "
             "more, or parallel.sequence=false",
         )
         parallel.stage_layers(self.model.num_layers)
+        parallel.require_divisible(self.model)
         self._check_experts(world_size)
         _require(
             parallel.pipeline > 1 or parallel.virtual_pipeline == 1,
@@ -507,10 +521,6 @@ class PretrainConfig:
             expert == 1 or experts > 0,
             f"parallel.expert={expert} shares experts, of which the model has none; set model.moe.num_experts, or "
             "parallel.expert=1",
-        )
-        _require(
-            experts % expert == 0,
-            f"model.moe.num_experts={experts} does not divide by parallel.expert={expert}; use a divisor of {experts}",
         )
         _require(
             world_size // pipeline % expert == 0,

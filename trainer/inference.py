@@ -11,10 +11,11 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.moe.statistics import set_step
+from models.parameters import declared
 from trainer import checkpoint
 from trainer.cli import ConfigError, from_mapping
 from trainer.data.tokenizer import Tokenizer
-from trainer.engines.pieces import MODEL, Piece, Reader
+from trainer.engines.pieces import MODEL, Piece, Reader, Shard
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,15 @@ class StoredModel:
             {reader.main_name(name) if main else MODEL + name: Piece.of(into) for name, into in parameters.items()}
         )
 
+    def fill(self, decoder: Decoder) -> None:
+        """Fill this shard of a model or stage; schedules then stand as in the validation after the last step."""
+        pieces = {
+            MODEL + row.name: Piece(Shard.of(row.tensor, *row.place(decoder.groups)), 0, row.tensor.detach().view(-1))
+            for row in declared(decoder).values()
+        }
+        Reader(self.path / "state").read(pieces)
+        set_step([decoder], max(checkpoint.read_progress(self.path).step - 1, 0))
+
 
 def open_checkpoint(path: str | Path) -> StoredModel:
     """What a run directory's newest checkpoint, or a checkpoint itself, holds.
@@ -125,9 +135,7 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
     """
     stored = open_checkpoint(path)
     decoder = build(stored.model, stored.vocab_size, dtype=stored.dtype)
-    stored.read(decoder.state_dict())
-    # As in the validation after the checkpoint's last step.
-    set_step([decoder], max(checkpoint.read_progress(stored.path).step - 1, 0))
+    stored.fill(decoder)
     chosen = tokenizer or stored.tokenizer
     loaded = Tokenizer.load(chosen) if chosen else None
     if loaded is not None and loaded.vocab_size > stored.vocab_size:

@@ -5,7 +5,7 @@ rows W_p of W (the parallel output embedding of Shoeybi et al. 2019, arXiv:1909.
 numbers a token and rank make the whole softmax, those of `statistics`; `part_to_gradient` is what follows on each rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,8 @@ def vocabulary_rows(weight: Tensor, group: dist.ProcessGroup | None) -> int:
     return len(weight) * (1 if group is None else dist.get_world_size(group))
 
 
-def check_head(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, name: str, vocabulary: int) -> None:
-    """Raise ValueError unless hidden [N, D], weight [V, D] and `ids`, each a `name`, int64 [N], fit each other."""
+def check_projection(op: str, hidden: Tensor, weight: Tensor, name: str) -> None:
+    """Raise ValueError unless hidden [N, D] and weight [V, D], with a row for each `name`, fit each other."""
     if not hidden.is_floating_point():
         raise ValueError(f"{op}: hidden must be floating, not {hidden.dtype}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
@@ -49,9 +49,24 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, name: str, 
         )
     if not len(weight):
         raise ValueError(f"{op}: weight {tuple(weight.shape)} has no rows; a head has one for each {name}")
+
+
+def check_head(op: str, hidden: Tensor, weight: Tensor, ids: Tensor, name: str, vocabulary: int) -> None:
+    """Raise ValueError unless hidden [N, D], weight [V, D] and `ids`, each a `name`, int64 [N], fit each other."""
+    check_projection(op, hidden, weight, name)
     if ids.shape != hidden.shape[:1] or ids.dtype != torch.int64:
         raise ValueError(f"{op}: {name}s must be int64 [{len(hidden)}], not {ids.dtype} {tuple(ids.shape)}")
     check_range(op, name, ids, vocabulary, besides=IGNORE_LABEL)
+
+
+def check_token_weights(op: str, token_weights: Tensor | None, tokens: int) -> None:
+    """Raise ValueError unless the token weights, if there are any, are [N] and want no gradient."""
+    if token_weights is None:
+        return
+    if token_weights.shape != (tokens,):
+        raise ValueError(f"{op}: token_weights {tuple(token_weights.shape)} must be [{tokens}]")
+    if token_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: token_weights would get no gradient: detach them first")
 
 
 def find_targets(
@@ -100,6 +115,14 @@ def add_weight_gradient(grad_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor, *
     add = Tensor.copy_ if first else Tensor.add_
     for logits_CR, grad_RD in zip(logits_CV.split(_PRODUCT_ROWS, dim=1), grad_VD.split(_PRODUCT_ROWS)):
         add(grad_RD, matmul(logits_CR.T, hidden_CD))
+
+
+def scaled(gradients: Sequence[Tensor | None], grad_loss: Tensor) -> Sequence[Tensor | None]:
+    """Gradients for a grad_output of 1, times the one that came."""
+    # Reading the factor would make a GPU wait; on the CPU it saves a pass over the gradients.
+    if grad_loss.is_cpu and grad_loss.item() == 1.0:
+        return gradients
+    return [None if gradient is None else gradient * grad_loss for gradient in gradients]
 
 
 def choose_halves(backend: str) -> tuple[Half, Half]:

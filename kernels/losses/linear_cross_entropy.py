@@ -84,21 +84,15 @@ def linear_cross_entropy(
     Logits come from a matmul in hidden's dtype and are float32 after it. The largest temporary holds the logits of one
     block of tokens; the gradient of weight is summed in float32.
     """
-    _check(hidden, weight, labels, token_weights, _blocks.vocabulary_rows(weight, group))
+    vocabulary = _blocks.vocabulary_rows(weight, group)
+    _blocks.check_head("linear_cross_entropy", hidden, weight, labels, "label", vocabulary)
+    _blocks.check_token_weights("linear_cross_entropy", token_weights, len(hidden))
     available = implementations(("torch", "reference"), hidden, weight, labels, token_weights)
     choice = resolve("linear_cross_entropy", backend, available)
     if choice == "reference":
         return linear_cross_entropy_reference(hidden, weight, labels, token_weights, group)
     # Inside a Function grad mode is always off and needs_input_grad ignores it, so the answer is taken along.
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled(), choice, group)
-
-
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, vocabulary: int) -> None:
-    _blocks.check_head("linear_cross_entropy", hidden, weight, labels, "label", vocabulary)
-    if token_weights is not None and token_weights.shape != labels.shape:
-        raise ValueError(f"linear_cross_entropy: token_weights {tuple(token_weights.shape)} must be [{len(hidden)}]")
-    if token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError("linear_cross_entropy: token_weights would get no gradient: detach them first")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -145,19 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        # Reading the factor would make a GPU wait; on the CPU it saves a pass over both gradients.
-        if grad_loss.is_cpu and grad_loss.item() == 1.0:
-            return grad_hidden, grad_weight, None, None, None, None, None
-        return (
-            None if grad_hidden is None else grad_hidden * grad_loss,
-            None if grad_weight is None else grad_weight * grad_loss,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        return *_blocks.scaled(ctx.saved_tensors, grad_loss), *[None] * 5
 
 
 def _choose_softmax(backend: str, group: dist.ProcessGroup | None) -> _ToGradient:

@@ -11,12 +11,15 @@ halves, for a part of the vocabulary that may or may not have the target. They a
 entropy H = −sum p log p, whose sum U below the running maximum m comes along with the softmax's:
 
     S = sum exp(z − m),   U = sum exp(z − m) (z − m),   H = log S − U / S
+
+The divergence between a teacher's and a student's softmax has two halves of its own, over the logits of both.
 """
 
 # Triton reads a kernel's annotations: only those of constexprs mean anything to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -182,6 +185,81 @@ def _part_gradient_kernel(
         )
 
 
+@triton.jit
+def _divergence_kernel(
+    logits_ptr,
+    teacher_ptr,
+    scale_ptr,
+    log_total_ptr,
+    teacher_total_ptr,
+    kl_ptr,
+    stride,
+    teacher_stride,
+    vocabulary,
+    inverse_temperature,
+    REVERSE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    teacher_ptr += row * teacher_stride
+    log_total, teacher_total = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
+    kl = tl.cast(0.0, tl.float32)
+    if tl.load(scale_ptr + row) != 0.0:
+        log_total, _ = _log_sum_exp(logits_ptr, inverse_temperature, vocabulary, False, BLOCK_V)
+        teacher_total, _ = _log_sum_exp(teacher_ptr, inverse_temperature, vocabulary, False, BLOCK_V)
+        for start in range(0, vocabulary, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            exists = column < vocabulary
+            log_q = tl.load(logits_ptr + column, mask=exists, other=0.0).to(tl.float32) * inverse_temperature
+            log_p = tl.load(teacher_ptr + column, mask=exists, other=0.0).to(tl.float32) * inverse_temperature
+            log_q -= log_total
+            log_p -= teacher_total
+            terms = tl.exp(log_q) * (log_q - log_p) if REVERSE else tl.exp(log_p) * (log_p - log_q)
+            kl += tl.sum(tl.where(exists, terms, 0.0), axis=0)
+    tl.store(log_total_ptr + row, log_total)
+    tl.store(teacher_total_ptr + row, teacher_total)
+    tl.store(kl_ptr + row, kl)
+
+
+@triton.jit
+def _divergence_gradient_kernel(
+    logits_ptr,
+    teacher_ptr,
+    scale_ptr,
+    log_total_ptr,
+    teacher_total_ptr,
+    kl_ptr,
+    stride,
+    teacher_stride,
+    vocabulary,
+    inverse_temperature,
+    REVERSE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    teacher_ptr += row * teacher_stride
+    scale = tl.load(scale_ptr + row)
+    if scale == 0.0:
+        _write_zeros(logits_ptr, vocabulary, BLOCK_V)
+    else:
+        log_total, teacher_total = tl.load(log_total_ptr + row), tl.load(teacher_total_ptr + row)
+        kl = tl.load(kl_ptr + row)
+        for start in range(0, vocabulary, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            exists = column < vocabulary
+            log_q = tl.load(logits_ptr + column, mask=exists, other=0.0).to(tl.float32) * inverse_temperature
+            log_p = tl.load(teacher_ptr + column, mask=exists, other=0.0).to(tl.float32) * inverse_temperature
+            log_q -= log_total
+            log_p -= teacher_total
+            if REVERSE:
+                gradient = scale * tl.exp(log_q) * (log_q - log_p - kl)
+            else:
+                gradient = scale * (tl.exp(log_q) - tl.exp(log_p))
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=exists)
+
+
 def _tile(target: str, vocabulary: int) -> tuple[int, int]:
     """(BLOCK_V, warps), 16 elements a thread."""
     width = min(next_power(vocabulary), _BLOCK_V)
@@ -255,27 +333,90 @@ def part_to_gradient(
             _part_gradient_kernel[(tokens,)](*tensors, *numbers, BLOCK_V=block_v, num_warps=warps)
 
 
+def divergence(
+    logits_CV: Tensor,
+    teacher_CV: Tensor,
+    scale_C: Tensor,
+    told_3C: Tensor,
+    inverse_temperature: float,
+    reverse: bool,
+) -> None:
+    """Write what a rank must tell the others of its part of the vocabulary.
+
+    Args:
+        logits_CV, teacher_CV: float32, bfloat16 or float16, their last dimensions contiguous.
+        scale_C: float32, contiguous.
+        told_3C: float32, its last dimension contiguous; of the logits times inverse_temperature it gets each token's
+            logsumexps, student's and teacher's, and the divergence between their softmaxes; zeros for a token whose
+            scale is 0.
+        inverse_temperature: above 0.
+        reverse: of the student's from the teacher's, not of the teacher's from the student's.
+    """
+    _launch_divergence(_divergence_kernel, (logits_CV, teacher_CV, scale_C, *told_3C), inverse_temperature, reverse)
+
+
+def divergence_to_gradient(
+    logits_CV: Tensor,
+    teacher_CV: Tensor,
+    scale_C: Tensor,
+    totals_2C: Tensor,
+    kl_C: Tensor,
+    inverse_temperature: float,
+    reverse: bool,
+) -> None:
+    """Write, over the student's logits, scale (q − p), or scale q (log q − log p − KL) for the reverse divergence.
+
+    Args:
+        logits_CV, teacher_CV, scale_C, inverse_temperature, reverse: as in `divergence`.
+        totals_2C: float32, its last dimension contiguous; the logsumexps of student and teacher over all parts.
+        kl_C: float32, contiguous; the divergence of each token, over all parts.
+    """
+    tensors = logits_CV, teacher_CV, scale_C, *totals_2C, kl_C
+    _launch_divergence(_divergence_gradient_kernel, tensors, inverse_temperature, reverse)
+
+
+def _launch_divergence(kernel: Any, tensors: Sequence[Tensor], inverse_temperature: float, reverse: bool) -> None:
+    logits_CV, teacher_CV = tensors[:2]
+    tokens, vocabulary = logits_CV.shape
+    block_v, warps = _tile(target_name(logits_CV.device), vocabulary)
+    if tokens:
+        with device_guard(logits_CV):
+            numbers = logits_CV.stride(0), teacher_CV.stride(0), vocabulary, inverse_temperature
+            kernel[(tokens,)](*tensors, *numbers, REVERSE=reverse, BLOCK_V=block_v, num_warps=warps)
+
+
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
     """A block of 1024 tokens over a vocabulary of 32768, whatever the head size."""
     del head_dim
     tokens, vocabulary = 1024, 32768
     block_v, warps = _tile(target, vocabulary)
     elements = tokens * vocabulary
-    inputs = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "scale_ptr": "*fp32"}
+    logits, scale = {"logits_ptr": f"*{dtype}"}, {"scale_ptr": "*fp32"}
+    one, both = logits | {"target_ptr": "*i64"} | scale, logits | {"teacher_ptr": f"*{dtype}"} | scale
     sizes = {"stride": "i32:16", "vocabulary": "i32:16"}
     temperature = sizes | {"inverse_temperature": "fp32"}
+    of_both = {"stride": "i32:16", "teacher_stride": "i32:16", "vocabulary": "i32:16", "inverse_temperature": "fp32"}
     told, given = ("log_total_ptr", "at_target_ptr"), ("log_total_ptr",)
+    divergence = ("log_total_ptr", "teacher_total_ptr", "kl_ptr")
     no_entropy: dict[str, object] = {"entropy_ptr": None}
     no_entropies: dict[str, object] = {"entropy_scale_ptr": None, "entropy_ptr": None}
-    # Name, kernel, its outputs and other inputs, numbers, constexprs, passes over the logits in memory, operations on
-    # each.
-    kernels: tuple[tuple[str, Any, tuple[str, ...], dict[str, str], dict[str, object], int, int], ...] = (
-        ("cross_entropy_losses", _kernel, ("nll_ptr",), sizes, {"GRADIENT": False}, 1, 4),
-        ("cross_entropy_gradients", _kernel, ("nll_ptr",), sizes, {"GRADIENT": True}, 3, 7),
-        ("cross_entropy_statistics", _statistics_kernel, told, temperature, no_entropy, 1, 5),
-        ("cross_entropy_part_gradients", _part_gradient_kernel, given, temperature, no_entropies, 2, 4),
-        ("entropy_statistics", _statistics_kernel, (*told, "entropy_ptr"), temperature, {}, 1, 7),
-        ("entropy_part_gradients", _part_gradient_kernel, (*given, *no_entropies), temperature, {}, 2, 8),
+    forward: dict[str, object] = {"REVERSE": False}
+    reverse: dict[str, object] = {"REVERSE": True}
+    # Name, kernel, its inputs of each token, its outputs and other inputs, numbers, constexprs, passes over logits in
+    # memory, operations on each of the student's.
+    kernels: tuple[
+        tuple[str, Any, dict[str, str], tuple[str, ...], dict[str, str], dict[str, object], int, int], ...
+    ] = (
+        ("cross_entropy_losses", _kernel, one, ("nll_ptr",), sizes, {"GRADIENT": False}, 1, 4),
+        ("cross_entropy_gradients", _kernel, one, ("nll_ptr",), sizes, {"GRADIENT": True}, 3, 7),
+        ("cross_entropy_statistics", _statistics_kernel, one, told, temperature, no_entropy, 1, 5),
+        ("cross_entropy_part_gradients", _part_gradient_kernel, one, given, temperature, no_entropies, 2, 4),
+        ("entropy_statistics", _statistics_kernel, one, (*told, "entropy_ptr"), temperature, {}, 1, 7),
+        ("entropy_part_gradients", _part_gradient_kernel, one, (*given, *no_entropies), temperature, {}, 2, 8),
+        ("divergence", _divergence_kernel, both, divergence, of_both, forward, 2, 17),
+        ("divergence_gradients", _divergence_gradient_kernel, both, divergence, of_both, forward, 3, 8),
+        ("reverse_divergence", _divergence_kernel, both, divergence, of_both, reverse, 2, 17),
+        ("reverse_divergence_gradients", _divergence_gradient_kernel, both, divergence, of_both, reverse, 3, 8),
     )
     return [
         KernelSpec(
@@ -286,8 +427,8 @@ def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
             num_warps=warps,
             num_stages=3,
             multiplies=False,
-            bytes=passes * elements * dtype_bytes(dtype) + (12 + 4 * len(pointers)) * tokens,
+            bytes=passes * elements * dtype_bytes(dtype) + ((12 if inputs is one else 4) + 4 * len(pointers)) * tokens,
             flops=operations * elements,
         )
-        for name, fn, pointers, numbers, constexprs, passes, operations in kernels
+        for name, fn, inputs, pointers, numbers, constexprs, passes, operations in kernels
     ]

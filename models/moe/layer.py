@@ -26,7 +26,7 @@ from models.parallel import (
     replicate_experts,
     token_dispatcher,
 )
-from models.parameters import Groups, Module, Placement, normal
+from models.parameters import Module, Placement, normal
 from models.recompute import run_region
 
 _GATED = {"swiglu": swiglu, "geglu": lambda gate, up: F.gelu(gate) * up}
@@ -103,13 +103,11 @@ class MoELayer(Module):
     """Routed and shared experts in place of a feed-forward.
 
     Attributes:
-        dispatcher: Exchanges tokens between the ranks that share the experts (models.token_dispatcher).
         recompute: What of the block runs again in backward. Of it this layer heeds moe_activation (the router, and the
             activation between the experts' products) and moe_experts (routed and shared experts, without the exchange
             of tokens); the block, what contains all of it.
     """
 
-    dispatcher: Any = None
     recompute: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig) -> None:
@@ -118,12 +116,14 @@ class MoELayer(Module):
         self.router = Router(config.moe, config.hidden_size)
         self.experts = Experts(config)
         self.shared_experts = SharedExperts(config) if config.moe.shared_experts else None
+        self._dispatcher: Any = None
 
-    def set_groups(self, groups: Groups) -> None:
-        """Make the exchange of tokens between the ranks that share the experts."""
-        super().set_groups(groups)
-        if groups.expert is not None:
-            self.dispatcher = token_dispatcher(self.config.num_experts, groups.expert)
+    @property
+    def dispatcher(self) -> Any:
+        """The exchange of tokens between the ranks that share the experts; None where one rank has them all."""
+        if self._dispatcher is None and self.groups.expert is not None:
+            self._dispatcher = token_dispatcher(self.config.num_experts, self.groups.expert)
+        return self._dispatcher
 
     def forward(self, x: Tensor, token_keys: Tensor | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D], with sequence parallelism this rank's part of it.

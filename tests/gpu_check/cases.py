@@ -12,6 +12,7 @@ from kernels.activations import swiglu, swiglu_packed
 from kernels.attention import attention
 from kernels.convolution import causal_conv1d
 from kernels.linear_attention import delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
+from kernels.losses.distillation import distillation_kl
 from kernels.losses.linear_cross_entropy import IGNORE_LABEL, linear_cross_entropy
 from kernels.losses.token_log_probs import token_log_probs
 from kernels.moe import dense_to_sparse_gate, grouped_linear, permute, top_k_gate, unpermute
@@ -272,8 +273,14 @@ def _loss(sizes: Sizes, device: torch.device, dtype: torch.dtype, op: str) -> Pr
     weights = draw.uniform(sizes.tokens)
     hidden = draw.normal(sizes.tokens, sizes.model)
     table = (0.05 * draw.normal(sizes.vocabulary, sizes.model).detach()).requires_grad_()
+    teacher = draw.normal(sizes.tokens, sizes.model).detach(), table.detach().flip(0)
 
     def run(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+        if op.endswith("distillation_kl"):
+            direction = "reverse" if op.startswith("reverse") else "forward"
+            options = {"direction": direction, "temperature": 0.8, "backend": backend}
+            loss, kl = distillation_kl(given["hidden"], given["weight"], *teacher, weights, **options)
+            return {"loss": loss, "kl": kl}
         if op == "token_log_probs":
             options = {"temperature": 0.8, "vocab_size": sizes.vocabulary - 1}
             ids = labels.clamp(max=sizes.vocabulary - 2)
@@ -368,7 +375,7 @@ def _other_cases(sizes: Sizes) -> list[Case]:
     for op in ("swiglu", "swiglu_packed"):
         add("activations", op, _rows, op)
     add("rotary", "apply_rotary", _rows, "apply_rotary")
-    for op in ("linear_cross_entropy", "token_log_probs"):
+    for op in ("linear_cross_entropy", "token_log_probs", "distillation_kl", "reverse distillation_kl"):
         add("losses", op, _loss, op)
     for op in ("top_k_gate", "dense_to_sparse_gate"):
         add("routing", op, _gate, op)

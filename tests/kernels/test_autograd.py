@@ -13,6 +13,7 @@ from kernels.attention import attention
 from kernels.autograd import once_differentiable
 from kernels.convolution import causal_conv1d
 from kernels.linear_attention import gated_delta_rule, gla, hgrn, retention
+from kernels.losses.distillation import distillation_kl
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.losses.token_log_probs import token_log_probs
 from kernels.moe import dense_to_sparse_gate, grouped_linear, permute, top_k_gate, unpermute
@@ -70,6 +71,7 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": lambda x: attention(*[x[None, :, None]] * 3, backend="banded"),
     "causal_conv1d": lambda x: causal_conv1d(x[None], x[:2].T, backend="torch")[0],
     "dense_to_sparse_gate": lambda x: dense_to_sparse_gate(x, 0.7, 0.1, backend="torch")[1],
+    "distillation_kl": lambda x: distillation_kl(x, x, x.flip(0), x, backend="torch")[0],
     "gated_delta_rule": _recur,
     "gated_rms_norm": lambda x: gated_rms_norm(x, x, x[0], 1e-6, backend="torch"),
     "gla": lambda x: gla(*[x[None, :, None]] * 3, -x[None, :, None].square(), backend="torch")[0],

@@ -1,7 +1,8 @@
 """One rank of test_linear_cross_entropy_sharded: its part of the vocabulary against the whole on one rank."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kernels.embedding import sharded_embedding
 from kernels.losses import _blocks
+from kernels.losses.distillation import distillation_kl, distillation_kl_reference
 from kernels.losses.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.losses.token_log_probs import token_log_probs, token_log_probs_reference
 from kernels.triton import usable
@@ -184,10 +186,9 @@ def check_log_probs_of(
     assert len(gathered(torch.stack(found)[None], group).unique(dim=0)) == 1, "the ranks' results differ"
 
 
-def check_log_probs_exchanges(device: str, group: dist.ProcessGroup) -> None:
-    """One for all tokens, of three numbers each or two, and none in the backward."""
-    hidden, weight, tokens, _ = make_case("masked", dist.get_world_size(group))
-    hidden, tokens, weight = hidden.to(device), tokens.to(device), part(weight, group).to(device).requires_grad_()
+@contextmanager
+def counted_exchanges() -> Iterator[list[int]]:
+    """The elements that each collective in here sends."""
     sent: list[int] = []
 
     def counted(exchange: Callable[..., object]) -> Callable[..., object]:
@@ -200,12 +201,78 @@ def check_log_probs_exchanges(device: str, group: dist.ProcessGroup) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_gather", "all_reduce", "broadcast", "reduce_scatter", "all_to_all", "send", "recv"):
             patch.setattr(dist, name, counted(getattr(dist, name)))
+        yield sent
+
+
+def check_log_probs_exchanges(device: str, group: dist.ProcessGroup) -> None:
+    """One for all tokens, of three numbers each or two, and none in the backward."""
+    hidden, weight, tokens, _ = make_case("masked", dist.get_world_size(group))
+    hidden, tokens, weight = hidden.to(device), tokens.to(device), part(weight, group).to(device).requires_grad_()
+    with counted_exchanges() as sent:
         log_probs, entropies = token_log_probs(hidden, weight, tokens, group=group, backend="torch")
         (log_probs.sum() + entropies.sum()).backward()
         assert sent == [3 * TOKENS]
         with torch.no_grad():
             token_log_probs(hidden, weight, tokens, entropy=False, group=group, backend="torch")
         assert sent == [3 * TOKENS, 2 * TOKENS]
+
+
+def make_teacher(tokens: int, rows: int, device: str) -> tuple[Tensor, Tensor]:
+    """Hidden states and head of a wider model, in float64."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = (tokens, WIDTH + 3), (rows, WIDTH + 3)
+    hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes)
+    return hidden, weight
+
+
+def check_distillation(
+    case: str, dtype: torch.dtype, backend: str, direction: str, device: str, group: dist.ProcessGroup
+) -> None:
+    """Loss, divergences and gradients of a vocabulary that is cut, against the whole in float64."""
+    hidden, weight, _, token_weights = (x.to(device) for x in make_case(case, dist.get_world_size(group)))
+    inputs = [x.to(dtype) for x in (hidden, weight, *make_teacher(len(hidden), len(weight), device))]
+    exact = [x.double().clone().requires_grad_(i < 2) for i, x in enumerate(inputs)]
+    expected, expected_kl = distillation_kl_reference(*exact, token_weights, direction, 1.4)
+    expected.backward()
+
+    hidden, weight, teacher_hidden, teacher_weight = inputs
+    leaves = [hidden.clone().requires_grad_(), part(weight, group).requires_grad_()]
+    options = {"direction": direction, "temperature": 1.4, "group": group, "backend": backend}
+    loss, kl = distillation_kl(*leaves, teacher_hidden, part(teacher_weight, group), token_weights, **options)
+    loss.backward()
+    assert_close("loss", loss, expected, TOLERANCE[dtype])
+    assert_close("kl", kl, expected_kl, TOLERANCE[dtype])
+    assert_close("d_hidden", summed(leaves[0].grad, group), exact[0].grad, TOLERANCE[dtype])
+    assert_close("d_weight", gathered(leaves[1].grad, group), exact[1].grad, TOLERANCE[dtype])
+    assert len(gathered(torch.cat((loss[None], kl))[None], group).unique(dim=0)) == 1, "the ranks' losses differ"
+
+
+def check_distillations(device: str, group: dist.ProcessGroup) -> None:
+    # Of large logits the student's choice is certain: the reverse divergence has no gradient but rounding.
+    cases = [(case, direction) for case in CASES for direction in ("forward", "reverse")]
+    cases.remove(("large logits", "reverse"))
+    for dtype, backends in ((torch.float64, ("torch", "reference")), (torch.float32, ("torch", "triton"))):
+        for backend in backends:
+            if backend == "triton" and not usable(torch.empty(0, dtype=dtype, device=device)):
+                continue
+            # The interpreter is slow.
+            for case, direction in cases[:2] if backend == "triton" and device == "cpu" else cases:
+                try:
+                    check_distillation(case, dtype, backend, direction, device, group)
+                except AssertionError as error:
+                    where = f"{case}, {dtype}, {backend}, {direction}, rank {dist.get_rank(group)}"
+                    raise AssertionError(f"{where}: {error}") from error
+
+
+def check_distillation_exchanges(device: str, group: dist.ProcessGroup) -> None:
+    """One of three numbers a token for each block, and none in the backward."""
+    hidden, weight, _, _ = (x.to(device) for x in make_case("masked", dist.get_world_size(group)))
+    teacher_hidden, teacher_weight = make_teacher(len(hidden), len(weight), device)
+    leaves = hidden.requires_grad_(), part(weight, group).requires_grad_()
+    with counted_exchanges() as sent:
+        distillation_kl(*leaves, teacher_hidden, part(teacher_weight, group), group=group)[0].backward()
+    blocks = [BLOCK_TOKENS] * (TOKENS // BLOCK_TOKENS) + [TOKENS % BLOCK_TOKENS]
+    assert sent == [3 * tokens for tokens in blocks]
 
 
 def check_embedding(device: str, group: dist.ProcessGroup) -> None:
@@ -260,6 +327,8 @@ def main(backend: str) -> None:
     check_work(device, group)
     check_log_probs(device, group)
     check_log_probs_exchanges(device, group)
+    check_distillations(device, group)
+    check_distillation_exchanges(device, group)
     check_embedding(device, group)
     check_tied(device, group)
     if world > 2:  # ranks in a group that are not those in the world

@@ -116,10 +116,10 @@ def test_moe_writes_its_fields(tmp_path):
 def test_losses_writes_its_fields(tmp_path):
     path = tmp_path / "result.json"
     sizes = {"tokens": 600, "hidden_size": 8, "vocab_size": 3000, "rounds": 1, "warmup": 0, "threads": 1}
-    sizes |= {"parts": "[cross_entropy,log_probs,scoring]"}
+    sizes |= {"teacher_hidden_size": 12, "parts": "[cross_entropy,log_probs,scoring,distillation]"}
     _bench("losses", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
     lines = json.loads(path.read_text())
-    parts = ("cross_entropy", "log_probs", "scoring")
+    parts = ("cross_entropy", "log_probs", "scoring", "distillation")
     assert [line["case"] for line in lines] == [f"{part}, {what}" for part in parts for what in ("peak memory", "time")]
     assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
     for line in lines[1::2]:

@@ -38,7 +38,6 @@ class _Rank:
 def as_rank(monkeypatch):
     monkeypatch.setattr("torch.distributed.get_rank", lambda group: group.rank)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda group: group.ranks)
-    monkeypatch.setattr("models.moe.layer.token_dispatcher", lambda experts, group: None)
     return lambda rank, ranks: Groups(tensor=_Rank(rank, ranks), sequence=True, expert=_Rank(rank, ranks))
 
 
@@ -142,9 +141,9 @@ def test_memory_is_of_the_shard_and_in_the_dtype_of_training(as_rank):
 
 def test_frozen_parameters_are_those_that_match_no_pattern():
     model = Decoder(EVERYTHING, VOCABULARY)
-    parameters.freeze(model, ["layers.0.*", "*.router.weight"])
+    parameters.set_trainable(model, ["layers.0.*", "*.router.weight"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     everything = {name for name, _ in model.named_parameters()}
     assert trained == {name for name in everything if name.startswith("layers.0.") or name.endswith(".router.weight")}
-    parameters.freeze(model, ["*"])
+    parameters.set_trainable(model, ["*"])
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,6 +1,7 @@
 """Objectives other than the language model's give in every layout what they give in one process."""
 
 import pytest
+import torch
 
 from tests.parity.test_parity import LAYOUTS, ZERO, compare, configuration, ranks_of, whole
 
@@ -46,3 +47,73 @@ def test_advantages_of_one_are_the_language_model(pools):
     config = configuration()
     ours = whole(pools(1).run({"steps": STEPS, "config": config, "log_probs": {"weights": "ones"}}))
     compare(ours, whole(pools(1).run({"steps": STEPS, "config": config})))
+
+
+# Wider and deeper than the student, unevenly over two stages; its distributions are far from even.
+TEACHER = {
+    "num_layers": 5,
+    "hidden_size": 48,
+    "init_std": 0.2,
+    "mixers": {"pattern": "full_attention, hgrn"},
+    "tie_embeddings": False,
+}
+WITH_EXPERTS = TEACHER | {"moe": EXPERTS | {"shared_experts": 2}}
+DISTILLATION = {"teacher": TEACHER, "temperature": 1.5, "mix": 0.6}
+
+# A split of the student's layers that the teacher has not, and two cuts of the teacher at once.
+MORE = ("PP2 uneven", "TP2+SP x PP2", "PP2 x CP2", "ZeRO-1 x TP2+SP")
+
+
+def distill(pools, name, **options):
+    """A layout against one process: losses, gradients, metrics, and those of an evaluation."""
+    ranks, alone, sharded = case(name)
+    if name == "EP2":
+        options = options | {"teacher": WITH_EXPERTS}
+    job = {"steps": STEPS, "distillation": DISTILLATION | options}
+    reference = whole(pools(1).run(job | {"config": alone | {"parallel": {}}}))
+    ours = whole(pools(ranks).run(job | {"config": sharded}))
+    compare(ours, reference)
+    assert ours["validated"] == pytest.approx(reference["validated"], rel=1e-5)
+    for mine, theirs in zip(ours["metrics"], reference["metrics"], strict=True):
+        assert mine.keys() == theirs.keys() and theirs["kl"] > 0.05
+        for metric, value in mine.items():
+            tolerance = {"rtol": 1e-5, "atol": 0.0} if metric in ("kl", "nll") else {"rtol": 1e-4, "atol": 1e-7}
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(theirs[metric]), **tolerance, msg=metric)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*CASES, *MORE)],
+)
+def test_distillation(pools, name):
+    distill(pools, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2", "PP2 interleaved", "ZeRO-2"])
+def test_distillation_in_reverse_alone(pools, name):
+    distill(pools, name, direction="reverse", mix=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2", "PP2 interleaved", "ZeRO-0 x TP2"])
+def test_a_teacher_with_experts_of_a_dense_student(pools, name):
+    """Also over tensor-parallel ranks without sequence parallelism, which trained experts need."""
+    distill(pools, name, teacher=WITH_EXPERTS)
+
+
+@pytest.mark.slow
+def test_a_teacher_in_another_precision(pools):
+    """Between stages its hidden states travel in its own type, bfloat16, the student's in float32."""
+    distill(pools, "PP2", precision="bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2", "PP2", "DP2", "ZeRO-0 x TP2", "ZeRO-2", "ZeRO-3"])
+def test_a_teacher_has_no_optimizer_state(pools, name):
+    """On every rank the optimizer updates and keeps as many bytes with it as without."""
+    ranks, _, config = case(name)
+    with_teacher = pools(ranks).run({"config": config, "steps": 1, "distillation": DISTILLATION})
+    without = pools(ranks).run({"config": config, "steps": 1})
+    assert [one["held"] for one in with_teacher] == [one["held"] for one in without]
+    assert all(one["held"]["moments"] > 0 for one in without)

@@ -14,6 +14,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
+from models.config import ModelConfig
+from models.decoder import initialize
 from models.parallel import apply_experts, token_dispatcher
 from models.parameters import Groups, parameter_rows
 from trainer.cli import from_mapping
@@ -29,7 +32,9 @@ from trainer.config import PretrainConfig
 from trainer.data.batch import make_batch
 from trainer.engines import megatron_cpu, pieces
 from trainer.engines.deepspeed import DeepSpeedEngine
+from trainer.engines.frozen import FrozenSpec
 from trainer.engines.megatron import MegatronEngine, parallel_state
+from trainer.objectives.distillation import Distillation
 from trainer.objectives.language_model import LanguageModel
 from trainer.objectives.log_probs import WeightedLogProbs
 from trainer.pretrain import build_engine
@@ -118,6 +123,19 @@ def build(job):
     return engine, config
 
 
+def objective_of(job, config, engine):
+    """What a job minimises; a teacher's shape is the student's but for what the job says."""
+    if "log_probs" in job:
+        return WeightedLogProbs(**job["log_probs"])
+    if "distillation" not in job:
+        return LanguageModel()
+    options = dict(job["distillation"])
+    model = from_mapping(ModelConfig, job["config"]["model"] | options.pop("teacher"))
+    fill = partial(initialize, seed=config.train.seed + 1)
+    spec = FrozenSpec(model, engine.model.vocab_size, fill, options.pop("precision", "fp32"))
+    return Distillation(engine.freeze(spec), **options)
+
+
 def save(engine, path, in_background=False):
     """Write a checkpoint's state; in the background by a thread, which is returned."""
     if engine.rank == 0:
@@ -169,7 +187,7 @@ def run(job):
         return {"results": [run(one) for one in job["jobs"]]}
     groups = set(_world.pg_map)
     engine, config = build(job)
-    objective = WeightedLogProbs(**job["log_probs"]) if "log_probs" in job else LanguageModel()
+    objective = objective_of(job, config, engine)
     vocab, writer = job.get("vocab", VOCAB), None
     if job.get("load"):
         engine.load(Path(job["load"]))
@@ -198,7 +216,7 @@ def run(job):
     if writer is not None:
         writer.join()
     own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size, vocab)
-    (validation,) = engine.all_reduce(engine.evaluate(own, objective)[:1])
+    validation, *validated = engine.all_reduce(engine.evaluate(own, objective))
     final, kept = digest(engine), held(engine)
     parallel_state.destroy_model_parallel()
     if isinstance(engine, MegatronEngine):
@@ -207,6 +225,7 @@ def run(job):
         "steps": steps,
         "gradients": found,
         "validation": validation,
+        "validated": validated,
         "metrics": metrics,
         "sent": sent,
         "digest": final,

@@ -1,6 +1,7 @@
 """Memory and time of what is fused with the linear head against torch's functions on the full logits.
 
-The cross entropy against F.cross_entropy; the tokens' log-probabilities and entropies against log_softmax.
+The cross entropy against F.cross_entropy; the tokens' log-probabilities and entropies against log_softmax; the
+divergence from a teacher's distributions against log_softmax and F.kl_div.
 """
 
 import multiprocessing
@@ -18,15 +19,16 @@ from trainer.memory import resident_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-DESCRIPTION = "Peak memory and time of linear + cross entropy, or log-probabilities, fused and on full logits."
+DESCRIPTION = "Peak memory and time of a linear head's losses (see --parts), fused and on full logits."
 
-Part = Literal["cross_entropy", "log_probs", "scoring"]
+Part = Literal["cross_entropy", "log_probs", "scoring", "distillation"]
 Side = Literal["ours", "full logits"]
 
 _TITLES: dict[Part, str] = {
     "cross_entropy": "linear + cross entropy, forward and backward",
     "log_probs": "linear + log-probabilities and entropies, forward and backward",
     "scoring": "linear + log-probabilities, forward alone",
+    "distillation": "linear of student and teacher + divergence, forward and backward",
 }
 # Both sides must agree so far, ‖a − b‖ / ‖b‖ of every result and gradient, on as many tokens.
 _LARGEST_DIFFERENCE = 1e-5
@@ -39,9 +41,10 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        parts: What to measure; log_probs of 4096 tokens takes 13 GB and more on full logits.
+        parts: What to measure; log_probs of 4096 tokens takes 13 GB and more on full logits, distillation 15 GB.
         tokens: Rows of the hidden states.
         hidden_size: Their width.
+        teacher_hidden_size: Width of the teacher's, for distillation.
         vocab_size: Rows of the head.
         rounds: Timed calls of each side.
         warmup: Untimed calls of each side before.
@@ -53,6 +56,7 @@ class Config:
     parts: list[Part] = field(default_factory=lambda: ["cross_entropy"])
     tokens: int = 4096
     hidden_size: int = 512
+    teacher_hidden_size: int = 1024
     vocab_size: int = 152064
     rounds: int = 3
     warmup: int = 1
@@ -60,7 +64,7 @@ class Config:
     clock: Literal["wall", "cpu"] = "wall"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "hidden_size", "vocab_size", "rounds"):
+        for name in ("tokens", "hidden_size", "teacher_hidden_size", "vocab_size", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.clock == "cpu" and self.threads != 1:
@@ -124,10 +128,6 @@ def _difference(config: Config, part: Part) -> float:
 def _call(config: Config, part: Part, side: Side, tokens: int | None = None) -> Callable[[], "list[Tensor]"]:
     """A side's results and the gradients of a weighted sum of them; of all of the configuration's tokens, or some."""
     import torch
-    import torch.nn.functional as F
-
-    from kernels.losses.linear_cross_entropy import linear_cross_entropy
-    from kernels.losses.token_log_probs import token_log_probs
 
     generator = torch.Generator().manual_seed(0)
     rows = tokens or config.tokens
@@ -135,29 +135,53 @@ def _call(config: Config, part: Part, side: Side, tokens: int | None = None) -> 
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator).mul_(0.02).requires_grad_()
     labels = torch.randint(0, config.vocab_size, (rows,), generator=generator)
     advantages = torch.randn(rows, generator=generator)
+    teacher: list[Tensor] = []
+    if part == "distillation":
+        width = config.teacher_hidden_size
+        teacher = [torch.randn(size, width, generator=generator) for size in (rows, config.vocab_size)]
+        teacher[1].mul_(0.02)
 
     def results() -> "list[Tensor]":
-        if part == "cross_entropy":
-            if side == "ours":
-                return [linear_cross_entropy(hidden, weight, labels)[0]]
-            return [F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")]
-        if side == "ours":
-            found = token_log_probs(hidden, weight, labels, entropy=part == "log_probs")
-            return [x for x in found if x is not None]
-        log_p = F.linear(hidden, weight).log_softmax(-1)
-        log_probs = log_p.gather(1, labels[:, None])[:, 0]
-        return [log_probs, -(log_p.exp() * log_p).sum(-1)] if part == "log_probs" else [log_probs]
+        return (_fused if side == "ours" else _on_full_logits)(part, hidden, weight, labels, teacher)
 
     def call() -> "list[Tensor]":
         if part == "scoring":
             with torch.no_grad():
                 return results()
         found = results()
-        # A policy gradient and its entropy bonus.
-        loss = found[0] if part == "cross_entropy" else (found[0] * advantages).sum() + 0.01 * found[1].sum()
+        # Of log_probs a policy gradient and its entropy bonus.
+        loss = (found[0] * advantages).sum() + 0.01 * found[1].sum() if part == "log_probs" else found[0]
         return [*(x.detach() for x in found), *torch.autograd.grad(loss, (hidden, weight))]
 
     return call
+
+
+def _fused(part: Part, hidden: "Tensor", weight: "Tensor", labels: "Tensor", teacher: "list[Tensor]") -> "list[Tensor]":
+    from kernels.losses.distillation import distillation_kl
+    from kernels.losses.linear_cross_entropy import linear_cross_entropy
+    from kernels.losses.token_log_probs import token_log_probs
+
+    if part == "cross_entropy":
+        return [linear_cross_entropy(hidden, weight, labels)[0]]
+    if part == "distillation":
+        return [distillation_kl(hidden, weight, *teacher)[0]]
+    found = token_log_probs(hidden, weight, labels, entropy=part == "log_probs")
+    return [x for x in found if x is not None]
+
+
+def _on_full_logits(
+    part: Part, hidden: "Tensor", weight: "Tensor", labels: "Tensor", teacher: "list[Tensor]"
+) -> "list[Tensor]":
+    import torch.nn.functional as F
+
+    logits = F.linear(hidden, weight)
+    if part == "cross_entropy":
+        return [F.cross_entropy(logits, labels, reduction="sum")]
+    log_p = logits.log_softmax(-1)
+    if part == "distillation":
+        return [F.kl_div(log_p, F.linear(*teacher).log_softmax(-1), reduction="sum", log_target=True)]
+    log_probs = log_p.gather(1, labels[:, None])[:, 0]
+    return [log_probs, -(log_p.exp() * log_p).sum(-1)] if part == "log_probs" else [log_probs]
 
 
 def _peak_memory(config: Config, part: Part, side: Side, threads: int) -> int:

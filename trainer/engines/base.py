@@ -1,15 +1,20 @@
 """What the training loop asks of an engine. The loop never asks which one it has."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from models.decoder import Decoder
 from trainer.data.batch import Batch
 from trainer.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from trainer.engines.frozen import FrozenModel, FrozenSpec
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
         """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
+
+    def freeze(self, spec: FrozenSpec) -> FrozenModel:
+        """Make a model for objectives to read beside the one that is trained, and give this rank's part.
+
+        Every rank calls it.
+
+        Raises:
+            ValueError: its vocabulary is another, or this layout cannot cut it.
+        """
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sum over all ranks, in float64, divided by the ranks that share a data-parallel one's work; all get it.

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from models.decoder import Decoder, build
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
-from models.parameters import WHOLE, Groups, declared, freeze, parameter_rows, partial_gradients
-from trainer.config import OptimConfig
+from models.parameters import WHOLE, Groups, declared, parameter_rows, partial_gradients, set_trainable
+from trainer.config import OptimConfig, ParallelConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups as process_groups
 from trainer.engines import megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
+from trainer.engines.frozen import FrozenModel, FrozenSpec
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import MOMENTS, Piece, Shard
 from trainer.engines.spec import EngineSpec
@@ -56,10 +57,12 @@ class LossModel(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, Sequence[Tensor]]:
-        """What the objective makes of a micro-batch."""
+    def forward(
+        self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """What the objective makes of a micro-batch, given what its frozen models make of it."""
         hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens)
-        return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups), batch)
+        return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups, frozen), batch)
 
 
 class DeepSpeedEngine:
@@ -89,7 +92,7 @@ class DeepSpeedEngine:
         dtype = torch.bfloat16 if self._bf16 else torch.float32
         decoder = build(spec.model, spec.vocab_size, groups=self._groups, dtype=dtype)
         spec.fill(decoder)
-        freeze(decoder, spec.trainable)
+        set_trainable(decoder, spec.trainable)
         self._decoder, self._model_config, self._seed = decoder, spec.model, spec.seed
         self._rows = declared(decoder)
         self._parameters: dict[str, Any] = {name: row.tensor for name, row in parameter_rows(decoder).items()}
@@ -175,7 +178,7 @@ class DeepSpeedEngine:
         counted: list[float] = []
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
-            loss, sums = self._engine(batch.to(self.device), objective)
+            loss, sums = self._forward(batch, objective)
             totals += torch.stack([loss.detach(), *sums])
             if i == len(batches) - 1:
                 own = statistics.collect([self._decoder], self._model_config)
@@ -194,6 +197,23 @@ class DeepSpeedEngine:
         metrics = {name: total / divisor for name, total in zip(objective.metrics, named, strict=True)}
         metrics |= statistics.metrics(self._model_config, counted)
         return StepResult(loss_sum / divisor, grad_norm, int(count), skipped, metrics)
+
+    def _forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, Sequence[Tensor]]:
+        """What the objective makes of a micro-batch, its frozen models first."""
+        batch = batch.to(self.device)
+        frozen = {name: model.outputs([batch])[0] for name, model in objective.models.items()}
+        found: tuple[Tensor, Sequence[Tensor]] = self._engine(batch, objective, frozen)
+        return found
+
+    def freeze(self, spec: FrozenSpec) -> FrozenModel:
+        """See `Engine.freeze`. Of a frozen model ZeRO shards nothing: a rank has what tensor parallelism leaves it."""
+        spec.require_fit(self._decoder.vocab_size, ParallelConfig(tensor=self._tensor_ranks))
+        decoder = spec.build(range(spec.model.num_layers), self._groups, self.device)
+
+        def hidden_states(batches: Sequence[Batch]) -> list[Tensor]:
+            return [decoder.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens) for batch in batches]
+
+        return FrozenModel([decoder], hidden_states)
 
     def _update(self) -> float:
         """Clip and step, unless the gradient is not finite; return its norm."""
@@ -241,7 +261,7 @@ class DeepSpeedEngine:
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for batch in batches:
-                total, sums = self._engine(batch.to(self.device), objective)
+                total, sums = self._forward(batch, objective)
                 totals += torch.stack([total, *sums])
         self._engine.train()
         found: list[float] = totals.tolist()

@@ -6,11 +6,13 @@ parameter is what it writes and reads; what several ranks have alike, the first 
 earliest stage.
 """
 
+from __future__ import annotations
+
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from torch import Tensor, nn
 from models.decoder import Decoder, build
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
-from models.parameters import Declared, Groups, declared, freeze, parameter_rows, partial_gradients
+from models.parameters import Declared, Groups, declared, parameter_rows, partial_gradients, set_trainable
 from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups, megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
+from trainer.engines.frozen import FrozenModel, FrozenSpec
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import Piece, Shard
 from trainer.engines.spec import EngineSpec
@@ -66,12 +69,18 @@ class Stage(nn.Module):
         self.share_embeddings_and_output_weights = decoder.model_config.tie_embeddings
         self._entering: Tensor | None = None
 
-    def forward(self, batch: Batch, objective: Objective) -> Tensor | tuple[Tensor, Sequence[Tensor]]:
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """What the next stage takes of a micro-batch, or the head."""
+        return self.part.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens, entering=self._entering)
+
+    def forward(
+        self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
+    ) -> Tensor | tuple[Tensor, Sequence[Tensor]]:
         """What the objective makes of a micro-batch, on the last stage; what the next stage takes, on the others."""
-        hidden = self.part.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens, entering=self._entering)
+        hidden = self.hidden_states(batch)
         if not self.post_process:
             return hidden
-        return objective.forward(Outputs(hidden, self.part.head_weight, self.part.groups), batch)
+        return objective.forward(Outputs(hidden, self.part.head_weight, self.part.groups, frozen), batch)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the activations of the previous stage; the first stage reads tokens and has none."""
@@ -134,7 +143,7 @@ class MegatronEngine:
         for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: spec.parallel.pipeline]:
             decoder = build(spec.model, spec.vocab_size, layers, groups=self._groups, dtype=dtype, device=self.device)
             decoder.recompute(spec.recompute)
-            freeze(decoder, spec.trainable)
+            set_trainable(decoder, spec.trainable)
             for row in parameter_rows(decoder).values():
                 self._describe_to_mcore(row, decoder)
             yield decoder
@@ -300,20 +309,49 @@ class MegatronEngine:
         if self._parallel.virtual_pipeline > 1:
             # The interleaved schedule takes as many micro-batches as there are stages, or a multiple.
             taken += taken[-1:] * (-len(taken) % self._parallel.pipeline)
-        rows, seq_len = taken[0].tokens.shape
         context = parallel_state.get_context_parallel_rank(), self._parallel.context
         parts = [batch.part(*context) for batch in taken]
-        iterators = [iter(parts) for _ in self._stages]
-        found: list[dict[str, Any]] = self._forward_backward(
-            forward_step_func=partial(_forward_step, device=self.device, objective=objective),
+        frozen = {name: model.outputs(parts) for name, model in objective.models.items()}
+        given = [
+            _Given(part, {name: found[i] for name, found in frozen.items() if found}) for i, part in enumerate(parts)
+        ]
+        step = partial(_forward_step, device=self.device, objective=objective)
+        return self._schedule(self._stages, given, step, forward_only)[: len(batches)]
+
+    def _schedule(
+        self, stages: list[Any], given: Sequence[_Given], step: Callable[..., Any], forward_only: bool
+    ) -> list[Any]:
+        """Mcore's schedule over micro-batches; what the last stage keeps of each, on its ranks only."""
+        iterators = [iter(given) for _ in stages]
+        rows, seq_len = given[0].batch.tokens.shape
+        found: list[Any] = self._forward_backward(
+            forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self._stages,
-            num_microbatches=len(parts),
-            seq_length=seq_len,
+            model=stages,
+            num_microbatches=len(given),
+            # Of the whole row, which mcore divides.
+            seq_length=seq_len * self._parallel.context,
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        return found[: len(batches)]
+        return found
+
+    def freeze(self, spec: FrozenSpec) -> FrozenModel:
+        """See `Engine.freeze`. A pipeline's stages have its layers evenly, for its head is no part of its schedule."""
+        parallel = replace(self._parallel, pipeline_layers=None)
+        spec.require_fit(self.model.vocab_size, parallel)
+        config = _transformer_config(EngineSpec(spec.model, spec.vocab_size, parallel=parallel), spec.dtype)
+        layers = parallel.stage_layers(spec.model.num_layers)
+        own = layers[parallel_state.get_pipeline_model_parallel_rank() :: parallel.pipeline]
+        decoders = [spec.build(part, self._groups, self.device) for part in own]
+        chunks = range(len(own)) if parallel.virtual_pipeline > 1 else [None]
+        stages = [Stage(decoder, config, chunk) for decoder, chunk in zip(decoders, chunks, strict=True)]
+
+        def hidden_states(batches: Sequence[Batch]) -> list[Tensor]:
+            given = [_Given(batch, {}) for batch in batches]
+            return self._schedule(stages, given, partial(_frozen_step, device=self.device), forward_only=True)
+
+        return FrozenModel(decoders, hidden_states)
 
     def _totals(self, found: list[dict[str, Any]], objective: Objective) -> list[float]:
         """Sum, count and metrics over this rank's part of the micro-batches; one tensor-parallel rank counts them."""
@@ -428,13 +466,26 @@ class MegatronEngine:
         groups.close()
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What a schedule hands to a stage: a micro-batch, and what frozen models put out for it, on the last stage."""
+
+    batch: Batch
+    frozen: Mapping[str, Outputs]
+
+
+def _frozen_step(given: Iterator[_Given], stage: Any, *, device: torch.device) -> tuple[Tensor, None]:
+    """Mcore's forward_step_func for a frozen model: without a loss the schedule keeps what the last stage gives."""
+    return stage.hidden_states(next(given).batch.to(device)), None
+
+
 def _forward_step(
-    batches: Iterator[Batch], stage: Any, *, device: torch.device, objective: Objective
+    given: Iterator[_Given], stage: Any, *, device: torch.device, objective: Objective
 ) -> tuple[Any, Any]:
     """Mcore's forward_step_func: run a micro-batch; its loss is a sum with a count (calculate_per_token_loss)."""
-    batch = next(batches)
-    count = objective.count(batch)
-    batch = batch.to(device)
+    own = next(given)
+    count = objective.count(own.batch)
+    batch = own.batch.to(device)
 
     def loss(found: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         total, sums = found
@@ -442,7 +493,7 @@ def _forward_step(
         divisor = torch.tensor(count, dtype=torch.int, device=device)
         return total, divisor, {"sum": total.detach(), "count": count, **named}
 
-    return stage(batch, objective), loss
+    return stage(batch, objective, own.frozen), loss
 
 
 def initialize_groups(device: torch.device, parallel: ParallelConfig, seconds: float) -> None:

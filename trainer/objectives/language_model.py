@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trainer.data.batch import Batch
-from trainer.objectives.base import Outputs
+from trainer.objectives.base import NO_MODELS, Outputs
 
 
 class LanguageModel:
@@ -13,6 +13,7 @@ class LanguageModel:
     """
 
     metrics: tuple[str, ...] = ()
+    models = NO_MODELS
 
     def count(self, batch: Batch) -> int:
         """Tokens that count."""

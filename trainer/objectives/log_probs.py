@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.losses.token_log_probs import IGNORE_LABEL
 from trainer.data.batch import Batch
-from trainer.objectives.base import Outputs
+from trainer.objectives.base import NO_MODELS, Outputs
 
 
 class WeightedLogProbs:
@@ -18,6 +18,8 @@ class WeightedLogProbs:
         temperature: Divides the logits, as the sampler's did.
         entropy: c, how much of the entropy is added to what is maximised.
     """
+
+    models = NO_MODELS
 
     def __init__(self, weights: str, temperature: float = 1.0, entropy: float = 0.0) -> None:
         self._weights, self._temperature, self._entropy = weights, temperature, entropy

@@ -1,4 +1,4 @@
-"""The softmax kernels of the fused linear layer: cross entropy, log-probabilities and entropies."""
+"""The softmax kernels of the fused linear layer: cross entropy, log-probabilities and entropies, divergences."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.losses import _blocks
+from kernels.losses.distillation import distillation_kl, distillation_kl_reference
 from kernels.losses.linear_cross_entropy import IGNORE_LABEL, linear_cross_entropy, linear_cross_entropy_reference
 from kernels.losses.token_log_probs import token_log_probs, token_log_probs_reference
 from tests.kernels.triton._compare import DEVICE, assert_matches, error, random, results
@@ -84,6 +85,35 @@ def test_log_probs_entropies_and_gradients(
         [hidden, weight],
         dtype,
         tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@SETTINGS
+@given(
+    tokens=st.integers(1, 12),
+    vocabulary=st.sampled_from([2, 31, 32, 33, 100]),
+    direction=st.sampled_from(["forward", "reverse"]),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+def test_divergence_and_gradients(
+    dtype: torch.dtype, tokens: int, vocabulary: int, direction: str, temperature: float, seed: int
+) -> None:
+    shapes = ((tokens, 8), (vocabulary, 8), (tokens, 5), (vocabulary, 5))
+    # bfloat16 logits of large numbers are off by whole units.
+    hidden, weight, *teacher = (
+        (random(*shape, seed=seed + i).detach() * 0.5).to(dtype).requires_grad_(i < 2) for i, shape in enumerate(shapes)
+    )
+    _, token_weights = labels_and_weights(tokens, vocabulary, seed)
+    token_weights[0] = 1.0
+    options = {"direction": direction, "temperature": temperature}
+    assert_matches(
+        lambda h, w: distillation_kl(h, w, *teacher, token_weights, **options, backend="triton"),
+        lambda h, w: distillation_kl_reference(h, w, *(x.double() for x in teacher), token_weights, **options),
+        [hidden, weight],
+        dtype,
+        tolerance={torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype],
     )
 
 
