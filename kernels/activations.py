@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.shapes import block_limit
 from kernels.triton import implementations
 
 # Elements per block of rows on the CPU, so that a second operation on a block finds it in the cache.
@@ -77,7 +78,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _block_rows(x_NF: Tensor) -> int:
     """Rows per block; one block where there is no CPU cache to keep them in."""
-    return max(1, _BLOCK_ELEMENTS // x_NF.shape[1] if x_NF.is_cpu else len(x_NF))
+    return max(1, block_limit(_BLOCK_ELEMENTS) // x_NF.shape[1] if x_NF.is_cpu else len(x_NF))
 
 
 def _forward_rows(gate_NF: Tensor, up_NF: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from kernels.attention_sharded import attention_sharded
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.matmul import batched_matmul
+from kernels.shapes import has_values
 
 # Queries per tile of the banded form, by bytes of an element, and scores per CPU tile and thread, which softmax should
 # find in the cache. Measured on a Zen 5 with 1 MiB of second-level cache a core; half and double cost 0 to 10 %.
@@ -314,7 +315,7 @@ def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
     rows, groups, queries, _ = q_XGTK.shape
     # A block sees window + block keys a query and needs window of them.
     block = min(_TILE_QUERIES[q_XGTK.dtype.itemsize], max(64, window // 2))
-    for start in range(0, queries, block):
+    for start in range(0, queries if has_values() else 0, block):
         end = min(start + block, queries)
         count, last = end - start, end + wide_k_XTK.shape[1] - queries
         first = max(0, last - count - window + 1)

@@ -24,6 +24,7 @@ from kernels.backend import resolve
 from kernels.cache import cache_tensors
 from kernels.linear_attention._chunks import implementations, sequence_bounds
 from kernels.linear_attention._sharded import all_gather, begins_here, cut_documents, run_from, state_of_last
+from kernels.shapes import block_limit
 from kernels.triton import implementations as with_triton
 
 SLAB_ELEMENTS = 1 << 17  # buffers of 512 KiB: measured best of 2^15 .. 2^18 with 1 MiB of L2 cache
@@ -111,7 +112,7 @@ def _head_windows(x: Tensor, state_NWD: Tensor, heads: _Heads) -> Tensor:
 
 
 def _slabs(rows: int, dim: int) -> Iterator[tuple[int, int]]:
-    size = max(SLAB_ELEMENTS // dim, 32)
+    size = max(block_limit(SLAB_ELEMENTS) // dim, 32)
     for begin in range(0, rows, size):
         yield begin, min(begin + size, rows)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.shapes import block_limit
 from kernels.triton import LARGEST_ROW, implementations
 
 Activation = Literal["silu", "sigmoid"]
@@ -173,7 +174,7 @@ def _inverse_norm(x_ND: Tensor, eps: float, divisor: int) -> Tensor:
 def _block_rows(x: Tensor) -> int:
     """Rows per block; one block where there is no CPU cache to keep them in."""
     rows = x.numel() // x.shape[-1]
-    return max(1, min(rows, _BLOCK_ELEMENTS // x.shape[-1]) if x.is_cpu else rows)
+    return max(1, min(rows, block_limit(_BLOCK_ELEMENTS) // x.shape[-1]) if x.is_cpu else rows)
 
 
 class _RMSNorm(torch.autograd.Function):

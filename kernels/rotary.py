@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
 from kernels.indices import check_range
+from kernels.shapes import block_limit
 from kernels.triton import implementations
 
 # float32 has every integer below it.
@@ -95,7 +96,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     cos_BT1K = torch.cat((cos, cos), dim=-1).unsqueeze(-2).to(wide).expand(x.shape[0], -1, -1, -1)
     sin_BT1K = torch.cat((-sin, sin), dim=-1).unsqueeze(-2).to(wide).expand(x.shape[0], -1, -1, -1)
-    steps = max(1, _BLOCK_ELEMENTS // (x.shape[2] * x.shape[3])) if x.is_cpu else x.shape[1]
+    steps = max(1, block_limit(_BLOCK_ELEMENTS) // (x.shape[2] * x.shape[3])) if x.is_cpu else x.shape[1]
     for example in zip(x, cos_BT1K, sin_BT1K, out):
         for block, block_cos, block_sin, block_out in zip(*(tensor.split(steps) for tensor in example)):
             block = block.to(wide)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.matmul import linear
 from kernels.rotary import rotary_tables
-from models.config import SOFTMAX_MIXERS, ModelConfig, branches
+from models.config import MIXERS, SOFTMAX_MIXERS, ModelConfig, branches
 from models.layers import RMSNorm, SwiGLU
 from models.mixers import build_mixer
 from models.mixers.base import LayerCache, SequenceInfo
@@ -269,11 +269,6 @@ def matmul_parameters(model: Decoder) -> Iterator[Tensor]:
             yield parameter
 
 
-# Products with the state per token: written and read for q; the delta rule reads it for k too. HGRN's vector is only
-# updated, what follows being elementwise.
-_STATE_PRODUCTS = {"hgrn": 1, "delta_net": 3, "gated_delta_net": 3, "kimi_delta_attention": 3}
-
-
 def flops_per_token(model: Decoder, seq_len: int, experts_per_token: float | None = None) -> float:
     """Floating-point operations of one training token, forward and backward, recomputation not counted.
 
@@ -293,5 +288,5 @@ def flops_per_token(model: Decoder, seq_len: int, experts_per_token: float | Non
             seen = keys - keys * (keys - 1) / (2 * seq_len)
             total += 12.0 * config.attention.num_heads * config.attention_head_dim * seen
         else:
-            total += 6.0 * _STATE_PRODUCTS.get(mixer, 2) * math.prod(config.state_shape(mixer))
+            total += 6.0 * MIXERS[mixer].state_products * math.prod(config.state_shape(mixer))
     return total

@@ -3,12 +3,16 @@
 python -m trainer.combinations docs/parallelism.md
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.config import PretrainConfig
+if TYPE_CHECKING:
+    from trainer.config import PretrainConfig
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from models.config import ModelConfig
+from models.config.checks import require
+from trainer.combinations import refuse_unsupported
 from trainer.data.layout import resolve_prefix
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -38,12 +35,12 @@ class RunConfig:
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        _require(bool(self.dir), "run.dir is empty; name a directory")
-        _require(
+        require(bool(self.dir), "run.dir is empty; name a directory")
+        require(
             0 < self.timeout_seconds < math.inf,
             f"run.timeout_seconds is {self.timeout_seconds}: it must be a positive number of seconds",
         )
-        _require(self.threads >= 0, f"run.threads={self.threads} must be 0 (automatic) or more")
+        require(self.threads >= 0, f"run.threads={self.threads} must be 0 (automatic) or more")
 
     def phase_seconds(self, phase: str) -> float:
         """How long a phase of the run (see trainer.loop.Trainer.enter) may take without progress."""
@@ -83,7 +80,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for source, weight in self.blend.items():
-            _require(
+            require(
                 0 < weight < math.inf, f"data.blend: the weight of {source} is {weight}; it must be a positive number"
             )
         for source in self.shares():
@@ -94,11 +91,11 @@ class DataConfig:
             if value is not None:
                 path = Path(value).expanduser()
                 exists = path.exists() or Path(f"{path}.idx").exists()
-                _require(exists, f"data.{name}: {value} does not exist")
-        _require(
+                require(exists, f"data.{name}: {value} does not exist")
+        require(
             self.vocab_size >= 512, f"data.vocab_size={self.vocab_size} must be at least 512 (256 bytes and pieces)"
         )
-        _require(self.eod_id is None or self.eod_id >= 0, f"data.eod_id is {self.eod_id}: it must not be negative")
+        require(self.eod_id is None or self.eod_id >= 0, f"data.eod_id is {self.eod_id}: it must not be negative")
 
     def shares(self) -> dict[str, float]:
         """Every source with its weight: `blend`, or `path` alone."""
@@ -145,22 +142,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
             value = getattr(self, name)
-            _require(value > 0, f"train.{name} is {value}: it must be positive")
-        _require(self.seed >= 0, f"train.seed is {self.seed}: it must not be negative")
-        _require(
+            require(value > 0, f"train.{name} is {value}: it must be positive")
+        require(self.seed >= 0, f"train.seed is {self.seed}: it must not be negative")
+        require(
             self.recompute_modules is None or self.recompute == "selective",
             f"train.recompute_modules={self.recompute_modules} means nothing with train.recompute={self.recompute}; "
             "use train.recompute=selective, or leave it out",
         )
-        _require(
+        require(
             self.recompute_modules != [],
             "train.recompute_modules is empty; name mixer or ffn, or use train.recompute=none",
         )
-        _require(
+        require(
             self.trainable != [], "train.trainable is empty: nothing would be trained; name a pattern, or leave it out"
         )
         of_experts = [name for name in self.recompute_modules or [] if name.startswith("moe_")]
-        _require(
+        require(
             not of_experts or "ffn" not in (self.recompute_modules or []),
             f"train.recompute_modules has {', '.join(of_experts)} beside ffn, which contains it; name one of them",
         )
@@ -179,7 +176,7 @@ class TrainConfig:
             ValueError: the global batch does not divide over ranks and micro-batches.
         """
         per_pass = self.micro_batch_size * data_parallel
-        _require(
+        require(
             self.global_batch_size % per_pass == 0,
             f"train.global_batch_size={self.global_batch_size} does not divide by train.micro_batch_size="
             f"{self.micro_batch_size} times {data_parallel} data-parallel ranks; use a multiple of {per_pass}",
@@ -216,14 +213,14 @@ class OptimConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}: it must be a positive number")
-        _require(self.eps > 0, f"optim.eps is {self.eps}: it must be positive")
+        require(0 < self.lr < math.inf, f"optim.lr is {self.lr}: it must be a positive number")
+        require(self.eps > 0, f"optim.eps is {self.eps}: it must be positive")
         for name in ("warmup_steps", "weight_decay", "clip_grad"):
-            _require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}: it must not be negative")
+            require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}: it must not be negative")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1)")
         for name in ("min_lr_ratio", "decay_fraction"):
-            _require(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, f"optim.{name} is {getattr(self, name)}: it must be in [0, 1]")
 
 
 @dataclass
@@ -268,7 +265,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "context"):
             value = getattr(self, name)
-            _require(value >= 1, f"parallel.{name} is {value}: it must be at least 1")
+            require(value >= 1, f"parallel.{name} is {value}: it must be at least 1")
 
     def stage_layers(self, num_layers: int) -> list[range]:
         """The layers of each stage; of each chunk where a rank has several, chunk i being rank i mod `pipeline`'s.
@@ -277,7 +274,7 @@ class ParallelConfig:
             ValueError: there are fewer layers than stages, or `pipeline_layers` does not add up.
         """
         stages = self.pipeline * self.virtual_pipeline
-        _require(
+        require(
             num_layers >= stages,
             f"parallel.pipeline={self.pipeline} times parallel.virtual_pipeline={self.virtual_pipeline} makes {stages} "
             f"stages of {num_layers} layers; use at most {num_layers} stages",
@@ -285,7 +282,7 @@ class ParallelConfig:
         sizes = self.pipeline_layers
         if sizes is None:
             sizes = [num_layers // stages + (stage < num_layers % stages) for stage in range(stages)]
-        _require(
+        require(
             len(sizes) == stages and sum(sizes) == num_layers and min(sizes) >= 1,
             f"parallel.pipeline_layers={sizes} must be {stages} positive numbers that add up to {num_layers} layers",
         )
@@ -298,12 +295,12 @@ class ParallelConfig:
             ValueError: heads, channels, rows of the vocabulary or experts do not divide over them.
         """
         for name, size in model.tensor_parallel_sizes().items() if self.tensor > 1 else ():
-            _require(
+            require(
                 size % self.tensor == 0,
                 f"{name}={size} does not divide by parallel.tensor={self.tensor}; use a divisor of {size}",
             )
         experts = model.moe.num_experts
-        _require(
+        require(
             experts % self.expert == 0,
             f"model.moe.num_experts={experts} does not divide by parallel.expert={self.expert}; use a divisor of "
             f"{experts}",
@@ -316,7 +313,7 @@ class ParallelConfig:
             ValueError: the world size does not divide.
         """
         used = self.tensor * self.pipeline * self.context
-        _require(
+        require(
             world_size % used == 0,
             f"world size {world_size} does not divide by tensor*pipeline*context={used}; start a multiple of {used}",
         )
@@ -348,18 +345,18 @@ class CheckpointConfig:
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"checkpoint.every is {self.every}: it must not be negative")
-        _require(self.keep >= 0, f"checkpoint.keep is {self.keep}: it must not be negative (0 keeps all)")
-        _require(
+        require(self.every >= 0, f"checkpoint.every is {self.every}: it must not be negative")
+        require(self.keep >= 0, f"checkpoint.keep is {self.keep}: it must not be negative (0 keeps all)")
+        require(
             self.keep_every >= 0, f"checkpoint.keep_every is {self.keep_every}: it must not be negative (0 keeps none)"
         )
-        _require(
+        require(
             not self.keep_every or self.every > 0,
             f"checkpoint.keep_every={self.keep_every} counts the checkpoints of checkpoint.every=0, of which there are "
             "none; set checkpoint.every, or checkpoint.keep_every=0",
         )
         if self.resume not in ("auto", "never"):
-            _require(
+            require(
                 Path(self.resume).is_dir(),
                 f"checkpoint.resume: {self.resume} is neither auto, never, nor the directory of a checkpoint",
             )
@@ -391,12 +388,12 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "batches", "samples", "sample_tokens"):
-            _require(getattr(self, name) >= 0, f"evaluation.{name} is {getattr(self, name)}: it must not be negative")
+            require(getattr(self, name) >= 0, f"evaluation.{name} is {getattr(self, name)}: it must not be negative")
         for name in ("seq_len", "stride"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"evaluation.{name} is {value}: it must be positive")
+            require(value is None or value > 0, f"evaluation.{name} is {value}: it must be positive")
         if self.seq_len is not None and self.stride is not None:
-            _require(
+            require(
                 self.stride <= self.seq_len,
                 f"evaluation.stride={self.stride} exceeds evaluation.seq_len={self.seq_len}",
             )
@@ -419,8 +416,8 @@ class LoggingConfig:
     profile_step: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"logging.every is {self.every}: it must be at least 1")
-        _require(self.profile_step >= 0, f"logging.profile_step is {self.profile_step}: it must not be negative")
+        require(self.every >= 1, f"logging.every is {self.every}: it must be at least 1")
+        require(self.profile_step >= 0, f"logging.profile_step is {self.profile_step}: it must not be negative")
 
 
 @dataclass
@@ -453,23 +450,23 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         window = self.evaluation.seq_len or self.train.seq_len
-        _require(
+        require(
             self.evaluation.stride is None or self.evaluation.stride <= window,
             f"evaluation.stride={self.evaluation.stride} exceeds the evaluation window of {window} tokens",
         )
         of_experts = sorted(part for part in self.train.recomputed_parts if part.startswith("moe_"))
-        _require(
+        require(
             not of_experts or self.model.moe.num_experts > 0,
             f"train.recompute_modules has {', '.join(of_experts)}, but the model has no experts; set "
             "model.moe.num_experts, or name ffn",
         )
         spawn_step = self.model.moe.spawn_step if self.model.moe.num_experts else None
-        _require(
+        require(
             spawn_step is None or spawn_step < self.train.steps,
             f"model.moe.spawn_step={spawn_step} lies past the end of the run, train.steps={self.train.steps}; spawn "
             "earlier, or leave it out",
         )
-        _require(
+        require(
             spawn_step is None or self.checkpoint.init is None,
             f"model.moe.spawn_step={spawn_step} would overwrite the experts of checkpoint.init={self.checkpoint.init} "
             "with the first of each layer; leave one of them out",
@@ -484,12 +481,10 @@ class PretrainConfig:
         Raises:
             ValueError: the layout is not supported, or does not fit the world size.
         """
-        from trainer.combinations import refuse_unsupported
-
         refuse_unsupported(self)
         parallel = self.parallel
         accumulation = self.train.accumulation(parallel.data_parallel(world_size))
-        _require(
+        require(
             parallel.tensor > 1 or not parallel.sequence,
             "parallel.sequence cuts over the tensor-parallel ranks, of which there is one; use parallel.tensor=2 or "
             "more, or parallel.sequence=false",
@@ -497,19 +492,19 @@ class PretrainConfig:
         parallel.stage_layers(self.model.num_layers)
         parallel.require_divisible(self.model)
         self._check_experts(world_size)
-        _require(
+        require(
             parallel.pipeline > 1 or parallel.virtual_pipeline == 1,
             "parallel.virtual_pipeline interleaves pipeline stages, of which there is one; use parallel.pipeline=2 or "
             "more, or parallel.virtual_pipeline=1",
         )
-        _require(
+        require(
             parallel.virtual_pipeline == 1 or accumulation % parallel.pipeline == 0,
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a multiple of parallel.pipeline="
             f"{parallel.pipeline} micro-batches a step, not {accumulation}; change train.global_batch_size",
         )
         pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
         for name, seq_len in (("train", self.train.seq_len), ("evaluation", self.evaluation.seq_len)):
-            _require(
+            require(
                 (seq_len or 0) % pieces == 0,
                 f"{name}.seq_len={seq_len} does not divide over {pieces} ranks that share a sequence (parallel.context"
                 f"={parallel.context}, parallel.sequence={str(parallel.sequence).lower()}); use a multiple of {pieces}",
@@ -517,12 +512,12 @@ class PretrainConfig:
 
     def _check_experts(self, world_size: int) -> None:
         experts, expert, pipeline = self.model.moe.num_experts, self.parallel.expert, self.parallel.pipeline
-        _require(
+        require(
             expert == 1 or experts > 0,
             f"parallel.expert={expert} shares experts, of which the model has none; set model.moe.num_experts, or "
             "parallel.expert=1",
         )
-        _require(
+        require(
             world_size // pipeline % expert == 0,
             f"parallel.expert={expert} does not divide the tensor*context*data={world_size // pipeline} ranks of a "
             "pipeline stage; use a divisor of it",

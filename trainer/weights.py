@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from models.config import MIXERS, ModelConfig, branches, mixer_section
+from models.config import MIXERS, ModelConfig
 from trainer.cli import ConfigError, from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
@@ -544,13 +544,13 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _sections(model: ModelConfig) -> set[str]:
-    return {mixer_section(mixer) for layer in model.layer_mixers() for mixer in branches(layer)}
+def _sections(model: ModelConfig) -> set[str | None]:
+    return {MIXERS[mixer].section for mixer in model.used_mixers()}
 
 
-def _compared(model: ModelConfig, read: set[str]) -> dict[str, Any]:
+def _compared(model: ModelConfig, read: set[str | None]) -> dict[str, Any]:
     """The keys that give parameters their meaning, of mixers those in the sections `read`."""
-    unread = {mixer_section(mixer) for mixer in MIXERS} - read
+    unread = {mixer.section for mixer in MIXERS.values()} - read
     values = {name: value for name, value in asdict(model).items() if name not in (*_NOT_COMPARED, *unread)}
     values["moe"] = {name: value for name, value in values["moe"].items() if name not in _NOT_COMPARED_OF_EXPERTS}
     return flatten({"model": values | {"mixers": ", ".join(model.layer_mixers())}})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.cache import cache_tensors
 from kernels.matmul import multiplies_bfloat16
+from kernels.shapes import block_limit
 
 CHUNK = 64  # measured: 32 and 128 are slower at K = V = 64 and 128, for 8 x 512 and 1 x 4096 tokens
 SMALLEST_CHUNK = 16
@@ -70,7 +71,7 @@ class ChunkLayout:
         """
         if not on_cpu:
             return [self]
-        limit = max(1, _SEGMENT_ELEMENTS // elements)
+        limit = max(1, block_limit(_SEGMENT_ELEMENTS) // elements)
         segments, position = [], 0
         while position < len(self.spans):
             first = self.spans[position][0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.matmul import through_mkl
+from kernels.shapes import block_limit
 
 # Elements per tensor and block of chunks on the CPU. Measured on a Zen 5 with 1 MiB of second-level cache a core.
 _BLOCK_ELEMENTS = 1 << 18
@@ -73,7 +74,7 @@ def pairwise_decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def block_groups(x_GCK: Tensor) -> int:
     """Chunks whose temporaries fit the CPU's cache together; all of them where there is none to keep them in."""
-    return max(1, _BLOCK_ELEMENTS // x_GCK[0].numel()) if x_GCK.is_cpu else len(x_GCK)
+    return max(1, block_limit(_BLOCK_ELEMENTS) // x_GCK[0].numel()) if x_GCK.is_cpu else len(x_GCK)
 
 
 def channel_scores(rows: Tensor, columns: Tensor, until: Tensor, after: Tensor, scores: Tensor) -> None:

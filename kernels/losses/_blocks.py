@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.indices import check_range
 from kernels.matmul import matmul
+from kernels.shapes import block_limit
 
 IGNORE_LABEL = -100
 
@@ -104,7 +105,7 @@ def block_tokens(weight: Tensor) -> int:
 
 def softmax_rows(logits_CV: Tensor) -> int:
     """Tokens of a block whose softmax is taken at once."""
-    return max(1, _SOFTMAX_ELEMENTS // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
+    return max(1, block_limit(_SOFTMAX_ELEMENTS) // logits_CV.shape[1]) if logits_CV.is_cpu else len(logits_CV)
 
 
 def add_weight_gradient(grad_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:

@@ -26,7 +26,7 @@ from models.parallel import (
     replicate_experts,
     token_dispatcher,
 )
-from models.parameters import Module, Placement, normal
+from models.parameters import Groups, Module, Placement, normal
 from models.recompute import run_region
 
 _GATED = {"swiglu": swiglu, "geglu": lambda gate, up: F.gelu(gate) * up}
@@ -99,6 +99,10 @@ class SharedExperts(Module):
             return self.down_proj(hidden)
 
 
+Exchange = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor], Groups], Tensor]
+"""Of tokens [N, D], gates [N, E] and what runs the experts' rows: what the tokens get, [N, D]."""
+
+
 class MoELayer(Module):
     """Routed and shared experts in place of a feed-forward.
 
@@ -106,9 +110,12 @@ class MoELayer(Module):
         recompute: What of the block runs again in backward. Of it this layer heeds moe_activation (the router, and the
             activation between the experts' products) and moe_experts (routed and shared experts, without the exchange
             of tokens); the block, what contains all of it.
+        exchange: Takes tokens to experts and back in place of `apply_experts`, where there are no values to route by
+            (trainer.planning.experts).
     """
 
     recompute: frozenset[str] = frozenset()
+    exchange: Exchange | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -135,12 +142,18 @@ class MoELayer(Module):
         if self.router.replicated:
             routed = self._apply_with_copies(tokens_ND, routing.gates, routing.routing_map, self.router.replicated)
         else:
-            run = self._run_own_experts
-            routed = apply_experts(tokens_ND, routing.gates, routing.routing_map, run, self.dispatcher)
+            routed = self._through_experts(tokens_ND, routing.gates, routing.routing_map, self._run_own_experts)
         y = routed.view_as(x)
         if self.shared_experts is not None:
             y = y + self._run(self.shared_experts, enter_region(x, self.groups))
         return y
+
+    def _through_experts(
+        self, x_ND: Tensor, gates_NE: Tensor, routing_map_NE: Tensor, experts: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        if self.exchange is not None:
+            return self.exchange(x_ND, gates_NE, experts, self.groups)
+        return apply_experts(x_ND, gates_NE, routing_map_NE, experts, self.dispatcher)
 
     def _apply_with_copies(
         self, x_ND: Tensor, gates_NE: Tensor, routing_map_NE: Tensor, copied: Sequence[int]

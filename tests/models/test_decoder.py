@@ -241,7 +241,7 @@ def test_standard_deviations(scaled):
     )
     seen = 0
     # SpikingBrain's gate has a start of its own, see test_mixers.py.
-    own = {*model.layers[str(MIXERS.index("spikingbrain_gla"))].mixer.gk_proj}
+    own = {*model.layers[str(list(MIXERS).index("spikingbrain_gla"))].mixer.gk_proj}
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear | nn.Embedding) and module not in own:
@@ -301,7 +301,7 @@ def test_decays_stay_float32():
     cast_parameters(model, torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    layers = [MIXERS.index(name) for name in ("gated_delta_net", "kimi_delta_attention")]
+    layers = [list(MIXERS).index(name) for name in ("gated_delta_net", "kimi_delta_attention")]
     decays = {f"layers.{i}.mixer.{name}" for i in layers for name in ("A_log", "dt_bias")}
     assert kept == decays | {"lower_bounds"}
     assert {dtype for name, dtype in dtypes.items() if name not in kept} == {torch.bfloat16}

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.parameters import Groups, shard
 from models.recompute import run_region
-from trainer.benchmarks.moe import Config, build_layer, largest_difference, make_inputs
+from trainer.benchmarks.moe_layers import Config, build_layer, largest_difference, make_inputs
 from trainer.benchmarks.report import Comparison, say
 from trainer.communication import SentBytes
 from trainer.config import ParallelConfig, RunConfig

@@ -1,6 +1,6 @@
 """megatron-core on a machine without an accelerator, over gloo.
 
-The only place that adapts the library. Nothing here runs where there is a GPU, and every adaptation is bound to the
+The only place that adapts the library. Where there is a GPU only plans use it, and every adaptation is bound to the
 version it was written for: another version is refused rather than half adapted. What is adapted, and why:
 
 - `device="cuda"` literals, `torch.cuda.current_device()`, streams and synchronisation: mcore's modules get a view of
@@ -120,11 +120,34 @@ def adapt() -> None:
     check_version()
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _as_plain_numbers
-    view = _TorchOnCpu()
+    _point_at_cpu()
+    _skip_collectives_of_one_rank()
+
+
+def _point_at_cpu() -> list[Any]:
+    """The loaded modules of mcore that have been given the view."""
+    view, found = _TorchOnCpu(), []
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
-    _skip_collectives_of_one_rank()
+            found.append(module)
+    return found
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """In here the loaded modules of mcore work on the CPU, also where there is a GPU: for plans, which compute nothing.
+
+    Raises:
+        RuntimeError: megatron-core's version is another than SUPPORTED_VERSION.
+    """
+    check_version()
+    modules = _point_at_cpu()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.torch = torch
 
 
 def _as_plain_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
+from models.config.checks import require
 from trainer.config import PretrainConfig
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass
@@ -45,10 +41,10 @@ class ClusterConfig:
         positive = ("nodes", "devices", "memory", "host_memory", "peak_bf16", "peak_fp32", "intra_node", "inter_node")
         for name in positive:
             value = getattr(self, name)
-            _require(value > 0, f"cluster.{name} is {value}: it must be positive")
+            require(value > 0, f"cluster.{name} is {value}: it must be positive")
         for name in ("usable", "efficiency"):
             value = getattr(self, name)
-            _require(0 < value <= 1, f"cluster.{name} is {value}: it is a share, more than 0 and at most 1")
+            require(0 < value <= 1, f"cluster.{name} is {value}: it is a share, more than 0 and at most 1")
 
     @property
     def ranks(self) -> int:

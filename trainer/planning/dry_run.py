@@ -9,12 +9,12 @@ Everything is linear in the number of tokens once the windows are full, so that 
 two shorter ones give the line. Kernels that go through their inputs in blocks, for the CPU's cache, take them at once.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend `fake`
 
+from kernels.shapes import shapes_only
 from models.config import ModelConfig
 from models.decoder import Decoder, flops_per_token, matmul_parameters
 from models.parallel import enter_region, vocabulary_loss
@@ -36,21 +37,11 @@ from models.parameters import (
     shard,
 )
 from trainer.communication import SentBytes
-from trainer.planning.experts import balanced
+from trainer.engines import megatron_cpu
+from trainer.planning.experts import balance
 
 # Longer sequences are extrapolated from one and two of these, behind a full window; the head, all linear, from fewer.
 _STEP, _HEAD_STEP = 128, 64
-# Of the kernels' blocks on the CPU, each with the size of a block that no input fills. What autograd saves is the same.
-_BLOCK_SIZES = (
-    "kernels.activations._BLOCK_ELEMENTS",
-    "kernels.convolution.SLAB_ELEMENTS",
-    "kernels.linear_attention._chunks._SEGMENT_ELEMENTS",
-    "kernels.linear_attention._decays._BLOCK_ELEMENTS",
-    "kernels.losses._blocks._SOFTMAX_ELEMENTS",
-    "kernels.norms._BLOCK_ELEMENTS",
-    "kernels.rotary._BLOCK_ELEMENTS",
-)
-
 NOTHING = (0.0, 0.0, 0.0)
 
 
@@ -137,13 +128,11 @@ def fake_groups(cut_to: Cut) -> Iterator[Groups]:
 def shapes_alone(cut_to: Cut) -> Iterator[Groups]:
     """Tensors made within have no memory, and the groups are fake."""
     with ExitStack() as stack:
-        for size in _BLOCK_SIZES:
-            stack.enter_context(mock.patch(size, 1 << 62))
-        # Attention's function allocates what it gives; its tiles are arithmetic alone.
-        stack.enter_context(mock.patch("kernels.attention._tiles", return_value=()))
+        stack.enter_context(shapes_only())
         if cut_to.ranks > 1:
-            # Where mcore allocates what it gathers.
-            stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")))
+            # The exchanges allocate what they gather.
+            importlib.import_module("megatron.core.tensor_parallel.mappings")
+            stack.enter_context(megatron_cpu.on_cpu())
         groups = stack.enter_context(fake_groups(cut_to))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield groups
@@ -202,11 +191,12 @@ class DryRun:
         decoder = Decoder(self.config, self.vocab_size, layers)
         shard(decoder, groups)
         cast_parameters(decoder, self.dtype)
+        balance(decoder)
         return decoder
 
     def _parameters(self, layers: range, cut_to: Cut) -> list[ParameterSpec]:
         """The shard that a rank with these layers has. Tensor-parallel ranks' shards have the same sizes."""
-        with shapes_alone(cut_to) as groups, balanced(self.config.moe):
+        with shapes_alone(cut_to) as groups:
             decoder = self._build(layers, groups)
             partial = {id(parameter) for parameter in partial_gradients(decoder, groups)}
             return [
@@ -264,7 +254,7 @@ class DryRun:
     def _layer(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str], backward: bool) -> Cost:
         """A layer, over `tokens` on this rank, of a row that is one document; without `backward` what it keeps."""
         window = self.config.attention.window if "sliding" in self.config.layer_mixers()[number] else 0
-        with shapes_alone(cut_to) as groups, balanced(self.config.moe):
+        with shapes_alone(cut_to) as groups:
             decoder = self._build(range(number, number + 1), groups)
             decoder.recompute(recompute)
             (block,) = decoder.layers.values()
@@ -293,7 +283,7 @@ class DryRun:
     def _ends(self, cut_to: Cut, tokens: int) -> tuple[Cost, Cost]:
         """What comes before the first layer, and what comes after the last one."""
         layers = self.config.num_layers
-        with shapes_alone(cut_to) as groups, balanced(self.config.moe):
+        with shapes_alone(cut_to) as groups:
             first, last = self._build(range(1), groups), self._build(range(layers - 1, layers), groups)
             step = _HEAD_STEP * cut_to.tensor
             before = self._line(lambda length: self._embed(first, groups, length), tokens, step)

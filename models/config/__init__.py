@@ -1,0 +1,25 @@
+"""The shape of a model, as nested dataclasses that validate themselves.
+
+Nothing here imports torch: a bad configuration must be reported before torch is loaded.
+"""
+
+from models.config.experts import DenseToSparseConfig as DenseToSparseConfig
+from models.config.experts import MoEConfig as MoEConfig
+from models.config.experts import RouterConfig as RouterConfig
+from models.config.experts import RouterLossConfig as RouterLossConfig
+from models.config.mixers import LINEAR_MIXERS as LINEAR_MIXERS
+from models.config.mixers import MIXERS as MIXERS
+from models.config.mixers import SOFTMAX_MIXERS as SOFTMAX_MIXERS
+from models.config.mixers import AttentionConfig as AttentionConfig
+from models.config.mixers import DeltaNetConfig as DeltaNetConfig
+from models.config.mixers import GatedDeltaNetConfig as GatedDeltaNetConfig
+from models.config.mixers import GatedLinearAttentionConfig as GatedLinearAttentionConfig
+from models.config.mixers import HGRN2Config as HGRN2Config
+from models.config.mixers import KimiDeltaAttentionConfig as KimiDeltaAttentionConfig
+from models.config.mixers import MixerLayoutConfig as MixerLayoutConfig
+from models.config.mixers import MixerType as MixerType
+from models.config.mixers import RetentionConfig as RetentionConfig
+from models.config.mixers import SpikingBrainGLAConfig as SpikingBrainGLAConfig
+from models.config.mixers import branches as branches
+from models.config.mixers import parse_pattern as parse_pattern
+from models.config.model import ModelConfig as ModelConfig

@@ -1,0 +1,491 @@
+"""The mixers: what each reads, what the code asks of each, and which layer has which.
+
+Nothing here imports torch, as in all of models.config.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from models.config.checks import require, require_positive
+
+if TYPE_CHECKING:
+    from models.config.model import ModelConfig
+
+
+def _whole_value_size(prefix: str, head_dim: int, expand_v: float) -> None:
+    require(
+        (head_dim * expand_v).is_integer(),
+        f"{prefix}: head_dim={head_dim} times expand_v={expand_v} is not a whole number",
+    )
+
+
+@dataclass
+class AttentionConfig:
+    """Softmax attention, full and sliding-window.
+
+    Attributes:
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads; a divisor of num_heads (grouped-query attention).
+        head_dim: Size of a head; hidden_size / num_heads when null.
+        rope_theta: Base of the rotary embedding; null for no positional encoding (NoPE).
+        qk_norm: RMS-normalise queries and keys per head before the rotation.
+        qkv_bias: Biases on the query, key and value projections.
+        window: Keys that a query of a sliding-window layer sees, its own included.
+    """
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int | None = None
+    rope_theta: float | None = 10000.0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    window: int = 1024
+
+    def __post_init__(self) -> None:
+        require_positive("model.attention", self, "num_heads", "num_kv_heads", "window")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.attention.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
+        )
+        require(
+            self.rope_theta is None or self.rope_theta > 0,
+            f"model.attention.rope_theta is {self.rope_theta}: it must be positive, or null for NoPE",
+        )
+        if self.head_dim is not None:
+            require_positive("model.attention", self, "head_dim")
+            require(self.head_dim % 2 == 0, f"model.attention.head_dim={self.head_dim} must be even (rotary pairs)")
+
+
+@dataclass
+class _GroupedDeltaConfig:
+    """What delta-rule mixers share whose value heads are a multiple of their query and key heads."""
+
+    num_heads: int = 4
+    num_v_heads: int | None = None
+    head_dim: int = 64
+    expand_v: float = 1.0
+    conv_size: int = 4
+    allow_negative_eigenvalues: bool = False
+
+    def _check_heads(self, prefix: str) -> None:
+        require_positive(prefix, self, "num_heads", "head_dim", "expand_v", "conv_size")
+        require(
+            self.value_heads > 0 and self.value_heads % self.num_heads == 0,
+            f"{prefix}.num_v_heads={self.value_heads} must be a multiple of num_heads={self.num_heads}",
+        )
+        _whole_value_size(prefix, self.head_dim, self.expand_v)
+
+    @property
+    def value_heads(self) -> int:
+        """Value heads, the default resolved."""
+        return self.num_heads if self.num_v_heads is None else self.num_v_heads
+
+    @property
+    def head_v_dim(self) -> int:
+        """Value size of a head."""
+        return int(self.head_dim * self.expand_v)
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Heads, key size and value size of the state."""
+        return self.value_heads, self.head_dim, self.head_v_dim
+
+
+@dataclass
+class GatedDeltaNetConfig(_GroupedDeltaConfig):
+    """Gated delta net (arXiv 2412.06464).
+
+    Attributes:
+        num_heads: Query and key heads.
+        num_v_heads: Value heads, a multiple of num_heads; equal to it when null.
+        head_dim: Key size of a head.
+        expand_v: Value size of a head over its key size.
+        conv_size: Width of the causal short convolution on q, k and v.
+        allow_negative_eigenvalues: Double beta, so that the transition's eigenvalues reach -1.
+    """
+
+    def __post_init__(self) -> None:
+        self._check_heads("model.gated_delta_net")
+
+
+@dataclass
+class GatedLinearAttentionConfig:
+    """Gated linear attention (arXiv 2312.06635).
+
+    Attributes:
+        num_heads: Heads.
+        expand_k: Total key size over hidden_size.
+        expand_v: Total value size over hidden_size.
+        gate_low_rank: Rank of the projection that makes the per-channel decay.
+        gate_normalizer: The decay is sigmoid(a) ** (1 / gate_normalizer).
+    """
+
+    num_heads: int = 4
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    gate_low_rank: int = 16
+    gate_normalizer: float = 16.0
+
+    def __post_init__(self) -> None:
+        names = ("num_heads", "expand_k", "expand_v", "gate_low_rank", "gate_normalizer")
+        require_positive("model.gated_linear_attention", self, *names)
+
+
+@dataclass
+class RetentionConfig:
+    """Retention (arXiv 2307.08621).
+
+    Attributes:
+        num_heads: Heads; head h decays by 1 - 2 ** (-5 - h) a token.
+        expand_k: Total key size over hidden_size.
+        expand_v: Total value size over hidden_size.
+        rope_theta: Base of the rotary embedding of queries and keys.
+    """
+
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        require_positive("model.retention", self, "num_heads", "expand_k", "expand_v", "rope_theta")
+
+
+@dataclass
+class HGRN2Config:
+    """HGRN2 (arXiv 2404.07904).
+
+    Attributes:
+        head_dim: Size of a head, of its keys and of its values: the factor by which the state outgrows HGRN's.
+    """
+
+    head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        require_positive("model.hgrn2", self, "head_dim")
+
+
+@dataclass
+class DeltaNetConfig:
+    """Delta net (arXiv 2406.06484).
+
+    Attributes:
+        num_heads: Heads.
+        head_dim: Key size of a head.
+        expand_v: Value size of a head over its key size.
+        conv_size: Width of the causal short convolution on q, k and v.
+        allow_negative_eigenvalues: Double beta, so that the transition's eigenvalues reach -1.
+        output_gate: Multiply the normalised output by silu of a projection of the input.
+    """
+
+    num_heads: int = 4
+    head_dim: int = 64
+    expand_v: float = 1.0
+    conv_size: int = 4
+    allow_negative_eigenvalues: bool = False
+    output_gate: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive("model.delta_net", self, "num_heads", "head_dim", "expand_v", "conv_size")
+        _whole_value_size("model.delta_net", self.head_dim, self.expand_v)
+
+    @property
+    def head_v_dim(self) -> int:
+        """Value size of a head."""
+        return int(self.head_dim * self.expand_v)
+
+
+@dataclass
+class KimiDeltaAttentionConfig(_GroupedDeltaConfig):
+    """Kimi delta attention (arXiv 2510.26692): the gated delta net with a decay for every key channel.
+
+    Attributes:
+        num_heads: Query and key heads.
+        num_v_heads: Value heads, a multiple of num_heads; equal to it when null.
+        head_dim: Key size of a head.
+        expand_v: Value size of a head over its key size.
+        conv_size: Width of the causal short convolution on q, k and v.
+        allow_negative_eigenvalues: Double beta, so that the transition's eigenvalues reach -1.
+        gate: How the decay is made: "softplus" is unbounded, "bounded" keeps its logarithm above min_log_decay.
+        min_log_decay: Log decay of one token that the bounded gate cannot reach.
+    """
+
+    gate: Literal["softplus", "bounded"] = "softplus"
+    min_log_decay: float = -5.0
+
+    def __post_init__(self) -> None:
+        prefix = "model.kimi_delta_attention"
+        self._check_heads(prefix)
+        require(self.gate in ("softplus", "bounded"), f"{prefix}.gate={self.gate!r} must be softplus or bounded")
+        require(self.min_log_decay < 0, f"{prefix}.min_log_decay is {self.min_log_decay}: it must be negative")
+
+
+@dataclass
+class SpikingBrainGLAConfig:
+    """SpikingBrain's linear attention (arXiv 2509.05276), of the 7B and, with a tied gate, of the 76B model.
+
+    Attributes:
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads; a divisor of num_heads (grouped-query attention).
+        head_dim: Size of a head.
+        qkv_bias: Biases on the query, key and value projections.
+        gate_low_rank: Rank of the projection that makes the per-channel decay; the tied gate has none.
+        gate_normalizer: The decay is sigmoid(a) ** (1 / gate_normalizer); not so for the tied gate.
+    """
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    qkv_bias: bool = True
+    gate_low_rank: int = 16
+    gate_normalizer: float = 16.0
+
+    def __post_init__(self) -> None:
+        names = ("num_heads", "num_kv_heads", "head_dim", "gate_low_rank", "gate_normalizer")
+        require_positive("model.spikingbrain_gla", self, *names)
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.spikingbrain_gla.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}",
+        )
+
+
+State = tuple[int, int, int]
+"""(heads, key size, value size) of the state that a linear mixer carries; of a vector (1, 1, size)."""
+
+
+@dataclass(frozen=True)
+class MixerType:
+    """What is known of a kind of mixer without building one.
+
+    Attributes:
+        implementation: Its class, by module and name; imported when a model is built.
+        section: The part of the model's configuration that it reads; None for none.
+        state: The state that it carries, by the model's configuration; None for softmax attention, which keeps keys.
+        state_products: Products with the state for each token: it is written, and read for q; the delta rule reads it
+            for k, too. A vector is only updated, what follows being elementwise.
+        rotary: (head size, base) of the rotary embedding that it applies, None for none; by the configuration.
+        shared: What tensor-parallel ranks share evenly, by its key; None: the heads that the section counts.
+        lower_bounded: Its decays are bounded from below, more so the higher the layer (models.mixers.hgrn).
+        check: Refuses a model's configuration, by a ValueError.
+    """
+
+    implementation: str
+    section: str | None
+    state: "Callable[[ModelConfig], State] | None" = None
+    state_products: int = 2
+    rotary: "Callable[[ModelConfig], tuple[int, float] | None] | None" = None
+    shared: "Callable[[ModelConfig], dict[str, int]] | None" = None
+    lower_bounded: bool = False
+    check: "Callable[[ModelConfig], None] | None" = None
+
+    def shared_sizes(self, model: "ModelConfig") -> dict[str, int]:
+        """What tensor-parallel ranks share evenly, by its key in the model's section."""
+        if self.shared is not None:
+            return self.shared(model)
+        assert self.section is not None, "a mixer without a section says what ranks share"
+        section = getattr(model, self.section)
+        counts = ("num_heads", "num_kv_heads")
+        return {f"{self.section}.{name}": getattr(section, name) for name in counts if hasattr(section, name)}
+
+
+def _check_attention(model: "ModelConfig") -> None:
+    require(
+        model.attention.head_dim is not None or model.hidden_size % (2 * model.attention.num_heads) == 0,
+        f"model.hidden_size={model.hidden_size} gives no even head size over "
+        f"model.attention.num_heads={model.attention.num_heads}; set model.attention.head_dim",
+    )
+
+
+def _attention_rotary(model: "ModelConfig") -> tuple[int, float] | None:
+    base = model.attention.rope_theta
+    return None if base is None else (model.attention_head_dim, base)
+
+
+def _expanded_state(model: "ModelConfig", config: GatedLinearAttentionConfig | RetentionConfig) -> State:
+    size, heads = model.hidden_size, config.num_heads
+    return heads, int(size * config.expand_k) // heads, int(size * config.expand_v) // heads
+
+
+def _check_expanded(model: "ModelConfig", config: GatedLinearAttentionConfig | RetentionConfig, section: str) -> None:
+    for name, expand in (("expand_k", config.expand_k), ("expand_v", config.expand_v)):
+        require(
+            (model.hidden_size * expand / config.num_heads).is_integer(),
+            f"model.{section}.{name}={expand} times model.hidden_size={model.hidden_size} "
+            f"does not divide over num_heads={config.num_heads}",
+        )
+
+
+def _check_retention(model: "ModelConfig") -> None:
+    retention = model.retention
+    _check_expanded(model, retention, "retention")
+    key_size = _expanded_state(model, retention)[1]
+    require(
+        key_size % 2 == 0,
+        f"model.retention: expand_k={retention.expand_k} times model.hidden_size={model.hidden_size} over "
+        f"num_heads={retention.num_heads} gives an odd head size, {key_size} (rotary pairs)",
+    )
+
+
+def _check_hgrn2(model: "ModelConfig") -> None:
+    require(
+        model.hidden_size % model.hgrn2.head_dim == 0,
+        f"model.hgrn2.head_dim={model.hgrn2.head_dim} does not divide model.hidden_size={model.hidden_size}",
+    )
+
+
+def _hgrn2_heads(model: "ModelConfig") -> int:
+    return model.hidden_size // model.hgrn2.head_dim
+
+
+def _spikingbrain(implementation: str) -> MixerType:
+    return MixerType(
+        f"models.mixers.spikingbrain_gla.{implementation}",
+        "spikingbrain_gla",
+        state=lambda model: (
+            model.spikingbrain_gla.num_heads,
+            model.spikingbrain_gla.head_dim,
+            model.spikingbrain_gla.head_dim,
+        ),
+    )
+
+
+def _softmax(implementation: str) -> MixerType:
+    name = f"models.mixers.softmax.{implementation}"
+    return MixerType(name, "attention", rotary=_attention_rotary, check=_check_attention)
+
+
+# A new mixer: its row here, its section above and among the fields of ModelConfig, its class in models/mixers/.
+MIXERS: dict[str, MixerType] = {
+    "full_attention": _softmax("FullAttention"),
+    "sliding_window_attention": _softmax("SlidingWindowAttention"),
+    "gated_delta_net": MixerType(
+        "models.mixers.gated_delta_net.GatedDeltaNet",
+        "gated_delta_net",
+        state=lambda model: model.gated_delta_net.state,
+        state_products=3,
+    ),
+    "gated_linear_attention": MixerType(
+        "models.mixers.gated_linear_attention.GatedLinearAttention",
+        "gated_linear_attention",
+        state=lambda model: _expanded_state(model, model.gated_linear_attention),
+        check=lambda model: _check_expanded(model, model.gated_linear_attention, "gated_linear_attention"),
+    ),
+    "retention": MixerType(
+        "models.mixers.retention.Retention",
+        "retention",
+        state=lambda model: _expanded_state(model, model.retention),
+        rotary=lambda model: (_expanded_state(model, model.retention)[1], model.retention.rope_theta),
+        check=_check_retention,
+    ),
+    "hgrn": MixerType(
+        "models.mixers.hgrn.HGRN",
+        None,
+        state=lambda model: (1, 1, model.hidden_size),
+        state_products=1,
+        shared=lambda model: {"hidden_size": model.hidden_size},
+        lower_bounded=True,
+    ),
+    "hgrn2": MixerType(
+        "models.mixers.hgrn.HGRN2",
+        "hgrn2",
+        state=lambda model: (_hgrn2_heads(model), model.hgrn2.head_dim, model.hgrn2.head_dim),
+        shared=lambda model: {"hidden_size / model.hgrn2.head_dim": _hgrn2_heads(model)},
+        lower_bounded=True,
+        check=_check_hgrn2,
+    ),
+    "delta_net": MixerType(
+        "models.mixers.delta_net.DeltaNet",
+        "delta_net",
+        state=lambda model: (model.delta_net.num_heads, model.delta_net.head_dim, model.delta_net.head_v_dim),
+        state_products=3,
+    ),
+    "kimi_delta_attention": MixerType(
+        "models.mixers.kimi_delta_attention.KimiDeltaAttention",
+        "kimi_delta_attention",
+        state=lambda model: model.kimi_delta_attention.state,
+        state_products=3,
+    ),
+    "spikingbrain_gla": _spikingbrain("SpikingBrainGLA"),
+    "spikingbrain_tied_gla": _spikingbrain("SpikingBrainTiedGLA"),
+}
+SOFTMAX_MIXERS = tuple(name for name, mixer in MIXERS.items() if mixer.state is None)
+LINEAR_MIXERS = tuple(name for name in MIXERS if name not in SOFTMAX_MIXERS)
+
+
+def branches(layer: str) -> list[str]:
+    """The mixers of a layer: its name, or those that it runs side by side, written `NAME + NAME`."""
+    return layer.split(" + ")
+
+
+def parse_pattern(pattern: str, prefix: str = "model.mixers.pattern") -> list[str]:
+    """Expand `gated_delta_net*3, full_attention` into one layer's name per layer of the period.
+
+    `gated_delta_net + full_attention` is the name of one layer (see `branches`), which a count repeats as a whole.
+
+    Raises:
+        ValueError: an entry is not `LAYER` or `LAYER*COUNT`, or a name is not a mixer.
+    """
+    expanded: list[str] = []
+    for entry in pattern.split(","):
+        match = re.fullmatch(r"([a-z_0-9]+(?:\s*\+\s*[a-z_0-9]+)*)(?:\s*\*\s*([0-9]+))?", entry.strip())
+        require(
+            match is not None,
+            f"{prefix}: cannot read {entry.strip()!r}; write NAME or NAME*COUNT, comma-separated, "
+            "and NAME + NAME for two mixers in one layer",
+        )
+        assert match is not None
+        names, count = re.split(r"\s*\+\s*", match.group(1)), int(match.group(2) or 1)
+        for name in names:
+            require(name in MIXERS, f"{prefix}: no mixer {name!r}; choose from {', '.join(MIXERS)}")
+        require(count > 0, f"{prefix}: {entry.strip()!r} repeats zero times")
+        expanded += [" + ".join(names)] * count
+    return expanded
+
+
+@dataclass
+class MixerLayoutConfig:
+    """Which mixer each layer has: a pattern repeated over the layers, or a ratio. Set exactly one.
+
+    Attributes:
+        pattern: One period, such as "gated_delta_net*3, full_attention", repeated until every layer has a mixer. A
+            layer "hgrn2 + full_attention" has both, side by side; a count after it repeats the layer.
+        linear_per_full: r linear layers, then one softmax layer, repeated.
+        full_attention_every: Every N-th layer, the last of each group of N, is a softmax layer.
+        linear: The linear mixer that the two ratios use.
+        softmax: The softmax mixer that the two ratios use.
+    """
+
+    pattern: str | None = None
+    linear_per_full: int | None = None
+    full_attention_every: int | None = None
+    linear: str = "gated_delta_net"
+    softmax: str = "full_attention"
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("pattern", "linear_per_full", "full_attention_every") if getattr(self, n) is not None]
+        require(
+            len(given) <= 1,
+            f"model.mixers: {' and '.join(given)} are both set; keep one and set the others to null",
+        )
+        if self.pattern is not None:
+            parse_pattern(self.pattern)
+        for name, choices in (("linear", LINEAR_MIXERS), ("softmax", SOFTMAX_MIXERS)):
+            value = getattr(self, name)
+            require(
+                value in choices, f"model.mixers.{name}: no {name} mixer {value!r}; choose from {', '.join(choices)}"
+            )
+        for name in ("linear_per_full", "full_attention_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.mixers.{name} is {value}: it must be at least 1")
+
+    def period(self) -> list[str]:
+        """One period of layers' names; full attention everywhere when nothing was asked for."""
+        if self.pattern is not None:
+            return parse_pattern(self.pattern)
+        if self.linear_per_full is not None:
+            return [self.linear] * self.linear_per_full + [self.softmax]
+        if self.full_attention_every is not None:
+            return [self.linear] * (self.full_attention_every - 1) + [self.softmax]
+        return ["full_attention"]

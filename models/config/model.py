@@ -1,0 +1,155 @@
+"""The shape of a whole model."""
+
+from dataclasses import dataclass, field
+
+from models.config.checks import require, require_positive
+from models.config.experts import MoEConfig
+from models.config.mixers import (
+    LINEAR_MIXERS,
+    MIXERS,
+    AttentionConfig,
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    HGRN2Config,
+    KimiDeltaAttentionConfig,
+    MixerLayoutConfig,
+    RetentionConfig,
+    SpikingBrainGLAConfig,
+    State,
+    branches,
+)
+
+
+@dataclass
+class ModelConfig:
+    """A decoder: embedding, pre-norm blocks of a mixer and a SwiGLU feed-forward, final norm, head.
+
+    Attributes:
+        num_layers: Blocks.
+        hidden_size: Width of the residual stream.
+        ffn_hidden_size: Inner width of the SwiGLU feed-forward.
+        vocab_size: Rows of the embedding; null takes the tokenizer's size, rounded up to vocab_multiple.
+        vocab_multiple: The embedding's rows are rounded up to a multiple of this.
+        tie_embeddings: Share the embedding with the output head.
+        norm_eps: Epsilon of every RMSNorm.
+        init_std: Standard deviation of the normal initialisation of matrices.
+        scale_residual_init: Divide init_std of the projections into the residual stream by sqrt(2 * num_layers).
+        mixers: Which mixer each layer has.
+        attention: Softmax attention.
+        gated_delta_net: Gated delta net.
+        gated_linear_attention: Gated linear attention.
+        retention: Retention.
+        hgrn2: HGRN2; HGRN has nothing to set.
+        delta_net: Delta net.
+        kimi_delta_attention: Kimi delta attention.
+        spikingbrain_gla: SpikingBrain's linear attention, with its own gate or the tied one.
+        moe: Mixture of experts in place of the feed-forward.
+    """
+
+    num_layers: int = 8
+    hidden_size: int = 256
+    ffn_hidden_size: int = 768
+    vocab_size: int | None = None
+    vocab_multiple: int = 64
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    scale_residual_init: bool = True
+    mixers: MixerLayoutConfig = field(default_factory=MixerLayoutConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    gated_delta_net: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
+    gated_linear_attention: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    hgrn2: HGRN2Config = field(default_factory=HGRN2Config)
+    delta_net: DeltaNetConfig = field(default_factory=DeltaNetConfig)
+    kimi_delta_attention: KimiDeltaAttentionConfig = field(default_factory=KimiDeltaAttentionConfig)
+    spikingbrain_gla: SpikingBrainGLAConfig = field(default_factory=SpikingBrainGLAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        names = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_multiple", "norm_eps", "init_std")
+        require_positive("model", self, *names)
+        require(self.vocab_size is None or self.vocab_size > 0, f"model.vocab_size={self.vocab_size} must be positive")
+        for mixer in self.used_mixers():
+            if (check := MIXERS[mixer].check) is not None:
+                check(self)
+        for layer in self.layer_mixers():
+            rotations = {rotary for mixer in branches(layer) if (rotary := self.rotary(mixer)) is not None}
+            require(
+                len(rotations) <= 1,
+                f"model.mixers: {layer!r} rotates by different (head size, base), "
+                f"{' and '.join(map(str, sorted(rotations)))}; make them alike, or model.attention.rope_theta null",
+            )
+        if self.moe.num_experts:
+            dense = self.moe.dense_layers
+            require(
+                set(dense) < set(range(self.num_layers)),
+                f"model.moe.dense_layers={dense} must be some, not all, of the layers 0 to {self.num_layers - 1}",
+            )
+
+    def layer_mixers(self) -> list[str]:
+        """Each layer's name: its mixer's, or its branches' (see `branches`)."""
+        period = self.mixers.period()
+        return [period[i % len(period)] for i in range(self.num_layers)]
+
+    def used_mixers(self) -> list[str]:
+        """The mixers that any layer has, each once, in the order of the layers."""
+        return list(dict.fromkeys(mixer for layer in self.layer_mixers() for mixer in branches(layer)))
+
+    def bounded_layers(self) -> list[int]:
+        """The layers whose decays have a lower bound: those of HGRN and HGRN2, but for the first layer."""
+        layers = self.layer_mixers()
+        return [i for i in range(1, self.num_layers) if any(MIXERS[name].lower_bounded for name in branches(layers[i]))]
+
+    def rotary(self, mixer: str) -> tuple[int, float] | None:
+        """(head size, base) of the rotary embedding that a mixer applies; None where it applies none."""
+        rotary = MIXERS[mixer].rotary
+        return None if rotary is None else rotary(self)
+
+    def moe_layers(self) -> list[int]:
+        """The layers, from 0, whose feed-forward is a mixture of experts."""
+        layers = range(self.num_layers) if self.moe.num_experts else ()
+        return [layer for layer in layers if layer not in self.moe.dense_layers]
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Inner width of an expert, the default resolved."""
+        return self.moe.expert_hidden_size or self.ffn_hidden_size
+
+    def tensor_parallel_sizes(self) -> dict[str, int]:
+        """What tensor-parallel ranks share evenly, by its key: heads, channels and rows of the embedding."""
+        sizes = {"vocab_multiple": self.vocab_multiple}
+        if len(self.moe_layers()) < self.num_layers:
+            sizes["ffn_hidden_size"] = self.ffn_hidden_size
+        if self.moe_layers() and self.moe.shared_experts:
+            sizes["moe.shared_experts * expert_hidden_size"] = self.moe.shared_experts * self.expert_hidden_size
+        for mixer in self.used_mixers():
+            sizes |= MIXERS[mixer].shared_sizes(self)
+        return {f"model.{name}": size for name, size in sizes.items()}
+
+    def state_shape(self, mixer: str) -> State:
+        """(heads, key size, value size) of the state that a linear mixer carries; HGRN's is a vector, (1, 1, size)."""
+        state = MIXERS[mixer].state
+        require(state is not None, f"{mixer!r} carries no state; choose from {', '.join(LINEAR_MIXERS)}")
+        assert state is not None
+        return state(self)
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Head size of the softmax mixers, the default resolved."""
+        return self.attention.head_dim or self.hidden_size // self.attention.num_heads
+
+    def padded_vocab_size(self, tokenizer_vocab_size: int) -> int:
+        """Rows of the embedding for a tokenizer.
+
+        Raises:
+            ValueError: model.vocab_size is smaller than the tokenizer's vocabulary.
+        """
+        wanted = self.vocab_size or tokenizer_vocab_size
+        require(
+            wanted >= tokenizer_vocab_size,
+            f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; "
+            "raise it or set it to null",
+        )
+        return -(-wanted // self.vocab_multiple) * self.vocab_multiple
