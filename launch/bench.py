@@ -1,4 +1,4 @@
-"""Benchmarks: ours beside a peer, in one process, by turns.
+"""Benchmarks: ours beside a peer, in one process, by turns; and studies, which hold a paper's claim against our runs.
 
 spiketrain bench train_step --json train_step.json
 spiketrain bench train_step --help
@@ -9,7 +9,7 @@ import sys
 
 from trainer.cli import entry, fail
 
-# Each is trainer/benchmarks/NAME.py with a dataclass `Config`, a `DESCRIPTION` and `main(config)`.
+# Each is PACKAGE/NAME.py with a dataclass `Config`, a `DESCRIPTION` and `main(config)`.
 BENCHMARKS = {
     "train_step": "a whole optimizer step against Hugging Face transformers, dense and hybrid",
     "linear_attention": "forward and backward of every linear attention against transformers, fla-core and SDPA",
@@ -17,6 +17,8 @@ BENCHMARKS = {
     "losses": "memory and time of linear + cross entropy or log-probabilities, fused against full logits",
     "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",
+}
+STUDIES = {
     "dense_to_sparse": "the laptop recipe with dense-to-sparse gates against top-k, at equal training FLOPs",
     "gate_identifiability": "error of gate parameters against sample size: which gates let a temperature be learned",
 }
@@ -27,12 +29,13 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: spiketrain bench NAME [--json FILE] [options; NAME --help lists them]\n")
-        for known, description in BENCHMARKS.items():
+        for known, description in (BENCHMARKS | STUDIES).items():
             print(f"  {known:<20} {description}")
         return
-    if name not in BENCHMARKS:
-        fail(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
-    benchmark = importlib.import_module(f"trainer.benchmarks.{name}")
+    if name not in BENCHMARKS | STUDIES:
+        fail(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS | STUDIES)}")
+    package = "trainer.benchmarks" if name in BENCHMARKS else "trainer.studies"
+    benchmark = importlib.import_module(f"{package}.{name}")
     sys.argv[:2] = [f"{sys.argv[0]} {name}"]
     entry(benchmark.main, benchmark.Config, benchmark.DESCRIPTION)
 

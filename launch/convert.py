@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.config import MoEConfig
-from trainer.cli import ConfigError, entry, fail
+from trainer.cli import entry, fail
+from trainer.errors import ConfigError
 
 
 def require_free(output: str) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from trainer.cli import ConfigError, entry
+from trainer.cli import entry
 from trainer.data.layout import info_of_prefix, resolve_prefix, tokenizer_sha256
 from trainer.data.text import read_utf8
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.data.dataset import EvaluationStream

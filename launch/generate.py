@@ -9,8 +9,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from trainer.cli import ConfigError, entry
+from trainer.cli import entry
 from trainer.data.text import read_utf8
+from trainer.errors import ConfigError
 
 
 @dataclass

@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.cli import ConfigError, fail, make_parser, parse
+from trainer.cli import fail, make_parser, parse
+from trainer.errors import ConfigError
 from trainer.planning.config import PlanConfig
 
 # Plans that --search prints.

@@ -7,8 +7,9 @@ spiketrain prepare_data --source 'corpus/**/*.jsonl.gz' --text_key content --out
 import signal
 import sys
 
-from trainer.cli import EXIT_STOPPED, entry
+from trainer.cli import entry
 from trainer.data.prepare_config import PrepareConfig, finished
+from trainer.runtime import EXIT_STOPPED
 
 
 def main(config: PrepareConfig) -> int | None:

@@ -11,21 +11,11 @@ import sys
 from pathlib import Path
 
 from trainer import preflight, run_directory, run_lock, weights
-from trainer.cli import (
-    EXIT_CONFIG_ERROR,
-    ConfigError,
-    dump,
-    fail,
-    guess,
-    keep_threads_awake,
-    make_parser,
-    parse,
-    rank,
-    tell_torchrun,
-    write_status,
-)
+from trainer.cli import dump, fail, guess, make_parser, parse, tell_torchrun
 from trainer.config import PretrainConfig, world_size_from_environment
+from trainer.errors import ConfigError
 from trainer.peers import PeerWatch
+from trainer.runtime import EXIT_CONFIG_ERROR, keep_threads_awake, rank, write_status
 from trainer.watchdog import dump_stacks_on_request
 
 

@@ -6,8 +6,9 @@ spiketrain report --runs '[runs/laptop]' --output docs/laptop.png
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.cli import ConfigError, entry
+from trainer.cli import entry
 from trainer.curves import read_metrics, smooth
+from trainer.errors import ConfigError
 
 
 @dataclass

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checksums
-from trainer.cli import ConfigError
 from trainer.config import CheckpointConfig
 from trainer.data.tokenizer import Tokenizer
 from trainer.durable import flush_to_disk
 from trainer.engines import pieces
 from trainer.engines.base import Engine
+from trainer.errors import ConfigError
 from trainer.run_directory import checkpoint_path as checkpoint_path
 from trainer.run_directory import list_checkpoints as list_checkpoints
 from trainer.run_directory import step_of as step_of

@@ -4,11 +4,9 @@ import difflib
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -18,10 +16,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from trainer import yaml_files
-from trainer.durable import write_atomically
-
-EXIT_CONFIG_ERROR = 2
-EXIT_STOPPED = 75
+from trainer.errors import ConfigError
+from trainer.runtime import EXIT_CONFIG_ERROR, keep_threads_awake, rank
 
 # torchrun ends the other ranks as soon as one fails. They wait this long for rank 0 to have said why.
 _SECONDS_FOR_RANK_0 = 10.0
@@ -38,37 +34,7 @@ _PATHS = frozenset(
 # Of `from_mapping`: to make one takes a quarter of a second.
 _PARSERS: dict[type, ArgumentParser] = {}
 
-# Rounds of waiting, a pause instruction each: what libgomp takes itself where its threads outnumber the cores. Without
-# a setting it takes 300,000 where they do not.
-_SPIN_COUNT = 1000
-# What the drivers of NVIDIA (also under WSL) and AMD make.
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-
 C = TypeVar("C")
-
-
-class ConfigError(ValueError):
-    """Bad input. The message is one line that says what is wrong and how to mend it; the program exits with 2."""
-
-
-def keep_threads_awake(device: str | None = None) -> None:
-    """Have GNU's OpenMP threads spin for a moment between parallel regions. It reads this once, as torch is imported.
-
-    A training step has thousands of short regions, and waking a sleeping thread costs more than many of them. Spinning
-    for long is worse: where another process wants a core, one thread spins while the one that it waits for has none.
-    Where the user has set either variable, and where a GPU computes, nothing is set.
-
-    Args:
-        device: What the user wants to compute on: cpu, cuda, or anything else for a GPU where there is one.
-    """
-    has_gpu = any(os.path.exists(path) for path in _GPU_DEVICES)
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and (device == "cpu" or not has_gpu):
-        os.environ["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)
-
-
-def rank() -> int:
-    """The rank of this process under torchrun; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def dotted_keys(config_class: type, prefix: str = "") -> list[str]:
@@ -277,31 +243,6 @@ def tell_torchrun(line: str) -> None:
         Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
-def write_status(run_dir: str | Path, state: str, exit_code: int, message: str = "", any_rank: bool = False) -> None:
-    """Write run_dir/status.json: state is done, stopped, config_error or failed. Rank 0 only, unless `any_rank`."""
-    if rank() != 0 and not any_rank:
-        return
-    path = Path(run_dir)
-    content = json.dumps({"state": state, "exit_code": exit_code, "message": message}) + "\n"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "status.json", content.encode())
-    except OSError as error:
-        # run.dir, or a full disk, may be the very thing that is wrong: a second error must not hide the first.
-        if state != "config_error":
-            print(
-                f"error: {path}/status.json cannot be written: {disk_error(path, error)}", file=sys.stderr, flush=True
-            )
-
-
-def disk_error(path: Path, error: OSError) -> str:
-    """What an error of a file system says, and which file system it is."""
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    mount = next(parent for parent in (there, *there.parents) if parent.is_mount())
-    free = shutil.disk_usage(there).free
-    return f"{error.strerror or error} (the file system at {mount} has {free / 1e6:.0f} MB free)"
-
-
 def entry(main: Callable[[Any], int | None], config_class: type, description: str) -> NoReturn:
     """Run a command: parse, call `main(config)`, exit with its code (None is 0), 2 for a ConfigError."""
     keep_threads_awake(guess(sys.argv[1:], "device"))
@@ -311,10 +252,3 @@ def entry(main: Callable[[Any], int | None], config_class: type, description: st
         sys.exit(main(config) or 0)
     except ConfigError as error:
         fail(str(error))
-
-
-def describe_failure(error: BaseException) -> str:
-    """The last line of a traceback with the place it came from, for status.json."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.matmul import linear
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.peers import environment
 
 # Dense peak of the tensor cores, FLOP/s (vendors' data sheets), by a part of the device's name.

@@ -12,7 +12,7 @@ from models.hub.dense import from_hub, hub_name, left_out, to_hub
 from models.parameters import cast_parameters
 from trainer import weights
 from trainer.checkpoint import read_progress
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.hub_files import hub_files, imported_files
 from trainer.inference import StoredModel, open_checkpoint
 from trainer.weights import StoredTensor

@@ -13,9 +13,10 @@ from models.decoder import Decoder, build
 from models.moe.statistics import set_step
 from models.parameters import declared
 from trainer import checkpoint
-from trainer.cli import ConfigError, from_mapping
+from trainer.cli import from_mapping
 from trainer.data.tokenizer import Tokenizer
 from trainer.engines.pieces import MODEL, Piece, Reader, Shard
+from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 
 
 def read_object(

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from trainer import run_lock
-from trainer.cli import EXIT_STOPPED, rank, write_status
+from trainer.runtime import EXIT_STOPPED, rank, write_status
 
 # These ask a run to stop. USR1 is the batch system's word that the time is nearly up: unlike TERM, torchrun can be made
 # to ignore it. HUP comes when a terminal closes.

@@ -13,8 +13,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from kernels.matmul import multiplies_bfloat16
 from trainer import run_directory
-from trainer.cli import rank
 from trainer.config import PretrainConfig, world_size_from_environment
+from trainer.runtime import rank
 
 _LOGGER = logging.getLogger("spiketrain")
 # Rank 0's serves the others for as long as it is held.

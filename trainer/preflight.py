@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer import weights
-from trainer.cli import ConfigError
 from trainer.config import PretrainConfig
 from trainer.data.indexed import CHECKED_BYTES, TokenFile
 from trainer.data.layout import NO_END, info_of_prefix, resolve_prefix, tokenizer_sha256
 from trainer.data.sources import DataSources, find_sources
+from trainer.errors import ConfigError
 from trainer.run_directory import checkpoint_steps, starts_anew
 
 # Up to about four, further epochs are worth nearly as much as new text (Muennighoff et al., 2023, arXiv:2305.16264).

@@ -19,15 +19,16 @@ from trainer.callbacks.profiler import Profiler
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
 from trainer.checkpoint import Progress, Retention
-from trainer.cli import EXIT_STOPPED, ConfigError, describe_failure, rank, write_status
 from trainer.config import PretrainConfig
 from trainer.data.sources import DataSources, find_sources
 from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
 from trainer.durable import write_atomically
 from trainer.engines.base import Engine
 from trainer.engines.spec import EngineSpec
+from trainer.errors import ConfigError, describe_failure
 from trainer.loop import Outcome, Trainer
 from trainer.peers import STOPS, PeerWatch
+from trainer.runtime import EXIT_STOPPED, rank, write_status
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from trainer import checksums
-from trainer.cli import ConfigError
 from trainer.config import OptimConfig, PretrainConfig
+from trainer.errors import ConfigError
 from trainer.optim import learning_rate
 
 _NAME = re.compile(r"step_(\d{8,})")

@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.cli import ConfigError, rank
+from trainer.errors import ConfigError
+from trainer.runtime import rank
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0

@@ -23,7 +23,7 @@ from models.moe.router import Router
 from models.moe.spawning import expected_gates, masked_copy
 from models.parameters import cast_parameters, draw, seeded_generator
 from trainer import weights
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.export import DTYPES
 from trainer.inference import open_checkpoint
 

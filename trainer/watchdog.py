@@ -22,9 +22,9 @@ from pathlib import Path
 from types import FrameType
 
 from trainer import run_lock
-from trainer.cli import rank
 from trainer.config import RunConfig
 from trainer.peers import PeerWatch, leave_at_once
+from trainer.runtime import rank
 
 _DIRECTORY = "ranks"
 # Where mcore's main thread waits in a call that has no Python frame of its own.

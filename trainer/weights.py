@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from models.config import MIXERS, ModelConfig
-from trainer.cli import ConfigError, from_mapping
+from trainer.cli import from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
 from trainer.durable import flush_to_disk
+from trainer.errors import ConfigError
 from trainer.json_files import read_object
 from trainer.run_directory import differences, flatten, starts_anew
 

@@ -12,9 +12,9 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.cli import ConfigError
 from trainer.data import corpus, files
 from trainer.data.files import LeftOut
+from trainer.errors import ConfigError
 
 TEXTS = ["one\n", "two \u2581 \U0001f600", "three\r\n\tthree", "x" * 5000, ""]
 

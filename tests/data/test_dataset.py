@@ -10,7 +10,6 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from trainer.cli import ConfigError
 from trainer.data import indexed
 from trainer.data.dataset import EvaluationStream, Sampler, TokenSource, blend, open_training_data, split_ratios
 from trainer.data.indexed import (
@@ -22,6 +21,7 @@ from trainer.data.indexed import (
     token_dtype,
     write_index,
 )
+from trainer.errors import ConfigError
 
 EOD = 0
 

@@ -21,7 +21,7 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from tests.helpers import WAIT
-from trainer.cli import ConfigError, make_parser, parse
+from trainer.cli import make_parser, parse
 from trainer.data import corpus
 from trainer.data.dataset import EvaluationStream, open_training_data
 from trainer.data.indexed import TokenFile
@@ -29,6 +29,7 @@ from trainer.data.layout import find_corpora, resolve_prefix
 from trainer.data.prepare import finished_part, prepare, prepare_stdlib, sample_texts
 from trainer.data.prepare_config import PrepareConfig, TokenizerConfig
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests.trainer.conftest import in_process_config
-from trainer.cli import ConfigError
 from trainer.config import DataConfig
 from trainer.data.indexed import TokenFile, write_index
 from trainer.data.sources import find_sources
+from trainer.errors import ConfigError
 
 
 @pytest.fixture

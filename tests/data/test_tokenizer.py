@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.cli import ConfigError
 from trainer.data.prepare_config import TokenizerConfig
 from trainer.data.tokenizer import (
     EOD_PIECE,
@@ -18,6 +17,7 @@ from trainer.data.tokenizer import (
     Tokenizer,
     learn_sentencepiece,
 )
+from trainer.errors import ConfigError
 
 SOURCE = [
     Path(json.__file__).parent.joinpath(name).read_text()

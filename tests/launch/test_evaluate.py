@@ -11,10 +11,11 @@ import pytest
 
 from launch.evaluate import EvaluateConfig, open_stream
 from tests.trainer.conftest import metrics
-from trainer.cli import ConfigError, make_parser, parse
+from trainer.cli import make_parser, parse
 from trainer.data.indexed import TokenArray
 from trainer.data.layout import tokenizer_sha256
 from trainer.data.tokenizer import learn_sentencepiece
+from trainer.errors import ConfigError
 
 
 def evaluate(launch, tmp_path, *arguments, forked=True):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from trainer import checkpoint, checksums
 from trainer.checkpoint import Progress, Retention
-from trainer.cli import ConfigError
 from trainer.engines.pieces import Piece, Writer
+from trainer.errors import ConfigError
 
 
 class FakeEngine(SimpleNamespace):

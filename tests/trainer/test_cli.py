@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from launch import pretrain as command_of_pretraining
 from models.config import ModelConfig, MoEConfig, RouterConfig
 from tests.helpers import WAIT
-from trainer import cli, run_directory
-from trainer.cli import ConfigError, dotted_keys, dump, fail, from_mapping, guess, make_parser, parse, write_status
+from trainer import cli, run_directory, runtime
+from trainer.cli import dotted_keys, dump, fail, from_mapping, guess, make_parser, parse
 from trainer.config import PretrainConfig, RunConfig, TrainConfig
+from trainer.errors import ConfigError
 from trainer.peers import STOPS
+from trainer.runtime import write_status
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "launch" / "pretrain.py")
@@ -534,7 +536,7 @@ def test_openmp_threads_spin_for_a_moment_where_no_gpu_computes(monkeypatch, gpu
     monkeypatch.setattr(cli.os.path, "exists", lambda path: path == gpu)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    cli.keep_threads_awake(device)
+    runtime.keep_threads_awake(device)
     assert ("GOMP_SPINCOUNT" in os.environ) == expected
     assert "OMP_WAIT_POLICY" not in os.environ
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
@@ -547,5 +549,5 @@ def test_openmps_settings_by_the_user_stay(monkeypatch, name, value):
     for other in before:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
-    cli.keep_threads_awake("cpu")
+    runtime.keep_threads_awake("cpu")
     assert os.environ[name] == value and not before & os.environ.keys()

@@ -10,7 +10,6 @@ import torch
 
 from tests.processes import finish, start
 from trainer import device as module
-from trainer.cli import ConfigError
 from trainer.device import (
     choose_device,
     configure_threads,
@@ -19,6 +18,7 @@ from trainer.device import (
     peak_flops,
     peak_memory_bytes,
 )
+from trainer.errors import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ from models.decoder import Decoder, initialize
 from models.moe.statistics import routers
 from tests.trainer.conftest import in_process_config
 from trainer import pretrain
-from trainer.cli import ConfigError
 from trainer.data.sources import find_sources
 from trainer.engines.frozen import FrozenSpec
 from trainer.engines.megatron import MegatronEngine
 from trainer.engines.spec import EngineSpec
+from trainer.errors import ConfigError
 from trainer.inference import load_model
 from trainer.objectives.distillation import Distillation
 from trainer.objectives.language_model import LanguageModel

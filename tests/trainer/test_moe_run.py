@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.moe.statistics import routers
 from tests.trainer.conftest import finish, metrics, trajectory
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.export import export
 from trainer.inference import load_model
 

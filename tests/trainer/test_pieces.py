@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.cli import ConfigError
 from trainer.engines import pieces
 from trainer.engines.pieces import Piece, Reader, Shard, Writer, _Report, small_boxes
+from trainer.errors import ConfigError
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

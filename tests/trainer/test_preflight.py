@@ -12,13 +12,13 @@ import pytest
 
 from tests.trainer.conftest import ROOT, finish, in_process_config
 from trainer import preflight
-from trainer.cli import ConfigError
 from trainer.config import DataConfig
 from trainer.data import indexed
 from trainer.data.indexed import write_index
 from trainer.data.layout import tokenizer_sha256
 from trainer.data.sources import find_sources
 from trainer.data.tokenizer import learn_sentencepiece
+from trainer.errors import ConfigError
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from kernels import backend
 from models.decoder import flops_per_token, shapes
 from tests.helpers import STEP_KEYS
 from tests.trainer.conftest import finish, in_process_config, leave_groups, metrics, status
-from trainer import cli, pretrain
+from trainer import pretrain, runtime
 from trainer.checkpoint import Progress
-from trainer.cli import ConfigError, from_mapping
+from trainer.cli import from_mapping
 from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig, RunConfig
+from trainer.errors import ConfigError
 from trainer.peers import PeerWatch
 
 PEAK = 1e9  # FLOP/s that the run is told the machine can do
@@ -155,7 +156,7 @@ def stop_this_process():
 def test_a_stop_after_the_last_step_changes_nothing(tiny_data, tmp_path, monkeypatch):
     def write_status(*arguments):
         stop_this_process()
-        cli.write_status(*arguments)
+        runtime.write_status(*arguments)
 
     monkeypatch.setattr(pretrain, "write_status", write_status)
     before = signal.getsignal(signal.SIGTERM)

@@ -14,10 +14,11 @@ from models.decoder import Decoder, flops_per_token, initialize
 from models.generation import generate
 from tests.trainer.conftest import in_process_config
 from tests.trainer.test_megatron_engine import build, run_step
-from trainer.cli import ConfigError, from_mapping
+from trainer.cli import from_mapping
 from trainer.config import EngineConfig, PretrainConfig, TrainConfig
 from trainer.data.sources import find_sources
 from trainer.engines.spec import EngineSpec
+from trainer.errors import ConfigError
 from trainer.run_directory import differing_keys
 
 T = 64

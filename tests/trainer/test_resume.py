@@ -128,7 +128,7 @@ def test_all_checkpoints_damaged_are_refused_and_set_aside_on_request(tiny_data,
     from dataclasses import replace
 
     from trainer import pretrain
-    from trainer.cli import ConfigError
+    from trainer.errors import ConfigError
 
     config = in_process_config(tiny_data, tmp_path / "run", steps=3)
     config = replace(config, checkpoint=replace(config.checkpoint, every=2))

@@ -10,7 +10,6 @@ import yaml
 
 from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig
 from trainer import checksums
-from trainer.cli import ConfigError
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -20,6 +19,7 @@ from trainer.config import (
     RunConfig,
     TrainConfig,
 )
+from trainer.errors import ConfigError
 from trainer.run_directory import (
     change_of_schedule,
     check,

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import WAIT
 from tests.trainer.conftest import ROOT
 from trainer import run_lock
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.run_lock import Owner, _create, _Lock, _taking_over, belongs_to_this_launch, other_owner, owned
 
 HOLDER = """

@@ -9,7 +9,7 @@ from models.decoder import Decoder, initialize, shapes
 from models.moe.statistics import begin_step, routers
 from tests.helpers import VOCABULARY, draw_tokens, rows, tiny_model_config
 from trainer import weights
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.upcycle import expected_gates, upcycle
 
 DENSE = tiny_model_config("gated_delta_net, full_attention, full_attention", num_layers=3)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trainer.benchmarks.report import Comparison, report, say
-from trainer.cli import ConfigError, make_parser, parse
+from trainer.cli import make_parser, parse
 from trainer.config import ParallelConfig, PretrainConfig
+from trainer.errors import ConfigError
 from trainer.memory import resident_bytes
 
 DESCRIPTION = "Peak host memory while a rank's shard of a model is built and drawn, against the shard."

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.benchmarks.report import Comparison, report, say
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 
 DESCRIPTION = "Bytes that each rank sends for context-parallel layers, forward and backward, against formulas."
 # The elements of M, what a rank's tokens do to a state, per head of D keys: a number, a diagonal, or a matrix.

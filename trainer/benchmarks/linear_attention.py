@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.config import AttentionConfig, GatedDeltaNetConfig, MixerLayoutConfig, ModelConfig
 from trainer.benchmarks.report import Comparison, report, say, time_by_turns
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from trainer.benchmarks.report import Comparison, report, say, time_by_turns
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.memory import resident_bytes
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.config import ModelConfig, MoEConfig, RouterConfig, RouterLossConfig
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

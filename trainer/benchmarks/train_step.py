@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from models.config import AttentionConfig, GatedDeltaNetConfig, MixerLayoutConfig, ModelConfig
 from trainer.benchmarks.report import Comparison, report, say, time_by_turns
-from trainer.cli import ConfigError
 from trainer.config import OptimConfig, TrainConfig
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

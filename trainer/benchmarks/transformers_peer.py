@@ -17,7 +17,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.hub.dense import hub_name
 from models.mixers.gated_delta_net import GatedDeltaNet
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 
 
 def build_peer(config: ModelConfig, vocab_size: int, max_positions: int) -> nn.Module:

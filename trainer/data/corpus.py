@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.cli import ConfigError
 from trainer.data.files import COMPRESSED, EMPTY_FILES, DamagedFile, LeftOut, find_files, reading, stamp
+from trainer.errors import ConfigError
 
 # Small inputs are cut finely, to keep all workers busy; large ones coarsely, since each shard is two files until the
 # end.

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.cli import ConfigError
 from trainer.data.batch import Batch, make_batch
 from trainer.data.indexed import TokenArray, TokenFile, open_through_megatron
 from trainer.data.layout import NO_END, find_corpora
+from trainer.errors import ConfigError
 
 
 def check_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:

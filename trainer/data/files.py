@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 
 COMPRESSED = (".gz", ".zst")
 # Read as text they would be documents of headers and NULs, or of nothing that can be decoded.

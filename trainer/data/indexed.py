@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.cli import ConfigError
 from trainer.durable import write_atomically
+from trainer.errors import ConfigError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 # Magic, version, dtype code, number of sequences, number of documents + 1.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.json_files import read_object
 
 SPLITS = ("train", "validation", "test")

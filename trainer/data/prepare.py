@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainer.cli import ConfigError
 from trainer.data.corpus import Document, MemoryShard, Shard, hash_unit, shards, split_of, valid_text
 from trainer.data.files import LeftOut
 from trainer.data.indexed import token_dtype, write_index
@@ -35,6 +34,7 @@ from trainer.data.layout import INFO_NAME, SPLITS, tokenizer_sha256
 from trainer.data.prepare_config import PrepareConfig, finished, refuse_other_settings, stdlib_config
 from trainer.data.tokenizer import Tokenizer, learn_sentencepiece, tokenizer_files
 from trainer.durable import flush_to_disk, write_atomically
+from trainer.errors import ConfigError
 from trainer.json_files import read_object
 
 _SAMPLE_MB = {"bpe": 16.0, "unigram": 2.0}

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.cli import ConfigError
 from trainer.data.layout import read_info, tokenizer_sha256
+from trainer.errors import ConfigError
 
 # 256 byte pieces and the two special ones. The characters of the sample come on top; learning says how many these are.
 _SMALLEST_VOCAB = 258

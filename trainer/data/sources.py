@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.cli import ConfigError
 from trainer.config import PretrainConfig
 from trainer.data.layout import Corpora, find_corpora, info_of_prefix, resolve_prefix, tokenizer_file
 from trainer.data.prepare_config import finished, stdlib_config
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Sampler

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 
 
 def read_utf8(key: str, path: Path) -> str:

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from trainer.cli import ConfigError
 from trainer.data.layout import tokenizer_file
+from trainer.errors import ConfigError
 from trainer.json_files import parse_object
 
 EOD_PIECE = "<|endoftext|>"

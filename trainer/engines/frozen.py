@@ -19,9 +19,9 @@ from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.parameters import Groups
 from trainer import inference, weights
-from trainer.cli import ConfigError
 from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
+from trainer.errors import ConfigError
 from trainer.objectives.base import Outputs
 
 

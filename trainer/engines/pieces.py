@@ -47,9 +47,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from trainer.checksums import digest
-from trainer.cli import ConfigError
 from trainer.engines.base import PendingSave
 from trainer.engines.random_state import random_state, set_random_state
+from trainer.errors import ConfigError
 
 FORMAT = 1
 MODEL, MAIN, MOMENTS = "model.", "optimizer.main.", ("exp_avg", "exp_avg_sq")

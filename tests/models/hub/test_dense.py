@@ -16,7 +16,7 @@ from models.decoder import Decoder
 from models.hub.dense import from_hub, to_hub
 from tests.trainer.conftest import in_process_config
 from trainer import pretrain
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
 from trainer.export import export, import_weights
 from trainer.inference import load_model
 from trainer.weights import fill, open_weights

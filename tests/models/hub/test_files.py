@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from models.hub.dense import hub_name, to_hub
 from tests.helpers import tiny_decoder, tiny_model_config
-from trainer.cli import ConfigError
 from trainer.data.tokenizer import Tokenizer, learn_sentencepiece
+from trainer.errors import ConfigError
 from trainer.export import import_weights
 from trainer.hub_files import hub_files, imported_files
 

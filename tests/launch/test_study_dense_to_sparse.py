@@ -7,8 +7,8 @@ import pytest
 
 from models.config import DenseToSparseConfig
 from tests.launch.test_report import assert_drawn
-from trainer.benchmarks import dense_to_sparse as bench
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
+from trainer.studies import dense_to_sparse as bench
 
 COST = bench.Cost(base=10.0, expert=2.0)
 VALUES = {

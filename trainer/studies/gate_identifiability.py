@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.benchmarks.report import Comparison, report, say
-from trainer.cli import ConfigError, fail
+from trainer.cli import fail
+from trainer.errors import ConfigError
 
 DESCRIPTION = "Error of gate parameters against sample size: mixtures of experts fitted by maximum likelihood."
 GATE_NAMES = ("linear", "relu", "sigmoid", "tanh", "gelu")
@@ -115,7 +116,7 @@ def _keys(config: Config) -> Iterator[Key]:
 def _fit(key: Key, config: Config) -> dict[str, Any]:
     import numpy as np
 
-    from trainer.benchmarks.gaussian_experts import TRUTH, fit, likelihood, sample
+    from trainer.studies.gaussian_experts import TRUTH, fit, likelihood, sample
 
     gate, experts, n, replicate = key
     start = time.process_time()
@@ -205,7 +206,7 @@ def curves(fits: Fits) -> Curves:
     """Every curve by (error, experts, gate)."""
     import numpy as np
 
-    from trainer.benchmarks.gaussian_experts import errors
+    from trainer.studies.gaussian_experts import errors
 
     values: dict[tuple[str, int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (gate, experts, n, _), fit in fits.items():

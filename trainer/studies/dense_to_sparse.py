@@ -23,8 +23,9 @@ from typing import Any, Literal, NamedTuple
 
 from models.config import DenseToSparseConfig, ModelConfig, RouterConfig
 from trainer.benchmarks.report import Comparison, report, say
-from trainer.cli import ConfigError, fail, from_mapping
+from trainer.cli import fail, from_mapping
 from trainer.curves import read_metrics, smooth
+from trainer.errors import ConfigError
 
 DESCRIPTION = "Dense-to-sparse gates against top-k at equal active parameters and equal training FLOPs."
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import WAIT
-from trainer.benchmarks import gate_identifiability as bench
-from trainer.benchmarks import gaussian_experts as mixture
-from trainer.cli import ConfigError
+from trainer.errors import ConfigError
+from trainer.studies import gate_identifiability as bench
+from trainer.studies import gaussian_experts as mixture
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,1 @@
+"""Experiments that hold papers' claims against our own runs (`spiketrain bench NAME`); figures in docs/results.md."""
