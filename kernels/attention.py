@@ -14,8 +14,7 @@ Backends, all differentiable, none but the reference ever holding [T, T] scores:
 
 import functools
 import importlib
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from kernels.attention_sharded import attention_sharded
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
+from kernels.documents import Documents, sequences_in
 from kernels.matmul import batched_matmul
 from kernels.shapes import has_values
 
@@ -44,7 +44,7 @@ def attention_reference(
     v: Tensor,
     *,
     window: int | None = None,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """`attention` by its definition: one score matrix [Tq, Tk] a head; float32 inside, float64 for float64."""
@@ -58,8 +58,9 @@ def attention_reference(
     visible = key_time <= query_time
     if window is not None:
         visible &= key_time > query_time - window
-    if cu_seqlens is not None:
-        document = torch.bucketize(key_time, cu_seqlens[1:].to(key_time.dtype), right=True)
+    if documents is not None:
+        ends = documents.cu_seqlens(q.device)[1:].to(key_time.dtype)
+        document = torch.bucketize(key_time, ends, right=True)
         visible &= document == document[:, None]
     probabilities = scores_BHTT.masked_fill(~visible, float("-inf")).softmax(-1)
     return torch.einsum("bhts,bshv->bthv", probabilities, values).to(q.dtype)
@@ -71,7 +72,7 @@ def attention(
     v: Tensor,
     *,
     window: int | None = None,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
     scale: float | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
@@ -82,10 +83,10 @@ def attention(
         q: [B, Tq, H, K]; the queries are the last Tq of the Tk positions, so Tq = 1 is a decoding step.
         k, v: [B, Tk, Hkv, K] and [B, Tk, Hkv, V] in q's dtype; query head h reads key head h · Hkv // H.
         window: keys that a query sees, itself included; None for all.
-        cu_seqlens: int32 [N + 1], the bounds of packed documents that do not see each other; needs B = 1 and Tq = Tk.
+        documents: packed into one row, they do not see each other; needs B = 1 and Tq = Tk.
         scale: factor of the scores, K^(-1/2) if None.
         group: the ranks that hold consecutive, equal parts of the sequence; needs Tq = Tk. window may span several of
-            them, and cu_seqlens is that of the whole row, the same on every rank. Without a window heads travel, with
+            them, and documents are those of the whole row, the same on every rank. Without a window heads travel, with
             one the keys and values that it reaches: `kernels.attention_sharded`.
         backend: "auto" or one of the module's backends. flash and sdpa are offered where they serve the inputs.
 
@@ -93,14 +94,15 @@ def attention(
         o: [B, Tq, H, V] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, window or cu_seqlens do not fit, or the backend cannot serve these inputs.
+        ValueError: shapes, dtypes, window or documents do not fit, or the backend cannot serve these inputs.
     """
-    _check(q, k, v, window, cu_seqlens)
+    _check(q, k, v, window, documents)
     if group is not None:
-        return _over_ranks(q, k, v, window, cu_seqlens, scale, group, backend)
-    lengths = None if cu_seqlens is None else _document_lengths(cu_seqlens, q.shape[1])
-    longest = k.shape[1] if lengths is None else max(lengths, default=0)
-    if window is not None and cu_seqlens is None:
+        return _over_ranks(q, k, v, window, documents, scale, group, backend)
+    if documents is not None:
+        sequences_in(q.shape[0], q.shape[1], documents)
+    longest = k.shape[1] if documents is None else max(documents.lengths)
+    if window is not None and documents is None:
         # A cache may hold more keys than any of the queries sees.
         longest = min(longest, q.shape[1] + window - 1)
         k, v = k[:, -longest:], v[:, -longest:]
@@ -109,14 +111,14 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = resolve("attention", backend, _available(q, k, v, window))
     if choice == "reference":
-        return attention_reference(q, k, v, window=window, cu_seqlens=cu_seqlens, scale=scale)
+        return attention_reference(q, k, v, window=window, documents=documents, scale=scale)
     if choice == "flash":
-        return _flash(q, k, v, window, cu_seqlens, longest, scale)
+        return _flash(q, k, v, window, documents, longest, scale)
     if choice == "sdpa":
         dense = functools.partial(_sdpa, scale=scale)
     else:
         dense = functools.partial(_banded, window=window, scale=scale)
-    return dense(q, k, v) if lengths is None else _by_document(dense, q, k, v, lengths)
+    return dense(q, k, v) if documents is None else _by_document(dense, q, k, v, documents.lengths)
 
 
 def _over_ranks(
@@ -124,7 +126,7 @@ def _over_ranks(
     k: Tensor,
     v: Tensor,
     window: int | None,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
     scale: float | None,
     group: dist.ProcessGroup,
     backend: str,
@@ -133,16 +135,17 @@ def _over_ranks(
     time, row = q.shape[1], q.shape[1] * dist.get_world_size(group)
     if time != k.shape[1] or time == 0:
         raise ValueError(f"attention: over ranks Tq = Tk > 0, not {time} and {k.shape[1]}")
-    lengths = [row] if cu_seqlens is None else _document_lengths(cu_seqlens, row)
+    if documents is not None:
+        sequences_in(q.shape[0], row, documents)
     if window is not None and window >= row:
         window = None
     # Chosen here, for the same on every rank: which tokens lie before a rank's own decides what could serve it.
     choice = resolve("attention", backend, _available(q, k, v, window))
     one_rank = functools.partial(attention, scale=scale, backend=choice)
-    return attention_sharded(one_rank, q, k, v, window, cu_seqlens, lengths, group)
+    return attention_sharded(one_rank, q, k, v, window, documents, group)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Documents | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ValueError(f"attention: needs q [B, Tq, H, K], k [B, Tk, Hkv, K], v [B, Tk, Hkv, V], not {shapes}")
@@ -157,19 +160,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tens
         raise ValueError(f"attention: queries are the last of the keys' positions and cannot outnumber them: {shapes}")
     if window is not None and window < 1:
         raise ValueError(f"attention: window counts the keys a query sees, itself among them: at least 1, not {window}")
-    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
+    if documents is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
         raise ValueError(f"attention: packed documents (cu_seqlens) need B = 1 and Tq = Tk: {shapes}")
-
-
-def _document_lengths(cu_seqlens: Tensor, time: int) -> list[int]:
-    """The lengths between the bounds, without empty documents."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"attention: cu_seqlens must be int32 [N+1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    if bounds[:1] != [0] or bounds[-1] != time or min(lengths, default=0) < 0:
-        raise ValueError(f"attention: cu_seqlens must rise from 0 to T = {time}, not {bounds}")
-    return [length for length in lengths if length]
 
 
 def _available(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[str]:
@@ -199,15 +191,15 @@ def _flash_attn() -> ModuleType | None:
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None, longest: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Documents | None, longest: int, scale: float
 ) -> Tensor:
     """flash-attn (Dao 2023, arXiv:2307.08691); its window counts the keys to the left of the query, without itself."""
     flash_attn = _flash_attn()
     assert flash_attn is not None
     window_size = (-1, -1) if window is None else (window - 1, 0)
-    if cu_seqlens is None:
+    if documents is None:
         return flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, window_size=window_size)
-    bounds = cu_seqlens.to(torch.int32)
+    bounds = documents.cu_seqlens(q.device)
     return flash_attn.flash_attn_varlen_func(
         *(x[0] for x in (q, k, v)),
         cu_seqlens_q=bounds,
@@ -220,7 +212,7 @@ def _flash(
     )[None]
 
 
-def _by_document(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+def _by_document(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """Attention within each document: one call of `dense` for all documents of one length."""
     if len(set(lengths)) == 1:
         q_NTHK, k_NTHK, v_NTHV = (x.reshape(len(lengths), lengths[0], *x.shape[2:]) for x in (q, k, v))

@@ -14,7 +14,7 @@ receives: the ranks' backward passes meet in the same order.
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.autograd import once_differentiable
+from kernels.documents import Documents
 
 
 class _Exchange(torch.autograd.Function):
@@ -50,26 +51,24 @@ def attention_sharded(
     k: Tensor,
     v: Tensor,
     window: int | None,
-    cu_seqlens: Tensor | None,
-    lengths: Sequence[int],
+    documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
     """`one_rank` on tokens that are cut over the ranks of `group`.
 
     Args:
-        one_rank: `(q, k, v, window=, cu_seqlens=) -> o` on one rank.
+        one_rank: `(q, k, v, window=, documents=) -> o` on one rank.
         q, k, v: this rank's tokens, [B, T, H, K], [B, T, Hkv, K] and [B, T, Hkv, V], of the same T on every rank.
         window: keys that a query sees, itself included, fewer than the row has; None for all.
-        cu_seqlens: bounds of the documents in the whole row, None if it is one.
-        lengths: of those documents, without empty ones; their sum is T times the number of ranks.
+        documents: those of the whole row, which has T tokens for every rank; None if it is one document.
         group: the ranks, in the order of the tokens.
 
     Returns:
         o: [B, T, H, V] of this rank's tokens.
     """
     if window is None:
-        return _over_heads(one_rank, q, k, v, cu_seqlens, group)
-    return _over_halos(one_rank, q, k, v, window, cu_seqlens, lengths, group)
+        return _over_heads(one_rank, q, k, v, documents, group)
+    return _over_halos(one_rank, q, k, v, window, documents, group)
 
 
 def split_heads(heads: int, key_heads: int, world: int) -> list[tuple[range, range]]:
@@ -87,7 +86,7 @@ def _over_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
     """Full attention: every rank sees the whole row in some of the heads."""
@@ -113,7 +112,7 @@ def _over_heads(
     q, k = q_BTX.view(batch, row, len(queries), key_dim), k_BTX.view(batch, row, len(keys), key_dim)
     v = v_BTX.view(batch, row, len(keys), value_dim)
     # Without a head there is nothing to attend to, but v hangs in the graph: this rank, too, must send its part back.
-    o = one_rank(q, *_read_by(queries, keys, heads // key_heads, k, v), cu_seqlens=cu_seqlens) if queries else v
+    o = one_rank(q, *_read_by(queries, keys, heads // key_heads, k, v), documents=documents) if queries else v
 
     o_PBTX = o.reshape(batch, world, time, len(queries) * value_dim).transpose(0, 1)
     received = [batch * time * count * value_dim for count in query_counts]
@@ -151,32 +150,37 @@ def _over_halos(
     k: Tensor,
     v: Tensor,
     window: int,
-    cu_seqlens: Tensor | None,
-    lengths: Sequence[int],
+    documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
     """Attention in a window: every rank attends with its own queries."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     time = q.shape[1]
-    bounds = list(accumulate(lengths, initial=0))
+    bounds = (0, world * time) if documents is None else documents.bounds
     halos = halo_lengths(time, world, window, bounds)
     # The same on every rank: either all of them take part or none.
     if any(halos):
         k, v = _behind_halo(k, v, halos, group)
-    if cu_seqlens is None:
+    if documents is None:
         return one_rank(q, k, v, window=window)
-    start, end = rank * time, (rank + 1) * time
-    cuts = [start, *(bound for bound in bounds if start < bound < end), end]
     # Only the first document can have begun before: its queries are the last of its positions. The others are whole
     # here up to this rank's end, where causal attention may cut them.
-    first, rest = cuts[1] - start, end - cuts[1]
+    first, others = documents.made(_cut, time, rank)
+    rest = time - first
     q_first, q_rest = q.split([first, rest], dim=1)
     (k_first, k_rest), (v_first, v_rest) = (x.split([halos[rank] + first, rest], dim=1) for x in (k, v))
     o_first = one_rank(q_first, k_first, v_first, window=window)
-    if rest == 0:
+    if others is None:
         return o_first
-    rest_bounds = torch.tensor([cut - cuts[1] for cut in cuts[1:]], dtype=torch.int32, device=cu_seqlens.device)
-    return torch.cat((o_first, one_rank(q_rest, k_rest, v_rest, window=window, cu_seqlens=rest_bounds)), dim=1)
+    return torch.cat((o_first, one_rank(q_rest, k_rest, v_rest, window=window, documents=others)), dim=1)
+
+
+def _cut(bounds: tuple[int, ...], time: int, rank: int) -> tuple[int, Documents | None]:
+    """Of a rank, the tokens in its first document, and the other documents, the last cut at its end; None for none."""
+    start, end = rank * time, (rank + 1) * time
+    cuts = [*(bound for bound in bounds if start < bound < end), end]
+    others = None if cuts[0] == end else Documents(tuple(cut - cuts[0] for cut in cuts))
+    return cuts[0] - start, others
 
 
 def _behind_halo(k: Tensor, v: Tensor, halos: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -18,15 +18,11 @@ without a matrix instruction (a peer's are reported only); 2 for wrong arguments
 # mypy: disable-error-code="import-untyped"
 
 import argparse
-import json
 import multiprocessing
 import os
 import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -34,15 +30,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from kernels.compiler import (
+    NO_RESOURCES,
+    MachineError,
+    aligned,
+    check_machine,
+    try_to_compile,
+    write_json,
+)
+
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bf16", "fp32")
 PEERS = ("fla",)
-
-NO_RESOURCES = {"registers": 0, "spilled_bytes": 0, "shared_bytes": 0, "matrix_instructions": 0}
-
-_NVIDIA_MATRIX = re.compile(r"^\s*(?:@!?%p\d+ )?(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", re.MULTILINE)
-_AMD_MATRIX = re.compile(r"^\s*v_mfma_\w+", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,6 @@ class Report:
         return found
 
 
-class MachineError(Exception):
-    """No kernel can be compiled on the machine as it is; the message says why and how to mend it."""
-
-
 def kernel_modules() -> list[str]:
     """The names of the modules in kernels/triton/ that have `specs`."""
     package = import_module("kernels.triton")
@@ -119,19 +115,6 @@ def compile_spec(module: str, spec: Any, target: str, head_dim: int, dtype: str,
     )
 
 
-def try_to_compile(compile_kernel: Callable[[], Any], target: str) -> tuple[Any, dict[str, int], str]:
-    """What `compile_kernel` returns and its resources; if it fails, None, zeros and the compiler's last line."""
-    from triton.errors import TritonError
-
-    try:
-        compiled = compile_kernel()
-        return compiled, _resources(compiled, target), ""
-    # The passes behind the front end raise RuntimeError and its like.
-    except (TritonError, RuntimeError, ValueError, AssertionError, subprocess.CalledProcessError) as failure:
-        lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-        return None, dict(NO_RESOURCES), lines[-1] if lines else type(failure).__name__
-
-
 def _compile(spec: Any, target: str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -151,58 +134,6 @@ def _compile(spec: Any, target: str) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.fn, signature, dict(spec.constexprs), attributes)
     return triton.compile(source, target=gpu, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages})
-
-
-def _resources(compiled: Any, target: str) -> dict[str, int]:
-    if target.startswith("gfx"):
-        assembly = compiled.asm["amdgcn"]
-        registers = _number(r"\.vgpr_count:\s*(\d+)", assembly)
-        scratch = _number(r"\.private_segment_fixed_size:\s*(\d+)", assembly)
-        spilled = max(scratch, 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", assembly))
-        instructions = len(_AMD_MATRIX.findall(assembly))
-    else:
-        usage = _resource_usage(compiled.asm["cubin"])
-        registers, spilled = _number(r"\bREG:(\d+)", usage), _number(r"\bSTACK:(\d+)", usage)
-        instructions = len(_NVIDIA_MATRIX.findall(compiled.asm["ptx"]))
-    return {
-        "registers": registers,
-        "spilled_bytes": spilled,
-        "shared_bytes": compiled.metadata.shared,
-        "matrix_instructions": instructions,
-    }
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"the compiler's output has no {pattern}")
-    return int(found.group(1))
-
-
-def _resource_usage(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(_cuobjdump()), "--dump-resource-usage", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _cuobjdump() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def check_machine(targets: Iterable[str]) -> None:
-    """Raises MachineError where nothing could be compiled."""
-    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
-        raise MachineError("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
-    try:
-        import_module("triton")
-    except ImportError as error:
-        raise MachineError(f"triton cannot be imported ({error}): pip install 'triton>=3.7,<3.10'") from error
-    if any(target.startswith("sm_") for target in targets) and not _cuobjdump().exists():
-        raise MachineError(f"triton has no cuobjdump at {_cuobjdump()}: choose AMD targets, or another build of triton")
 
 
 Task = tuple[str, int, str, int, str]
@@ -286,16 +217,6 @@ def table(reports: Iterable[Report]) -> str:
     return aligned(rows, ("target", "dtype", "kernel", ""))
 
 
-def aligned(rows: Sequence[Sequence[str]], words: Iterable[str]) -> str:
-    """Rows, headers first, as lines of columns; those headed by one of `words` to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numeric = [header not in words for header in rows[0]]
-    return "\n".join(
-        "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric)).rstrip()
-        for row in rows
-    )
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m kernels.compile", description="Compile all Triton kernels without a GPU."
@@ -323,20 +244,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def write_json(file: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` to the file of --json, if there is one."""
-    if file is not None:
-        file.write_text(json.dumps(rows, indent=1) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parse(arguments)
     # Triton 3.9 warns of a default that is going to change; this is what launches have until then.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if options.peer:
-        # The module itself, even where this one is run as __main__ and so is another than the one that it imports.
-        return int(import_module("kernels.compile_fla").main(options))
+        from kernels import compile_fla  # here: our own kernels need nothing of it
+
+        return compile_fla.main(options)
     targets = list(TARGETS) if options.all else options.target
     try:
         check_machine(targets)

@@ -31,7 +31,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from kernels.compile import MachineError, aligned, check_machine, try_to_compile, write_json
+from kernels.compiler import MachineError, aligned, check_machine, try_to_compile, write_json
 
 PREFERRED_WARPS = 4
 # The problem that our own kernels are compiled for.

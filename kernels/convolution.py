@@ -21,9 +21,10 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
-from kernels.cache import cache_tensors
-from kernels.linear_attention._chunks import implementations, sequence_bounds
+from kernels.documents import Documents, sequences_in, to_device
+from kernels.indices import host_numbers
 from kernels.linear_attention._sharded import all_gather, begins_here, cut_documents, run_from, state_of_last
+from kernels.linear_attention.driver import implementations
 from kernels.shapes import block_limit
 from kernels.triton import implementations as with_triton
 
@@ -31,9 +32,9 @@ SLAB_ELEMENTS = 1 << 17  # buffers of 512 KiB: measured best of 2^15 .. 2^18 wit
 
 
 def _check_inputs(
-    x: Tensor, weight: Tensor, activation: str | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[int, ...]:
-    """Raises ValueError for inputs that do not fit together; returns the sequences' bounds."""
+    x: Tensor, weight: Tensor, activation: str | None, initial_state: Tensor | None, documents: Documents | None
+) -> Documents:
+    """Raises ValueError for inputs that do not fit together; returns the sequences: rows or documents."""
     if x.dim() != 3 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point [B, T, D] and not empty, got {x.dtype} {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0 or not weight.is_floating_point():
@@ -42,11 +43,11 @@ def _check_inputs(
         )
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
-    bounds = sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
-    state_shape = (len(bounds) - 1, x.shape[2], weight.shape[1] - 1)
+    sequences = sequences_in(x.shape[0], x.shape[1], documents)
+    state_shape = (len(sequences), x.shape[2], weight.shape[1] - 1)
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state must be [N, D, W-1] = {state_shape}, got shape {tuple(initial_state.shape)}")
-    return bounds
+    return sequences
 
 
 def causal_conv1d_reference(
@@ -55,16 +56,16 @@ def causal_conv1d_reference(
     *,
     activation: str | None = "silu",
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition; arguments as in `causal_conv1d`, always returns the final state."""
-    _check_inputs(x, weight, activation, initial_state, cu_seqlens)
-    if cu_seqlens is not None:
-        documents = []
-        for n, document in enumerate(x.split(cu_seqlens.diff().tolist(), dim=1)):
+    _check_inputs(x, weight, activation, initial_state, documents)
+    if documents is not None:
+        results = []
+        for n, document in enumerate(x.split(documents.lengths, dim=1)):
             state = None if initial_state is None else initial_state[n : n + 1]
-            documents.append(causal_conv1d_reference(document, weight, activation=activation, initial_state=state))
-        return torch.cat([y for y, _ in documents], dim=1), torch.cat([state for _, state in documents])
+            results.append(causal_conv1d_reference(document, weight, activation=activation, initial_state=state))
+        return torch.cat([y for y, _ in results], dim=1), torch.cat([state for _, state in results])
     batch, time, dim = x.shape
     width = weight.shape[1]
     state = x.new_zeros(batch, dim, width - 1) if initial_state is None else initial_state.to(x.dtype)
@@ -88,7 +89,6 @@ class _Heads:
     final: Tensor
 
 
-@cache_tensors
 def _find_heads(bounds: tuple[int, ...], width: int, device: torch.device) -> _Heads:
     starts, ends = torch.tensor(bounds[:-1]), torch.tensor(bounds[1:])
     taps = torch.arange(width - 1)
@@ -99,7 +99,8 @@ def _find_heads(bounds: tuple[int, ...], width: int, device: torch.device) -> _H
     states = len(starts) * (width - 1)
     in_state = torch.arange(len(starts))[:, None] * (width - 1) + (last - starts[:, None] + width - 1)
     final = torch.where(last >= starts[:, None], last + states, in_state)
-    return _Heads(rows.to(device), tuple(rows.tolist()), sequence.to(device), token.to(device), final.to(device))
+    on_device = (to_device(x, device) for x in (sequence, token, final))
+    return _Heads(to_device(rows, device), tuple(host_numbers(rows)), *on_device)
 
 
 def _head_windows(x: Tensor, state_NWD: Tensor, heads: _Heads) -> Tensor:
@@ -172,9 +173,9 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, state_NWD: Tensor, activation: str | None, bounds: tuple[int, ...]
+        ctx: Any, x: Tensor, weight: Tensor, state_NWD: Tensor, activation: str | None, sequences: Documents
     ) -> Tensor:
-        heads = _find_heads(bounds, weight.shape[1], x.device)
+        heads = sequences.made(_find_heads, weight.shape[1], x.device)
         taps = _taps(weight, x)
         past = len(taps) - 1
         y = torch.empty_like(x)
@@ -225,7 +226,7 @@ def _over_ranks(
     weight: Tensor,
     initial_state: Tensor | None,
     output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:
     """`causal_conv1d` where each rank's first tokens see the last ones of the rank before."""
@@ -235,8 +236,8 @@ def _over_ranks(
         raise ValueError(
             f"over ranks a convolution of width {past + 1} needs a width >= 2 and as many tokens, got {time}"
         )
-    shard = None if cu_seqlens is None else cut_documents(cu_seqlens, batch, time, group)
-    tail = (x if shard is None else x[:, shard.bounds[-2] :]).transpose(1, 2)
+    shard = None if documents is None else cut_documents(documents, batch, time, group)
+    tail = (x if shard is None else x[:, shard.pieces.bounds[-2] :]).transpose(1, 2)
     before = tail.new_zeros(batch, dim, past)
     if initial_state is not None and begins_here(shard, group):
         before = state_of_last(initial_state, shard).to(x.dtype)
@@ -254,7 +255,7 @@ def causal_conv1d(
     activation: str | None = "silu",
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -266,8 +267,8 @@ def causal_conv1d(
         activation: "silu" or None.
         initial_state: `[N, D, W-1]`, the inputs before each sequence, the latest last; zeros by default.
         output_final_state: whether to return the last W - 1 inputs of each sequence, else None.
-        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; otherwise N = B.
-        group: the ranks that hold consecutive, equal parts of the sequence, of at least W - 1 tokens; `cu_seqlens` and
+        documents: the N documents packed into B = 1; without them N = B.
+        group: the ranks that hold consecutive, equal parts of the sequence, of at least W - 1 tokens; `documents` and
             states are then those of the whole, the same on every rank, and the gradients of weight and initial_state
             are this rank's share. Only the last W - 1 inputs of each rank travel.
         backend: auto, reference, torch or triton.
@@ -276,29 +277,29 @@ def causal_conv1d(
         y `[B, T, D]` and the final state `[N, D, W-1]` or None, both in x's dtype.
 
     Raises:
-        ValueError: if shapes, `activation`, `cu_seqlens` or `backend` are not as above.
+        ValueError: if shapes, `activation`, `documents` or `backend` are not as above.
     """
     if group is not None:
         one_rank = partial(causal_conv1d, weight=weight, activation=activation, backend=backend)
-        return _over_ranks(one_rank, x, weight, initial_state, output_final_state, cu_seqlens, group)
-    bounds = _check_inputs(x, weight, activation, initial_state, cu_seqlens)
+        return _over_ranks(one_rank, x, weight, initial_state, output_final_state, documents, group)
+    sequences = _check_inputs(x, weight, activation, initial_state, documents)
     batch, time, dim = x.shape
     available = with_triton(implementations(time), x, weight, initial_state)
     choice = resolve("causal_conv1d", backend, available)
     if choice == "reference":
         y, state = causal_conv1d_reference(
-            x, weight, activation=activation, initial_state=initial_state, cu_seqlens=cu_seqlens
+            x, weight, activation=activation, initial_state=initial_state, documents=documents
         )
         return y, state if output_final_state else None
     if choice == "triton":
         from kernels.triton import convolution  # here, for machines without triton
 
-        return convolution.causal_conv1d(x, weight, activation, initial_state, output_final_state, bounds)
+        return convolution.causal_conv1d(x, weight, activation, initial_state, output_final_state, sequences)
     rows = x.reshape(batch * time, dim)
     past = weight.shape[1] - 1
-    state_NWD = x.new_zeros(len(bounds) - 1, past, dim) if initial_state is None else initial_state.transpose(1, 2)
-    y = _CausalConv.apply(rows, weight, state_NWD, activation, bounds).view_as(x)
+    state_NWD = x.new_zeros(len(sequences), past, dim) if initial_state is None else initial_state.transpose(1, 2)
+    y = _CausalConv.apply(rows, weight, state_NWD, activation, sequences).view_as(x)
     if not output_final_state:
         return y, None
-    final = _find_heads(bounds, past + 1, x.device).final
+    final = sequences.made(_find_heads, past + 1, x.device).final
     return y, torch.cat((state_NWD.reshape(-1, dim).to(x.dtype), rows))[final].transpose(1, 2)

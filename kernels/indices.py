@@ -4,6 +4,8 @@ On a CPU a number that points nowhere is a ValueError before anything is compute
 would make the host wait for the device: there the kernels read nothing out of bounds and the result is not finite.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +17,18 @@ _INTEGERS = (torch.int32, torch.int64)
 def on_host(x: Tensor) -> bool:
     """Whether the numbers of x can be looked at without waiting for a device; a run on shapes alone has none."""
     return x.is_cpu and not isinstance(x, FakeTensor)
+
+
+def host_numbers(x: Tensor) -> Any:
+    """The numbers of a CPU's tensor, as its `tolist` gives them; what a step reads on a CPU alone, it reads here."""
+    assert x.is_cpu, "a read would wait for the device"
+    return x.tolist()
+
+
+def rows_by_token(row_tokens_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The rows in order of their tokens `[N]`, and where each token's begin and the last one's end `[T + 1]`; int64."""
+    tokens, order_N = row_tokens_N.sort(stable=True)
+    return order_N, torch.searchsorted(tokens, torch.arange(num_tokens + 1, device=tokens.device))
 
 
 def check_range(op: str, name: str, x: Tensor, end: int, *, besides: int | None = None) -> None:
@@ -32,7 +46,7 @@ def check_range(op: str, name: str, x: Tensor, end: int, *, besides: int | None 
     if not x.numel() or not on_host(x):
         return
     with _disable_current_modes():
-        least, most = (bound.item() for bound in torch.aminmax(x.detach()))
+        least, most = (host_numbers(bound) for bound in torch.aminmax(x.detach()))
         if least >= 0 and most < end:
             return
         wrong = (x < 0) | (x >= end)
@@ -54,6 +68,6 @@ def check_counts(op: str, counts: Tensor, rows: int) -> None:
     if not on_host(counts):
         return
     with _disable_current_modes():
-        numbers = counts.tolist()
+        numbers = host_numbers(counts)
     if sum(numbers) != rows or min(numbers, default=0) < 0:
         raise ValueError(f"{op}: counts must not be negative and add up to the {rows} rows there are, not {numbers}")

@@ -171,7 +171,7 @@ def main(config: EvaluateConfig) -> None:
             text_bytes += float((token_bytes[batch.labels] * batch.loss_mask).sum())
             tokens += float(batch.loss_mask.sum())
             moved = batch.to(device)
-            loss, _ = loaded.model(moved.tokens, moved.positions, moved.cu_seqlens, moved.labels, moved.loss_mask)
+            loss, _ = loaded.model(moved.tokens, moved.positions, moved.documents, moved.labels, moved.loss_mask)
             nll_sum += float(loss)
     own_bytes = sum(len(text.encode()) for text in texts)
     if texts and own_bytes != text_bytes:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from kernels.documents import Documents
 from kernels.matmul import linear
 from kernels.rotary import rotary_tables
 from models.config import MIXERS, SOFTMAX_MIXERS, ModelConfig, branches
@@ -151,7 +152,7 @@ class Decoder(Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        cu_seqlens: Tensor | None = None,
+        documents: Documents | None = None,
         caches: list[LayerCache] | None = None,
         entering: Tensor | None = None,
     ) -> Tensor:
@@ -160,14 +161,14 @@ class Decoder(Module):
         Args:
             tokens: Token ids, int64 [B, T]; read by the first stage. With context parallelism T is this rank's part.
             positions: Position of each token in its document, int64 [B, T].
-            cu_seqlens: Borders of packed documents, int32 [N+1], with B = 1; of the whole row.
+            documents: Those packed into the row, with B = 1; of the whole row.
             caches: One cache per layer, to continue sequences.
             entering: What the stage before gives, for any stage but the first.
 
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
         """
-        infos = self._layer_infos(positions, cu_seqlens, tokens)
+        infos = self._layer_infos(positions, documents, tokens)
         if self.is_first:
             assert self.embedding is not None, "the first stage has an embedding"
             x = self.embedding(tokens.transpose(0, 1))
@@ -182,7 +183,7 @@ class Decoder(Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        cu_seqlens: Tensor | None = None,
+        documents: Documents | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         entering: Tensor | None = None,
@@ -192,7 +193,7 @@ class Decoder(Module):
         loss_mask is float32 [B, T], all ones when left out. Per-token values are in the order of labels.flatten().
         A stage but the last gives what the next takes, as `hidden_states`.
         """
-        hidden_TBD = self.hidden_states(tokens, positions, cu_seqlens, entering=entering)
+        hidden_TBD = self.hidden_states(tokens, positions, documents, entering=entering)
         if not self.is_last:
             return hidden_TBD
         if labels is None:
@@ -203,7 +204,7 @@ class Decoder(Module):
         return vocabulary_loss(hidden_TBD, self.head_weight, labels, loss_mask, self.groups)
 
     def _layer_infos(
-        self, positions: Tensor, cu_seqlens: Tensor | None, tokens: Tensor | None = None
+        self, positions: Tensor, documents: Documents | None, tokens: Tensor | None = None
     ) -> list[SequenceInfo]:
         """What each layer is told of the micro-batch; layers that rotate alike share their tables."""
         tables = {rotary: rotary_tables(positions, *rotary) for rotary in set(self._rotary) if rotary is not None}
@@ -215,7 +216,7 @@ class Decoder(Module):
         infos = []
         for layer, rotary in zip(self.layers, self._rotary, strict=True):
             cos, sin = (None, None) if rotary is None else tables[rotary]
-            infos.append(SequenceInfo(cos, sin, cu_seqlens, bounds.get(int(layer)), self.groups.context, keys))
+            infos.append(SequenceInfo(cos, sin, documents, bounds.get(int(layer)), self.groups.context, keys))
         return infos
 
 

@@ -162,6 +162,7 @@ def apply_experts(
     routing_map_NE: Tensor,
     experts: Callable[[Tensor, Tensor], Tensor],
     dispatcher: Any = None,
+    num_rows: int | None = None,
 ) -> Tensor:
     """Send tokens to their experts, and add up what comes back, times the gates.
 
@@ -171,12 +172,13 @@ def apply_experts(
         routing_map_NE: Which experts a token goes to, bool; any number of them.
         experts: Transforms the rows of this rank's experts, sorted by expert, given the number of each.
         dispatcher: What `token_dispatcher` gives; None where this rank has all experts.
+        num_rows: The map's sum, if the host knows it; without a dispatcher it need then not be read back.
 
     Returns:
         [N, D].
     """
     if dispatcher is None:
-        rows, row_gates, row_tokens, counts = permute(x_ND, routing_map_NE, gates_NE)
+        rows, row_gates, row_tokens, counts = permute(x_ND, routing_map_NE, gates_NE, num_rows=num_rows)
         return unpermute(experts(rows, counts), row_tokens, len(x_ND), row_gates)
     rows, row_gates = dispatcher.dispatch_preprocess(x_ND, routing_map_NE, gates_NE)
     rows, row_gates = dispatcher.token_dispatch(rows, row_gates)

@@ -1,11 +1,14 @@
 """Builders that several test files share."""
 
 import os
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.documents import Documents
 from models.config import (
     AttentionConfig,
     DeltaNetConfig,
@@ -80,11 +83,15 @@ def draw_tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pack(documents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Documents [T_i] as tokens [1, T], positions [1, T] and cu_seqlens of one packed row."""
-    lengths = torch.tensor([0, *(len(document) for document in documents)])
+def documents_of(lengths: Iterable[int]) -> Documents:
+    """Documents of these lengths."""
+    return Documents((0, *accumulate(lengths)))
+
+
+def pack(documents: list[Tensor]) -> tuple[Tensor, Tensor, Documents]:
+    """Documents [T_i] as tokens [1, T], positions [1, T] and their bounds in one packed row."""
     positions = torch.cat([torch.arange(len(document)) for document in documents])
-    return torch.cat(documents)[None], positions[None], lengths.cumsum(0).to(torch.int32)
+    return torch.cat(documents)[None], positions[None], documents_of(map(len, documents))
 
 
 def rows(tokens: Tensor) -> tuple[Tensor, Tensor]:

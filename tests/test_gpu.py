@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels.attention import attention, attention_reference
+from kernels.documents import Documents
 from tests.trainer.conftest import in_process_config, trajectory
 from trainer import pretrain
 
@@ -25,9 +26,9 @@ def test_flash_attention_equals_the_reference(window, packed):
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 512, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
-    borders = torch.tensor([0, 77, 300, 512], dtype=torch.int32, device="cuda") if packed else None
-    ours = attention(q, k, v, window=window, cu_seqlens=borders, backend="flash")
-    exact = attention_reference(q.double(), k.double(), v.double(), window=window, cu_seqlens=borders)
+    documents = Documents((0, 77, 300, 512)) if packed else None
+    ours = attention(q, k, v, window=window, documents=documents, backend="flash")
+    exact = attention_reference(q.double(), k.double(), v.double(), window=window, documents=documents)
     assert relative(ours, exact) < 8e-3
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.autograd import once_differentiable
-from kernels.linear_attention._chunks import sequence_bounds
+from kernels.documents import Documents, sequences_in, to_device
 
 # What a piece's tokens [B, T, ...] do to a state: (M, C), M a factor of C's shape or a matrix in front of it.
 Summarize = Callable[..., tuple[Tensor, Tensor]]
@@ -54,51 +54,55 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class Shard:
     """The part of a row of documents that this rank holds.
 
-    `bounds` are those of the local pieces, `documents` the number of each piece's document among all `num_documents`.
+    `pieces` are the local ones, `numbers` holds the number of each one's document among all `num_documents`.
     The first piece began on an earlier rank if `continues`; the last goes on to a later one if `leaves`.
     """
 
-    bounds: tuple[int, ...]
-    documents: tuple[int, ...]
+    pieces: Documents
+    numbers: tuple[int, ...]
     num_documents: int
     continues: bool
     leaves: bool
 
 
-def cut_documents(cu_seqlens: Tensor, batch: int, time: int, group: dist.ProcessGroup) -> Shard:
-    """The shard of this rank, which holds `time` tokens as every rank does; ValueError for a wrong `cu_seqlens`."""
+def cut_documents(documents: Documents, batch: int, time: int, group: dist.ProcessGroup) -> Shard:
+    """The shard of this rank, which holds `time` tokens as every rank does; ValueError if the documents do not fit."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    bounds = sequence_bounds(batch, time * world, cu_seqlens)
+    return sequences_in(batch, time * world, documents).made(_cut, time, rank)
+
+
+def _cut(bounds: tuple[int, ...], time: int, rank: int) -> Shard:
     start, end = rank * time, (rank + 1) * time
     here = [n for n, (first, last) in enumerate(pairwise(bounds)) if first < end and last > start]
     local = (0, *(min(bounds[n + 1], end) - start for n in here))
-    return Shard(local, tuple(here), len(bounds) - 1, bounds[here[0]] < start, bounds[here[-1] + 1] > end)
+    return Shard(Documents(local), tuple(here), len(bounds) - 1, bounds[here[0]] < start, bounds[here[-1] + 1] > end)
 
 
 def run_sharded(
     op: Callable[..., tuple[Tensor, Tensor | None]],
     summarize: Summarize,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     group: dist.ProcessGroup,
     initial_state: Tensor | None,
     output_final_state: bool,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`op` on tokens that are cut over the ranks of `group`.
 
     Args:
-        op: `(*inputs, initial_state=, output_final_state=, cu_seqlens=) -> (o, final_state)` on one rank.
-        summarize: `(*inputs) -> (M, C)`.
-        inputs: this rank's tokens, `[B, T, ...]`, of the same T on every rank if `cu_seqlens` is given.
+        op: `(*inputs, initial_state=, output_final_state=, documents=) -> (o, final_state)` on one rank.
+        summarize: `(inputs) -> (M, C)`.
+        inputs: this rank's tokens, `[B, T, ...]`, of the same T on every rank if `documents` are given; None for one
+            that `op` does without, but never the first.
         group: the ranks, in the order of the tokens.
         initial_state: of all sequences or documents, the same on every rank; its gradient is this rank's share.
         output_final_state: whether to return the final states of all of them, on every rank.
-        cu_seqlens: bounds of the documents in the whole row.
+        documents: those of the whole row.
     """
     batch, time = inputs[0].shape[:2]
-    shard = None if cu_seqlens is None else cut_documents(cu_seqlens, batch, time, group)
-    last = inputs if shard is None else [x[:, shard.bounds[-2] :] for x in inputs]
-    transition, contribution = summarize(*last)
+    shard = None if documents is None else cut_documents(documents, batch, time, group)
+    last = inputs if shard is None else [None if x is None else x[:, shard.pieces.bounds[-2] :] for x in inputs]
+    transition, contribution = summarize(last)
     if begins_here(shard, group):
         if initial_state is not None:
             contribution = contribution + _apply(transition, state_of_last(initial_state, shard))
@@ -109,17 +113,17 @@ def run_sharded(
 
 def begins_here(shard: Shard | None, group: dist.ProcessGroup) -> bool:
     """Whether the last piece began on this rank."""
-    return dist.get_rank(group) == 0 if shard is None else len(shard.documents) > 1 or not shard.continues
+    return dist.get_rank(group) == 0 if shard is None else len(shard.numbers) > 1 or not shard.continues
 
 
 def state_of_last(initial_state: Tensor, shard: Shard | None) -> Tensor:
     """The initial state of the last piece's document, or of all rows."""
-    return initial_state if shard is None else initial_state[shard.documents[-1] :][:1]
+    return initial_state if shard is None else initial_state[shard.numbers[-1] :][:1]
 
 
 def run_from(
     op: Callable[..., tuple[Tensor, Tensor | None]],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     entering: Tensor,
     shard: Shard | None,
     group: dist.ProcessGroup,
@@ -129,19 +133,18 @@ def run_from(
     """The second half of `run_sharded`: `op` on this rank's tokens, from the state that enters it."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if shard is None:
-        local_state, local_bounds = entering if rank > 0 or initial_state is None else entering + initial_state, None
+        local_state, pieces = entering if rank > 0 or initial_state is None else entering + initial_state, None
     else:
-        local_state = _local_states(shard, entering, initial_state)
-        local_bounds = torch.tensor(shard.bounds, dtype=torch.int32, device=entering.device)
-    o, final = op(*inputs, initial_state=local_state, output_final_state=output_final_state, cu_seqlens=local_bounds)
+        local_state, pieces = _local_states(shard, entering, initial_state), shard.pieces
+    o, final = op(*inputs, initial_state=local_state, output_final_state=output_final_state, documents=pieces)
     if final is None:
         return o, None
     if shard is None:
         ended = final if rank == world - 1 else torch.zeros_like(final) + final[:0].sum(0)
     else:
-        count = len(shard.documents) - shard.leaves
-        documents = torch.tensor(shard.documents[:count], dtype=torch.int64, device=final.device)
-        ended = final.new_zeros(shard.num_documents, *final.shape[1:]).index_add(0, documents, final[:count])
+        count = len(shard.numbers) - shard.leaves
+        numbers = to_device(torch.tensor(shard.numbers[:count], dtype=torch.int64), final.device)
+        ended = final.new_zeros(shard.num_documents, *final.shape[1:]).index_add(0, numbers, final[:count])
     return o, all_gather(ended, group).sum(0)
 
 
@@ -167,9 +170,9 @@ def _entering(transition: Tensor, contribution: Tensor, group: dist.ProcessGroup
 def _local_states(shard: Shard, entering: Tensor, initial_state: Tensor | None) -> Tensor:
     """The state that each local piece begins with."""
     if initial_state is None:
-        states = entering.new_zeros(len(shard.documents), *entering.shape[1:])
+        states = entering.new_zeros(len(shard.numbers), *entering.shape[1:])
     else:
-        states = initial_state[shard.documents[0] : shard.documents[-1] + 1].to(entering.dtype)
+        states = initial_state[shard.numbers[0] : shard.numbers[-1] + 1].to(entering.dtype)
     # A document that begins here takes none of what enters, but its gradient, zero, is waited for elsewhere.
     first = entering if shard.continues else states[:1] + entering[:0].sum(0)
     return torch.cat((first, states[1:]))

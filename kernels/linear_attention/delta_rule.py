@@ -8,6 +8,7 @@ o_t = scale * S_t^T q_t
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.documents import Documents
 from kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
 
 
@@ -19,17 +20,12 @@ def delta_rule_reference(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token; arguments as in `delta_rule`, always returns the final state."""
     return gated_delta_rule_reference(
-        q, k, v, _no_decay(beta), beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+        q, k, v, None, beta, scale=scale, initial_state=initial_state, documents=documents
     )
-
-
-def _no_decay(beta: Tensor) -> Tensor:
-    # One head of it serves all: a divisor of any number of heads.
-    return beta.new_zeros(*beta.shape[:2], 1) if beta.dim() == 3 else beta.new_zeros(beta.shape)
 
 
 def delta_rule(
@@ -41,7 +37,7 @@ def delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -51,7 +47,7 @@ def delta_rule(
         q, k: `[B, T, H, K]`, used as given (the recurrence is stable for k of norm <= 1). float32, bfloat16 or float64.
         v: `[B, T, H, V]`.
         beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
-        scale, initial_state, output_final_state, cu_seqlens, group: as in `gated_delta_rule`, numbers of heads too.
+        scale, initial_state, output_final_state, documents, group: as in `gated_delta_rule`, numbers of heads too.
         backend: as in `gated_delta_rule`, by whose name it is logged and set in the environment.
 
     Returns:
@@ -64,12 +60,12 @@ def delta_rule(
         q,
         k,
         v,
-        _no_decay(beta),
+        None,
         beta,
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
+        documents=documents,
         group=group,
         backend=backend,
     )

@@ -7,74 +7,94 @@ of their decays; then the state is carried from chunk to chunk, and what it adds
 chunk's start, is added everywhere at once. Products of numbers <= 1 only, so nothing overflows.
 """
 
-from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
-from kernels.backend import resolve
-from kernels.linear_attention._chunks import (
-    ChunkLayout,
-    chunk_layout,
-    compute_dtype,
-    implementations,
-    sequence_bounds,
-)
-from kernels.linear_attention._sharded import decays_after, run_sharded
-from kernels.triton import implementations as with_triton
-
-# A segment's tokens are this many times those of the other recurrences: its work is a step for every slot of a chunk,
-# and small steps are all overhead.
-_SEGMENT_FACTOR = 4
+from kernels.documents import Documents, sequences_in
+from kernels.linear_attention._chunks import ChunkLayout
+from kernels.linear_attention._sharded import decays_after
+from kernels.linear_attention.driver import Inputs, Recurrence, Run, Segment, compute_dtype, run
 
 
-def hgrn_reference(
-    x: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token; arguments as in `hgrn`, always returns the final state."""
-    bounds = _check(x, log_decay, initial_state, cu_seqlens)
-    dtype = compute_dtype(x, log_decay, initial_state)
-    x_TD, decay_TD = (tensor.to(dtype).flatten(0, 1) for tensor in (x, log_decay.exp()))
-    outputs, finals = [], []
-    for n, (start, end) in enumerate(pairwise(bounds)):
-        state = x_TD.new_zeros(x.shape[-1]) if initial_state is None else initial_state[n].to(dtype)
-        for t in range(start, end):
-            state = decay_TD[t] * state + x_TD[t]
-            outputs.append(state)
-        finals.append(state)
-    return torch.stack(outputs).view(x.shape).to(x.dtype), torch.stack(finals)
+class _Saved(NamedTuple):
+    """H, and the state that each chunk met."""
+
+    h_NCD: Tensor
+    met_ND: Tensor
 
 
-def _check(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    if x.dim() != 3 or not x.is_floating_point() or x.numel() == 0:
-        raise ValueError(
-            f"x must be a floating-point tensor [B, T, D] that is not empty, got {tuple(x.shape)} {x.dtype}"
-        )
-    if log_decay.shape != x.shape or not log_decay.is_floating_point():
-        raise ValueError(
-            f"log_decay must be a floating-point tensor of x's shape {tuple(x.shape)}, got {tuple(log_decay.shape)} "
-            f"{log_decay.dtype}"
-        )
-    bounds = sequence_bounds(x.shape[0], x.shape[1], cu_seqlens)
-    if initial_state is not None and initial_state.shape != (len(bounds) - 1, x.shape[2]):
-        raise ValueError(
-            f"initial_state must be [N, D] = {(len(bounds) - 1, x.shape[2])}, got {tuple(initial_state.shape)}"
-        )
-    return bounds
+class _HGRN(Recurrence):
+    """One head of vectors: x and log_decay `[B, T, 1, D]`, states `[N, 1, D]`, which are the outputs as they are."""
 
+    name = "hgrn"
+    value = 0
+    unread = (0,)
+    # Its work is a step for every slot of a chunk, and small steps are all overhead.
+    segment_factor = 4
 
-def _packed(layout: ChunkLayout, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[B, T, D]` as `[N, C, D]`."""
-    return layout.pack(x[:, :, None], 1, dtype)
+    def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
+        x_NCD, log_decay_NCD = (segment.pack(x, segment.full) for x in inputs)
+        saved = _Saved(*_scan(segment.layout, x_NCD, log_decay_NCD.exp_(), state[:, 0]))
+        return saved.h_NCD, saved
 
+    def segment_backward(
+        self, segment: Segment, d_state: Tensor, saved: _Saved, d_o: Tensor, inputs: Inputs
+    ) -> tuple[Tensor, ...]:
+        decay_NCD = segment.pack(inputs[1], segment.full).exp_()
+        d_h_NCD = segment.pack(d_o, segment.full)
+        d_x_NCD, _ = _scan(segment.layout, d_h_NCD, decay_NCD, d_state[:, 0], reverse=True)
+        before_NCD = torch.cat((saved.met_ND[:, None], saved.h_NCD[:, :-1]), dim=1)
+        return d_x_NCD, before_NCD.mul_(decay_NCD).mul_(d_x_NCD)
 
-def _unpack(layout: ChunkLayout, x_NCD: Tensor, into: Tensor) -> None:
-    """`[N, C, D]` into `[B, T, D]`."""
-    layout.unpack(x_NCD, into[:, :, None])
+    def check(self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None) -> tuple[int, Documents]:
+        batch, time, _, dim = inputs[0].shape
+        sequences = sequences_in(batch, time, documents)
+        if initial_state is not None and initial_state.shape != (len(sequences), 1, dim):
+            given = (*initial_state.shape[:1], *initial_state.shape[2:])
+            raise ValueError(f"initial_state must be [N, D] = {(len(sequences), dim)}, got {given}")
+        return 1, sequences
+
+    def state_shape(self, heads: int, inputs: Inputs) -> tuple[int, ...]:
+        return 1, inputs[0].shape[-1]
+
+    def fits_triton(self, inputs: Inputs) -> bool:
+        return True
+
+    def reference(
+        self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        x, log_decay = inputs
+        _, sequences = self.check(inputs, initial_state, documents)
+        dtype = compute_dtype(x, log_decay, initial_state)
+        x_THD, decay_THD = (tensor.to(dtype).flatten(0, 1) for tensor in (x, log_decay.exp()))
+        outputs, finals = [], []
+        for n, (start, end) in enumerate(pairwise(sequences.bounds)):
+            state = torch.zeros_like(x_THD[0]) if initial_state is None else initial_state[n].to(dtype)
+            for t in range(start, end):
+                state = decay_THD[t] * state + x_THD[t]
+                outputs.append(state)
+            finals.append(state)
+        return torch.stack(outputs).view(x.shape).to(x.dtype), torch.stack(finals)
+
+    def summarize(self, one_rank: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        x, log_decay = inputs
+        dtype = compute_dtype(x, log_decay)
+        decays = decays_after(log_decay.to(dtype))
+        return decays[:, 0], (x.to(dtype) * decays[:, 1:]).sum(1)
+
+    def triton(
+        self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        from kernels.triton.hgrn import scan_hgrn
+
+        state = None if initial_state is None else initial_state.flatten(1)
+        x, log_decay = inputs
+        h, final = scan_hgrn(x.flatten(2), log_decay.flatten(2), state, documents)
+        return h[:, :, None], final[:, None]
 
 
 def _scan(
@@ -102,51 +122,27 @@ def _scan(
     return h_NCD.addcmul_(products, met[:, None]), met
 
 
-class _ChunkedHGRN(torch.autograd.Function):
-    """The chunked form, by segments. Saves its inputs but x, h, and the state at each chunk's start."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, log_decay: Tensor, initial_state: Tensor | None, layout: ChunkLayout
-    ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(x, log_decay, initial_state)
-        state = layout.sort_state(initial_state, (layout.num_sequences, x.shape[2]), x.new_empty((), dtype=dtype))
-        ctx.segments = layout.segments(layout.chunk * x.shape[2] // _SEGMENT_FACTOR, x.is_cpu)
-        h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        saved: list[Tensor] = []
-        for segment in ctx.segments:
-            x_NCD, decay_NCD = _packed(segment, x, dtype), _packed(segment, log_decay, dtype).exp_()
-            h_NCD, met = _scan(segment, x_NCD, decay_NCD, state)
-            _unpack(segment, h_NCD, h)
-            saved += h_NCD, met
-        ctx.save_for_backward(log_decay, initial_state, *saved)
-        ctx.layout, ctx.dtype = layout, dtype
-        return h, layout.unsort_state(state)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_h: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        log_decay, initial_state, *saved = ctx.saved_tensors
-        layout, dtype = ctx.layout, ctx.dtype
-        d_state = layout.sort_state(d_final, (layout.num_sequences, d_h.shape[2]), d_h.new_empty((), dtype=dtype))
-        d_x = torch.empty(d_h.shape, dtype=d_h.dtype, device=d_h.device)
-        d_log_decay = torch.empty(d_h.shape, dtype=log_decay.dtype, device=d_h.device)
-        for number, segment in reversed(list(enumerate(ctx.segments))):
-            h_NCD, met = saved[2 * number : 2 * number + 2]
-            decay_NCD = _packed(segment, log_decay, dtype).exp_()
-            d_x_NCD, _ = _scan(segment, _packed(segment, d_h, dtype), decay_NCD, d_state, reverse=True)
-            _unpack(segment, d_x_NCD, d_x)
-            before_NCD = torch.cat((met[:, None], h_NCD[:, :-1]), dim=1)
-            _unpack(segment, before_NCD.mul_(decay_NCD).mul_(d_x_NCD), d_log_decay)
-        d_initial = None if initial_state is None else layout.unsort_state(d_state).to(initial_state.dtype)
-        return d_x, d_log_decay, d_initial, None
+def _one_head(x: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> tuple[Inputs, Tensor | None]:
+    """The inputs `[B, T, D]` and states `[N, D]` as those of one head; ValueError if the inputs do not fit."""
+    if x.dim() != 3 or not x.is_floating_point() or x.numel() == 0:
+        raise ValueError(
+            f"x must be a floating-point tensor [B, T, D] that is not empty, got {tuple(x.shape)} {x.dtype}"
+        )
+    if log_decay.shape != x.shape or not log_decay.is_floating_point():
+        raise ValueError(
+            f"log_decay must be a floating-point tensor of x's shape {tuple(x.shape)}, got {tuple(log_decay.shape)} "
+            f"{log_decay.dtype}"
+        )
+    return (x[:, :, None], log_decay[:, :, None]), None if initial_state is None else initial_state.unsqueeze(1)
 
 
-def _summarize(x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """What these tokens do to a state (see `_sharded`): decays and what they leave behind, both `[B, D]`."""
-    dtype = compute_dtype(x, log_decay)
-    decays = decays_after(log_decay.to(dtype))
-    return decays[:, 0], (x.to(dtype) * decays[:, 1:]).sum(1)
+def hgrn_reference(
+    x: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None, documents: Documents | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token; arguments as in `hgrn`, always returns the final state."""
+    inputs, initial_state = _one_head(x, log_decay, initial_state)
+    h, state = _HGRN().reference(inputs, initial_state, documents)
+    return h.flatten(2), state.flatten(1)
 
 
 def hgrn(
@@ -155,7 +151,7 @@ def hgrn(
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -166,8 +162,8 @@ def hgrn(
         log_decay: `[B, T, D]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
         initial_state: `[B, D]`, float32 (float64 beside float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
-        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1; states are then `[N, D]`.
-        group: the ranks that hold consecutive, equal parts of the sequence; `cu_seqlens` and states are then those of
+        documents: the N documents packed into B = 1; states are then `[N, D]`.
+        group: the ranks that hold consecutive, equal parts of the sequence; `documents` and states are then those of
             the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
         backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
@@ -175,20 +171,16 @@ def hgrn(
         h `[B, T, D]` in x's dtype, and the final state `[B, D]` in float32 (float64 if any input is) or None.
 
     Raises:
-        ValueError: if shapes, `cu_seqlens` or `backend` are not as above.
+        ValueError: if shapes, `documents` or `backend` are not as above.
     """
-    if group is not None:
-        one_rank, inputs = partial(hgrn, backend=backend), (x, log_decay)
-        return run_sharded(one_rank, _summarize, inputs, group, initial_state, output_final_state, cu_seqlens)
-    bounds = _check(x, log_decay, initial_state, cu_seqlens)
-    with torch.autocast(x.device.type, enabled=False):
-        choice = resolve("hgrn", backend, with_triton(implementations(x.shape[1]), x, log_decay, initial_state))
-        if choice == "reference":
-            h, state = hgrn_reference(x, log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
-        elif choice == "triton":
-            from kernels.triton.hgrn import scan_hgrn  # here, for machines without triton
-
-            h, state = scan_hgrn(x, log_decay, initial_state, cu_seqlens)
-        else:
-            h, state = _ChunkedHGRN.apply(x, log_decay, initial_state, chunk_layout(bounds, x.device))
-    return h, state if output_final_state else None
+    inputs, initial_state = _one_head(x, log_decay, initial_state)
+    h, state = run(
+        _HGRN(),
+        *inputs,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        documents=documents,
+        group=group,
+        backend=backend,
+    )
+    return h.flatten(2), None if state is None else state.flatten(1)

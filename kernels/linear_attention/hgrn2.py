@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.documents import Documents
 from kernels.linear_attention.gla import gla, gla_reference
 
 
@@ -18,11 +19,11 @@ def hgrn2_reference(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, token by token; arguments as in `hgrn2`, always returns the final state."""
     k = 1 - log_decay.exp()
-    return gla_reference(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return gla_reference(q, k, v, log_decay, scale=scale, initial_state=initial_state, documents=documents)
 
 
 def hgrn2(
@@ -33,7 +34,7 @@ def hgrn2(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
@@ -43,7 +44,7 @@ def hgrn2(
         q: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
         log_decay: `[B, T, H, K]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
-        scale, initial_state, output_final_state, cu_seqlens, group: as in `gla`, numbers of heads too.
+        scale, initial_state, output_final_state, documents, group: as in `gla`, numbers of heads too.
         backend: as in `gla`, by whose name it is logged and set in the environment.
 
     Returns:
@@ -60,7 +61,7 @@ def hgrn2(
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
+        documents=documents,
         group=group,
         backend=backend,
     )

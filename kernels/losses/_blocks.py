@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.indices import check_range
+from kernels.indices import check_range, host_numbers
 from kernels.matmul import matmul
 from kernels.shapes import block_limit
 
@@ -121,7 +121,7 @@ def add_weight_gradient(grad_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor, *
 def scaled(gradients: Sequence[Tensor | None], grad_loss: Tensor) -> Sequence[Tensor | None]:
     """Gradients for a grad_output of 1, times the one that came."""
     # Reading the factor would make a GPU wait; on the CPU it saves a pass over the gradients.
-    if grad_loss.is_cpu and grad_loss.item() == 1.0:
+    if grad_loss.is_cpu and host_numbers(grad_loss) == 1.0:
         return gradients
     return [None if gradient is None else gradient * grad_loss for gradient in gradients]
 

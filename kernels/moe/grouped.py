@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
-from kernels.indices import check_counts
+from kernels.indices import check_counts, host_numbers
 from kernels.matmul import matmul
 from kernels.shapes import has_values
 from kernels.triton import LARGEST_ROW, implementations
@@ -115,6 +115,6 @@ class _GroupedLinear(torch.autograd.Function):
 def _experts(tokens_per_expert_E: Tensor) -> Iterator[tuple[int, slice]]:
     """Each expert and its rows, which may be none."""
     begin = 0
-    for expert, rows in enumerate(tokens_per_expert_E.tolist() if has_values() else ()):
+    for expert, rows in enumerate(host_numbers(tokens_per_expert_E) if has_values() else ()):
         yield expert, slice(begin, begin + rows)
         begin += rows

@@ -9,7 +9,8 @@ Each is the transpose of the other, so each is the other's backward:
     unpermute:  drows_n = w_n · dx_t(n)          dw_n = ⟨rows_n, dx_t(n)⟩
 
 Nothing has a size of tokens × experts × capacity: beyond the rows there are a few integers for each. The number of rows
-is the map's sum, which the host must know: `permute` waits for the device once, there and nowhere else.
+is the map's sum, which the host must know. A gate that gives every token as many experts knows it; where nobody does,
+`permute` waits for the device once, there and nowhere else.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
-from kernels.indices import check_range, on_host
+from kernels.indices import check_range, on_host, rows_by_token
 from kernels.triton import implementations
 
 _BACKENDS = ("torch", "reference")
@@ -48,7 +49,12 @@ def unpermute_reference(
 
 
 def permute(
-    x_TD: Tensor, routing_map_TE: Tensor, probs_TE: Tensor | None = None, *, backend: str = "auto"
+    x_TD: Tensor,
+    routing_map_TE: Tensor,
+    probs_TE: Tensor | None = None,
+    *,
+    num_rows: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Copy every token to a row for each expert that takes it.
 
@@ -56,6 +62,7 @@ def permute(
         x_TD: tokens, floating.
         routing_map_TE: bool; which expert takes which token. A token may have no expert, an expert no token.
         probs_TE: the tokens' weights at the experts; read where the map is true.
+        num_rows: the map's sum, if the host knows it; it is counted without.
         backend: auto, reference, torch or triton.
 
     Returns:
@@ -63,7 +70,8 @@ def permute(
         `[N]`, int64; the number of rows of each expert `[E]`, int64, on the device of x. N is the map's sum.
 
     Raises:
-        ValueError: the shapes do not fit, the map is not bool, or the backend cannot serve these inputs.
+        ValueError: the shapes do not fit, the map is not bool, its sum is not `num_rows` (on a GPU, where looking at it
+            would wait for it, nobody notices), or the backend cannot serve these inputs.
     """
     if not x_TD.is_floating_point() or x_TD.ndim != 2:
         raise ValueError(f"permute: x must be floating [tokens, D], not {x_TD.dtype} {tuple(x_TD.shape)}")
@@ -79,7 +87,7 @@ def permute(
     choice = resolve("permute", backend, implementations(_BACKENDS, x_TD, probs_TE))
     if choice == "reference":
         return permute_reference(x_TD, routing_map_TE, probs_TE)
-    experts, tokens = routing_map_TE.T.nonzero(as_tuple=True)
+    experts, tokens = _rows(routing_map_TE, num_rows)
     row_probs_N = None
     if probs_TE is not None:
         row_probs_N = _TakeOnce.apply(probs_TE, tokens * probs_TE.shape[1] + experts)
@@ -90,6 +98,17 @@ def permute(
     else:
         rows_ND = _Permute.apply(x_TD, tokens)
     return rows_ND, row_probs_N, tokens, routing_map_TE.sum(0)
+
+
+def _rows(routing_map_TE: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor]:
+    """The expert and the token of each row, int64 `[N]`."""
+    if num_rows is not None and not on_host(routing_map_TE):
+        experts, tokens = torch.nonzero_static(routing_map_TE.T, size=num_rows).unbind(1)
+        return experts, tokens
+    experts, tokens = routing_map_TE.T.nonzero(as_tuple=True)
+    if num_rows not in (None, len(tokens)):
+        raise ValueError(f"permute: num_rows {num_rows} must be the sum of the map, which is {len(tokens)}")
+    return experts, tokens
 
 
 def unpermute(
@@ -133,12 +152,6 @@ def unpermute(
 
         return permutation.unpermute(rows_ND, row_tokens_N, num_tokens, row_probs_N)
     return _Unpermute.apply(rows_ND, row_tokens_N, num_tokens, row_probs_N)
-
-
-def rows_by_token(row_tokens_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The rows in order of their tokens `[N]`, and where each token's begin and the last one's end `[T + 1]`; int64."""
-    tokens, order_N = row_tokens_N.sort(stable=True)
-    return order_N, torch.searchsorted(tokens, torch.arange(num_tokens + 1, device=tokens.device))
 
 
 def _add_up(rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N: Tensor | None) -> Tensor:

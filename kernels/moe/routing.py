@@ -38,7 +38,7 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 from kernels.backend import resolve
-from kernels.triton import LARGEST_ROW, implementations
+from kernels.triton import LARGEST_ROW, TINY, implementations
 
 Score = Literal["softmax", "sigmoid"]
 Normalize = Literal["before", "after", "none"]
@@ -47,9 +47,6 @@ Activation = Literal["none", "relu", "sigmoid", "tanh", "gelu", "silu"]
 SCORES = ("softmax", "sigmoid")
 NORMALIZATIONS = ("before", "after", "none")
 ACTIVATIONS = ("none", "relu", "sigmoid", "tanh", "gelu", "silu")
-
-# Keeps the sum of sigmoids off zero (DeepSeek-V3's code).
-TINY = 1e-20
 
 _BACKENDS = ("torch", "reference")
 

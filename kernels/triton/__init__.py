@@ -15,6 +15,8 @@ from torch import Tensor
 # What the kernels take: key dimensions of the chunked recurrences, and the rows that one program holds whole.
 LARGEST_KEY = 256
 LARGEST_ROW = 1 << 16
+# Keeps the sum of sigmoids of a gate off zero (DeepSeek-V3's code), here and in kernels/moe/routing.py alike.
+TINY = 1e-20
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

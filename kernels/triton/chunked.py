@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kernels.autograd import once_differentiable
-from kernels.linear_attention._chunks import sequence_bounds
+from kernels.documents import Documents, sequences_in
 from kernels.triton import LARGEST_KEY
 from kernels.triton.chunk_kernels import (
     NO_DECAY,
@@ -497,7 +497,7 @@ def chunked(
     beta: Tensor | None,
     initial_state: Tensor | None,
     scale: float,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of the module's docstring: the delta rule if `beta` is given, else gated linear attention.
 
@@ -508,7 +508,7 @@ def chunked(
         beta: `[B, T, H']` or None.
         initial_state: `[N, H, K, V]` or None, zeros.
         scale: multiplies the output.
-        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1, or None.
+        documents: the N documents packed into B = 1, or None.
 
     Each H' divides the largest one, H; neighbours share a head.
 
@@ -516,7 +516,7 @@ def chunked(
         o `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]` in float32.
 
     Raises:
-        ValueError: if K is larger than 256, or `cu_seqlens` is not as above.
+        ValueError: if K is larger than 256, or `documents` are not those of one row.
     """
     heads = max(x.shape[2] for x in (q, k, v, log_decay, beta) if x is not None)
     dims, operand = (q.shape[-1], v.shape[-1]), _operand(q, k, v)
@@ -524,7 +524,7 @@ def chunked(
     if q.is_cuda:
         log_known_faults(target)
     plan = make_plan(heads, dims, log_decay, beta is not None, operand, target)
-    table = chunk_table(sequence_bounds(q.shape[0], q.shape[1], cu_seqlens), plan.chunk, q.device)
+    table = sequences_in(q.shape[0], q.shape[1], documents).made(chunk_table, plan.chunk, q.device)
     return _Chunked.apply(q, k, v, log_decay, beta, initial_state, scale, plan, table)
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.autograd import once_differentiable
-from kernels.cache import cache_tensors
+from kernels.documents import Documents, to_device
 from kernels.triton.launch import KernelSpec, device_guard, dtype_bytes, next_power, target_name, warp_size
 
 _BLOCK_ELEMENTS = 1024
@@ -236,12 +236,11 @@ def _past_tile(target: str, dim: int, width: int) -> tuple[int, int, int]:
     return slots, channels, max(slots * channels // (_BACKWARD_PER_THREAD * warp_size(target)), 1)
 
 
-@cache_tensors
 def _sequences(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The bounds, int64 `[N+1]`, and the sequence of every row, int32."""
     bounds_N = torch.tensor(bounds)
     sequence_R = torch.repeat_interleave(torch.arange(len(bounds) - 1, dtype=torch.int32), bounds_N.diff())
-    return bounds_N.to(device), sequence_R.to(device)
+    return to_device(bounds_N, device), to_device(sequence_R, device)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -254,16 +253,16 @@ class _CausalConv(torch.autograd.Function):
         weight: Tensor,
         state_NWD: Tensor | None,
         silu: bool,
-        bounds: tuple[int, ...],
+        sequences: Documents,
         wants_final: bool,
     ) -> tuple[Tensor, Tensor | None]:
         x_RD, weight = x_RD.contiguous(), weight.contiguous()
         state_NWD = None if state_NWD is None else state_NWD.contiguous()
         (rows, dim), width = x_RD.shape, weight.shape[1]
-        bounds_N, sequence_R = _sequences(bounds, x_RD.device)
+        bounds_N, sequence_R = sequences.made(_sequences, x_RD.device)
         target = target_name(x_RD.device)
         y_RD = torch.empty_like(x_RD)
-        final_NWD = x_RD.new_empty(len(bounds) - 1, width - 1, dim) if wants_final else None
+        final_NWD = x_RD.new_empty(len(sequences), width - 1, dim) if wants_final else None
         block_t, block_d, warps = _tile(target, dim, _FORWARD_PER_THREAD)
         with device_guard(x_RD):
             grid = triton.cdiv(rows, block_t), triton.cdiv(dim, block_d)
@@ -272,11 +271,11 @@ class _CausalConv(torch.autograd.Function):
             _forward_kernel[grid](*tensors, bounds_N, sequence_R, y_RD, rows, dim, SILU=silu, **blocks)
             if final_NWD is not None and width > 1:
                 block_p, block_d, warps = _past_tile(target, dim, width)
-                grid = len(bounds) - 1, triton.cdiv(dim, block_d)
+                grid = len(sequences), triton.cdiv(dim, block_d)
                 blocks = {"WIDTH": width, "BLOCK_P": block_p, "BLOCK_D": block_d, "num_warps": warps}
                 _final_state_kernel[grid](x_RD, tensors[2], bounds_N, final_NWD, dim, **blocks)
         ctx.save_for_backward(x_RD, weight, state_NWD)
-        ctx.silu, ctx.bounds = silu, bounds
+        ctx.silu, ctx.sequences = silu, sequences
         ctx.set_materialize_grads(False)
         return y_RD, final_NWD
 
@@ -285,7 +284,7 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x_RD, weight, state_NWD = ctx.saved_tensors
         (rows, dim), width = x_RD.shape, weight.shape[1]
-        bounds_N, sequence_R = _sequences(ctx.bounds, x_RD.device)
+        bounds_N, sequence_R = ctx.sequences.made(_sequences, x_RD.device)
         target = target_name(x_RD.device)
         dy_RD = torch.zeros_like(x_RD) if dy is None else dy.contiguous()
         dfinal_NWD = None if dfinal is None or width == 1 else dfinal.contiguous()
@@ -303,7 +302,7 @@ class _CausalConv(torch.autograd.Function):
             if state is not None:
                 block_p, block_d, warps = _past_tile(target, dim, width)
                 blocks = {"SILU": ctx.silu, "WIDTH": width, "BLOCK_P": block_p, "BLOCK_D": block_d, "num_warps": warps}
-                grid = len(ctx.bounds) - 1, triton.cdiv(dim, block_d)
+                grid = len(ctx.sequences), triton.cdiv(dim, block_d)
                 _state_gradient_kernel[grid](*tensors, dstate_NWD, dim, **blocks)
         return dx_RD, parts.sum(0).t().to(weight.dtype), dstate_NWD, None, None, None
 
@@ -314,12 +313,12 @@ def causal_conv1d(
     activation: str | None,
     initial_state: Tensor | None,
     output_final_state: bool,
-    bounds: tuple[int, ...],
+    sequences: Documents,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.convolution.causal_conv1d` of checked arguments; `bounds` are those of the sequences in B · T rows."""
+    """`kernels.convolution.causal_conv1d` of checked arguments; `sequences` are those in B · T rows."""
     state_NWD = None if initial_state is None else initial_state.transpose(1, 2)
     rows = x.reshape(-1, x.shape[2])
-    y, final = _CausalConv.apply(rows, weight, state_NWD, activation == "silu", bounds, output_final_state)
+    y, final = _CausalConv.apply(rows, weight, state_NWD, activation == "silu", sequences, output_final_state)
     return y.view(x.shape), None if final is None else final.transpose(1, 2)
 
 

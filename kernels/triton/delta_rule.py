@@ -8,6 +8,7 @@ The equations are those of `kernels.linear_attention.gated_delta_rule`; the kern
 
 from torch import Tensor
 
+from kernels.documents import Documents
 from kernels.triton.chunked import chunked, chunked_specs
 from kernels.triton.launch import KernelSpec
 
@@ -20,7 +21,7 @@ def chunk_delta_rule(
     beta: Tensor,
     initial_state: Tensor | None,
     scale: float,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule.
 
@@ -31,7 +32,7 @@ def chunk_delta_rule(
         beta: `[B, T, H']`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
         initial_state: `[N, H, K, V]` or None, zeros.
         scale: multiplies the output.
-        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1, or None.
+        documents: the N documents packed into B = 1, or None.
 
     Each H' divides the largest one, H; neighbours share a head.
 
@@ -39,9 +40,9 @@ def chunk_delta_rule(
         o `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]` in float32.
 
     Raises:
-        ValueError: if K is larger than 256, or `cu_seqlens` is not as above.
+        ValueError: if K is larger than 256, or `documents` are not those of one row.
     """
-    return chunked(q, k, v, log_decay, beta, initial_state, scale, cu_seqlens)
+    return chunked(q, k, v, log_decay, beta, initial_state, scale, documents)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:

@@ -7,6 +7,7 @@ The equations are those of `kernels.linear_attention.gla`; the kernels are in `c
 
 from torch import Tensor
 
+from kernels.documents import Documents
 from kernels.triton.chunked import chunked, chunked_specs
 from kernels.triton.launch import KernelSpec
 
@@ -18,7 +19,7 @@ def chunk_gla(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     scale: float,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
     """Gated linear attention.
 
@@ -28,7 +29,7 @@ def chunk_gla(
         log_decay: `[B, T, H', K]` per channel, `[B, T, H']` per head, or None; natural logarithm, <= 0.
         initial_state: `[N, H, K, V]` or None, zeros.
         scale: multiplies the output.
-        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1, or None.
+        documents: the N documents packed into B = 1, or None.
 
     Each H' divides the largest one, H; neighbours share a head.
 
@@ -36,9 +37,9 @@ def chunk_gla(
         o `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]` in float32.
 
     Raises:
-        ValueError: if K is larger than 256, or `cu_seqlens` is not as above.
+        ValueError: if K is larger than 256, or `documents` are not those of one row.
     """
-    return chunked(q, k, v, log_decay, None, initial_state, scale, cu_seqlens)
+    return chunked(q, k, v, log_decay, None, initial_state, scale, documents)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.autograd import once_differentiable
-from kernels.linear_attention._chunks import sequence_bounds
+from kernels.documents import Documents, sequences_in
 from kernels.triton.launch import KernelSpec
 from kernels.triton.sequences import ChunkTable, Launcher, chunk_table
 
@@ -238,7 +238,7 @@ class _ScanHGRN(torch.autograd.Function):
 
 
 def scan_hgrn(
-    x: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+    x: Tensor, log_decay: Tensor, initial_state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
     """HGRN's recurrence, h_t = exp(log_decay_t) h_{t-1} + x_t.
 
@@ -246,15 +246,15 @@ def scan_hgrn(
         x: `[B, T, D]`, float32, bfloat16 or float16.
         log_decay: `[B, T, D]`, natural logarithm, <= 0; float32 is advised.
         initial_state: `[N, D]` or None, zeros.
-        cu_seqlens: int32 `[N+1]`, the bounds of N documents packed into B = 1, or None.
+        documents: the N documents packed into B = 1, or None.
 
     Returns:
         h `[B, T, D]` in x's dtype and the final states `[N, D]` in float32.
 
     Raises:
-        ValueError: if `cu_seqlens` is not as above.
+        ValueError: if `documents` are not those of one row.
     """
-    table = chunk_table(sequence_bounds(x.shape[0], x.shape[1], cu_seqlens), _CHUNK, x.device)
+    table = sequences_in(x.shape[0], x.shape[1], documents).made(chunk_table, _CHUNK, x.device)
     return _ScanHGRN.apply(x, log_decay, initial_state, table)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.autograd import once_differentiable
-from kernels.moe.permutation import rows_by_token
+from kernels.indices import rows_by_token
 from kernels.triton.launch import (
     KernelSpec,
     device_guard,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.autograd import once_differentiable
-from kernels.moe.routing import TINY
+from kernels.triton import TINY
 from kernels.triton.launch import (
     KernelSpec,
     device_guard,

@@ -1,6 +1,6 @@
 """What the linear recurrences in Triton share: the table of chunks, rows of tokens in kernels, and how they launch.
 
-Tensors are rows of tokens `[T, H, D]`: the rows of a batch, or the documents packed by `cu_seqlens`, one after another.
+Tensors are rows of tokens `[T, H, D]`: the rows of a batch, or the documents packed into one, one after another.
 A chunk is C tokens of one sequence, fewer at its end.
 """
 
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cache import cache_tensors
+from kernels.documents import to_device
 from kernels.triton.launch import KernelSpec, device_guard
 
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
@@ -41,16 +41,13 @@ class ChunkTable(NamedTuple):
         return self.first.shape[0] - 1
 
 
-@cache_tensors
 def chunk_table(bounds: tuple[int, ...], chunk: int, device: torch.device) -> ChunkTable:
-    """The chunks of the sequences between `bounds` (see `kernels.linear_attention`), in order."""
+    """The chunks of the sequences between `bounds` (see `kernels.documents`), in order."""
     chunks, first = [], [0]
     for start, end in pairwise(bounds):
         chunks += [(token, min(token + chunk, end)) for token in range(start, end, chunk)]
         first.append(len(chunks))
-    return ChunkTable(
-        torch.tensor(chunks, dtype=torch.int32).to(device), torch.tensor(first, dtype=torch.int32).to(device)
-    )
+    return ChunkTable(*(to_device(torch.tensor(rows, dtype=torch.int32), device) for rows in (chunks, first)))
 
 
 class Launcher:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.convolution import causal_conv1d
+from kernels.documents import Documents
 from models.parameters import Drawing, Groups, Init, Module, Placement
 
 
@@ -21,17 +22,17 @@ class SequenceInfo:
     Attributes:
         cos: Rotary cosines, one row per token; None where the layer does not rotate.
         sin: Rotary sines.
-        cu_seqlens: Borders of the packed documents, int32 [N+1]; None where every row is one sequence.
+        documents: Those packed into the row; None where every row is one sequence.
         lower_bound: Bound of the layer's decays from below, float32 [D] in (0, 1); None for 0.
-        group: Ranks that hold consecutive parts of the sequence; None where this one has the whole. cu_seqlens is
-            then that of the whole, the rest belongs to this rank's tokens.
+        group: Ranks that hold consecutive parts of the sequence; None where this one has the whole. documents are
+            then those of the whole, the rest belongs to this rank's tokens.
         token_keys: What tells tokens apart, for the noise of routers, int64 [T, B] as the residual stream is cut; None
             without noise.
     """
 
     cos: Tensor | None = None
     sin: Tensor | None = None
-    cu_seqlens: Tensor | None = None
+    documents: Documents | None = None
     lower_bound: Tensor | None = None
     group: dist.ProcessGroup | None = None
     token_keys: Tensor | None = None
@@ -98,7 +99,7 @@ def run_recurrence(
         *inputs,
         initial_state=None if cache is None else cache.tensors.get("state"),
         output_final_state=cache is not None,
-        cu_seqlens=info.cu_seqlens,
+        documents=info.documents,
         group=info.group,
     )
     if cache is not None:
@@ -113,7 +114,7 @@ def run_convolution(x_TBD: Tensor, weight: Tensor, name: str, info: SequenceInfo
         weight,
         initial_state=None if cache is None else cache.tensors.get(name),
         output_final_state=cache is not None,
-        cu_seqlens=info.cu_seqlens,
+        documents=info.documents,
         group=info.group,
     )
     if cache is not None:

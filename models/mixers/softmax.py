@@ -42,7 +42,7 @@ class FullAttention(Mixer):
             q, k = apply_rotary(q, info.cos, info.sin), apply_rotary(k, info.cos, info.sin)
         if cache is not None:
             k, v = self._extend(cache, k, v)
-        o = attention(q, k, v, window=self.window, cu_seqlens=info.cu_seqlens, group=info.group)
+        o = attention(q, k, v, window=self.window, documents=info.documents, group=info.group)
         return self.o_proj(merge_heads(o))
 
     def _extend(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

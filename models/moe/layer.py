@@ -17,7 +17,7 @@ from torch.func import functional_call
 from kernels.activations import swiglu
 from kernels.moe import grouped_linear
 from models.config import ModelConfig
-from models.moe.router import Router
+from models.moe.router import Router, Routing
 from models.parallel import (
     ColumnLinear,
     RowLinear,
@@ -142,18 +142,16 @@ class MoELayer(Module):
         if self.router.replicated:
             routed = self._apply_with_copies(tokens_ND, routing.gates, routing.routing_map, self.router.replicated)
         else:
-            routed = self._through_experts(tokens_ND, routing.gates, routing.routing_map, self._run_own_experts)
+            routed = self._through_experts(tokens_ND, routing, self._run_own_experts)
         y = routed.view_as(x)
         if self.shared_experts is not None:
             y = y + self._run(self.shared_experts, enter_region(x, self.groups))
         return y
 
-    def _through_experts(
-        self, x_ND: Tensor, gates_NE: Tensor, routing_map_NE: Tensor, experts: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def _through_experts(self, x_ND: Tensor, routing: Routing, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if self.exchange is not None:
-            return self.exchange(x_ND, gates_NE, experts, self.groups)
-        return apply_experts(x_ND, gates_NE, routing_map_NE, experts, self.dispatcher)
+            return self.exchange(x_ND, routing.gates, experts, self.groups)
+        return apply_experts(x_ND, routing.gates, routing.routing_map, experts, self.dispatcher, routing.rows)
 
     def _apply_with_copies(
         self, x_ND: Tensor, gates_NE: Tensor, routing_map_NE: Tensor, copied: Sequence[int]

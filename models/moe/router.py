@@ -48,10 +48,12 @@ class Routing(NamedTuple):
     Attributes:
         gates: What an expert's output is multiplied with, float32 [N, E]; zero where a token does not go.
         routing_map: Which experts a token goes to, bool [N, E]; with padding also tokens whose gate is zero.
+        rows: The map's sum, where it follows from the configuration; None where it depends on the logits.
     """
 
     gates: Tensor
     routing_map: Tensor
+    rows: int | None
 
 
 class Router(Module):
@@ -108,14 +110,15 @@ class Router(Module):
             probabilities, gates, keep = self._top_k(logits)
         else:
             probabilities, gates, keep = self._dense_to_sparse(logits, temperature, token_keys_TB if training else None)
+        rows = len(keep) * self.config.router.top_k if self.config.router.gate == "top_k" else None
         if not training:
-            return Routing(gates, keep)
+            return Routing(gates, keep, rows)
         balance, z = self._losses(logits, probabilities, keep, x_TBD.shape[:2])
         gates = _AddLoss.apply(gates, balance + z, self.loss_scale)
         gates, routing_map, dropped = self._fit(gates, keep)
         if not is_recomputing():
             self._count(probabilities, keep, dropped, balance, z, temperature)
-        return Routing(gates, routing_map)
+        return Routing(gates, routing_map, rows if self.config.capacity_factor is None else None)
 
     def choose_replicated(self) -> None:
         """Have the step copy the busiest experts of the step before, where ranks share them.
@@ -139,7 +142,7 @@ class Router(Module):
         if training and not is_recomputing():
             nothing = logits.new_zeros(())
             self._count(keep.float(), keep, nothing, nothing, nothing, temperature)
-        return Routing(gates, keep)
+        return Routing(gates, keep, len(keep))
 
     def _top_k(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         router = self.config.router

@@ -51,9 +51,11 @@ def collect(decoders: Iterable[Decoder], config: ModelConfig) -> list[float]:
     own = routers(decoders)
     if not config.moe_layers():
         return []
-    empty = torch.zeros(config.moe.num_experts + len(_AFTER_LOAD), dtype=torch.float64)
+    device = next((router.weight.device for router in own.values()), torch.device("cpu"))
+    empty = torch.zeros(config.moe.num_experts + len(_AFTER_LOAD), dtype=torch.float64, device=device)
     rows = [own[layer].statistics if layer in own else empty for layer in config.moe_layers()]
-    counted: list[float] = torch.stack([row.cpu() for row in rows if row is not None]).flatten().tolist()
+    # One read of the device, whatever the number of layers.
+    counted: list[float] = torch.stack([row for row in rows if row is not None]).flatten().tolist()
     return counted
 
 

@@ -26,10 +26,8 @@ def test_packed_borders_and_positions(seed):
     samples = rng.integers(0, 6, (int(rng.integers(1, 5)), int(rng.integers(2, 20)))).astype(np.uint16)
     batch = make_batch(samples, EOD)
     borders = naive_borders(samples[:, :-1])
-    assert batch.cu_seqlens.tolist() == borders
-    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.documents.bounds == tuple(borders)
     assert batch.positions.flatten().tolist() == [place for a, b in zip(borders, borders[1:]) for place in range(b - a)]
-    assert batch.max_seqlen == max(b - a for a, b in zip(borders, borders[1:]))
     assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (1, samples[:, 1:].size)
 
 
@@ -46,7 +44,7 @@ def test_labels_are_the_next_tokens(document_mask):
 
 def test_rows_without_document_masks():
     batch = make_batch(np.arange(8).reshape(2, 4), None, document_mask=False)
-    assert batch.cu_seqlens is None and batch.max_seqlen == 3
+    assert batch.documents is None
     assert batch.positions.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
@@ -56,5 +54,7 @@ def test_document_masks_need_an_eod():
 
 
 def test_move():
-    batch = make_batch(np.arange(8).reshape(2, 4), EOD).to("meta")
-    assert batch.tokens.device.type == batch.cu_seqlens.device.type == "meta"
+    batch = make_batch(np.arange(8).reshape(2, 4), EOD)
+    moved = batch.to("meta")
+    assert moved.tokens.device.type == moved.positions.device.type == "meta"
+    assert moved.documents is batch.documents

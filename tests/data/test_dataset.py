@@ -274,7 +274,7 @@ def test_evaluation_limit_spreads_over_the_split(data):
 
 def test_padding_adds_one_document(data):
     batch = list(EvaluationStream(data, 4096, eod_id=EOD))[-1]
-    assert len(batch.cu_seqlens) - 2 == 40 + 1, (
+    assert len(batch.documents) - 1 == 40 + 1, (
         "the documents, the leading end-of-document token, the padding, less one border"
     )
 

@@ -45,7 +45,7 @@ def test_bare_megatron_data_needs_a_vocabulary_and_an_end_of_document(configure,
     sized = replace(config, model=replace(config.model, vocab_size=512))
     sources = find_sources(sized)
     assert sources.tokenizer is None and sources.validation is None and sources.vocab_size == 512
-    assert sources.open_training(sized).micro_batches(0, 2)[0].cu_seqlens is None
+    assert sources.open_training(sized).micro_batches(0, 2)[0].documents is None
     masked = replace(sized, data=replace(config.data, document_mask=True))
     with pytest.raises(ConfigError, match="end-of-document"):
         find_sources(masked).open_training(masked)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.activations import swiglu, swiglu_packed
 from kernels.attention import attention
 from kernels.convolution import causal_conv1d
+from kernels.documents import Documents
 from kernels.linear_attention import delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
 from kernels.losses.distillation import distillation_kl
 from kernels.losses.linear_cross_entropy import IGNORE_LABEL, linear_cross_entropy
@@ -160,14 +161,14 @@ def recurrence(
     packed: bool = False,
 ) -> Problem:
     """The problem of one recurrence, from an initial state to a final one."""
-    bounds = torch.tensor(documents(time), dtype=torch.int32, device=device) if packed else None
-    sequences = batch if bounds is None else len(bounds) - 1
+    packing = Documents(tuple(documents(time))) if packed else None
+    sequences = batch if packing is None else len(packing)
     inputs = _recurrence_inputs(op, _Draw(device, dtype), batch, time, heads, dims, sequences)
 
     def run(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
         rest = dict(given)
         state = rest.pop("initial_state")
-        options = {"initial_state": state, "output_final_state": True, "cu_seqlens": bounds, "backend": backend}
+        options = {"initial_state": state, "output_final_state": True, "documents": packing, "backend": backend}
         o, final = RECURRENCES[op](**rest, **options)
         assert final is not None
         return {"o": o, "final": final}
@@ -223,8 +224,8 @@ def _nan_case(op: str, poisoned: str, sizes: Sizes) -> Case:
 def _convolution(sizes: Sizes, device: torch.device, dtype: torch.dtype, packed: bool) -> Problem:
     draw, width = _Draw(device, dtype), 4
     batch, time = (1, sizes.packed) if packed else (2, sizes.time)
-    bounds = torch.tensor(documents(time), dtype=torch.int32, device=device) if packed else None
-    sequences = batch if bounds is None else len(bounds) - 1
+    packing = Documents(tuple(documents(time))) if packed else None
+    sequences = batch if packing is None else len(packing)
     inputs = {
         "x": draw.normal(batch, time, sizes.model),
         "weight": draw.normal(sizes.model, width, dtype=torch.float32),
@@ -232,7 +233,7 @@ def _convolution(sizes: Sizes, device: torch.device, dtype: torch.dtype, packed:
     }
 
     def run(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-        y, final = causal_conv1d(**given, output_final_state=True, cu_seqlens=bounds, backend=backend)
+        y, final = causal_conv1d(**given, output_final_state=True, documents=packing, backend=backend)
         assert final is not None
         return {"y": y, "final": final}
 
@@ -316,9 +317,12 @@ def _experts(sizes: Sizes, device: torch.device, dtype: torch.dtype, op: str) ->
     routing_map[:, 1] = False  # an expert without tokens
     probs = draw.uniform(sizes.tokens, sizes.experts).requires_grad_()
     if op == "permute":
+        num_rows = int(routing_map.sum())
 
         def copy(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-            rows, row_probs, tokens, counts = permute(given["x"], routing_map, given["probs"], backend=backend)
+            rows, row_probs, tokens, counts = permute(
+                given["x"], routing_map, given["probs"], num_rows=num_rows, backend=backend
+            )
             assert row_probs is not None
             return {"rows": rows, "row_probs": row_probs, "tokens": tokens, "counts": counts}
 
@@ -347,12 +351,12 @@ def _attention(
 ) -> Problem:
     draw, head = _Draw(device, dtype), min(sizes.dims[0][0], 128)
     time = min(sizes.time, 2048)
-    bounds = torch.tensor(documents(time), dtype=torch.int32, device=device) if packed else None
+    packing = Documents(tuple(documents(time))) if packed else None
     q = draw.normal(1, time, sizes.heads, head)
     k, v = (draw.normal(1, time, max(sizes.heads // 4, 1), head) for _ in range(2))
 
     def run(given: dict[str, Tensor], choice: str) -> dict[str, Tensor]:
-        return {"o": attention(**given, window=window, cu_seqlens=bounds, backend=choice)}
+        return {"o": attention(**given, window=window, documents=packing, backend=choice)}
 
     return Problem({"q": q, "k": k, "v": v}, run, against="reference", backend=backend)
 

@@ -124,7 +124,6 @@ def _engine_losses(device: torch.device, backend: str) -> list[float]:
         torch.ones(rows, time),
         torch.arange(time).repeat(rows, 1),
         None,
-        time,
     )
     spec = EngineSpec(
         _model_config(small),

@@ -11,7 +11,8 @@ import torch.distributed.nn  # before there is a group, which it would keep, wit
 from torch import Tensor
 
 from kernels.attention import attention
-from tests.kernels.test_linear_attention import assert_same, bounds_tensor
+from tests.helpers import documents_of
+from tests.kernels.test_linear_attention import assert_same
 
 TIME = 48
 
@@ -33,16 +34,16 @@ class Case(NamedTuple):
 HEADS = [(4, 4), (4, 2), (3, 1), (3, 3), (6, 2), (10, 2), (5, 1), (8, 1), (1, 1)]
 # Shards have 24, 16 and 12 tokens: no halo, parts of shards, whole shards and a token more or less, the whole row.
 WINDOWS = [1, 5, 12, 13, 14, 24, 25, 40, 47, 48, 100]
-# A document over all ranks, borders at and beside those of ranks, empty documents, documents of one token.
-PACKINGS = [[TIME], [24, 24], [12, 12, 24], [5, 1, 0, 1, 30, 11], [23, 2, 23], [13, 35], [1] * 6 + [42], [1] * TIME]
+# A document over all ranks, borders at and beside those of ranks, documents of one token.
+PACKINGS = [[TIME], [24, 24], [12, 12, 24], [5, 1, 1, 30, 11], [23, 2, 23], [13, 35], [1] * 6 + [42], [1] * TIME]
 OTHERS: list[dict[str, Any]] = [
     {"backend": "sdpa"},
     {"backend": "reference"},
     {"backend": "reference", "window": 14},
     {"dtype": torch.float32},
     {"dtype": torch.float32, "window": 14},
-    {"dtype": torch.bfloat16, "lengths": [5, 1, 0, 1, 30, 11]},
-    {"dtype": torch.bfloat16, "window": 14, "lengths": [5, 1, 0, 1, 30, 11]},
+    {"dtype": torch.bfloat16, "lengths": [5, 1, 1, 30, 11]},
+    {"dtype": torch.bfloat16, "window": 14, "lengths": [5, 1, 1, 30, 11]},
     {"dtype": torch.float16},
     {"dtype": torch.float16, "window": 30},
 ]
@@ -86,8 +87,8 @@ def make_inputs(case: Case, time: int) -> tuple[list[Tensor], Tensor]:
 
 def check_equals_one_rank(case: Case, group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    cu_seqlens = None if case.lengths is None else bounds_tensor(case.lengths)
-    options: dict[str, Any] = {"window": case.window, "cu_seqlens": cu_seqlens, "backend": case.backend}
+    documents = None if case.lengths is None else documents_of(case.lengths)
+    options: dict[str, Any] = {"window": case.window, "documents": documents, "backend": case.backend}
     tensors, grad = make_inputs(case, TIME)
     inputs = [x.requires_grad_() for x in tensors]
     o = attention(*inputs, **options)
@@ -121,9 +122,9 @@ def check_layers(group: dist.ProcessGroup) -> None:
 def sent_bytes(case: Case, time: int, group: dist.ProcessGroup, wire: Wire) -> list[tuple[int, int]]:
     """The bytes and calls of this rank in the forward and in the backward, with `time` tokens on every rank."""
     inputs, grad = make_inputs(case, time)
-    cu_seqlens = None if case.lengths is None else bounds_tensor(case.lengths)
+    documents = None if case.lengths is None else documents_of(case.lengths)
     wire.read()
-    o = attention(*(x.requires_grad_() for x in inputs), window=case.window, cu_seqlens=cu_seqlens, group=group)
+    o = attention(*(x.requires_grad_() for x in inputs), window=case.window, documents=documents, group=group)
     forward = wire.read()
     o.backward(grad)
     return [forward, wire.read()]
@@ -158,7 +159,7 @@ def check_refusals(group: dist.ProcessGroup, wire: Wire) -> None:
     """What is wrong is refused on every rank before a message that another would wait for."""
     q = torch.zeros(1, 8, 2, 4)
     wrong: dict[str, dict[str, Any]] = {
-        f"from 0 to T = {8 * dist.get_world_size(group)}": {"cu_seqlens": bounds_tensor([8])},
+        f"from 0 to T = {8 * dist.get_world_size(group)}": {"documents": documents_of([8])},
         "asks for 'sdpa'": {"window": 8, "backend": "sdpa"},
         "at least 1": {"window": 0},
     }

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.convolution import causal_conv1d
+from tests.helpers import documents_of
 from tests.kernels import test_linear_attention as recurrences
-from tests.kernels.test_linear_attention import assert_same, bounds_tensor
+from tests.kernels.test_linear_attention import assert_same
 
 TIME = 96
 # One row each: a document over three ranks, borders of documents at and beside those of ranks, documents of one token.
@@ -55,7 +56,7 @@ def make_state(name: str, sequences: int) -> Tensor:
 def check(name: str, lengths: list[int] | None, with_state: bool, group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     batch = 2 if lengths is None else 1
-    cu_seqlens = None if lengths is None else bounds_tensor(lengths)
+    documents = None if lengths is None else documents_of(lengths)
     inputs = make_inputs(name, batch)
     state = make_state(name, batch if lengths is None else len(lengths)) if with_state else None
     wanted = inputs if state is None else [*inputs, state]
@@ -63,7 +64,7 @@ def check(name: str, lengths: list[int] | None, with_state: bool, group: dist.Pr
     def loss_weight(x: Tensor, seed: int) -> Tensor:
         return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
 
-    o, final = OPS[name](*inputs, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+    o, final = OPS[name](*inputs, initial_state=state, output_final_state=True, documents=documents)
     weight_o, weight_final = loss_weight(o, 1), loss_weight(final, 2)
     expected = torch.autograd.grad((o * weight_o).sum() + (final * weight_final).sum(), wanted)
 
@@ -74,7 +75,7 @@ def check(name: str, lengths: list[int] | None, with_state: bool, group: dist.Pr
     local = [x.detach().clone().requires_grad_() for x in pieces]
     local_state = None if state is None else state.detach().clone().requires_grad_()
     local_o, local_final = OPS[name](
-        *local, initial_state=local_state, output_final_state=True, cu_seqlens=cu_seqlens, group=group
+        *local, initial_state=local_state, output_final_state=True, documents=documents, group=group
     )
     # The whole loss is the sum of the ranks'.
     loss = (local_o * weight_o[:, tokens]).sum() + (local_final * weight_final).sum() / world
@@ -108,12 +109,12 @@ def check_traffic(
     """Forward and backward of `time` tokens a rank, with an initial state."""
     world = dist.get_world_size(group)
     batch = 2 if lengths is None else 1
-    cu_seqlens = None if lengths is None else bounds_tensor(lengths)
+    documents = None if lengths is None else documents_of(lengths)
     sequences = batch if lengths is None else len(lengths)
     inputs, state = make_inputs(name, batch, time), make_state(name, sequences)
     with Traffic() as forward:
         o, final = OPS[name](
-            *inputs, initial_state=state, output_final_state=output_final, cu_seqlens=cu_seqlens, group=group
+            *inputs, initial_state=state, output_final_state=output_final, documents=documents, group=group
         )
     with Traffic() as backward:
         (o.sum() if final is None else o.sum() + final.sum()).backward()

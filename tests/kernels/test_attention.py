@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention as module
 from kernels.attention import attention, attention_reference
+from kernels.documents import Documents
+from tests.helpers import documents_of
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SHAPES = [(1, 1, 4, 4), (4, 2, 8, 8), (4, 1, 8, 6), (2, 2, 6, 10)]  # H, Hkv, K, V
@@ -26,10 +28,6 @@ def _draw(shape: tuple[int, int, int, int], times: tuple[int, int], batch: int =
         torch.randn(batch, times[1], key_heads, key_dim, dtype=torch.float64),
         torch.randn(batch, times[1], key_heads, value_dim, dtype=torch.float64),
     ]
-
-
-def _bounds(*lengths: int) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def _compare(inputs: list[Tensor], backend: str, dtype: torch.dtype = torch.float64, **options: Any) -> None:
@@ -60,13 +58,13 @@ def test_backends_match_reference(shape: tuple[int, int, int, int], window: int 
         _compare(_draw(shape, (300, 300), batch=2), backend, dtype, window=window)
 
 
-@pytest.mark.parametrize("lengths", [(100, 100, 100), (1, 130, 40, 130, 1, 0, 30), (332,), (0, 5, 0)])
+@pytest.mark.parametrize("lengths", [(100, 100, 100), (1, 130, 40, 130, 1, 30), (332,), (5,)])
 @pytest.mark.parametrize("window", [None, 16, 70, 500])
 def test_packed_documents_match_reference(lengths: tuple[int, ...], window: int | None) -> None:
     torch.manual_seed(0)
     inputs = _draw((4, 2, 8, 8), (sum(lengths), sum(lengths)))
     for backend in _backends(window, max(lengths)):
-        _compare(inputs, backend, window=window, cu_seqlens=_bounds(*lengths))
+        _compare(inputs, backend, window=window, documents=documents_of(lengths))
 
 
 @pytest.mark.parametrize("queries", [1, 5, 100])
@@ -88,7 +86,7 @@ def test_any_packing(lengths: list[int], window: int, shape: tuple[int, int, int
     torch.manual_seed(0)
     inputs = _draw(shape, (sum(lengths), sum(lengths)))
     for backend in _backends(window, max(lengths)):
-        _compare(inputs, backend, window=window, cu_seqlens=_bounds(*lengths), scale=scale)
+        _compare(inputs, backend, window=window, documents=documents_of(lengths), scale=scale)
 
 
 def test_tiles_that_split_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,16 +103,16 @@ def test_gradcheck(window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("lengths", [(50, 50, 50), (30, 80, 40)])
 def test_documents_do_not_leak(lengths: tuple[int, ...], window: int | None) -> None:
-    bounds = _bounds(*lengths)
+    documents = documents_of(lengths)
     inputs = _draw((4, 2, 8, 8), (150, 150))
-    first, last = int(bounds[1]), int(bounds[2])
+    first, last = documents.bounds[1:3]
     others = torch.cat((torch.arange(first), torch.arange(last, 150)))
     for backend in (*_backends(window, 50), "reference"):
-        before = attention(*inputs, window=window, cu_seqlens=bounds, backend=backend)
+        before = attention(*inputs, window=window, documents=documents, backend=backend)
         changed = [x.clone() for x in inputs]
         for x in changed:
             x[:, first:last].normal_()
-        after = attention(*changed, window=window, cu_seqlens=bounds, backend=backend)
+        after = attention(*changed, window=window, documents=documents, backend=backend)
         assert torch.equal(before[:, others], after[:, others])
         assert not torch.equal(before[:, first:last], after[:, first:last])
 
@@ -166,8 +164,8 @@ def test_no_backend_holds_all_scores(backend: str, lengths: tuple[int, ...] | No
     for value_dim in (8, 4, 16):
         inputs = [x.float().requires_grad_() for x in _draw((2, 1, 8, value_dim), (2048, 2048))]
         with _LargestOutput() as largest:
-            cu_seqlens = None if lengths is None else _bounds(*lengths)
-            attention(*inputs, cu_seqlens=cu_seqlens, backend=backend).sum().backward()
+            documents = None if lengths is None else documents_of(lengths)
+            attention(*inputs, documents=documents, backend=backend).sum().backward()
         # A block of queries against all keys: an eighth of the scores of the two query heads that share a key head.
         assert largest.numel <= 2 * 2048 * 2048 // 8
 
@@ -193,9 +191,9 @@ def test_errors() -> None:
         attention(q, k, v, window=0)
     for bounds in ([0, 3], [1, 6], [0, 4, 3, 6]):
         with pytest.raises(ValueError, match="cu_seqlens"):
-            attention(q, k, v, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+            attention(q, k, v, documents=Documents(tuple(bounds)))
     with pytest.raises(ValueError, match="B = 1"):
-        attention(q[:, -1:], k, v, cu_seqlens=_bounds(6))
+        attention(q[:, -1:], k, v, documents=documents_of([6]))
     with pytest.raises(ValueError, match="banded"):
         attention(q, k, v, window=2, backend="sdpa")
 
@@ -242,7 +240,7 @@ def test_flash_is_asked_for_what_it_calls_it(
     monkeypatch.setattr(module, "_flash_attn", _stand_in_for_flash)
     monkeypatch.setattr(module, "_available", lambda *inputs: ["flash"])
     inputs = _draw((4, 2, 8, 8), (12, 12))
-    _compare(inputs, "flash", window=window, cu_seqlens=None if lengths is None else _bounds(*lengths))
+    _compare(inputs, "flash", window=window, documents=None if lengths is None else documents_of(lengths))
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])

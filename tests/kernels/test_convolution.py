@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels.convolution
 from kernels.convolution import causal_conv1d
+from tests.helpers import documents_of
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -31,10 +32,6 @@ def make_inputs(
     generator = torch.Generator().manual_seed(time)
     shapes = (batch, time, dim), (dim, width), (sequences, dim, width - 1)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def bounds_tensor(lengths: list[int]) -> Tensor:
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
 
 def results(x: Tensor, weight: Tensor, state: Tensor | None, **kwargs: object) -> list[Tensor]:
@@ -65,7 +62,7 @@ def test_packed_equals_reference(
     x, weight, state = make_inputs(1, sum(lengths), width, len(lengths), dtype=dtype)
     state = state if with_state else None
     fast, reference = (
-        results(x, weight, state, activation=activation, cu_seqlens=bounds_tensor(lengths), backend=backend)
+        results(x, weight, state, activation=activation, documents=documents_of(lengths), backend=backend)
         for backend in ("torch", "reference")
     )
     assert_same(fast, reference, TOLERANCE[dtype])
@@ -116,7 +113,7 @@ def test_a_document_never_influences_another() -> None:
         changed = x.detach().clone()
         changed[:, 30:32] = value
         changed.requires_grad_()
-        y, final = causal_conv1d(changed, weight, output_final_state=True, cu_seqlens=bounds_tensor([30, 2, 58]))
+        y, final = causal_conv1d(changed, weight, output_final_state=True, documents=documents_of([30, 2, 58]))
         kept = torch.cat((y[:, :30], y[:, 32:]), dim=1)
         (grad,) = torch.autograd.grad(kept.square().sum(), changed)
         outputs.append((kept, final[0], final[2], grad[:, :30], grad[:, 32:]))
@@ -127,10 +124,10 @@ def test_bfloat16_is_near_float32() -> None:
     wide = make_inputs(1, 100, 4, 2, dtype=torch.float32)
     narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
     wide = [x.detach().float().requires_grad_() for x in narrow]
-    cu_seqlens = bounds_tensor([40, 60])
-    actual = results(*narrow, cu_seqlens=cu_seqlens)
+    documents = documents_of([40, 60])
+    actual = results(*narrow, documents=documents)
     assert all(x.dtype == torch.bfloat16 for x in actual)
-    assert_same([x.float() for x in actual], results(*wide, cu_seqlens=cu_seqlens), 1e-2)
+    assert_same([x.float() for x in actual], results(*wide, documents=documents), 1e-2)
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
@@ -138,9 +135,9 @@ def test_gradcheck(activation: str | None) -> None:
     inputs = make_inputs(1, 12, 4, 3, dim=2)
 
     def run(x: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        cu_seqlens = bounds_tensor([5, 2, 5])
+        documents = documents_of([5, 2, 5])
         return causal_conv1d(
-            x, weight, activation=activation, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
+            x, weight, activation=activation, initial_state=state, output_final_state=True, documents=documents
         )
 
     assert torch.autograd.gradcheck(run, inputs)
@@ -153,7 +150,7 @@ def test_gradcheck(activation: str | None) -> None:
         ({"weight": torch.zeros(5, 4)}, "weight must be"),
         ({"activation": "relu"}, "activation must be"),
         ({"initial_state": torch.zeros(1, 6, 3)}, "initial_state must be"),
-        ({"cu_seqlens": torch.tensor([0, 8])}, "batch size must be 1"),
+        ({"documents": documents_of([8])}, "batch size must be 1"),
         ({"backend": "fast"}, "choose auto or one of torch, reference"),
     ],
 )

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels import indices
 from kernels.attention import attention
 from kernels.convolution import causal_conv1d
+from kernels.documents import Documents
 from kernels.embedding import embedding
 from kernels.indices import check_range
 from kernels.linear_attention import gla, hgrn
@@ -171,20 +172,17 @@ def test_what_is_no_integer() -> None:
         lambda: rotary_tables(half, 4, 10.0),
         lambda: unpermute(draw(3, 2), half, 3),
         lambda: grouped_linear(draw(3, 2), draw(3, 2, 2), half),
-        lambda: attention(*[draw(1, 2, 1, 4)] * 3, cu_seqlens=half),
-        lambda: causal_conv1d(draw(1, 2, 4), draw(4, 2), cu_seqlens=half),
-        lambda: gla(*[draw(1, 2, 1, 4)] * 4, cu_seqlens=half),
-        lambda: hgrn(*[draw(1, 2, 4)] * 2, cu_seqlens=half),
+        lambda: Documents.of(half),
     ):
         with pytest.raises(ValueError, match=r"integer|int32"):
             call()
 
 
-RECURRENCES: dict[str, Callable[[Tensor, str], object]] = {
-    "attention": lambda bounds, _: attention(*[draw(1, 6, 1, 4)] * 3, cu_seqlens=bounds),
-    "causal_conv1d": lambda bounds, name: causal_conv1d(draw(1, 6, 4), draw(4, 2), cu_seqlens=bounds, backend=name),
-    "gla": lambda bounds, name: gla(*[draw(1, 6, 1, 4)] * 4, cu_seqlens=bounds, backend=name),
-    "hgrn": lambda bounds, name: hgrn(*[draw(1, 6, 4)] * 2, cu_seqlens=bounds, backend=name),
+RECURRENCES: dict[str, Callable[[Documents, str], object]] = {
+    "attention": lambda bounds, _: attention(*[draw(1, 6, 1, 4)] * 3, documents=bounds),
+    "causal_conv1d": lambda bounds, name: causal_conv1d(draw(1, 6, 4), draw(4, 2), documents=bounds, backend=name),
+    "gla": lambda bounds, name: gla(*[draw(1, 6, 1, 4)] * 4, documents=bounds, backend=name),
+    "hgrn": lambda bounds, name: hgrn(*[draw(1, 6, 4)] * 2, documents=bounds, backend=name),
 }
 
 
@@ -193,7 +191,7 @@ RECURRENCES: dict[str, Callable[[Tensor, str], object]] = {
 def test_bounds_that_are_none(name: str, backend: str) -> None:
     for bounds in ([0, 4, 2, 6], [0, 7], [1, 6], [0, 5], [-1, 6], [0, -2, 6], []):
         with pytest.raises(ValueError, match="cu_seqlens"):
-            RECURRENCES[name](torch.tensor(bounds, dtype=torch.int32), backend)
+            RECURRENCES[name](Documents.of(torch.tensor(bounds, dtype=torch.int32)), backend)
 
 
 def test_a_run_on_shapes_alone_has_no_integers() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.documents import Documents
 from kernels.linear_attention import _chunks, delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
 from kernels.linear_attention._chunks import chunk_layout
-from tests.helpers import examples
+from tests.helpers import documents_of, examples
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
 OPS: dict[str, Op] = {
@@ -92,10 +93,6 @@ def cut(inputs: list[Tensor], tokens: slice) -> list[Tensor]:
     return [x if x.dim() == 1 else x[:, tokens] for x in inputs]
 
 
-def bounds_tensor(lengths: list[int]) -> Tensor:
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-
-
 def error(actual: Tensor, expected: Tensor) -> float:
     """‖a - b‖ / ‖b‖, in float64."""
     actual, expected = actual.double(), expected.double()
@@ -166,11 +163,9 @@ def test_packed_equals_reference(
 ) -> None:
     inputs = make_inputs(name, 1, sum(lengths), heads=heads, strongest=strongest, dtype=dtype)
     state = make_state(name, len(lengths), max(heads), dtype=dtype) if with_state else None
-    cu_seqlens = bounds_tensor(lengths)
-    chunked = results(OPS[name], inputs, state, cu_seqlens=cu_seqlens, backend="torch")
-    assert_same(
-        chunked, results(OPS[name], inputs, state, cu_seqlens=cu_seqlens, backend="reference"), TOLERANCE[dtype]
-    )
+    documents = documents_of(lengths)
+    chunked = results(OPS[name], inputs, state, documents=documents, backend="torch")
+    assert_same(chunked, results(OPS[name], inputs, state, documents=documents, backend="reference"), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("lengths", [None, [70, 300, 1, 130, 64]])
@@ -180,7 +175,7 @@ def test_segments_equal_one(name: str, chunks: int, lengths: list[int] | None, m
     batch, time = (2, 300) if lengths is None else (1, sum(lengths))
     inputs = make_inputs(name, batch, time)
     state = make_state(name, batch if lengths is None else len(lengths), 2)
-    packing = {} if lengths is None else {"cu_seqlens": bounds_tensor(lengths)}
+    packing = {} if lengths is None else {"documents": documents_of(lengths)}
     expected = results(OPS[name], inputs, state, backend="torch", **packing)
     counts, segments = [], _chunks.ChunkLayout.segments
 
@@ -200,8 +195,8 @@ def test_segments_equal_one(name: str, chunks: int, lengths: list[int] | None, m
 def test_packed_equals_separate(name: str, lengths: list[int]) -> None:
     inputs = make_inputs(name, 1, sum(lengths))
     state = make_state(name, len(lengths), 2)
-    o, final = OPS[name](*inputs, initial_state=state, output_final_state=True, cu_seqlens=bounds_tensor(lengths))
-    bounds = bounds_tensor(lengths).tolist()
+    o, final = OPS[name](*inputs, initial_state=state, output_final_state=True, documents=documents_of(lengths))
+    bounds = documents_of(lengths).bounds
     for n, o_n in enumerate(o.split(lengths, dim=1)):
         piece = cut(inputs, slice(bounds[n], bounds[n + 1]))
         expected = OPS[name](*piece, initial_state=state[n : n + 1], output_final_state=True)
@@ -239,7 +234,7 @@ def test_decoding_token_by_token_equals_the_whole(name: str) -> None:
 @pytest.mark.parametrize("lengths", [[64, 64, 64], [70, 3, 40]])
 @pytest.mark.parametrize("name", OPS)
 def test_a_document_never_influences_another(name: str, lengths: list[int]) -> None:
-    cu_seqlens = bounds_tensor(lengths)
+    documents = documents_of(lengths)
     inputs = [x.detach() for x in make_inputs(name, 1, sum(lengths), dtype=torch.float32)]
     inside = slice(lengths[0], lengths[0] + lengths[1])
     changed = [x.clone() for x in inputs]
@@ -247,7 +242,7 @@ def test_a_document_never_influences_another(name: str, lengths: list[int]) -> N
     outputs = []
     for values in (inputs, changed):
         tensors = [x.requires_grad_() for x in values]
-        o, final = OPS[name](*tensors, output_final_state=True, cu_seqlens=cu_seqlens)
+        o, final = OPS[name](*tensors, output_final_state=True, documents=documents)
         kept = torch.cat((o[:, : inside.start], o[:, inside.stop :]), dim=1)
         grads = torch.autograd.grad(kept.square().sum(), tensors)
         grads = [torch.cat((g[:, : inside.start], g[:, inside.stop :]), dim=1) for g in grads if g.dim() > 1]
@@ -295,14 +290,14 @@ def test_delta_rule_with_one_repeated_key_keeps_its_precision(name: str) -> None
 @pytest.mark.parametrize("lengths", [None, [70, 3, 60]])
 @pytest.mark.parametrize("name", OPS)
 def test_bfloat16_is_near_float32(name: str, lengths: list[int] | None) -> None:
-    cu_seqlens = None if lengths is None else bounds_tensor(lengths)
+    documents = None if lengths is None else documents_of(lengths)
     inputs = make_inputs(name, 1, 133, dims=(32, 32), strongest=0.2, dtype=torch.float32)
     narrowed = range(VALUE.get(name, 2) + 1)
     narrow = [x.detach().bfloat16().requires_grad_() if i in narrowed else x for i, x in enumerate(inputs)]
     wide = [x.detach().float().requires_grad_() if i in narrowed else x for i, x in enumerate(narrow)]
-    actual = results(OPS[name], narrow, None, cu_seqlens=cu_seqlens)
+    actual = results(OPS[name], narrow, None, documents=documents)
     assert (actual[0].dtype, actual[1].dtype) == (torch.bfloat16, torch.float32)
-    expected = results(OPS[name], wide, None, cu_seqlens=cu_seqlens)
+    expected = results(OPS[name], wide, None, documents=documents)
     assert_same([x.float() for x in actual], expected, 1e-2)
 
 
@@ -310,7 +305,7 @@ def test_bfloat16_is_near_float32(name: str, lengths: list[int] | None) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_gradcheck(name: str, lengths: list[int] | None) -> None:
     batch, time, sequences = (2, 18, 2) if lengths is None else (1, sum(lengths), len(lengths))
-    cu_seqlens = None if lengths is None else bounds_tensor(lengths)
+    documents = None if lengths is None else documents_of(lengths)
     inputs = make_inputs(name, batch, time, heads=(2, 1, 1), dims=(3, 2))
     # Decays of exactly 0 sit on the edge of the domain; the formulas do not mind positive ones this small.
     state = make_state(name, sequences, 2, (3, 2))
@@ -319,7 +314,7 @@ def test_gradcheck(name: str, lengths: list[int] | None) -> None:
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
         *inputs, state = tensors
-        return op(*inputs, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, backend="torch")
+        return op(*inputs, initial_state=state, output_final_state=True, documents=documents, backend="torch")
 
     assert torch.autograd.gradcheck(run, (*inputs, state), fast_mode=True)
 
@@ -357,7 +352,7 @@ def test_layout_of_equal_whole_chunks_needs_no_index() -> None:
         ({"k": (2, 8, 3, 16), "log_decay": (2, 8, 4, 16)}, "k has 3 heads"),
         ({"log_decay": (2, 8, 2, 5)}, "log_decay must be"),
         ({"initial_state": (1, 2, 16, 8)}, "initial_state must be"),
-        ({"cu_seqlens": [0, 8]}, "batch size must be 1"),
+        ({"documents": Documents((0, 8))}, "batch size must be 1"),
         ({"backend": "fast"}, "choose auto or one of torch, reference"),
     ],
 )
@@ -366,17 +361,15 @@ def test_bad_inputs_are_refused(change: dict[str, object], message: str) -> None
     arguments = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for name, value in change.items():
         arguments[name] = torch.zeros(value) if isinstance(value, tuple) else value
-    if "cu_seqlens" in arguments:
-        arguments["cu_seqlens"] = torch.tensor(arguments["cu_seqlens"], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         gla(**arguments)
 
 
 @pytest.mark.parametrize("bounds", [[0, 4], [1, 8], [0, 4, 4, 8], [0, 6, 5, 8], [8]])
-def test_bad_cu_seqlens_are_refused(bounds: list[int]) -> None:
+def test_bad_bounds_are_refused(bounds: list[int]) -> None:
     inputs = make_inputs("gla", 1, 8)
     with pytest.raises(ValueError, match="cu_seqlens must"):
-        gla(*inputs, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+        gla(*inputs, documents=Documents(tuple(bounds)))
 
 
 def test_a_decay_of_another_width_than_the_keys_is_refused() -> None:
@@ -387,20 +380,33 @@ def test_a_decay_of_another_width_than_the_keys_is_refused() -> None:
 
 @pytest.mark.parametrize("lengths", [[150], [70, 1, 79]])
 def test_a_decay_constant_over_channels_is_one_per_head(lengths: list[int]) -> None:
-    inputs, cu_seqlens = make_inputs("gated_delta_rule", 1, 150), bounds_tensor(lengths)
+    inputs, documents = make_inputs("gated_delta_rule", 1, 150), documents_of(lengths)
     state = make_state("gated_delta_rule", len(lengths), 2)
 
     def per_channel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *rest: Tensor, **kwargs: object):
         return gated_delta_rule(q, k, v, log_decay[..., None].expand(-1, -1, -1, 16), *rest, **kwargs)
 
-    expected = results(gated_delta_rule, inputs, state, cu_seqlens=cu_seqlens)
-    assert_same(results(per_channel, inputs, state, cu_seqlens=cu_seqlens), expected, 1e-10)
+    expected = results(gated_delta_rule, inputs, state, documents=documents)
+    assert_same(results(per_channel, inputs, state, documents=documents), expected, 1e-10)
 
 
 def test_without_decay_kimi_delta_attention_is_the_delta_rule() -> None:
     q, k, v, log_decay, beta = make_inputs("kimi_delta_rule", 2, 100, strongest=0.0)
     actual = gated_delta_rule(q, k, v, log_decay, beta, output_final_state=True)
     assert_same(list(actual), list(delta_rule(q, k, v, beta, output_final_state=True)), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_delta_rule_is_bit_by_bit_the_gated_one_with_decays_of_1(dtype: torch.dtype) -> None:
+    q, k, v, beta = make_inputs("delta_rule", 1, 150, heads=(4, 2, 2), dtype=dtype)
+    state = make_state("delta_rule", 3, 4, dtype=torch.float32).to(torch.promote_types(dtype, torch.float32)).detach()
+    packing = {"documents": documents_of([70, 1, 79]), "backend": "torch"}
+    state.requires_grad_()
+    without = results(delta_rule, [q, k, v, beta], state, **packing)
+    ones = results(gated_delta_rule, [q, k, v, torch.zeros_like(beta).requires_grad_(), beta], state, **packing)
+    del ones[5]  # the gradient of the decay
+    for a, b in zip(without, ones, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_retention_is_gated_linear_attention_with_a_fixed_decay() -> None:

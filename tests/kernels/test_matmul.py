@@ -198,9 +198,9 @@ def test_what_is_kept_for_the_backward_is_not_wider(without_bfloat16):
 
 def test_no_product_of_bfloat16_is_left_in_a_step(without_bfloat16, monkeypatch):
     """Forward and backward of a model of every kind of layer: none of torch's products gets bfloat16 operands."""
-    from kernels.linear_attention import _chunks
+    from kernels.linear_attention import driver
 
-    monkeypatch.setattr(_chunks, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(driver, "multiplies_bfloat16", lambda: False)
     config = ModelConfig(
         num_layers=4,
         hidden_size=32,

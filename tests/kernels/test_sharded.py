@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.convolution import causal_conv1d
+from kernels.documents import Documents
 from kernels.linear_attention import _sharded
 from tests.processes import run_ranks
 
@@ -20,14 +21,14 @@ def test_what_travels_has_the_size_of_states_whatever_the_length() -> None:
 def cut(monkeypatch: pytest.MonkeyPatch, bounds: list[int], time: int, rank: int, world: int) -> _sharded.Shard:
     monkeypatch.setattr(_sharded.dist, "get_rank", lambda _: rank)
     monkeypatch.setattr(_sharded.dist, "get_world_size", lambda _: world)
-    return _sharded.cut_documents(torch.tensor(bounds, dtype=torch.int32), 1, time, None)
+    return _sharded.cut_documents(Documents(tuple(bounds)), 1, time, None)
 
 
 def test_documents_are_cut_at_the_borders_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = (cut(monkeypatch, [0, 3, 4, 9, 12], 4, rank, 3) for rank in range(3))
-    assert first == _sharded.Shard((0, 3, 4), (0, 1), 4, continues=False, leaves=False)
-    assert second == _sharded.Shard((0, 4), (2,), 4, continues=False, leaves=True)
-    assert third == _sharded.Shard((0, 1, 4), (2, 3), 4, continues=True, leaves=False)
+    assert first == _sharded.Shard(Documents((0, 3, 4)), (0, 1), 4, continues=False, leaves=False)
+    assert second == _sharded.Shard(Documents((0, 4)), (2,), 4, continues=False, leaves=True)
+    assert third == _sharded.Shard(Documents((0, 1, 4)), (2, 3), 4, continues=True, leaves=False)
 
 
 def test_bounds_that_do_not_cover_every_rank_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,13 +325,13 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(tied):
     model = all_options(tied)
     assert (model.lm_head is None) == tied
     assert ("lm_head.weight" in dict(model.named_parameters())) != tied
-    tokens, positions, borders = pack(documents())
+    tokens, positions, packed = pack(documents())
     labels = draw_tokens(*tokens.shape, seed=9)
     mask = (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.7).float()
-    expected = F.cross_entropy(model(tokens, positions, borders)[0], labels[0], reduction="none")
-    total, each = model(tokens, positions, borders, labels)
+    expected = F.cross_entropy(model(tokens, positions, packed)[0], labels[0], reduction="none")
+    total, each = model(tokens, positions, packed, labels)
     assert close(each, expected.detach()) and close(total, expected.sum())
-    masked, each_masked = model(tokens, positions, borders, labels, mask)
+    masked, each_masked = model(tokens, positions, packed, labels, mask)
     assert close(masked, (expected * mask[0]).sum()) and close(each_masked * mask[0], (expected * mask[0]).detach())
     assert not each.requires_grad
 

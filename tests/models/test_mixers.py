@@ -355,13 +355,13 @@ def test_a_step_has_a_finite_gradient_for_every_parameter(variant, dtype):
     pattern, options = VARIANTS[variant]
     model = tiny_decoder(pattern, **options)
     cast_parameters(model, dtype)
-    tokens, positions, borders = pack([draw_tokens(length, seed=length) for length in (37, 1, 70)])
+    tokens, positions, documents = pack([draw_tokens(length, seed=length) for length in (37, 1, 70)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
-        total, _ = model(tokens, positions, borders, tokens.roll(-1, 1))
+        total, _ = model(tokens, positions, documents, tokens.roll(-1, 1))
         (total / tokens.numel()).backward()
         losses.append(float(total.detach()))
         for name, parameter in model.named_parameters():

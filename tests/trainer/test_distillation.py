@@ -51,7 +51,7 @@ def spec_of(model, engine, fill=draw):
 
 
 def logits_of(decoder, batch):
-    return decoder(batch.tokens, batch.positions, batch.cu_seqlens)
+    return decoder(batch.tokens, batch.positions, batch.documents)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])

@@ -102,7 +102,7 @@ def test_equals_plain_pytorch(engine):
         result = run_step(built, sampler, config, step, lr=0.01)
         total, tokens = 0.0, 0
         for batch in sampler.micro_batches(step, config.train.micro_batch_size):
-            loss, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)
+            loss, _ = model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.loss_mask)
             (loss / 128).backward()
             total, tokens = total + loss.item(), tokens + int(batch.loss_mask.sum())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)

@@ -158,7 +158,7 @@ def test_an_end_of_document_token_of_ones_own(configure, data, bare):
     config = sized(configure(path=str(bare), validation_path=str(bare), eod_id=0), 512)
     preflight.check(config)
     batch = find_sources(config).open_training(config).micro_batches(0, 2)[0]
-    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist()[-1] == 64
+    assert batch.documents is not None and batch.documents.tokens == 64
     refused(replace(config, data=replace(config.data, eod_id=7)), r"document 0 ends with token 0, not with .* 7")
     refused(replace(config, data=replace(config.data, eod_id=512, document_mask=False)), "outside the vocabulary")
     refused(configure(eod_id=3), r"said differently: 3 by data\.eod_id, 0 by dataset\.json")

@@ -9,6 +9,7 @@ import yaml
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.documents import Documents
 from models.config import LINEAR_MIXERS, AttentionConfig, HGRN2Config, MixerLayoutConfig, ModelConfig, MoEConfig
 from models.decoder import Decoder, flops_per_token, initialize
 from models.generation import generate
@@ -42,8 +43,7 @@ def small_model(pattern, num_layers=2, hidden_size=32):
 def inputs():
     tokens = torch.randint(0, 64, (1, T + 1), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(40), torch.arange(T - 40)])[None]
-    borders = torch.tensor([0, 40, T], dtype=torch.int32)
-    return tokens[:, :-1], positions, borders, tokens[:, 1:]
+    return tokens[:, :-1], positions, Documents((0, 40, T)), tokens[:, 1:]
 
 
 def loss_and_gradients(model, parts):
@@ -57,9 +57,9 @@ def loss_and_gradients(model, parts):
 def kept_by_blocks(model, parts):
     """Bytes that the blocks keep for backward, each storage once; neither parameters nor what all layers share."""
     model.recompute(parts)
-    tokens, positions, borders, _ = inputs()
-    infos = model._layer_infos(positions, borders)
-    shared = [tensor for info in infos for tensor in (info.cos, info.sin, info.lower_bound, borders)]
+    tokens, positions, documents, _ = inputs()
+    infos = model._layer_infos(positions, documents)
+    shared = [tensor for info in infos for tensor in (info.cos, info.sin, info.lower_bound)]
     known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *shared] if tensor is not None}
     kept, alive = {}, []
 

@@ -351,7 +351,7 @@ def first_loss(run_dir, config):
     total = tokens = 0.0
     for batch in find_sources(config).open_training(config).micro_batches(0, config.train.micro_batch_size):
         with torch.no_grad():
-            total += float(model(batch.tokens, batch.positions, batch.cu_seqlens, batch.labels, batch.loss_mask)[0])
+            total += float(model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.loss_mask)[0])
         tokens += float(batch.loss_mask.sum())
     return total / tokens
 

@@ -1,7 +1,7 @@
 """What a training step receives: tokens, labels, loss mask, positions and document borders.
 
 A sample is a row of T + 1 consecutive tokens of a stream; its first T are inputs and its last T are labels. With
-document masks a micro-batch of B rows is packed into one row of B * T tokens, and `cu_seqlens` holds the borders,
+document masks a micro-batch of B rows is packed into one row of B * T tokens, and `documents` holds the borders,
 which attention and recurrences must not look across. Labels do look across: the label of an end-of-document token is
 the first token of the next document.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from kernels.documents import Documents
 from trainer.data.layout import NO_END
 
 
@@ -25,8 +26,7 @@ class Batch:
         labels: int64 `[B, T]`, the token after each of `tokens` in its stream.
         loss_mask: float32 `[B, T]`, 1 where the label counts. Padding and repeated context have 0.
         positions: int64 `[B, T]`, from 0 in each document (packed) or in each row.
-        cu_seqlens: int32 `[N + 1]`, the borders of N documents from 0 to T; None where rows are not packed.
-        max_seqlen: tokens of the longest document (packed) or of a row.
+        documents: those of the row, on the host; None where rows are not packed.
         extra: what an objective needs beside, by name: each `[B, T]`, in the order of `labels`.
     """
 
@@ -34,12 +34,11 @@ class Batch:
     labels: torch.Tensor
     loss_mask: torch.Tensor
     positions: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    max_seqlen: int
+    documents: Documents | None
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def part(self, rank: int, ranks: int) -> Batch:
-        """The consecutive tokens of every row that the `rank`-th of `ranks` has; `cu_seqlens` stays the whole's."""
+        """The consecutive tokens of every row that the `rank`-th of `ranks` has; `documents` stay the whole's."""
         size = self.tokens.shape[1] // ranks
         own = slice(rank * size, (rank + 1) * size)
         return replace(
@@ -57,20 +56,18 @@ class Batch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        borders = None if self.cu_seqlens is None else move(self.cu_seqlens)
         return Batch(
             move(self.tokens),
             move(self.labels),
             move(self.loss_mask),
             move(self.positions),
-            borders,
-            self.max_seqlen,
+            self.documents,
             {name: move(tensor) for name, tensor in self.extra.items()},
         )
 
 
 def document_borders(tokens: np.ndarray, eod_id: int) -> np.ndarray:
-    """`cu_seqlens` of packed rows: a document ends after its end-of-document token, and at the end of its row.
+    """The borders of packed rows: a document ends after its end-of-document token, and at the end of its row.
 
     Args:
         tokens: integers `[B, T]`.
@@ -111,15 +108,15 @@ def make_batch(
     mask = np.ones((rows, length), np.float32) if loss_mask is None else np.ascontiguousarray(loss_mask, np.float32)
     if not document_mask:
         positions = np.broadcast_to(np.arange(length), (rows, length)).copy()
-        return _batch((tokens, labels, mask, positions), None, length)
+        return _batch((tokens, labels, mask, positions), None)
     assert eod_id is not None
     borders = document_borders(tokens, eod_id)
     lengths = np.diff(borders)
     positions = np.arange(rows * length) - np.repeat(borders[:-1], lengths)
     packed = tuple(array.reshape(1, -1) for array in (tokens, labels, mask, positions))
-    return _batch(packed, torch.from_numpy(borders), int(lengths.max()))
+    return _batch(packed, Documents(tuple(borders.tolist())))
 
 
-def _batch(arrays: tuple[np.ndarray, ...], cu_seqlens: torch.Tensor | None, max_seqlen: int) -> Batch:
+def _batch(arrays: tuple[np.ndarray, ...], documents: Documents | None) -> Batch:
     tokens, labels, loss_mask, positions = map(torch.from_numpy, arrays)
-    return Batch(tokens, labels, loss_mask, positions, cu_seqlens, max_seqlen)
+    return Batch(tokens, labels, loss_mask, positions, documents)

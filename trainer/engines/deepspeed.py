@@ -61,7 +61,7 @@ class LossModel(nn.Module):
         self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """What the objective makes of a micro-batch, given what its frozen models make of it."""
-        hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens)
+        hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.documents)
         return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups, frozen), batch)
 
 
@@ -211,7 +211,7 @@ class DeepSpeedEngine:
         decoder = spec.build(range(spec.model.num_layers), self._groups, self.device)
 
         def hidden_states(batches: Sequence[Batch]) -> list[Tensor]:
-            return [decoder.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens) for batch in batches]
+            return [decoder.hidden_states(batch.tokens, batch.positions, batch.documents) for batch in batches]
 
         return FrozenModel([decoder], hidden_states)
 

@@ -71,7 +71,7 @@ class Stage(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """What the next stage takes of a micro-batch, or the head."""
-        return self.part.hidden_states(batch.tokens, batch.positions, batch.cu_seqlens, entering=self._entering)
+        return self.part.hidden_states(batch.tokens, batch.positions, batch.documents, entering=self._entering)
 
     def forward(
         self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]

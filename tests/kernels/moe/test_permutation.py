@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.moe import permute, permute_reference, unpermute, unpermute_reference
+from kernels.moe import permutation, permute, permute_reference, unpermute, unpermute_reference
 from tests.kernels.triton._compare import assert_matches, random, results
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -71,6 +71,21 @@ def test_a_map_by_hand() -> None:
     assert (row_tokens.dtype, counts.dtype) == (torch.int64, torch.int64)
     assert unpermute(rows, row_tokens, 4, row_probs)[:, 0].tolist() == [0.0, 8.0, 0.0, 33.0]
     assert unpermute(rows, row_tokens, 4)[:, 0].tolist() == [0.0, 2.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_a_known_number_of_rows_is_not_counted(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where counting would wait for it."""
+    routing_map = random_map(30, 5, fraction, seed=3)
+    x, probs, rows = random(30, 4, seed=0), random(30, 5, seed=1), int(routing_map.sum())
+    expected = permute(x, routing_map, probs)
+    with monkeypatch.context() as patch:
+        patch.setattr(permutation, "on_host", lambda _: False)
+        actual = permute(x, routing_map, probs, num_rows=rows)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=rf"num_rows {rows + 1} must be the sum of the map, which is {rows}"):
+        permute(x, routing_map, probs, num_rows=rows + 1)
 
 
 def test_narrow_rows_are_added_in_float32() -> None:

@@ -7,14 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.documents import Documents
 from tests.kernels.triton._compare import DEVICE, random
 
 Op = Callable[..., Sequence[Tensor]]
 LENGTHS = [5, 1, 40, 17]
-
-
-def bounds(lengths: list[int]) -> Tensor:
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
 
 
 def decays(*shape: int, strongest: float, seed: int) -> Tensor:
@@ -23,11 +20,11 @@ def decays(*shape: int, strongest: float, seed: int) -> Tensor:
     return (-strongest * (1.5 * uniform - 0.5).clamp_min(0)).to(DEVICE).requires_grad_()
 
 
-def sequences(batch: int, time: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+def sequences(batch: int, time: int, documents: Documents | None) -> list[tuple[int, int, int]]:
     """(row, first token, end) of each."""
-    if cu_seqlens is None:
+    if documents is None:
         return [(row, 0, time) for row in range(batch)]
-    return [(0, start, end) for start, end in pairwise(cu_seqlens.tolist())]
+    return [(0, start, end) for start, end in pairwise(documents.bounds)]
 
 
 def reference(
@@ -38,7 +35,7 @@ def reference(
     beta: Tensor | None,
     initial_state: Tensor | None,
     scale: float,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
 ) -> list[Tensor]:
     """Token by token: the delta rule if `beta` is given, else gated linear attention; o and the final states."""
     given = [x for x in (q, k, v, log_decay, beta) if x is not None]
@@ -46,7 +43,7 @@ def reference(
     q, k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k, v))
     log_decay, beta = (None if x is None else x.repeat_interleave(heads // x.shape[2], 2) for x in (log_decay, beta))
     outputs, finals = [], []
-    for n, (row, start, end) in enumerate(sequences(q.shape[0], q.shape[1], cu_seqlens)):
+    for n, (row, start, end) in enumerate(sequences(q.shape[0], q.shape[1], documents)):
         state = q.new_zeros(heads, q.shape[3], v.shape[3]) if initial_state is None else initial_state[n]
         for t in range(start, end):
             if log_decay is not None:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.convolution import causal_conv1d
-from tests.kernels.triton._compare import DEVICE, assert_matches, random, results
+from tests.helpers import documents_of
+from tests.kernels.triton._compare import assert_matches, random, results
 
 triton_convolution = pytest.importorskip("kernels.triton.convolution")
 SETTINGS = settings(max_examples=10, deadline=None, derandomize=True)
@@ -24,10 +24,6 @@ def runs(backend: str, **kwargs: object) -> Callable[..., list[Tensor]]:
         return [y] if final is None else [y, final]
 
     return run
-
-
-def bounds_tensor(lengths: list[int]) -> Tensor:
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,7 +49,7 @@ def test_packed_documents(
     if with_state and width > 1:
         inputs.append(random(len(lengths), dim, width - 1, seed=3, dtype=dtype))
     kwargs = {"activation": activation, "output_final_state": wants_final and width > 1}
-    kwargs["cu_seqlens"] = bounds_tensor(lengths)
+    kwargs["documents"] = documents_of(lengths)
     assert_matches(runs("triton", **kwargs), runs("reference", **kwargs), inputs, dtype)
 
 
@@ -81,8 +77,8 @@ def test_cutting_a_sequence_and_carrying_the_state_changes_nothing() -> None:
 
 def test_only_the_final_state_has_a_gradient() -> None:
     inputs = [random(1, 6, 4, seed=1), random(4, 4, seed=2), random(2, 4, 3, seed=3)]
-    bounds = bounds_tensor([1, 5])
-    finals = (runs(name, output_final_state=True, cu_seqlens=bounds) for name in ("triton", "reference"))
+    bounds = documents_of([1, 5])
+    finals = (runs(name, output_final_state=True, documents=bounds) for name in ("triton", "reference"))
     triton_run, reference_run = (lambda *x, run=run: [run(*x)[1] + 0 * x[1].sum()] for run in finals)
     for actual, expected in zip(results(triton_run, inputs), results(reference_run, inputs), strict=True):
         torch.testing.assert_close(actual, expected)
@@ -97,7 +93,7 @@ def test_a_document_never_influences_another() -> None:
         x[:, 8:10] = value
         x.requires_grad_()
         y, final = causal_conv1d(
-            x, weight, output_final_state=True, cu_seqlens=bounds_tensor([8, 2, 10]), backend="triton"
+            x, weight, output_final_state=True, documents=documents_of([8, 2, 10]), backend="triton"
         )
         kept = torch.cat((y[:, :8], y[:, 10:]), dim=1)
         (gradient,) = torch.autograd.grad(kept.square().sum(), x)

@@ -8,15 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.documents import Documents
+from tests.helpers import documents_of
 from tests.kernels.triton._compare import assert_matches, random, results
-from tests.kernels.triton._recurrences import LENGTHS, Op, bounds, make_inputs, reference
+from tests.kernels.triton._recurrences import LENGTHS, Op, make_inputs, reference
 
 triton_delta_rule = pytest.importorskip("kernels.triton.delta_rule")
 SETTINGS = settings(max_examples=4, deadline=None, derandomize=True)
 REFERENCE: Op = reference
 
 
-def both(axes: int, *, state: bool, cu_seqlens: Tensor | None = None, scale: float = 0.3) -> tuple[Op, Op]:
+def both(axes: int, *, state: bool, documents: Documents | None = None, scale: float = 0.3) -> tuple[Op, Op]:
     """The kernels and the reference: functions of q, k, v, log_decay if there is one, beta, and the state if any."""
 
     def arguments(inputs: tuple[Tensor, ...]) -> list[Any]:
@@ -24,8 +26,8 @@ def both(axes: int, *, state: bool, cu_seqlens: Tensor | None = None, scale: flo
         return given if axes else [*given[:3], None, *given[3:]]
 
     return (
-        lambda *inputs: triton_delta_rule.chunk_delta_rule(*arguments(inputs), scale, cu_seqlens),
-        lambda *inputs: REFERENCE(*arguments(inputs), scale, cu_seqlens),
+        lambda *inputs: triton_delta_rule.chunk_delta_rule(*arguments(inputs), scale, documents),
+        lambda *inputs: REFERENCE(*arguments(inputs), scale, documents),
     )
 
 
@@ -64,7 +66,7 @@ def test_a_state_in_pieces_the_last_one_partial() -> None:
 @pytest.mark.parametrize("axes", [0, 3, 4])
 def test_packed_documents(axes: int) -> None:
     inputs = [*make_inputs(1, sum(LENGTHS), axes=axes, delta=True), random(len(LENGTHS), 2, 16, 16, seed=9)]
-    kernels, plain = both(axes, state=True, cu_seqlens=bounds(LENGTHS))
+    kernels, plain = both(axes, state=True, documents=documents_of(LENGTHS))
     assert_matches(kernels, plain, inputs)
 
 

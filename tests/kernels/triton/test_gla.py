@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.documents import Documents
+from tests.helpers import documents_of
 from tests.kernels.triton._compare import DEVICE, assert_matches, error, random, results
-from tests.kernels.triton._recurrences import LENGTHS, Op, bounds, make_inputs, reference
+from tests.kernels.triton._recurrences import LENGTHS, Op, make_inputs, reference
 
 triton_gla = pytest.importorskip("kernels.triton.gla")
 SETTINGS = settings(max_examples=4, deadline=None, derandomize=True)
 REFERENCE: Op = reference
 
 
-def both(axes: int, *, state: bool, cu_seqlens: Tensor | None = None, scale: float = 0.3) -> tuple[Op, Op]:
+def both(axes: int, *, state: bool, documents: Documents | None = None, scale: float = 0.3) -> tuple[Op, Op]:
     """The kernels and the reference, as functions of q, k, v, log_decay if there is one, and the state if there is."""
 
     def arguments(inputs: tuple[Tensor, ...]) -> tuple[list[Any], Tensor | None]:
@@ -26,11 +28,11 @@ def both(axes: int, *, state: bool, cu_seqlens: Tensor | None = None, scale: flo
 
     def kernels(*inputs: Tensor) -> Sequence[Tensor]:
         given, initial = arguments(inputs)
-        return triton_gla.chunk_gla(*given, initial, scale, cu_seqlens)
+        return triton_gla.chunk_gla(*given, initial, scale, documents)
 
     def plain(*inputs: Tensor) -> Sequence[Tensor]:
         given, initial = arguments(inputs)
-        return REFERENCE(*given, None, initial, scale, cu_seqlens)
+        return REFERENCE(*given, None, initial, scale, documents)
 
     return kernels, plain
 
@@ -64,7 +66,7 @@ def test_gla(
 @pytest.mark.parametrize("axes", [4, 3, 0])
 def test_packed_documents(axes: int) -> None:
     inputs = [*make_inputs(1, sum(LENGTHS), axes=axes, delta=False), random(len(LENGTHS), 2, 16, 16, seed=9)]
-    kernels, plain = both(axes, state=True, cu_seqlens=bounds(LENGTHS))
+    kernels, plain = both(axes, state=True, documents=documents_of(LENGTHS))
     assert_matches(kernels, plain, inputs)
 
 
@@ -100,7 +102,7 @@ def test_bfloat16(axes: int) -> None:
 
 
 def test_documents_do_not_touch() -> None:
-    kernels, _ = both(4, state=False, cu_seqlens=bounds([20, 20, 20]))
+    kernels, _ = both(4, state=False, documents=documents_of([20, 20, 20]))
     inputs = [x.detach() for x in make_inputs(1, 60, axes=4, delta=False)]
     o, final = kernels(*inputs)
     inputs[2][:, 20:40] = torch.inf

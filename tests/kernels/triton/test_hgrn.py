@@ -6,16 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.documents import Documents
+from tests.helpers import documents_of
 from tests.kernels.triton._compare import assert_matches, random, results
-from tests.kernels.triton._recurrences import LENGTHS, Op, bounds, decays, sequences
+from tests.kernels.triton._recurrences import LENGTHS, Op, decays, sequences
 
 triton_hgrn = pytest.importorskip("kernels.triton.hgrn")
 SETTINGS = settings(max_examples=5, deadline=None, derandomize=True)
 
 
-def reference(x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
+def reference(x: Tensor, log_decay: Tensor, initial: Tensor | None, documents: Documents | None) -> list[Tensor]:
     outputs, finals = [], []
-    for n, (row, start, end) in enumerate(sequences(x.shape[0], x.shape[1], cu_seqlens)):
+    for n, (row, start, end) in enumerate(sequences(x.shape[0], x.shape[1], documents)):
         state = torch.zeros_like(x[0, 0]) if initial is None else initial[n]
         for t in range(start, end):
             state = log_decay[row, t].exp() * state + x[row, t]
@@ -50,14 +52,14 @@ def test_hgrn(batch: int, time: int, dim: int, strongest: float, state: bool) ->
 @pytest.mark.parametrize("lengths", [LENGTHS, [130, 3]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_documents(lengths: list[int], dtype: torch.dtype) -> None:
-    time, cu_seqlens = sum(lengths), bounds(lengths)
+    time, documents = sum(lengths), documents_of(lengths)
     inputs = [random(1, time, 20, seed=0, dtype=dtype), decays(1, time, 20, strongest=1.0, seed=1)]
     inputs.append(random(len(lengths), 20, seed=2))
-    h, final = triton_hgrn.scan_hgrn(*inputs, cu_seqlens)
+    h, final = triton_hgrn.scan_hgrn(*inputs, documents)
     assert (h.dtype, final.dtype) == (dtype, torch.float32)
     assert_matches(
-        lambda *inputs: triton_hgrn.scan_hgrn(*inputs, cu_seqlens),
-        lambda *inputs: REFERENCE(*inputs, cu_seqlens),
+        lambda *inputs: triton_hgrn.scan_hgrn(*inputs, documents),
+        lambda *inputs: REFERENCE(*inputs, documents),
         inputs,
         dtype,
     )

@@ -1,0 +1,108 @@
+"""Documents packed into one row of tokens: where each begins and ends, on the host, and what is made of that.
+
+The bounds are known where a batch is built, on the host. A kernel that got them as a tensor on a GPU would have to read
+them back to lay out its work, in every layer, and each read makes the host wait until the GPU has caught up.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, TypeVar, TypeVarTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+R = TypeVar("R")
+Args = TypeVarTuple("Args")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """N documents that lie behind one another in a row of T tokens; never changed.
+
+    Attributes:
+        bounds: N + 1 numbers from 0 to T, the first token of each document and the end of the last.
+
+    Raises:
+        ValueError: the bounds do not rise from 0: a document is empty, or there is none.
+    """
+
+    bounds: tuple[int, ...]
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.bounds[:1] != (0,) or len(self.bounds) < 2:
+            raise ValueError(f"cu_seqlens must run from 0 to T, over one document at least, got {self.bounds}")
+        if any(start >= end for start, end in pairwise(self.bounds)):
+            raise ValueError("cu_seqlens must increase: every document needs at least one token")
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> "Documents":
+        """Those between the bounds int32 `[N+1]`, which are read back if they are on a GPU: the one place that does.
+
+        Raises:
+            ValueError: the tensor is no vector of integers, or see the class.
+        """
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens must be int32 [N+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        return cls(tuple(cu_seqlens.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.bounds[-1]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return tuple(end - start for start, end in pairwise(self.bounds))
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """The bounds int32 `[N+1]` on a device."""
+        return self.made(_cu_seqlens, device)
+
+    def made(self, make: Callable[[tuple[int, ...], *Args], R], *args: *Args) -> R:
+        """`make(bounds, *args)`, made at the first call and kept as long as these documents are.
+
+        What is kept is plain, whoever asks first: within `torch.inference_mode` it would be tensors that no later graph
+        may save, and in a run on shapes alone tensors without memory.
+        """
+        key = (make, args)
+        if key not in self._made:
+            with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+                self._made[key] = make(self.bounds, *args)
+        return cast(R, self._made[key])
+
+
+def _cu_seqlens(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(bounds, dtype=torch.int32), device)
+
+
+def sequences_in(batch: int, time: int, documents: Documents | None) -> Documents:
+    """What lies in `[B, T]`, seen as one row of B * T tokens: `documents`, or without them its B rows.
+
+    Raises:
+        ValueError: the documents are not those of one row of T tokens.
+    """
+    if documents is None:
+        return _rows(batch, time)
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs documents into one row: the batch size must be 1, got {batch}")
+    if documents.tokens != time:
+        raise ValueError(f"cu_seqlens must run from 0 to T = {time}, got 0 … {documents.tokens}")
+    return documents
+
+
+@lru_cache(maxsize=32)
+def _rows(batch: int, time: int) -> Documents:
+    return Documents(tuple(range(0, batch * time + 1, time)))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device, without waiting for what a GPU does before the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

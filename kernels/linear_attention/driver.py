@@ -1,0 +1,321 @@
+"""What every linear attention shares around its recurrence: checks, choice of implementation, chunks, gradients.
+
+A recurrence is a `Recurrence`: what its paper gives, as one step from token to token and as what happens to a stretch
+of chunks, forward and backward. `run` does the rest. A new one is one file: that class, and a public function that
+calls `run` with it.
+
+Inputs are `[B, T, H', D]`, or `[B, T, H']` for one number per head; each H' divides the largest, H, and neighbours
+share a head. In chunks they are `[G, C, D]`, G = N * H: N chunks of C tokens, each once for every head.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.autograd import once_differentiable
+from kernels.backend import resolve
+from kernels.documents import Documents, sequences_in
+from kernels.linear_attention._chunks import ChunkLayout, chunk_layout
+from kernels.linear_attention._sharded import run_sharded
+from kernels.matmul import fastest_products, multiplies_bfloat16, with_fastest_products
+from kernels.triton import LARGEST_KEY
+from kernels.triton import implementations as with_triton
+
+# Tensors; None for one that a recurrence can do without. Typed loosely: which it has, its own file knows.
+Inputs = Sequence[Any]
+Run = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Consecutive chunks of all sequences, as a recurrence sees them: its inputs in chunks, products, and the scan.
+
+    Attributes:
+        layout: where their tokens lie.
+        heads: H.
+        full: the dtype of states and sums, float32 or float64.
+        operands: the dtype of what is only ever multiplied; bfloat16 where that is faster, else `full`.
+    """
+
+    layout: ChunkLayout
+    heads: int
+    full: torch.dtype
+    operands: torch.dtype
+
+    def pack(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """An input as a new `[G, C, D]` (D = 1 of one number per head), or in `out`; what is no token is zero."""
+        return self.layout.pack(_with_axis(x), self.heads, dtype, out)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Batched a @ b with both rounded to `operands`, in `full`."""
+        return torch.bmm(a.to(self.operands), b.to(self.operands)).to(self.full)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Adds a @ b to `total` in place, a and b rounded to `operands`; the sum keeps the precision of `total`."""
+        a, b = a.to(self.operands), b.to(self.operands)
+        return total.baddbmm_(a, b) if total.dtype == self.operands else total.add_(torch.bmm(a, b))
+
+    def scan_states(self, state: Tensor, decay_GK: Tensor, increments: Tensor, reverse: bool = False) -> Tensor:
+        """Runs state = decay * state + increment over the chunk positions, in place.
+
+        state `[sequences, H, K, V]`, decay `[G, K]` or `[G, 1]`, increments `[G, K, V]`; returns the state that each
+        chunk met, `[G, K, V]`.
+        """
+        decay = decay_GK.view(-1, self.heads, decay_GK.shape[1], 1)
+        by_chunk = increments.view(-1, *state.shape[1:])
+        met = torch.empty_like(by_chunk)
+        for first, count in reversed(self.layout.spans) if reverse else self.layout.spans:
+            chunks, active = slice(first, first + count), state[:count]
+            met[chunks] = active
+            torch.addcmul(by_chunk[chunks], active, decay[chunks], out=active)
+        return met.view(increments.shape)
+
+
+@dataclass(frozen=True)
+class Recurrence(ABC):
+    """A recurrence with its constants. As it stands, of q, k, v and a state K x V that o_t = scale * S_t^T q_t reads.
+
+    Attributes:
+        scale: what multiplies the output.
+        name: that of the public function, by which its implementation is chosen and logged.
+        value: which input the output has its dtype from.
+        unread: which inputs the backward does without; they are not kept for it.
+        segment_factor: how many times the usual number of tokens a segment has.
+    """
+
+    scale: float = 1.0
+    name: ClassVar[str]
+    value: ClassVar[int] = 2
+    unread: ClassVar[tuple[int, ...]] = ()
+    segment_factor: ClassVar[int] = 1
+
+    @abstractmethod
+    def segment_forward(
+        self, segment: Segment, state: Tensor, inputs: Inputs
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The outputs of a segment, and what its backward needs.
+
+        Args:
+            segment: the chunks.
+            state: `[sequences, H, K, V]`, in the order of the layout; is run over the segment in place.
+            inputs: all of them, not yet in chunks.
+
+        Returns:
+            o `[G, C, V]`, and a NamedTuple of tensors that says what each is.
+        """
+
+    @abstractmethod
+    def segment_backward(
+        self, segment: Segment, d_state: Tensor, saved: Any, d_o: Tensor, inputs: Inputs
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of a segment's inputs.
+
+        Args:
+            segment: the chunks.
+            d_state: gradient of the state behind the segment; is run back over it in place.
+            saved: what `segment_forward` returned.
+            d_o: gradient of the outputs, not yet in chunks.
+            inputs: as in `segment_forward`; None for the `unread` ones.
+
+        Returns:
+            One `[G, C, D]` for each input, None for an input that is None.
+        """
+
+    @abstractmethod
+    def summarize(self, one_rank: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """What these tokens do to a state: (M, C) of `_sharded`. `one_rank(*inputs)` runs this recurrence."""
+
+    @abstractmethod
+    def triton(
+        self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        """O and the final states by the Triton kernels, which are imported here: not every machine has Triton."""
+
+    def step(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
+        """The state after one token, whose inputs behind q are `[B, H, D]` or `[B, H]`; makes the reference."""
+        raise NotImplementedError
+
+    def per_head(self, inputs: Inputs) -> dict[str, tuple[Tensor, int | None]]:
+        """The inputs behind q, k and v by name, each with its size behind `[B, T, H]` (None: no such axis)."""
+        raise NotImplementedError
+
+    def check(self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None) -> tuple[int, Documents]:
+        """Raises ValueError for shapes that do not fit together; returns H and the sequences: rows or documents."""
+        q, k, v = inputs[:3]
+        per_head = self.per_head(inputs)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.dim() != 4:
+                raise ValueError(f"{name} must be [B, T, H, D], got shape {tuple(x.shape)}")
+        if k.shape[-1] != q.shape[-1]:
+            raise ValueError(f"q and k must have the same key dimension, got {q.shape[-1]} and {k.shape[-1]}")
+        for name, (x, dim) in per_head.items():
+            if x.dim() != (3 if dim is None else 4) or (dim is not None and x.shape[-1] != dim):
+                wanted = "[B, T, H]" if dim is None else f"[B, T, H, {dim}]"
+                raise ValueError(f"{name} must be {wanted}, got shape {tuple(x.shape)}")
+        tensors = {"q": q, "k": k, "v": v} | {name: x for name, (x, _) in per_head.items()}
+        heads = max(x.shape[2] for x in tensors.values())
+        for name, x in tensors.items():
+            if not x.is_floating_point():
+                raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+            if x.shape[:2] != q.shape[:2]:
+                raise ValueError(
+                    f"{name} must begin with q's [B, T] = {tuple(q.shape[:2])}, got shape {tuple(x.shape)}"
+                )
+            if not x.shape[2] or heads % x.shape[2]:
+                raise ValueError(f"{name} has {x.shape[2]} heads, which does not divide the largest number, {heads}")
+        if q.numel() == 0 or v.numel() == 0:
+            raise ValueError(f"empty input: q has shape {tuple(q.shape)}, v {tuple(v.shape)}")
+        sequences = sequences_in(q.shape[0], q.shape[1], documents)
+        state_shape = (len(sequences), *self.state_shape(heads, inputs))
+        if initial_state is not None and initial_state.shape != state_shape:
+            raise ValueError(
+                f"initial_state must be [N, H, K, V] = {state_shape}, got shape {tuple(initial_state.shape)}"
+            )
+        return heads, sequences
+
+    def state_shape(self, heads: int, inputs: Inputs) -> tuple[int, ...]:
+        """Of one sequence's state."""
+        return heads, inputs[0].shape[-1], inputs[2].shape[-1]
+
+    def fits_triton(self, inputs: Inputs) -> bool:
+        """Whether the Triton kernels take these sizes."""
+        return inputs[0].shape[-1] <= LARGEST_KEY
+
+    def reference(
+        self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        """O `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]`, token by token."""
+        heads, sequences = self.check(inputs, initial_state, documents)
+        if documents is None:
+            return self._token_by_token(heads, inputs, initial_state)
+        results = []
+        for n, (start, end) in enumerate(pairwise(sequences.bounds)):
+            state = None if initial_state is None else initial_state[n : n + 1]
+            pieces = [None if x is None else x[:, start:end] for x in inputs]
+            results.append(self._token_by_token(heads, pieces, state))
+        return torch.cat([o for o, _ in results], dim=1), torch.cat([state for _, state in results])
+
+    def _token_by_token(self, heads: int, inputs: Inputs, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype, out_dtype = compute_dtype(*inputs, initial_state), inputs[self.value].dtype
+        q, *others = (None if x is None else x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in inputs)
+        assert q is not None
+        shape = (q.shape[0], *self.state_shape(heads, inputs))
+        state = q.new_zeros(shape) if initial_state is None else initial_state.to(dtype)
+        outputs = []
+        for t in range(q.shape[1]):
+            state = self.step(state, [None if x is None else x[:, t] for x in others])
+            outputs.append(self.scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+        return torch.stack(outputs, dim=1).to(out_dtype), state
+
+
+def run(
+    recurrence: Recurrence,
+    *inputs: Tensor | None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    documents: Documents | None = None,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`recurrence` over all tokens: what the public functions call, whose docstrings explain the arguments.
+
+    Returns:
+        o `[B, T, H, V]`, and the final states `[N, H, K, V]` in float32 (float64 if any input is) or None.
+
+    Raises:
+        ValueError: if shapes, heads, `documents` or `backend` do not fit.
+    """
+    if group is not None:
+        one_rank = partial(run, recurrence, backend=backend)
+        summarize = partial(recurrence.summarize, one_rank)
+        return run_sharded(one_rank, summarize, inputs, group, initial_state, output_final_state, documents)
+    heads, sequences = recurrence.check(inputs, initial_state, documents)
+    first = inputs[0]
+    assert first is not None  # the one that no recurrence does without
+    with torch.autocast(first.device.type, enabled=False), fastest_products(first):
+        available = implementations(first.shape[1])
+        available = with_triton(available, *inputs, initial_state, fits=recurrence.fits_triton(inputs))
+        choice = resolve(recurrence.name, backend, available)
+        if choice == "reference":
+            o, state = recurrence.reference(inputs, initial_state, documents)
+        elif choice == "triton":
+            o, state = recurrence.triton(inputs, initial_state, documents)
+        else:
+            layout = sequences.made(chunk_layout, first.device)
+            o, state = _Chunked.apply(recurrence, layout, heads, initial_state, *inputs)
+    return o, state if output_final_state else None
+
+
+class _Chunked(torch.autograd.Function):
+    """A recurrence in chunks, segment by segment. Keeps the inputs, and what the recurrence saves of each segment."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, recurrence: Recurrence, layout: ChunkLayout, heads: int, initial_state: Tensor | None, *inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        value, shape = inputs[recurrence.value], recurrence.state_shape(heads, inputs)
+        full = compute_dtype(*inputs, initial_state)
+        operands = operand_dtype(inputs[:3], full)
+        o = value.new_empty(*value.shape[:2], heads, shape[-1])
+        state = layout.sort_state(initial_state, (layout.num_sequences, *shape), o.new_empty((), dtype=full))
+        elements = heads * layout.chunk * max(shape[1:]) // recurrence.segment_factor
+        segments = [Segment(part, heads, full, operands) for part in layout.segments(elements, o.is_cpu)]
+        saved = []
+        for segment in segments:
+            o_c, kept = recurrence.segment_forward(segment, state, inputs)
+            segment.layout.unpack(o_c, o)
+            saved.append(kept)
+        read = [None if place in recurrence.unread else x for place, x in enumerate(inputs)]
+        ctx.save_for_backward(initial_state, *read, *chain.from_iterable(saved))
+        ctx.recurrence, ctx.layout, ctx.segments, ctx.saved_as = recurrence, layout, segments, type(saved[0])
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
+        return o, layout.unsort_state(state)
+
+    @staticmethod
+    @once_differentiable
+    @with_fastest_products
+    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        initial_state, *kept = ctx.saved_tensors
+        inputs, kept = kept[: len(ctx.like)], iter(kept[len(ctx.like) :])
+        saved = [ctx.saved_as(*(next(kept) for _ in ctx.saved_as._fields)) for _ in ctx.segments]
+        d_state = ctx.layout.sort_state(d_final, d_final.shape, d_final.new_empty((), dtype=ctx.segments[0].full))
+        grads = [None if like is None else d_o.new_empty(like[0], dtype=like[1]) for like in ctx.like]
+        for segment, of_segment in reversed(list(zip(ctx.segments, saved, strict=True))):
+            packed = ctx.recurrence.segment_backward(segment, d_state, of_segment, d_o, inputs)
+            for packed_grad, grad in zip(packed, grads, strict=True):
+                if grad is not None:
+                    segment.layout.unpack(packed_grad, _with_axis(grad))
+        d_initial = None if initial_state is None else ctx.layout.unsort_state(d_state).to(initial_state.dtype)
+        return None, None, None, d_initial, *grads
+
+
+def _with_axis(x: Tensor) -> Tensor:
+    """`[B, T, H]` as `[B, T, H, 1]`."""
+    return x if x.dim() == 4 else x[..., None]
+
+
+def implementations(time: int) -> tuple[str, ...]:
+    """What can run, the preferred one first: for a single token (decoding) the recurrence, with no chunk to fill."""
+    return ("reference", "torch") if time == 1 else ("torch", "reference")
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32: what states and sums are kept in."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def operand_dtype(factors: Sequence[Tensor], full: torch.dtype) -> torch.dtype:
+    """What large products round their operands to: bfloat16 if all `factors` are and the device is fast at it.
+
+    With AVX512-BF16 a batch of 64 x 64 products takes a third of its float32 time, conversions included; without it,
+    bfloat16 products on a CPU are slower than float32 ones, and `full` is returned.
+    """
+    narrow = all(x.dtype == torch.bfloat16 for x in factors)
+    return torch.bfloat16 if narrow and (not factors[0].is_cpu or multiplies_bfloat16()) else full
