@@ -22,7 +22,7 @@ from kernels.embedding import embedding, sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
 from kernels.moe import permute, unpermute
-from models.parameters import Groups, Module, Placement, normal, zeros
+from models.parameters import Groups, Module, Placement, local_part, normal, zeros
 
 
 class _Enter(torch.autograd.Function):
@@ -81,6 +81,27 @@ def leave_region(x: Tensor, groups: Groups) -> Tensor:
 
         return reduce_scatter_to_sequence_parallel_region(x, group=groups.tensor)
     return _Leave.apply(x, groups.tensor)
+
+
+class _GatherColumns(torch.autograd.Function):
+    """All ranks' columns side by side; every rank makes the same use of them, so backward takes its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return local_part(grad, ctx.group, -1), None
+
+
+def gather_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The columns [..., P * n] of all ranks of a group, from this rank's [..., n]."""
+    return x if group is None else _GatherColumns.apply(x, group)
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -117,3 +117,28 @@ def test_a_teacher_has_no_optimizer_state(pools, name):
     without = pools(ranks).run({"config": config, "steps": 1})
     assert [one["held"] for one in with_teacher] == [one["held"] for one in without]
     assert all(one["held"]["moments"] > 0 for one in without)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "TP2+SP" else pytest.mark.slow) for name in CASES]
+)
+def test_logits_of_some_tokens(pools, name):
+    ranks, alone, sharded = case(name)
+    job = {"steps": STEPS, "logits": True}
+    reference = whole(pools(1).run(job | {"config": alone | {"parallel": {}}}))
+    ours = whole(pools(ranks).run(job | {"config": sharded}))
+    compare(ours, reference)
+    assert 0 < reference["metrics"][0]["chosen"] < 0.5
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "PP2" else pytest.mark.slow) for name in ("TP2+SP", "PP2", "EP2")]
+)
+def test_two_models_are_trained_by_turns_on_the_same_groups(pools, name):
+    """A policy and its critic, say: each goes as it would alone, whatever the shape of the other."""
+    ranks, _, first = case(name)
+    second = first | {"model": first["model"] | {"hidden_size": 48, "init_std": 0.05}}
+    both = pools(ranks).run({"config": first, "second": {"config": second}, "steps": STEPS})
+    alone = [whole(pools(ranks).run({"config": config, "steps": STEPS})) for config in (first, second)]
+    assert whole(both)["steps"] == alone[0]["steps"]
+    assert both[0]["second"] == alone[1]["steps"]

@@ -34,6 +34,7 @@ from trainer.engines import megatron_cpu, pieces
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.frozen import FrozenSpec
 from trainer.engines.megatron import MegatronEngine, parallel_state
+from trainer.objectives.base import NO_MODELS
 from trainer.objectives.distillation import Distillation
 from trainer.objectives.language_model import LanguageModel
 from trainer.objectives.log_probs import WeightedLogProbs
@@ -123,8 +124,27 @@ def build(job):
     return engine, config
 
 
+class SomeLogits:
+    """The cross entropy and the squared log-sum-exp of every fourth token, from its logits."""
+
+    metrics = ("chosen",)
+    models = NO_MODELS
+
+    def count(self, batch):
+        return int(batch.loss_mask.count_nonzero())
+
+    def forward(self, outputs, batch):
+        chosen = (batch.labels % 4 == 0) & (batch.loss_mask != 0)
+        logits = outputs.logits(chosen)
+        total = logits.logsumexp(-1)
+        picked = logits.gather(1, batch.labels[chosen][:, None])[:, 0]
+        return (total - picked + 0.1 * total.square()).sum(), (chosen.sum(),)
+
+
 def objective_of(job, config, engine):
     """What a job minimises; a teacher's shape is the student's but for what the job says."""
+    if "logits" in job:
+        return SomeLogits()
     if "log_probs" in job:
         return WeightedLogProbs(**job["log_probs"])
     if "distillation" not in job:
@@ -188,6 +208,8 @@ def run(job):
     groups = set(_world.pg_map)
     engine, config = build(job)
     objective = objective_of(job, config, engine)
+    second = build(job["second"])[0] if "second" in job else None
+    seconds = []
     vocab, writer = job.get("vocab", VOCAB), None
     if job.get("load"):
         engine.load(Path(job["load"]))
@@ -208,6 +230,9 @@ def run(job):
             name = parallel_state.get_expert_model_parallel_group().group_name
             sent.append({what: size for (group, what), size in counted.by_group.items() if group == name})
         steps.append((result.loss, result.grad_norm, result.tokens))
+        if second is not None:
+            other = second.train_step(own, LanguageModel(), config.optim.lr, step)
+            seconds.append((other.loss, other.grad_norm, other.tokens))
         metrics.append(result.metrics)
         if step == gradients_of:
             found = gradients(engine)
@@ -230,6 +255,7 @@ def run(job):
         "sent": sent,
         "digest": final,
         "held": kept,
+        "second": seconds,
     }
 
 

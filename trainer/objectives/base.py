@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kernels.losses.distillation import Direction, distillation_kl
 from kernels.losses.token_log_probs import token_log_probs
-from models.parallel import enter_region, vocabulary_loss
+from kernels.matmul import linear
+from models.parallel import enter_region, gather_columns, vocabulary_loss
 from models.parameters import Groups
 from trainer.data.batch import Batch
 
@@ -90,6 +91,15 @@ class Outputs:
             group=self.groups.tensor,
         )
         return total
+
+    def logits(self, chosen: Tensor) -> Tensor:
+        """Logits [n, V] of the n tokens that the mask `chosen`, bool [B, T], names; padding of the vocabulary included.
+
+        Every tensor-parallel rank gets all columns. Of many tokens they are as large as anything in the step: for sums
+        over tokens the other methods never hold them.
+        """
+        rows = self._hidden_ND()[chosen.flatten()]
+        return gather_columns(linear(rows, self.head), self.groups.tensor)
 
     def hidden_states(self) -> Tensor:
         """[B, T, D], whole on every tensor-parallel rank. Their gradient is the sum over those ranks."""
