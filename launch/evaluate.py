@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -155,6 +155,7 @@ def main(config: EvaluateConfig) -> None:
 
     from trainer.data.compressors import bits_per_byte_of_compressors
     from trainer.device import choose_device, keep_freed_memory
+    from trainer.evaluation import EvaluationSums
     from trainer.inference import load_model
     from trainer.logs import CONSOLE
 
@@ -164,33 +165,30 @@ def main(config: EvaluateConfig) -> None:
     tokenizer = loaded.require_tokenizer()
     check_tokenizer(config, loaded)
     stream = open_stream(config, loaded, texts)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes())
-    nll_sum, tokens, text_bytes, start = 0.0, 0.0, 0.0, time.perf_counter()
+    token_bytes, sums, start = tokenizer.token_bytes(), EvaluationSums(), time.perf_counter()
     with torch.no_grad():
         for batch in track(stream, total=len(stream), description="evaluating", console=CONSOLE, transient=True):
-            text_bytes += float((token_bytes[batch.labels] * batch.loss_mask).sum())
-            tokens += float(batch.loss_mask.sum())
             moved = batch.to(device)
             loss, _ = loaded.model(moved.tokens, moved.positions, moved.documents, moved.labels, moved.loss_mask)
-            nll_sum += float(loss)
+            sums += EvaluationSums.of([batch], float(loss), token_bytes)
     own_bytes = sum(len(text.encode()) for text in texts)
-    if texts and own_bytes != text_bytes:
+    if texts and own_bytes != sums.text_bytes:
         print(
-            f"the tokenizer does not keep every byte: its tokens stand for {text_bytes:.0f} of {own_bytes}; bits per "
-            "byte are of the files' own",
+            f"the tokenizer does not keep every byte: its tokens stand for {sums.text_bytes:.0f} of {own_bytes}; bits "
+            "per byte are of the files' own",
             file=sys.stderr,
         )
-        text_bytes = float(own_bytes)
-    if text_bytes == 0:
+        sums = replace(sums, text_bytes=float(own_bytes))
+    if sums.text_bytes == 0:
         raise ConfigError(f"data: the tokens of {config.data} stand for no text; use the tokenizer that made them")
     result = {
         "checkpoint": str(loaded.path),
         "data": config.data,
-        "tokens": int(tokens),
-        "bytes": int(text_bytes),
-        "loss": nll_sum / max(tokens, 1.0),
-        "bits_per_byte": nll_sum / math.log(2) / text_bytes,
-        "tokens_per_second": tokens / (time.perf_counter() - start),
+        "tokens": int(sums.tokens),
+        "bytes": int(sums.text_bytes),
+        "loss": sums.loss,
+        "bits_per_byte": sums.bits_per_byte,
+        "tokens_per_second": sums.tokens / (time.perf_counter() - start),
     }
     if config.compare_compressors:
         text = "".join(texts) or tokenizer.decode(stream.file.tokens.tolist())

@@ -39,8 +39,8 @@ def main() -> int:
 
     if json_file is not None:
         json_file.write_text(json.dumps([report.as_values(plan) for plan in plans], indent=1) + "\n")
-    print(report.compare(plans[:BEST], config) if namespace.search else report.describe(plans[0]))
-    return 0 if plans and plans[0].fits else 1
+    print(report.compare(plans[:BEST], config) if namespace.search else report.describe_phases(config, plans))
+    return 0 if plans and all(plan.fits for plan in plans) else 1
 
 
 if __name__ == "__main__":

@@ -114,6 +114,13 @@ class Decoder(Module):
         # Now, and not when a rank misses what it should have summed.
         check_declarations(self)
 
+    def rotate_by(self, config: ModelConfig) -> None:
+        """Use the rotary embeddings of another configuration of this model, which differs in their base alone."""
+        names = config.layer_mixers()
+        for place, layer in enumerate(self.layers):
+            own = (config.rotary(mixer) for mixer in branches(names[int(layer)]))
+            self._rotary[place] = next((rotary for rotary in own if rotary is not None), None)
+
     @property
     def is_whole(self) -> bool:
         """Whether this rank can run the model alone."""

@@ -1,8 +1,8 @@
 """Builders that several test files share."""
 
 import os
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
@@ -99,6 +99,32 @@ def rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(tokens.shape[1]).expand(tokens.shape)
 
 
+class FakeCollectives:
+    """What one rank, or one of several, hears; `others` are the flags that other ranks have set, the same each time."""
+
+    def __init__(self, others: Sequence[bool] = ()) -> None:
+        self.others = others
+
+    def any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag whether it is set here or elsewhere."""
+        return [flag or other for flag, other in zip_longest(flags, self.others, fillvalue=False)]
+
+    def sum_over_data(self, values: Sequence[float]) -> list[float]:
+        """There is one data-parallel rank."""
+        return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """There is one rank."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0 is the only one."""
+        return value
+
+    def barrier(self) -> None:
+        """One rank never waits."""
+
+
 # What every training step's line of metrics.jsonl has.
 STEP_KEYS = {
     "step",
@@ -108,6 +134,11 @@ STEP_KEYS = {
     "tokens",
     "tokens_per_second",
     "step_seconds",
+    "data_seconds",
+    "forward_backward_seconds",
+    "reduce_seconds",
+    "optimizer_seconds",
+    "checkpoint_seconds",
     "model_flops_utilization",
     "peak_memory_bytes",
     "skipped",

@@ -4,6 +4,7 @@
         state/            parameters, optimizer and RNG state (trainer.engines.pieces)
         config.yaml       the resolved configuration
         progress.json     step and tokens
+        callbacks.json    the state of each callback that has one, by its name, with its version
         tokenizer/        the tokenizer that the data was made with
         checksums.json    SHA-256 of every other file; a checkpoint without it was never finished
 
@@ -16,13 +17,14 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainer import checksums
+from trainer.callbacks.base import Callback
 from trainer.config import CheckpointConfig
 from trainer.data.tokenizer import Tokenizer
 from trainer.durable import flush_to_disk
@@ -34,6 +36,7 @@ from trainer.run_directory import list_checkpoints as list_checkpoints
 from trainer.run_directory import step_of as step_of
 
 _LOGGER = logging.getLogger("spiketrain")
+_CALLBACKS = "callbacks.json"
 _SECONDS_BETWEEN_LOOKS = 0.05
 # What becomes of a checkpoint: it is written, it is about to be removed, it was found damaged.
 _SAVING, _REMOVING, _DAMAGED = ".saving_", ".removing_", "damaged_"
@@ -53,6 +56,41 @@ class Progress:
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds of a run beside the engine's state, as it is at the moment of the save.
+
+    Attributes:
+        progress: How far it has come.
+        config_yaml: The resolved configuration.
+        tokenizer: The one that the data was made with; None where it is not known.
+        callbacks: States by name, each {"version", "state"} (trainer.callbacks.base.Callback).
+    """
+
+    progress: Progress
+    config_yaml: str
+    tokenizer: Tokenizer | None
+    callbacks: dict[str, dict[str, Any]]
+
+    @staticmethod
+    def of_callbacks(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
+        """The states of those that have one, for `callbacks`."""
+        return {
+            callback.state_name: {"version": callback.state_version, "state": callback.state_dict()}
+            for callback in callbacks
+            if callback.state_name is not None
+        }
+
+    def write(self, directory: Path) -> None:
+        """Write it into a checkpoint's directory."""
+        (directory / "config.yaml").write_text(self.config_yaml)
+        if self.tokenizer is not None:
+            (directory / "tokenizer").mkdir()
+            self.tokenizer.save(directory / "tokenizer")
+        (directory / "progress.json").write_text(json.dumps(asdict(self.progress)) + "\n")
+        (directory / _CALLBACKS).write_text(json.dumps(self.callbacks) + "\n")
 
 
 @dataclass(frozen=True)
@@ -111,13 +149,13 @@ def _damage_over_ranks(engine: Engine, path: Path) -> str | None:
             found = listed, sorted(listed, key=lambda name: -(path / name).stat().st_size)
         except (ValueError, OSError) as error:
             found = str(error)
-    found = engine.broadcast(found)
+    found = engine.collectives.broadcast(found)
     if isinstance(found, str):
         return found
     listed, by_size = found
     wrong = set(checksums.wrong_files(path, listed, by_size[engine.rank :: engine.world_size]))
-    counts = engine.all_reduce([float(name in wrong) for name in by_size])
-    return _mismatch([name for name, count in zip(by_size, counts, strict=True) if count > 0])
+    is_wrong = engine.collectives.any_rank([name in wrong for name in by_size])
+    return _mismatch([name for name, wrong_here in zip(by_size, is_wrong, strict=True) if wrong_here])
 
 
 def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -127,9 +165,9 @@ def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 def find_latest_over_ranks(engine: Engine, run_dir: Path) -> tuple[Path | None, list[str]]:
     """As `find_latest`; every rank calls it, and all get the same."""
-    paths = engine.broadcast(list_checkpoints(run_dir) if engine.rank == 0 else None)
+    paths = engine.collectives.broadcast(list_checkpoints(run_dir) if engine.rank == 0 else None)
     found = _newest_whole(run_dir, paths, partial(_damage_over_ranks, engine))
-    return engine.broadcast(found)
+    return engine.collectives.broadcast(found)
 
 
 def _newest_whole(
@@ -182,19 +220,38 @@ def read_progress(path: Path) -> Progress:
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 
-def save(
-    engine: Engine, run_dir: Path, progress: Progress, config_yaml: str, tokenizer: Tokenizer | None, keep: Retention
-) -> Path:
+def read_callbacks(path: Path, callbacks: Iterable[Callback]) -> list[tuple[Callback, dict[str, Any], int]]:
+    """The states that a checkpoint has of these callbacks, each with its version; a callback without one begins anew.
+
+    Raises:
+        ConfigError: a state is of a later version than its callback's.
+    """
+    file = path / _CALLBACKS
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    found = []
+    for callback in callbacks:
+        if callback.state_name is None or (entry := saved.get(callback.state_name)) is None:
+            continue
+        if entry["version"] > callback.state_version:
+            raise ConfigError(
+                f"{file} has the state of {callback.state_name} in version {entry['version']}, and this version reads "
+                f"up to {callback.state_version}; use the version that wrote it"
+            )
+        found.append((callback, entry["state"], entry["version"]))
+    return found
+
+
+def save(engine: Engine, run_dir: Path, state: RunState, keep: Retention) -> Path:
     """Save, then remove the checkpoints that need not stay. Every rank calls it.
 
     A crash at any point leaves the earlier checkpoints as they were, and at most a `.saving_` directory.
     """
-    target = checkpoint_path(run_dir, progress.step)
-    _open(engine, target, progress, config_yaml, tokenizer)
+    target = checkpoint_path(run_dir, state.progress.step)
+    _open(engine, target, state)
     digests = engine.save(_unfinished(target) / "state")
     if engine.rank == 0:
         _publish(run_dir, target, keep, digests)
-    engine.barrier()
+    engine.collectives.barrier()
     return target
 
 
@@ -208,19 +265,11 @@ class BackgroundSave:
         path: Where the checkpoint will lie.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        run_dir: Path,
-        progress: Progress,
-        config_yaml: str,
-        tokenizer: Tokenizer | None,
-        keep: Retention,
-    ) -> None:
-        self.path = checkpoint_path(run_dir, progress.step)
+    def __init__(self, engine: Engine, run_dir: Path, state: RunState, keep: Retention) -> None:
+        self.path = checkpoint_path(run_dir, state.progress.step)
         self._engine = engine
         self._publish = partial(_publish, run_dir, self.path, keep)
-        _open(engine, self.path, progress, config_yaml, tokenizer)
+        _open(engine, self.path, state)
         self._written = False
         self._work = _Work(engine.begin_save(_unfinished(self.path) / "state").write)
 
@@ -245,12 +294,12 @@ class BackgroundSave:
 
     def _agreed_that_all_have_ended(self) -> bool:
         ended, error = not self._work.is_alive(), self._work.error
-        unfinished, failed = self._engine.all_reduce([float(not ended), float(error is not None)])
+        unfinished, failed = self._engine.collectives.any_rank([not ended, error is not None])
         if error is not None:
             raise error
-        if failed > 0:
+        if failed:
             raise RuntimeError(f"{self.path} could not be written: another rank failed, and its log says why")
-        return unfinished == 0
+        return not unfinished
 
 
 class _Work(threading.Thread):
@@ -276,18 +325,14 @@ def _unfinished(target: Path) -> Path:
     return target.with_name(f"{_SAVING}{target.name}")
 
 
-def _open(engine: Engine, target: Path, progress: Progress, config_yaml: str, tokenizer: Tokenizer | None) -> None:
+def _open(engine: Engine, target: Path, state: RunState) -> None:
     """Make the unfinished checkpoint with all but the engine's part. Every rank calls it."""
     if engine.rank == 0:
         directory = _unfinished(target)
         shutil.rmtree(directory, ignore_errors=True)
         (directory / "state").mkdir(parents=True)
-        (directory / "config.yaml").write_text(config_yaml)
-        if tokenizer is not None:
-            (directory / "tokenizer").mkdir()
-            tokenizer.save(directory / "tokenizer")
-        (directory / "progress.json").write_text(json.dumps(asdict(progress)) + "\n")
-    engine.barrier()
+        state.write(directory)
+    engine.collectives.barrier()
 
 
 def _publish(run_dir: Path, target: Path, keep: Retention, digests: dict[str, str]) -> None:

@@ -8,9 +8,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -106,12 +107,13 @@ def _expand_home(config_class: type, namespace: Namespace) -> None:
 
 
 def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
-    """Set a group to its defaults before a file that is named for it, as in `--model FILE`.
+    """Set a group to its defaults before a file that is named for it, as in `--model FILE`, and empty lists of sections
+    before they are given again.
 
-    Else keys that the file leaves out would stay as the configuration has them: a dense model over one with experts
-    would have experts.
+    Else keys that the file, or an entry, leaves out would stay as they were: a dense model over one with experts would
+    have experts.
     """
-    groups = _groups(config_class)
+    groups, lists = _groups(config_class), _lists_of_sections(config_class)
     files = iter(_options(arguments))
     reset: list[str] = []
     for argument in arguments:
@@ -119,8 +121,16 @@ def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
         # Not by pathlib: a section can also be written out, longer than a name may be.
         if name in groups and os.path.isfile(value):
             reset.append(f"--{name}={json.dumps(asdict(groups[name]()))}")
+        given = [name] if name != "config" else [key for key in lists if _lookup(Path(value), key) is not None]
+        reset += [f"--{key}=[]" for key in given if key in lists]
         reset.append(argument)
     return reset
+
+
+def _lists_of_sections(config_class: type) -> list[str]:
+    """The keys of a configuration whose values are lists of dataclasses."""
+    hints = get_type_hints(config_class)
+    return [item.name for item in fields(config_class) if any(map(is_dataclass, get_args(hints[item.name])))]
 
 
 def _groups(config_class: type, prefix: str = "") -> dict[str, type]:
@@ -145,7 +155,8 @@ def from_mapping(config_class: type[C], values: dict[str, Any]) -> C:
     """
     try:
         parser = _PARSERS.get(config_class) or _PARSERS.setdefault(config_class, make_parser(config_class, ""))
-        return _build(config_class, parser, parser.parse_object(values))
+        # The parser would put objects of its own into nested lists.
+        return _build(config_class, parser, parser.parse_object(deepcopy(values)))
     except _PARSE_ERRORS as error:
         raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error
 

@@ -11,6 +11,7 @@ from models.config import ModelConfig
 from models.config.checks import require
 from trainer.combinations import refuse_unsupported
 from trainer.data.layout import resolve_prefix
+from trainer.phases import PhaseConfig, expand
 
 
 @dataclass
@@ -18,7 +19,7 @@ class RunConfig:
     """Where the run keeps its files.
 
     Attributes:
-        dir: Run directory: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, run.log, status.json.
+        dir: Run directory: config.yaml, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, run.log, status.json.
         device: cpu or cuda; auto takes CUDA where there is one.
         threads: CPU threads for each process; 0 takes OMP_NUM_THREADS where the user has set it (the 1 that
             torchrun sets for several processes does not count), else shares the cores evenly among the processes of
@@ -435,6 +436,7 @@ class PretrainConfig:
         checkpoint: Saving and resuming.
         evaluation: Validation.
         logging: What is reported.
+        phases: What changes on the way, and when (trainer.phases).
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -447,6 +449,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    phases: list[PhaseConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         window = self.evaluation.seq_len or self.train.seq_len
@@ -474,6 +477,9 @@ class PretrainConfig:
         if self.model.moe.num_experts and self.parallel.tensor > 1:
             # Each tensor-parallel rank routes tokens of its own.
             self.parallel = replace(self.parallel, sequence=True)
+        if self.phases:
+            # Each is a configuration that has to be one.
+            expand(self)
 
     def validate_layout(self, world_size: int) -> None:
         """Check everything that needs the number of ranks.
@@ -484,6 +490,7 @@ class PretrainConfig:
         refuse_unsupported(self)
         parallel = self.parallel
         accumulation = self.train.accumulation(parallel.data_parallel(world_size))
+        self._check_phases(world_size, accumulation)
         require(
             parallel.tensor > 1 or not parallel.sequence,
             "parallel.sequence cuts over the tensor-parallel ranks, of which there is one; use parallel.tensor=2 or "
@@ -508,6 +515,25 @@ class PretrainConfig:
                 (seq_len or 0) % pieces == 0,
                 f"{name}.seq_len={seq_len} does not divide over {pieces} ranks that share a sequence (parallel.context"
                 f"={parallel.context}, parallel.sequence={str(parallel.sequence).lower()}); use a multiple of {pieces}",
+            )
+
+    def _check_phases(self, world_size: int, accumulation: int) -> None:
+        for phase in expand(self)[1:]:
+            try:
+                phase.config.validate_layout(world_size)
+            except ValueError as error:
+                raise ValueError(f"phases: in phase {phase.number} {error}") from error
+            own = phase.config.train.accumulation(self.parallel.data_parallel(world_size))
+            require(
+                self.engine.name == "megatron" or own == accumulation,
+                f"phases: phase {phase.number} has {own} micro-batches of a rank in a step, and the run begins with "
+                f"{accumulation}: DeepSpeed is told once how many; change train.micro_batch_size along with "
+                "train.global_batch_size, or use engine.name=megatron",
+            )
+            require(
+                self.engine.name == "megatron" or phase.config.train.trainable == self.train.trainable,
+                f"phases: phase {phase.number} changes train.trainable: DeepSpeed has parameters of all kinds in one "
+                "tensor, and updates all or none; use engine.name=megatron",
             )
 
     def _check_experts(self, world_size: int) -> None:

@@ -17,6 +17,7 @@ from trainer.cli import from_mapping
 from trainer.data.tokenizer import Tokenizer
 from trainer.engines.pieces import MODEL, Piece, Reader, Shard
 from trainer.errors import ConfigError
+from trainer.run_directory import settings_in_phase
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LoadedModel:
         model: Parameters as they were trained, in evaluation mode.
         tokenizer: The checkpoint's; None where the run had none.
         path: The checkpoint.
-        settings: The run's configuration as plain values.
+        settings: The run's configuration as plain values, as it was in the checkpoint's last step.
     """
 
     model: Decoder
@@ -71,7 +72,7 @@ class StoredModel:
 
     Attributes:
         path: The checkpoint.
-        settings: The run's configuration as plain values.
+        settings: The run's configuration as plain values, as it was in the checkpoint's last step.
         model: The shape of the model.
         vocab_size: Rows of its embedding.
         dtype: Of its parameters, but those that models.parameters.Placement.float32 names.
@@ -110,6 +111,7 @@ def open_checkpoint(path: str | Path) -> StoredModel:
     """
     found = find_checkpoint(path)
     settings = yaml.safe_load((found / "config.yaml").read_text())
+    settings = settings_in_phase(settings, max(checkpoint.read_progress(found).step - 1, 0))
     embedding = Reader(found / "state").stored[f"{MODEL}embedding.weight"]
     dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32
     tokenizer = found / "tokenizer"

@@ -1,7 +1,6 @@
 """The training loop: batches in, steps through the engine, callbacks around them."""
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -12,15 +11,18 @@ from typing import Any
 from models.decoder import flops_per_token, shapes
 from trainer.callbacks.base import Callback
 from trainer.callbacks.health import TrainingDiverged
-from trainer.checkpoint import Progress
+from trainer.checkpoint import Progress, RunState
 from trainer.config import PretrainConfig
-from trainer.data.dataset import Sampler
 from trainer.data.tokenizer import Tokenizer
 from trainer.device import peak_memory_bytes
 from trainer.engines.base import Engine
+from trainer.engines.timing import PHASES
+from trainer.evaluation import EvaluationSums
+from trainer.events import EventLog
 from trainer.objectives.base import Objective
 from trainer.objectives.language_model import LanguageModel
 from trainer.optim import learning_rate
+from trainer.phases import Phase, PhasedSampler, expand, phase_at
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")
@@ -46,14 +48,18 @@ class Trainer:
         progress: Where to continue; step 0 for a new run.
         peak_flops: Matrix-multiplication peak of all ranks together, None if unknown.
         watchdog: Told how far this rank has come; None where nobody watches.
+        events: What happens is written there; None to write nothing.
         objective: What is minimised; None for the next token's negative log-likelihood.
 
     Attributes:
         stop_requested: Set by anyone, on any rank, to stop after the current step.
+        stop_reason: Why, in a few words, by whoever set it.
         save_requested: Likewise, to save after the step.
         agreed_to_save: Whether a save was asked for before this step, on any rank.
+        seconds_in_checkpoints: That training has waited for saves since the last step.
         cut_short: Set on all ranks by a callback that a stop kept from finishing its work of the last step.
         samples: The newest text samples.
+        phases: Of the run, in order; one where the configuration has none.
     """
 
     def __init__(
@@ -61,12 +67,13 @@ class Trainer:
         config: PretrainConfig,
         config_yaml: str,
         engine: Engine,
-        sampler: Sampler,
+        sampler: PhasedSampler,
         tokenizer: Tokenizer | None,
         callbacks: Sequence[Callback],
         progress: Progress,
         peak_flops: float | None,
         watchdog: Watchdog | None = None,
+        events: EventLog | None = None,
         objective: Objective | None = None,
     ) -> None:
         self.config, self.config_yaml = config, config_yaml
@@ -77,18 +84,34 @@ class Trainer:
         self.resumed = progress.step > 0
         self.run_dir = Path(config.run.dir)
         self.stop_requested = self.cut_short = False
+        self.stop_reason = ""
         self.save_requested = self.agreed_to_save = False
         self.samples: list[str] = []
         self._peak_flops, self._peak_was_raised = peak_flops, False
-        self._watchdog = watchdog
+        self._watchdog, self._events = watchdog, events
+        self._stops = False
+        self.seconds_in_checkpoints = 0.0
         # Kernels are compiled and buffers allocated in the first step.
         self._phase_of_step = "start"
-        whole = shapes(config.model, engine.model.vocab_size)
+        self.phases = expand(config)
+        self._count_flops(phase_at(self.phases, progress.step).config)
+
+    def _count_flops(self, config: PretrainConfig) -> None:
+        whole = shapes(config.model, self.engine.model.vocab_size)
         self._flops_per_token = flops_per_token(whole, config.train.seq_len)
         self._flops_per_expert = 0.0
         if config.model.moe.num_experts:
             more = config.model.moe.experts_at(None) + 1
             self._flops_per_expert = flops_per_token(whole, config.train.seq_len, more) - self._flops_per_token
+
+    @property
+    def phase(self) -> Phase:
+        """That of the last step taken, before the first step that of it."""
+        return phase_at(self.phases, max(self.progress.step - 1, 0))
+
+    def state(self) -> RunState:
+        """What a checkpoint holds of the run beside the engine's state, as it is now."""
+        return RunState(self.progress, self.config_yaml, self.tokenizer, RunState.of_callbacks(self.callbacks))
 
     @property
     def finished(self) -> bool:
@@ -113,17 +136,29 @@ class Trainer:
         return outcome
 
     def _take_steps(self) -> Outcome:
+        self.engine.begin_phase(self.phase.config.model, self.phase.config.train.trainable)
         if self.resumed:
             self._call("on_resume")
         while not self.finished:
             if self.agreed_to_stop():
                 self._call("on_stop")
                 return Outcome.STOPPED
+            if self.progress.step in {phase.first for phase in self.phases[1:]}:
+                self._begin_phase(phase_at(self.phases, self.progress.step))
             self.enter(self._phase_of_step)
             metrics = self._step()
             self._phase_of_step = "train"
             self._call("on_step", metrics)
         return Outcome.STOPPED if self.cut_short else Outcome.DONE
+
+    def _begin_phase(self, phase: Phase) -> None:
+        """Other shapes are to be compiled and allocated anew."""
+        self._phase_of_step = "start"
+        self._count_flops(phase.config)
+        self.engine.begin_phase(phase.config.model, phase.config.train.trainable)
+        self.record("phase", number=phase.number)
+        if self.engine.rank == 0:
+            _LOGGER.info("%s", phase)
 
     def _call_after_failure(self, hook: str) -> None:
         """What fails there must not hide what failed before (files on a full disk cannot be closed)."""
@@ -146,15 +181,29 @@ class Trainer:
         if self._watchdog is not None:
             self._watchdog.enter(phase, self.progress.step)
 
+    def record(self, kind: str, **fields: Any) -> None:
+        """Write an event of now to events.jsonl, on rank 0."""
+        if self._events is not None and self.engine.rank == 0:
+            self._events.record(kind, self.progress.step, **fields)
+
     def agreed_to_stop(self) -> bool:
         """Whether any rank was asked to stop; every rank calls it. Requests to save go into `agreed_to_save`."""
+        collectives = self.engine.collectives
         asked, self.save_requested = self.save_requested, False
-        stop, save = self.engine.all_reduce([float(self.stop_requested), float(asked)])
-        self.agreed_to_save |= save > 0
-        return stop > 0
+        stop, save = collectives.any_rank([self.stop_requested, asked])
+        self.agreed_to_save |= save
+        if stop and not self._stops:
+            self._stops = True
+            # The rank that was asked need not be the one that writes.
+            reasons = filter(None, collectives.gather(self.stop_reason))
+            self.record("stop", why=next(reasons, "asked to"))
+        return stop
 
     def _step(self) -> dict[str, Any]:
-        config, step = self.config, self.progress.step
+        step = self.progress.step
+        config = phase_at(self.phases, step).config
+        if config.model.moe.spawns_at(step):
+            self.record("spawn", experts=config.model.moe.num_experts)
         start = time.perf_counter()
         batches = self.sampler.micro_batches(
             step,
@@ -162,9 +211,11 @@ class Trainer:
             rank=self.engine.data_parallel_rank,
             world=self.engine.data_parallel_size,
         )
+        data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, step, config.train.steps)
         result = self.engine.train_step(batches, self.objective, lr, step)
         seconds = time.perf_counter() - start
+        checkpoint_seconds, self.seconds_in_checkpoints = self.seconds_in_checkpoints, 0.0
         self.progress = replace(
             self.progress,
             step=step + 1,
@@ -183,6 +234,9 @@ class Trainer:
             "tokens": self.progress.tokens,
             "tokens_per_second": result.tokens / seconds,
             "step_seconds": seconds,
+            "data_seconds": data_seconds,
+            **{f"{phase}_seconds": result.seconds.get(phase, 0.0) for phase in PHASES},
+            "checkpoint_seconds": checkpoint_seconds,
             "model_flops_utilization": self._utilization(flops),
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "skipped": result.skipped,
@@ -205,19 +259,12 @@ class Trainer:
             self._peak_flops, self._peak_was_raised = flops, True
         return flops / self._peak_flops
 
-    def report_evaluation(self, split: str, nll_sum: float, tokens: float, text_bytes: float) -> dict[str, Any]:
-        """Tell the callbacks of a validation: nats, tokens and bytes of text, summed over all ranks.
-
-        Without a tokenizer the bytes are not known (0), and bits_per_byte is None.
-        """
-        metrics = {
-            "step": self.progress.step,
-            "split": split,
-            "loss": nll_sum / max(tokens, 1.0),
-            "bits_per_byte": nll_sum / math.log(2) / text_bytes if text_bytes else None,
-        }
+    def report_evaluation(self, split: str, sums: EvaluationSums, seconds: float) -> None:
+        """Tell the callbacks of a validation, by its sums over all ranks and how long it took."""
+        step = self.progress.step
+        metrics = {"step": step, "split": split, "loss": sums.loss, "bits_per_byte": sums.bits_per_byte}
         self._call("on_evaluation", metrics)
-        return metrics
+        self.record("evaluation", split=split, loss=sums.loss, bits_per_byte=sums.bits_per_byte, seconds=seconds)
 
     def hyper_parameters(self) -> dict[str, bool | int | float | str]:
         """The configuration, flat, for TensorBoard."""

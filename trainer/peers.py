@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from trainer import run_lock
+from trainer.events import EventLog
 from trainer.runtime import EXIT_STOPPED, rank, write_status
 
 # These ask a run to stop. USR1 is the batch system's word that the time is nearly up: unlike TERM, torchrun can be made
@@ -31,10 +32,14 @@ class PeerWatch:
     """Watches over the ranks that the launcher started on this node. To be made once, by the main thread.
 
     Until the training loop takes the signals over there is nothing to save: a stop on request leaves at once.
+
+    Attributes:
+        step: Steps taken, as far as is known.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._run_dir = Path(run_dir)
+        self._run_dir, self._events = Path(run_dir), EventLog(run_dir)
+        self.step = 0
         self._status_before = self._status_mark()
         self._agent = os.getppid()
         first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
@@ -67,7 +72,7 @@ class PeerWatch:
             if os.read(read_end, 1)[0] == signal.SIGTERM and (dead := self._dead()):
                 # Of those that are left on this node, one is enough to say it.
                 if rank() == min(set(self._ranks) - set(dead)):
-                    self.report(self._name(dead))
+                    self.report(dead, self._name(dead))
                 # The main thread may never come back from a collective.
                 leave_at_once()
             self._nobody_died.set()
@@ -84,8 +89,10 @@ class PeerWatch:
         pids = [f"rank {peer}" + (f" (pid {self._pids[peer]})" if peer in self._pids else "") for peer in dead]
         return f"{', '.join(pids)} on {socket.gethostname()} died; the launcher's report has the exit code or signal"
 
-    def report(self, message: str, state: str = "failed", exit_code: int = 1) -> None:
-        """Write down what ended the run, unless a rank of this start has already said so, or another has the run."""
+    def report(self, ranks: list[int], message: str, state: str = "failed", exit_code: int = 1) -> None:
+        """Write down what ended the run, and on which ranks, unless a rank of this start has already said so, or
+        another has the run.
+        """
         if self._has_been_told() or not run_lock.belongs_to_this_launch(self._run_dir):
             return
         # First where it cannot fail: the disk may be what failed.
@@ -93,6 +100,13 @@ class PeerWatch:
         write_status(self._run_dir, state, exit_code, message, any_rank=True)
         with suppress(OSError), (self._run_dir / "run.log").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        if state == "failed":
+            self.record_failure(ranks, message)
+
+    def record_failure(self, ranks: list[int], message: str) -> None:
+        """Write the event of a failure of these ranks, where the disk lets it."""
+        with suppress(OSError):
+            self._events.record("failure", self.step, ranks=ranks, message=message)
 
     def report_own_failure(self, message: str, state: str = "failed", exit_code: int = 1) -> None:
         """Write down a failure of this rank, unless it follows from the death of another.
@@ -103,7 +117,7 @@ class PeerWatch:
             time.sleep(_SECONDS_FOR_LAUNCHER)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             message = f"rank {rank()} (pid {os.getpid()}) on {socket.gethostname()} failed: {message}"
-        self.report(message, state, exit_code)
+        self.report([rank()], message, state, exit_code)
 
     def _has_been_told(self) -> bool:
         """Whether a rank of this start has already written how it ended."""
@@ -116,7 +130,11 @@ class PeerWatch:
     def _leave(self, number: int, frame: FrameType | None) -> NoReturn:
         self._nobody_died.wait(_SECONDS_FOR_LAUNCHER)
         if not self._has_been_told():
-            write_status(self._run_dir, "stopped", EXIT_STOPPED, "stopped before the first step")
+            message = "stopped before the first step"
+            write_status(self._run_dir, "stopped", EXIT_STOPPED, message)
+            if rank() == 0:
+                with suppress(OSError):
+                    self._events.record("stop", self.step, why=f"{signal.Signals(number).name}: {message}")
         sys.exit(EXIT_STOPPED)
 
 

@@ -7,7 +7,7 @@ token, ids against the vocabulary, and tokenizers against each other; of large f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from trainer.data.indexed import CHECKED_BYTES, TokenFile
 from trainer.data.layout import NO_END, info_of_prefix, resolve_prefix, tokenizer_sha256
 from trainer.data.sources import DataSources, find_sources
 from trainer.errors import ConfigError
+from trainer.optim import learning_rate
+from trainer.phases import Phase, expand
 from trainer.run_directory import checkpoint_steps, starts_anew
 
 # Up to about four, further epochs are worth nearly as much as new text (Muennighoff et al., 2023, arXiv:2305.16264).
@@ -36,17 +38,57 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
 
-def check(config: PretrainConfig, sources: DataSources | None = None) -> Findings:
+def check(config: PretrainConfig, sources: Sequence[DataSources] | None = None) -> Findings:
     """Hold a run's data, tokenizers and vocabulary against each other.
 
     Args:
         config: The run.
-        sources: What it reads, where that is known; otherwise it is looked for, and nothing is prepared.
+        sources: What each phase reads, where that is known; otherwise it is looked for, and nothing is prepared.
 
     Raises:
         ConfigError: the run could not be, or would not be what it seems.
     """
-    sources = sources or find_sources(config, prepare=False)
+    phases = expand(config)
+    sources = sources or [find_sources(phase.config, prepare=False) for phase in phases]
+    findings = Findings()
+    for phase, own in zip(phases, sources, strict=True):
+        if phase.number:
+            _check_same_tokens(phase, own, sources[0])
+            findings.notes.append(_describe(phase, phases[phase.number - 1]))
+        _check_phase(phase, own, findings)
+    _check_validation(config, sources[0], findings)
+    if sources[0].tokenizer is None and not sources[0].unprepared:
+        findings.notes.append(
+            "no tokenizer is known, so no bits per byte and no text samples: data.tokenizer names the one that made "
+            "the data"
+        )
+    return findings
+
+
+def _describe(phase: Phase, before: Phase) -> str:
+    """What of a phase is not a matter of data, in a line."""
+    train, steps = phase.config.train, phase.config.train.steps
+    last = learning_rate(before.config.optim, phase.first - 1, steps)
+    following = learning_rate(phase.config.optim, phase.first, steps)
+    return (
+        f"{phase}: {train.global_batch_size} sequences of {train.seq_len} tokens a step, {train.micro_batch_size} at a "
+        f"time; the learning rate goes from {last:.2e} to {following:.2e}"
+    )
+
+
+def _check_same_tokens(phase: Phase, own: DataSources, first: DataSources) -> None:
+    """Refuse data of a phase whose ids are others than those that the run begins with."""
+    paths = [sources.tokenizer_path for sources in (first, own)]
+    digests = [None if path is None else tokenizer_sha256(path) for path in paths]
+    if own.vocab_size != first.vocab_size or own.eod_id != first.eod_id or digests[0] != digests[1]:
+        raise ConfigError(
+            f"phases: the data of phase {phase.number} ({', '.join(own.paths)}) have another tokenizer than those that "
+            "the run begins with; prepare them with the same one (spiketrain prepare_data --tokenizer.path)"
+        )
+
+
+def _check_phase(phase: Phase, sources: DataSources, findings: Findings) -> None:
+    config = phase.config
     _check_tokenizers(config, sources)
     _check_vocabulary(config, sources)
     # What is not prepared yet will bring an end-of-document token.
@@ -55,15 +97,7 @@ def check(config: PretrainConfig, sources: DataSources | None = None) -> Finding
         raise ConfigError(NO_END)
     if sources.validation is not None and not known:
         raise ConfigError("validation needs the end-of-document token: set data.tokenizer or data.eod_id")
-    findings = Findings()
-    _check_training(config, sources, findings)
-    _check_validation(config, sources, findings)
-    if sources.tokenizer is None and not sources.unprepared:
-        findings.notes.append(
-            "no tokenizer is known, so no bits per byte and no text samples: data.tokenizer names the one that made "
-            "the data"
-        )
-    return findings
+    _check_training(phase, sources, findings)
 
 
 def _check_tokenizers(config: PretrainConfig, sources: DataSources) -> None:
@@ -146,9 +180,10 @@ def _open(config: PretrainConfig, sources: DataSources, prefix: Path, findings: 
     return file
 
 
-def _check_training(config: PretrainConfig, sources: DataSources, findings: Findings) -> None:
-    train = config.train
-    read, shares = train.steps * train.global_batch_size * train.seq_len, sum(sources.paths.values())
+def _check_training(phase: Phase, sources: DataSources, findings: Findings) -> None:
+    config, train, steps = phase.config, phase.config.train, phase.last - phase.first
+    read, shares = steps * train.global_batch_size * train.seq_len, sum(sources.paths.values())
+    reader = "the run" if steps == train.steps else f"phase {phase.number}"
     for path, share in sources.paths.items():
         if path in sources.unprepared:
             findings.notes.append(f"data: {path} is prepared from the standard library's source when the run starts")
@@ -159,7 +194,7 @@ def _check_training(config: PretrainConfig, sources: DataSources, findings: Find
         epochs = of_it / tokens
         name = f"data: {path}" + (f" (share {share / shares:.3g})" if len(sources.paths) > 1 else "")
         findings.notes.append(
-            f"{name}: {_millions(tokens)} tokens in {documents:,} documents; the run reads {_millions(of_it)} tokens, "
+            f"{name}: {_millions(tokens)} tokens in {documents:,} documents; {reader} reads {_millions(of_it)} tokens, "
             f"{epochs:.2f} epochs"
         )
         if tokens < train.seq_len:
@@ -168,8 +203,8 @@ def _check_training(config: PretrainConfig, sources: DataSources, findings: Find
             )
         elif epochs > _MANY_EPOCHS:
             findings.warnings.append(
-                f"the run reads every token of {path} {epochs:.1f} times: use more data, or fewer train.steps than "
-                f"{train.steps} ({_MANY_EPOCHS:g} epochs are {int(train.steps * _MANY_EPOCHS / epochs):,})"
+                f"{reader} reads every token of {path} {epochs:.1f} times: use more data, or fewer train.steps than "
+                f"{steps} ({_MANY_EPOCHS:g} epochs are {int(steps * _MANY_EPOCHS / epochs):,})"
             )
 
 

@@ -1,8 +1,9 @@
 """One pre-training run: data, model, engine and callbacks, put together and run."""
 
 import logging
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from trainer.durable import write_atomically
 from trainer.engines.base import Engine
 from trainer.engines.spec import EngineSpec
 from trainer.errors import ConfigError, describe_failure
+from trainer.events import EventLog
 from trainer.loop import Outcome, Trainer
 from trainer.peers import STOPS, PeerWatch
+from trainer.phases import PhasedSampler, expand
 from trainer.runtime import EXIT_STOPPED, rank, write_status
 from trainer.watchdog import Watchdog
 
@@ -56,6 +59,9 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
             _ignore_stops()
             write_status(run_dir, "failed", 1, str(error))
             _LOGGER.error("%s", error)
+            if rank() == 0:
+                # On all ranks alike.
+                peers.record_failure(list(range(int(os.environ.get("WORLD_SIZE", "1")))), str(error))
             return 1
         except BaseException as error:
             _ignore_stops()
@@ -97,12 +103,14 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     threads = configure_threads(config.run.threads)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    sources = find_sources(config)
-    findings = preflight.check(config, sources)
+    phases = expand(config)
+    all_sources = [find_sources(phase.config) for phase in phases]
+    findings, sources = preflight.check(config, all_sources), all_sources[0]
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
     resumes = not run_directory.starts_anew(config)
     engine = build_engine(config, vocab_size, device)
-    progress = _resume(config, engine, resumes)
+    callbacks, events = build_callbacks(config, sources), EventLog(config.run.dir)
+    progress = _resume(config, engine, callbacks, events, resumes)
     if rank() == 0:
         _write_configuration(config, config_yaml, progress)
     _describe(config, engine, threads, findings)
@@ -110,18 +118,23 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
         config,
         config_yaml,
         engine,
-        sources.open_training(config),
+        PhasedSampler(
+            phases, [own.open_training(phase.config) for own, phase in zip(all_sources, phases, strict=True)]
+        ),
         sources.tokenizer,
-        build_callbacks(config, sources),
+        callbacks,
         progress,
         _total_peak_flops(config, engine),
         watchdog,
+        events,
     )
     outcome = trainer.fit()
     _ignore_stops()
+    if outcome is Outcome.DONE:
+        trainer.record("done")
     # Before any rank leaves, which the launcher takes for a failure if it was stopped, and ends the others.
     write_status(config.run.dir, outcome.value, _exit_code(outcome))
-    engine.barrier()
+    engine.collectives.barrier()
     engine.close()
     return outcome
 
@@ -168,26 +181,37 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
     return callbacks
 
 
-def _resume(config: PretrainConfig, engine: Engine, resumes: bool) -> Progress:
+def _resume(
+    config: PretrainConfig, engine: Engine, callbacks: Sequence[Callback], events: EventLog, resumes: bool
+) -> Progress:
     """Load the checkpoint that checkpoint.resume means, and say which were passed over.
 
     An engine that `resumes` has parameters that were neither drawn nor read.
 
     Raises:
-        ConfigError: there are checkpoints, of which none can be read, or the one that was named is damaged or of
-            another model; nothing has been changed.
+        ConfigError: there are checkpoints, of which none can be read, or the one that was named is damaged, of another
+            model or of a later version; nothing has been changed.
     """
     path = _checkpoint_to_load(config, engine)
     if path is None and resumes:
         raise ConfigError(f"{config.run.dir} lost its checkpoints while this start began; see to them, and start again")
-    if path is None:
-        if config.checkpoint.init is not None and engine.rank == 0:
-            _LOGGER.info("started from %s", config.checkpoint.init)
-        return Progress()
-    engine.load(path / "state")
     if engine.rank == 0:
+        events.cut_torn_line()
+    if path is None:
+        if engine.rank == 0:
+            events.record("start", 0, ranks=engine.world_size, init=config.checkpoint.init)
+            if config.checkpoint.init is not None:
+                _LOGGER.info("started from %s", config.checkpoint.init)
+        return Progress()
+    states = checkpoint.read_callbacks(path, callbacks)
+    engine.load(path / "state")
+    for callback, state, version in states:
+        callback.load_state_dict(state, version)
+    progress = checkpoint.read_progress(path)
+    if engine.rank == 0:
+        events.record("resume", progress.step, ranks=engine.world_size, path=str(path))
         _LOGGER.info("resumed from %s", path)
-    return checkpoint.read_progress(path)
+    return progress
 
 
 def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:
@@ -195,7 +219,7 @@ def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:
     if resume == "never":
         if engine.rank == 0 and (moved := run_directory.set_aside(run_dir)):
             _LOGGER.info("checkpoint.resume=never: what was there is now %s", ", ".join(map(str, moved)))
-        engine.barrier()
+        engine.collectives.barrier()
         return None
     if resume != "auto":
         checkpoint.require_whole(engine, Path(resume))
@@ -265,10 +289,9 @@ def _about_experts(config: PretrainConfig) -> list[str]:
 def _total_peak_flops(config: PretrainConfig, engine: Engine) -> float | None:
     """Matrix-multiplication peak of all ranks, measured at the same time where it is measured."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    engine.barrier()
+    engine.collectives.barrier()
     peak = peak_flops(engine.device, dtype)
-    # all_reduce counts one rank for each data-parallel one.
-    total = engine.all_reduce([peak or 0.0])[0] * engine.world_size / engine.data_parallel_size
+    (total,) = engine.collectives.sum_over_ranks([peak or 0.0])
     if engine.rank == 0 and total:
         _LOGGER.info("peak of matrix multiplication: %.0f GFLOP/s", total / 1e9)
     return total or None

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import yaml
 
 from trainer import checksums
-from trainer.config import OptimConfig, PretrainConfig
+from trainer.cli import from_mapping
+from trainer.config import OptimConfig, PretrainConfig, TrainConfig
 from trainer.errors import ConfigError
 from trainer.optim import learning_rate
+from trainer.phases import Phase, PhaseConfig, expand, first_steps, given, phase_at
 
 _NAME = re.compile(r"step_(\d{8,})")
 # What a run leaves that a new one would write over. The checkpoints last: till they have another name, the others are
 # theirs, also where a kill comes in between.
-_KEPT = ("metrics.jsonl", "tensorboard", "checkpoints")
+_KEPT = ("metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints")
 
 # A run goes on only with the same model, the same data, the same batches and the same beginning.
 _FIXED = (
@@ -159,7 +162,10 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
 
 def differing_keys(run: Path, config: PretrainConfig) -> list[str]:
     """The keys in which a run, its directory or a checkpoint, differs from `config`, as `key: theirs -> ours`."""
-    values = read_config(run)
+    return _differing(read_config(run), config)
+
+
+def _differing(values: dict[str, Any], config: PretrainConfig) -> list[str]:
     if not values:
         return []
     # A key that did not exist when the run began stands at its default.
@@ -168,6 +174,47 @@ def differing_keys(run: Path, config: PretrainConfig) -> list[str]:
     if config.train.precision == "auto":
         ours["train.precision"] = theirs["train.precision"]
     return differences(theirs, ours)
+
+
+def _differing_phases(run_dir: Path, config: PretrainConfig, reached: int) -> list[str]:
+    """The phases that began before a step, if they differ; those to come may still change."""
+    saved = read_config(run_dir)
+    if not saved:
+        return []
+    theirs = _begun(config, _saved_phases(saved), reached)
+    ours = _begun(config, config.phases, reached)
+    return differences({"phases": theirs}, {"phases": ours})
+
+
+def settings_in_phase(values: dict[str, Any], step: int) -> dict[str, Any]:
+    """The nested values of a config.yaml as they are in the phase of a step (steps taken before it)."""
+    entries = _saved_phases(values)
+    if not entries:
+        return values
+    starts = first_steps(from_mapping(TrainConfig, values["train"]), entries)
+    values = dict(values)
+    for entry, first in zip(entries, starts[1:], strict=True):
+        for name in ("train", "data", "optim") if first <= step else ():
+            values[name] = values[name] | given(getattr(entry, name))
+        if first <= step:
+            values["model"] = values["model"] | {"attention": values["model"]["attention"] | given(entry.model)}
+    return values
+
+
+def _saved_phases(values: dict[str, Any]) -> list[PhaseConfig]:
+    return [from_mapping(PhaseConfig, entry) for entry in values.get("phases", [])]
+
+
+def _expand_whatever_the_steps(config: PretrainConfig, entries: list[PhaseConfig]) -> list[Phase]:
+    """As `expand`, of entries that were written for other `train.steps`."""
+    return expand(replace(config, train=replace(config.train, steps=sys.maxsize), phases=entries))
+
+
+def _begun(config: PretrainConfig, entries: list[PhaseConfig], reached: int) -> list[dict[str, Any]]:
+    """What the phases that began before a step change."""
+    phases = _expand_whatever_the_steps(config, entries)[1:]
+    given = [asdict(entry) for entry, phase in zip(entries, phases, strict=True) if phase.first < reached]
+    return [{key: value for key, value in flatten(entry).items() if value is not None} for entry in given]
 
 
 def precision_of_the_run(config: PretrainConfig) -> str | None:
@@ -208,26 +255,30 @@ def change_of_schedule(earlier: Path, config: PretrainConfig, step: int) -> str 
     """
     try:
         saved = read_config(earlier)
+        phases = _saved_phases(saved)
     except ConfigError:
         # Nothing to compare with is no reason to end the run.
         return None
     if not saved or not 0 < step < config.train.steps:
         return None
     known = {item.name for item in fields(OptimConfig)}
-    optim = OptimConfig(**{name: value for name, value in saved.get("optim", {}).items() if name in known})
+    begun_with = OptimConfig(**{name: value for name, value in saved.get("optim", {}).items() if name in known})
     steps = saved.get("train", {}).get("steps", config.train.steps)
-    changes = differences(flatten(asdict(optim), "optim."), flatten(asdict(config.optim), "optim."))
-    last, following = learning_rate(optim, step - 1, steps), learning_rate(config.optim, step, config.train.steps)
+    theirs = _expand_whatever_the_steps(replace(config, optim=begun_with), phases)
+    optim, ours = phase_at(theirs, step).config.optim, phase_at(expand(config), step).config.optim
+    changes = differences(flatten(asdict(optim), "optim."), flatten(asdict(ours), "optim."))
+    last = learning_rate(phase_at(theirs, step - 1).config.optim, step - 1, steps)
+    following = learning_rate(ours, step, config.train.steps)
     if steps != config.train.steps:
         changes.append(f"train.steps: {steps} -> {config.train.steps}")
     # The next step's rate under the earlier settings: past their end, that of their last step.
     expected = learning_rate(optim, step, steps)
     as_planned = expected / _JUMP <= following <= expected * _JUMP
-    if not changes or (as_planned and optim == config.optim):
+    if not changes or (as_planned and optim == ours):
         return None
     return (
         f"the learning rate goes from {last:.2e} ({last / optim.lr:.2f} of the peak) at step {step} to {following:.2e} "
-        f"({following / config.optim.lr:.2f} of the peak) at step {step + 1}, for the settings have changed: "
+        f"({following / ours.lr:.2f} of the peak) at step {step + 1}, for the settings have changed: "
         f"{'; '.join(changes)}"
     )
 
@@ -250,7 +301,7 @@ def check(config: PretrainConfig) -> bool:
     if not steps or config.checkpoint.resume == "never":
         _check_source(config)
         return False
-    differing = differing_keys(run_dir, config)
+    differing = [*differing_keys(run_dir, config), *_differing_phases(run_dir, config, steps[-1])]
     if differing:
         raise ConfigError(
             f"{run_dir} holds another run ({'; '.join(differing)}); restore these keys, or choose another run.dir"
@@ -303,7 +354,11 @@ def _check_source(config: PretrainConfig) -> None:
     if config.checkpoint.resume in ("auto", "never"):
         return
     source = Path(config.checkpoint.resume)
-    differing = [key for key in differing_keys(source, config) if key.startswith("model.")]
+    values = read_config(source)
+    if values.get("phases"):
+        step = json.loads((source / "progress.json").read_text())["step"]
+        values = settings_in_phase(values, max(step - 1, 0))
+    differing = [key for key in _differing(values, config) if key.startswith("model.")]
     if differing:
         raise ConfigError(
             f"checkpoint.resume: {source} is of another model ({'; '.join(differing)}); restore these keys, or choose "

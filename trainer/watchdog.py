@@ -102,6 +102,7 @@ class Watchdog:
     def enter(self, phase: str, step: int) -> None:
         """The main thread has come this far. Every rank calls it at the same points."""
         self._progress, self._since = (self._progress[0] + 1, phase, step), time.monotonic()
+        self._peers.step = step
 
     def close(self) -> None:
         """The run has ended."""
@@ -157,9 +158,10 @@ class Watchdog:
         if rank() == min(healthy, default=rank()):
             _, phase, step = stuck
             self._peers.report(
+                sorted(behind),
                 f"no progress for {self._run.phase_seconds(phase):.0f} s in {phase}, step {step}: "
                 f"{'; '.join(behind.values()) or 'every rank waits for others'} "
-                f"(run.timeout_seconds={self._run.timeout_seconds:g})"
+                f"(run.timeout_seconds={self._run.timeout_seconds:g})",
             )
         else:
             # The report is another's, and must not come after the end of this one.

@@ -241,7 +241,7 @@ def run(job):
     if writer is not None:
         writer.join()
     own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size, vocab)
-    validation, *validated = engine.all_reduce(engine.evaluate(own, objective))
+    validation, *validated = engine.collectives.sum_over_data(engine.evaluate(own, objective))
     final, kept = digest(engine), held(engine)
     parallel_state.destroy_model_parallel()
     if isinstance(engine, MegatronEngine):

@@ -85,10 +85,10 @@ def wait_for(path):
 def save(engine, directory):
     """Write a checkpoint; the numbers drawn after it."""
     directory.mkdir(parents=True, exist_ok=True)
-    engine.barrier()
+    engine.collectives.barrier()
     torch.manual_seed(7)
     engine.save(directory)
-    engine.barrier()
+    engine.collectives.barrier()
     Path(f"{directory}.done").touch()
     return torch.rand(4).tolist()
 
@@ -102,7 +102,7 @@ def run(data, job):
 
     def validate():
         own = batches(1000)
-        return engine.all_reduce(engine.evaluate(own, LanguageModel()))[0]
+        return engine.collectives.sum_over_data(engine.evaluate(own, LanguageModel()))[0]
 
     result = {"steps": [], "counted": sum(parameter.numel() for parameter in engine.model.parameters())}
     if "load" in job:

@@ -1,6 +1,7 @@
 """Saves beside the training: the state of their step, whole or not there, waited for, and heard of when they fail."""
 
 import json
+import math
 import signal
 import threading
 import time
@@ -11,15 +12,15 @@ import torch
 from torch.distributed.checkpoint import filesystem
 
 from models.config import MixerLayoutConfig, MoEConfig, RouterConfig
-from tests.helpers import WAIT
+from tests.helpers import WAIT, FakeCollectives
 from tests.trainer.conftest import finish, in_process_config, leave_groups, status, trajectory
 from tests.trainer.test_callbacks import fake_trainer as idle_trainer
 from tests.trainer.test_deepspeed_engine import read_parameters
 from tests.trainer.test_megatron_engine import build, run_step
 from trainer import checkpoint, pretrain
 from trainer.callbacks.checkpointer import Checkpointer
-from trainer.callbacks.health import TrainingDiverged
-from trainer.checkpoint import BackgroundSave, Progress, Retention
+from trainer.callbacks.health import NonFiniteGuard, TrainingDiverged
+from trainer.checkpoint import BackgroundSave, Progress, Retention, RunState
 from trainer.config import CheckpointConfig, EngineConfig
 from trainer.data.sources import find_sources
 from trainer.engines.base import PendingSave
@@ -30,15 +31,9 @@ from trainer.engines.spec import EngineSpec
 class FakeEngine:
     """One of several ranks: writes when it is let, may break, and hears of the others what the test says."""
 
-    def __init__(self, rank=0, others=(0.0, 0.0)):
-        self.rank, self.others = rank, others
+    def __init__(self, rank=0, others=()):
+        self.rank, self.collectives = rank, FakeCollectives(others)
         self.may_write, self.fail = threading.Event(), False
-
-    def barrier(self):
-        """One rank never waits."""
-
-    def all_reduce(self, values):
-        return [value + other for value, other in zip(values, self.others, strict=True)]
 
     def begin_save(self, directory):
         def write():
@@ -51,7 +46,8 @@ class FakeEngine:
 
 
 def start(run_dir, step, engine, keep=0):
-    return BackgroundSave(engine, run_dir, Progress(step, step * 10), "model: {}\n", None, Retention(keep))
+    state = RunState(Progress(step, step * 10), "model: {}\n", None, {})
+    return BackgroundSave(engine, run_dir, state, Retention(keep))
 
 
 def names(run_dir):
@@ -120,18 +116,18 @@ def test_a_failed_publication_is_raised(tmp_path, monkeypatch):
 
 
 def test_another_ranks_failure_is_heard_of_also_by_one_that_still_writes(tmp_path):
-    save = start(tmp_path, 1, FakeEngine(others=(0.0, 1.0)))
+    save = start(tmp_path, 1, FakeEngine(others=(False, True)))
     with pytest.raises(RuntimeError, match="step_00000001 could not be written: another rank failed"):
         save.advance(wait=True)
 
 
 def test_all_ranks_have_to_have_written(tmp_path):
-    engine = FakeEngine(others=(1.0, 0.0))
+    engine = FakeEngine(others=(True, False))
     engine.may_write.set()
     save = start(tmp_path, 1, engine)
     save._work.join(WAIT)
     assert not save.advance() and names(tmp_path) == [".saving_step_00000001"]
-    engine.others = (0.0, 0.0)
+    engine.collectives.others = ()
     assert save.advance(wait=True) and names(tmp_path) == ["step_00000001"]
 
 
@@ -202,6 +198,22 @@ def test_a_failure_ends_the_run_at_the_next_step(tmp_path):
     callback._saving._work.join(WAIT)
     with pytest.raises(OSError, match="no space left"):
         callback.on_step(fake_trainer(tmp_path, engine, 3), {})
+
+
+def test_the_state_of_a_callback_is_that_of_the_step_that_is_saved(tmp_path):
+    """Training goes on before the checkpoint is whole, and so does the callback."""
+    engine, callback, guard = FakeEngine(), Checkpointer(2, Retention(), asynchronous=True), NonFiniteGuard(9)
+    skipped = {"step": 2, "skipped": True, "loss": math.nan, "grad_norm": math.nan}
+    for step in (1, 2, 3):
+        trainer = fake_trainer(tmp_path, engine, step)
+        trainer.callbacks = [guard, callback]
+        for each in trainer.callbacks:
+            each.on_step(trainer, skipped)
+    engine.may_write.set()
+    callback.on_give_up(trainer)
+    (saved,) = checkpoint.list_checkpoints(tmp_path)
+    assert checkpoint.read_callbacks(saved, [guard]) == [(guard, {"in_a_row": 2}, 1)]
+    assert guard.state_dict() == {"in_a_row": 3}
 
 
 # The engines

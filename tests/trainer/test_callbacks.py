@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.helpers import FakeCollectives
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -164,9 +165,9 @@ def saved(monkeypatch):
     """Steps and `keep` of the saves, in place of files."""
     saves = []
 
-    def save(engine, run_dir, progress, config_yaml, tokenizer, keep):
-        saves.append((progress.step, keep))
-        return f"{run_dir}/{progress.step}"
+    def save(engine, run_dir, state, keep):
+        saves.append((state.progress.step, keep))
+        return f"{run_dir}/{state.progress.step}"
 
     monkeypatch.setattr("trainer.checkpoint.save", save)
     return saves
@@ -299,12 +300,12 @@ class Recorder(Callback):
 
 @pytest.fixture
 def loop(monkeypatch):
-    """A trainer over an engine that learns nothing; `others` is the number of other ranks that ask to stop."""
+    """A trainer over an engine that learns nothing; `others` are the flags of other ranks: to stop, to save."""
     monkeypatch.setattr("trainer.loop.flops_per_token", lambda model, seq_len: 1.0)
     monkeypatch.setattr("trainer.loop.peak_memory_bytes", lambda device: 0)
     result = StepResult(loss=1.0, grad_norm=1.0, tokens=10, skipped=False)
 
-    def build(callbacks, steps=3, step=0, others=0.0):
+    def build(callbacks, steps=3, step=0, others=()):
         rates = []
         engine = SimpleNamespace(
             model=SimpleNamespace(vocab_size=64),
@@ -312,8 +313,7 @@ def loop(monkeypatch):
             rank=0,
             data_parallel_rank=0,
             data_parallel_size=1,
-            all_reduce=lambda values: [value + others for value in values],
-            broadcast=lambda value: value,
+            collectives=FakeCollectives(others),
             evaluate=lambda batches, objective: [float(len(batches))],
             train_step=lambda batches, objective, lr, step: rates.append(lr) or result,
         )
@@ -369,7 +369,7 @@ def test_a_save_is_asked_for_once(loop):
 
 def test_another_ranks_stop_stops_this_one(loop):
     calls = []
-    assert loop([Recorder(calls, "a")], others=1.0).fit() is Outcome.STOPPED
+    assert loop([Recorder(calls, "a")], others=(True, False)).fit() is Outcome.STOPPED
     assert [what for _, what in calls] == ["start", "stop", "end"]
 
 

@@ -9,8 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import FakeCollectives
 from trainer import checkpoint, checksums
-from trainer.checkpoint import Progress, Retention
+from trainer.callbacks.base import Callback
+from trainer.checkpoint import Progress, Retention, RunState
 from trainer.engines.pieces import Piece, Writer
 from trainer.errors import ConfigError
 
@@ -19,16 +21,8 @@ class FakeEngine(SimpleNamespace):
     """One rank with a small parameter; may break on the way."""
 
     rank, world_size = 0, 1
+    collectives = FakeCollectives()
     fail = False
-
-    def barrier(self):
-        """One rank never waits."""
-
-    def broadcast(self, value):
-        return value
-
-    def all_reduce(self, values):
-        return values
 
     def save(self, directory):
         digests = Writer().write({"model.weight": Piece.of(torch.arange(50.0).view(5, 10))}, 1, directory)
@@ -39,7 +33,8 @@ class FakeEngine(SimpleNamespace):
 
 def save(run_dir, step, keep=0, keep_steps=0, engine=None):
     retention = Retention(keep, keep_steps)
-    return checkpoint.save(engine or FakeEngine(), run_dir, Progress(step, step * 10), "model: {}\n", None, retention)
+    state = RunState(Progress(step, step * 10), "model: {}\n", None, {})
+    return checkpoint.save(engine or FakeEngine(), run_dir, state, retention)
 
 
 @pytest.fixture(params=["one process", "over ranks"])
@@ -64,6 +59,7 @@ def test_a_saved_checkpoint_is_whole_and_found(tmp_path):
         "state/random_00000.json",
         "config.yaml",
         "progress.json",
+        "callbacks.json",
     }
 
 
@@ -246,7 +242,7 @@ def test_names_reach_the_disk_before_the_checkpoint_has_its_own(tmp_path, monkey
     flushed = []
     monkeypatch.setattr(checkpoint, "flush_to_disk", flushed.append)
     tokenizer = SimpleNamespace(save=lambda directory: (directory / "tokenizer.json").write_text("{}"))
-    path = checkpoint.save(FakeEngine(), tmp_path, Progress(1), "model: {}\n", tokenizer, Retention())
+    path = checkpoint.save(FakeEngine(), tmp_path, RunState(Progress(1), "model: {}\n", tokenizer, {}), Retention())
     unfinished = path.with_name(".saving_step_00000001")
     for name in ("tokenizer/tokenizer.json", "tokenizer", "state", "."):
         assert unfinished / name in flushed
@@ -257,3 +253,44 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     path = damaged(save(tmp_path, 2))
     assert save(tmp_path, 2) == path
     assert checkpoint.damage(path) is None
+
+
+# The states of callbacks
+
+
+class Counter(Callback):
+    """Has a state; `version` is what this version of the program writes and reads."""
+
+    state_name = "counter"
+
+    def __init__(self, count=0, version=1):
+        self.count, self.state_version = count, version
+
+    def state_dict(self):
+        return {"count": self.count}
+
+
+def save_with(run_dir, *callbacks):
+    state = RunState(Progress(1), "model: {}\n", None, RunState.of_callbacks(callbacks))
+    return checkpoint.save(FakeEngine(), run_dir, state, Retention())
+
+
+def test_the_states_of_callbacks_are_saved_by_name_and_sealed(tmp_path):
+    path = save_with(tmp_path, Callback(), Counter(7, version=2))
+    assert json.loads((path / "callbacks.json").read_text()) == {"counter": {"version": 2, "state": {"count": 7}}}
+    reader = Counter(version=3)
+    assert checkpoint.read_callbacks(path, [Callback(), reader]) == [(reader, {"count": 7}, 2)]
+    (path / "callbacks.json").write_text("{}")
+    assert checkpoint.damage(path) == "callbacks.json does not match its checksum"
+
+
+def test_a_state_of_a_later_version_is_refused(tmp_path):
+    path = save_with(tmp_path, Counter(7, version=2))
+    with pytest.raises(ConfigError, match=r"state of counter in version 2, and this version reads up to 1") as error:
+        checkpoint.read_callbacks(path, [Counter()])
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_without_a_state_leaves_the_callback_as_it_is(tmp_path):
+    assert checkpoint.read_callbacks(save_with(tmp_path), [Counter()]) == []
+    assert checkpoint.read_callbacks(tmp_path / "written before there were states", [Counter()]) == []

@@ -45,6 +45,7 @@ KEYS = {
     "checkpoint": "every keep keep_every resume init asynchronous",
     "evaluation": "every batches seq_len stride samples sample_tokens prompt compare_compressors",
     "logging": "every progress tensorboard profile_step",
+    "phases": "",
 }
 
 # Of launch/pretrain.py, beside one option for every key above.
@@ -94,6 +95,8 @@ def test_options_of_pretrain():
         "--train.recompute_modules+",
         "--model.moe.dense_layers+",
         "--train.trainable+",
+        "--phases+",
+        "--phases.help",
     }
     assert options == PRETRAIN_OPTIONS | {f"--{key}" for key in written_down()} | lists
 

@@ -18,6 +18,7 @@ from tests.trainer.conftest import ROOT, finish, status
 from trainer import peers
 from trainer.checkpoint import damage
 from trainer.config import ParallelConfig, PretrainConfig
+from trainer.events import read_events
 
 WRONG = {
     "heads": (["--parallel.tensor=8"], 8, "does not divide by parallel.tensor=8"),
@@ -126,6 +127,8 @@ def test_a_rank_that_dies_takes_the_others_down_and_is_named(
     assert (told["state"], told["exit_code"]) == ("failed", 1) and told["message"].startswith(named)
     assert output.count(f"error: {named}") == 1 and ("(SIGKILL)" in output) == torchrun
     assert named in (run_dir / "run.log").read_text()
+    failure = read_events(run_dir)[-1]
+    assert (failure["kind"], failure["ranks"], failure["message"]) == ("failure", [victim], told["message"])
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
 
 
@@ -139,6 +142,8 @@ def test_a_rank_that_fails_says_so_itself(tiny_run, tmp_path):
     assert re.match(r"rank 1 \(pid \d+\) on .* failed: OSError: the disk is gone", told["message"])
     assert told["message"] in (run_dir / "run.log").read_text()
     assert "died" not in output
+    failure = read_events(run_dir)[-1]
+    assert (failure["kind"], failure["ranks"], failure["message"]) == ("failure", [1], told["message"])
 
 
 def test_a_stop_on_request_during_start_up_is_no_death(tiny_run, tmp_path):
@@ -166,6 +171,8 @@ def test_a_rank_that_hangs_is_named(tiny_run, tmp_path):
     assert re.match(named, status(run_dir)["message"])
     assert output.count("error: no progress") == 1
     assert "no progress" in (run_dir / "run.log").read_text()
+    failure = read_events(run_dir)[-1]
+    assert (failure["kind"], failure["ranks"]) == ("failure", [1]) and failure["step"] >= 4
 
 
 def test_a_signal_to_the_whole_process_group_stops_and_saves(tiny_run, tmp_path):

@@ -16,9 +16,11 @@ from trainer.checkpoint import Progress
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
 from trainer.curves import read_metrics, smooth
 from trainer.engines.base import StepResult
+from trainer.evaluation import EvaluationSums
 from trainer.loop import Trainer
 
 STEPS = 6
+SECONDS = {"forward_backward": 0.5, "reduce": 0.25, "optimizer": 0.125}
 
 
 class FakeEngine:
@@ -267,15 +269,20 @@ def test_a_steps_line_has_the_promised_keys(trainer, monkeypatch):
     running = trainer()
     monkeypatch.setattr("trainer.loop.peak_memory_bytes", lambda device: 7)
     running.sampler = SimpleNamespace(micro_batches=lambda step, micro, rank, world: [])
-    running.engine.train_step = lambda batches, objective, lr, step: StepResult(2.5, 0.25, 100, True)
+    running.engine.train_step = lambda batches, objective, lr, step: StepResult(2.5, 0.25, 100, True, {}, SECONDS)
     running._flops_per_token, running._peak_flops = 3.0, 1e15
+    running.seconds_in_checkpoints = 8.0
     line = running._step()
     assert set(line) == STEP_KEYS
     assert (line["step"], line["tokens"], line["skipped_total"], line["loss"]) == (1, 100, 1, 2.5)
+    assert {phase: line[f"{phase}_seconds"] for phase in SECONDS} == SECONDS
+    assert 0 <= line["data_seconds"] <= line["step_seconds"]
     assert line["tokens_per_second"] == pytest.approx(100 / line["step_seconds"])
     assert line["model_flops_utilization"] == pytest.approx(3.0 * line["tokens_per_second"] / 1e15)
     assert running.progress == Progress(step=1, tokens=100, skipped=1)
     json.dumps(line)
+    # Of saves since the line before, and told once.
+    assert line["checkpoint_seconds"] == 8.0 and running._step()["checkpoint_seconds"] == 0.0
 
 
 def test_no_step_is_above_the_peak(trainer, monkeypatch):
@@ -294,11 +301,14 @@ def test_a_validations_line(trainer):
     running = trainer(2)
     seen = []
     running.callbacks = [SimpleNamespace(phase="end", on_evaluation=lambda trainer, metrics: seen.append(metrics))]
-    line = running.report_evaluation("validation", nll_sum=69.3147180559945, tokens=50, text_bytes=200)
-    assert seen == [line]
-    assert line == {
-        "step": 2,
-        "split": "validation",
-        "loss": pytest.approx(1.38629436),
-        "bits_per_byte": pytest.approx(0.5),
-    }
+    running.report_evaluation(
+        "validation", EvaluationSums(nll=69.3147180559945, tokens=50, text_bytes=200), seconds=1.5
+    )
+    assert seen == [
+        {
+            "step": 2,
+            "split": "validation",
+            "loss": pytest.approx(1.38629436),
+            "bits_per_byte": pytest.approx(0.5),
+        }
+    ]

@@ -66,7 +66,7 @@ def refused(config, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as before:
         preflight.check(config)
     with pytest.raises(ConfigError) as at_start:
-        preflight.check(config, find_sources(config))
+        preflight.check(config, [find_sources(config)])
     assert str(before.value) == str(at_start.value)
     assert "\n" not in str(before.value)
 

@@ -21,6 +21,7 @@ from trainer.checkpoint import Progress
 from trainer.cli import from_mapping
 from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig, RunConfig
 from trainer.errors import ConfigError
+from trainer.events import read_events
 from trainer.peers import PeerWatch
 
 PEAK = 1e9  # FLOP/s that the run is told the machine can do
@@ -43,8 +44,8 @@ def run_dir(tiny_data, tmp_path_factory):
 
 def test_leaves_what_the_readme_lists(run_dir):
     names = {path.name for path in run_dir.iterdir()}
-    expected = {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "run.log", "status.json", "profile"}
-    assert names == expected
+    expected = {"config.yaml", "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints", "run.log", "status.json"}
+    assert names == expected | {"profile"}
     assert status(run_dir) == {"state": "done", "exit_code": 0, "message": ""}
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
     saved = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -62,6 +63,10 @@ def test_metrics_have_the_agreed_keys(run_dir):
     for line in training:
         assert line["model_flops_utilization"] == pytest.approx(flops * line["tokens_per_second"] / PEAK)
         assert line["tokens_per_second"] == pytest.approx(128 / line["step_seconds"])
+        phases = [line[f"{phase}_seconds"] for phase in ("data", "forward_backward", "reduce", "optimizer")]
+        # All but a few statements of the step is in one of them.
+        assert min(phases) > 0 and 0.5 * line["step_seconds"] < sum(phases) <= line["step_seconds"]
+    assert [line["checkpoint_seconds"] > 1e-3 for line in training] == [False, False, False, True, False, False]
     validations = [line for line in lines if "split" in line]
     assert [line.keys() for line in validations] == [{"step", "split", "loss", "bits_per_byte"}] * 2
     assert [line["step"] for line in validations] == [4, 6]
@@ -69,9 +74,8 @@ def test_metrics_have_the_agreed_keys(run_dir):
 
 def test_tensorboard_has_scalars_samples_and_the_configuration(run_dir):
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert {"train/loss", "train/lr", "validation/bits_per_byte", "final/bits_per_byte"} <= set(
-        events.Tags()["scalars"]
-    )
+    names = {"train/loss", "train/lr", "train/optimizer_seconds", "validation/bits_per_byte", "final/bits_per_byte"}
+    assert names <= set(events.Tags()["scalars"])
     assert {"config/text_summary", "sample/0/text_summary", "sample/1/text_summary"} <= set(events.Tags()["tensors"])
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
@@ -129,20 +133,24 @@ def test_a_crash_is_reported(tiny_data, tmp_path, monkeypatch):
     leave_groups()
     assert status(tmp_path / "run")["state"] == "failed"
     assert "RuntimeError: the disk is on fire (test_pretrain.py:" in status(tmp_path / "run")["message"]
+    failure = read_events(tmp_path / "run")[-1]
+    assert (failure["kind"], failure["ranks"], failure["message"]) == (
+        "failure",
+        [0],
+        status(tmp_path / "run")["message"],
+    )
     logging.getLogger("spiketrain").handlers.clear()
 
 
-def test_the_peak_is_that_of_all_ranks_where_a_model_is_cut(monkeypatch):
-    """Two data-parallel ranks of a model on two each: what the engine sums counts one of each two."""
+def test_the_peak_is_that_of_all_ranks(monkeypatch):
+    """Those that share a model each count, unlike in what is summed over the data."""
     monkeypatch.setattr(pretrain, "peak_flops", lambda *_: 3.0)
-    engine = SimpleNamespace(
-        rank=0,
-        world_size=4,
-        data_parallel_size=2,
-        device=torch.device("cpu"),
+    collectives = SimpleNamespace(
         barrier=lambda: None,
-        all_reduce=lambda values: [2 * value for value in values],
+        sum_over_ranks=lambda values: [4 * value for value in values],
+        sum_over_data=lambda values: [2 * value for value in values],
     )
+    engine = SimpleNamespace(rank=0, device=torch.device("cpu"), collectives=collectives)
     assert pretrain._total_peak_flops(PretrainConfig(), engine) == 12.0
 
 

@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed equals the uninterrupted one, to the last bit, on one process and on two."""
 
+import math
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ import pytest
 
 from tests.helpers import WAIT
 from tests.trainer.conftest import finish, in_process_config, leave_groups, status, trajectory
+from trainer.events import read_events
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,8 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(reference, tiny_run, tmp
     assert status(run_dir) == {"state": "stopped", "exit_code": 75, "message": ""}
     (saved,) = (run_dir / "checkpoints").iterdir()
     assert saved.name == "step_00000005", "the step that is under way is taken"
+    (stop,) = [event for event in read_events(run_dir) if event["kind"] == "stop"]
+    assert (stop["step"], stop["why"]) == (5, signal.Signals(number).name)
     code, output = finish(tiny_run(run_dir, no_others, ranks=ranks))
     assert code == 0, output
     assert f"resumed from {saved}" in output
@@ -74,6 +78,8 @@ def test_a_signal_during_set_up_leaves_a_resumable_run(tiny_run, tmp_path):
     code, output = finish(process)
     assert code == 75, output
     assert status(run_dir)["state"] == "stopped"
+    (stop,) = read_events(run_dir)
+    assert (stop["kind"], stop["why"]) == ("stop", "SIGTERM: stopped before the first step")
     assert finish(tiny_run(run_dir, "--train.steps=1"))[0] == 0
 
 
@@ -184,6 +190,38 @@ def test_stopped_at_any_step(tiny_data, tmp_path, monkeypatch):
         monkeypatch.setattr(Trainer, "_step", original)
         assert pretrain.run(stopping, "") == 0
         assert trajectory(run_dir) == whole
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_skipped_steps_are_counted_across_a_resume(tiny_data, tmp_path, monkeypatch, asynchronous):
+    """A run that skips step after step gives up where it would have without the stop, and not later."""
+    from dataclasses import replace
+
+    from trainer import pretrain
+    from trainer.engines.megatron import MegatronEngine
+    from trainer.loop import Trainer
+
+    config = in_process_config(tiny_data, tmp_path / "whole", max_skipped_steps=3)
+    config = replace(config, checkpoint=replace(config.checkpoint, asynchronous=asynchronous))
+    norm, step = MegatronEngine._grad_norm, Trainer._step
+    # The third step and all after it.
+    monkeypatch.setattr(MegatronEngine, "_grad_norm", lambda self: norm(self) if self._updates < 2 else math.nan)
+
+    def stop_after_the_fourth(self):
+        self.stop_requested = self.progress.step == 3
+        return step(self)
+
+    assert pretrain.run(config, "") == 1
+    leave_groups()
+    stopped = replace(config, run=replace(config.run, dir=str(tmp_path / "stopped")))
+    monkeypatch.setattr(Trainer, "_step", stop_after_the_fourth)
+    assert pretrain.run(stopped, "") == 75
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert pretrain.run(stopped, "") == 1
+    leave_groups()
+    assert trajectory(tmp_path / "stopped") == trajectory(tmp_path / "whole")
+    assert len(trajectory(tmp_path / "whole")[0]) == 5
+    assert status(tmp_path / "stopped") == status(tmp_path / "whole")
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batches(reference, tiny_run, tmp_path):

@@ -15,9 +15,23 @@ class Callback:
 
     Attributes:
         phase: What the run does while its hooks run, which tells how long they may take (RunConfig.phase_seconds).
+        state_name: By which a checkpoint knows its state; None if it has none that a run must go on with.
+        state_version: Of what `state_dict` gives; to be raised when that changes.
     """
 
     phase = "train"
+    state_name: str | None = None
+    state_version = 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed must go on with, as JSON holds it; the same on every rank: rank 0's is written.
+
+        Of the moment of the save: a callback that comes after Checkpointer has not seen that step yet.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], version: int) -> None:
+        """Go on from what `state_dict` gave in this version or an earlier one; before on_start, on every rank."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, the checkpoint already loaded."""

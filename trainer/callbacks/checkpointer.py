@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer import checkpoint
 from trainer.callbacks.base import Callback
 from trainer.checkpoint import BackgroundSave, Retention
+from trainer.run_directory import checkpoint_path
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -26,6 +28,7 @@ class Checkpointer(Callback):
     def __init__(self, every: int, keep: Retention, asynchronous: bool = False) -> None:
         self.every, self.keep, self.asynchronous = every, keep, asynchronous
         self._saved_step = -1
+        self._began = 0.0
         self._saving: BackgroundSave | None = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -34,11 +37,13 @@ class Checkpointer(Callback):
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Save if it is time, or was asked for."""
+        start = time.perf_counter()
         self._look_after(trainer, wait=trainer.finished)
         is_time = self.every and trainer.progress.step % self.every == 0
         if trainer.finished or is_time or trainer.agreed_to_save:
             trainer.agreed_to_save = False
             self._save(trainer, wait=trainer.finished)
+        trainer.seconds_in_checkpoints += time.perf_counter() - start
 
     def on_stop(self, trainer: Trainer) -> None:
         """Save where the run stands."""
@@ -53,7 +58,10 @@ class Checkpointer(Callback):
         if trainer.progress.step == self._saved_step:
             return
         self._saved_step = trainer.progress.step
-        what = trainer.engine, trainer.run_dir, trainer.progress, trainer.config_yaml, trainer.tokenizer, self.keep
+        self._began = time.perf_counter()
+        path = checkpoint_path(trainer.run_dir, self._saved_step)
+        trainer.record("checkpoint", state="begun", path=str(path))
+        what = trainer.engine, trainer.run_dir, trainer.state(), self.keep
         if self.asynchronous:
             self._saving = BackgroundSave(*what)
             self._look_after(trainer, wait)
@@ -68,3 +76,5 @@ class Checkpointer(Callback):
     def _report(self, trainer: Trainer, path: Path) -> None:
         if trainer.engine.rank == 0:
             logging.getLogger("spiketrain").info("saved %s", path)
+        seconds = time.perf_counter() - self._began
+        trainer.record("checkpoint", state="published", path=str(path), seconds=seconds)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from itertools import islice
+import time
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ import torch
 
 from models.generation import generate
 from trainer.callbacks.base import Callback
-from trainer.data.batch import Batch
 from trainer.data.compressors import bits_per_byte_of_compressors
 from trainer.data.dataset import EvaluationStream
+from trainer.evaluation import EvaluationSums, chunks
 from trainer.objectives.language_model import LanguageModel
 from trainer.run_directory import checkpoint_path
 
@@ -53,6 +53,7 @@ class Evaluator(Callback):
         self.path, self.eod_id, self.vocab_size = sources.validation, sources.eod_id, sources.vocab_size
         self.token_bytes = None if sources.tokenizer is None else sources.tokenizer.token_bytes()
         self._streams: dict[int | None, EvaluationStream] = {}
+        self._phase = 0
 
     def on_start(self, trainer: Trainer) -> None:
         """Say where a sample of text will be missed."""
@@ -72,7 +73,7 @@ class Evaluator(Callback):
         # A fresh directory that goes on from another run's checkpoint has nothing to make up for.
         is_ours = trainer.engine.rank == 0 and checkpoint_path(trainer.run_dir, step).is_dir()
         missing = is_ours and not validated(trainer.run_dir / "metrics.jsonl", step)
-        if trainer.engine.broadcast(missing):
+        if trainer.engine.collectives.broadcast(missing):
             self._validate_if_due(trainer)
 
     def _validate_if_due(self, trainer: Trainer) -> None:
@@ -90,8 +91,10 @@ class Evaluator(Callback):
             self._validate(trainer, evaluation.batches or None)
 
     def _stream(self, trainer: Trainer, limit: int | None) -> EvaluationStream:
+        if trainer.phase.number != self._phase:
+            self._phase, self._streams = trainer.phase.number, {}
         if limit not in self._streams:
-            config, engine = trainer.config, trainer.engine
+            config, engine = trainer.phase.config, trainer.engine
             micro = config.train.micro_batch_size
             self._streams[limit] = EvaluationStream(
                 self.path,
@@ -109,35 +112,23 @@ class Evaluator(Callback):
 
     def _validate(self, trainer: Trainer, limit: int | None) -> bool:
         """Whether it came to its end; False where it was stopped."""
-        stream = self._stream(trainer, limit)
-        counted = [0.0, 0.0]
-
-        def batches() -> Iterator[Batch]:
-            for batch in stream:
-                counted[0] += float(batch.loss_mask.sum())
-                counted[1] += self._bytes(batch.labels, batch.loss_mask)
-                yield batch
-
-        nll, source = 0.0, batches()
-        stages = trainer.config.parallel.pipeline
+        engine, stages = trainer.engine, trainer.config.parallel.pipeline
         # Pipeline stages are busy together for as many micro-batches as there are beyond the stages.
         chunk = stages * max(_CHUNK // stages, 4 if stages > 1 else 1)
-        for _ in range(0, len(stream), chunk):
+        own, start = EvaluationSums(), time.perf_counter()
+        for batches in chunks(self._stream(trainer, limit), chunk):
             if trainer.agreed_to_stop():
-                if trainer.engine.rank == 0:
+                if engine.rank == 0:
                     _LOGGER.info("the validation of step %d is left to the next start", trainer.progress.step)
                 return False
             trainer.enter(self.phase)
-            nll += trainer.engine.evaluate(list(islice(source, chunk)), LanguageModel())[0]
-        nll_sum, tokens, text_bytes = trainer.engine.all_reduce([nll, *counted])
-        trainer.samples = self._samples(trainer) if trainer.engine.rank == 0 else []
-        trainer.report_evaluation("validation", nll_sum, tokens, text_bytes)
+            nll = engine.evaluate(batches, LanguageModel())[0]
+            own += EvaluationSums.of(batches, nll, self.token_bytes)
+        seconds = time.perf_counter() - start
+        sums = EvaluationSums(*engine.collectives.sum_over_data(astuple(own)))
+        trainer.samples = self._samples(trainer) if engine.rank == 0 else []
+        trainer.report_evaluation("validation", sums, seconds)
         return True
-
-    def _bytes(self, labels: torch.Tensor, mask: torch.Tensor) -> float:
-        if self.token_bytes is None:
-            return 0.0
-        return float((self.token_bytes[labels.numpy()] * mask.numpy()).sum())
 
     def _samples(self, trainer: Trainer) -> list[str]:
         evaluation, tokenizer = trainer.config.evaluation, trainer.tokenizer

@@ -16,11 +16,21 @@ class TrainingDiverged(RuntimeError):
 
 
 class NonFiniteGuard(Callback):
-    """Counts skipped steps, and gives up after `limit` in a row."""
+    """Counts skipped steps, and gives up after `limit` in a row, those before a stop and a resume among them."""
+
+    state_name = "non_finite_guard"
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps skipped in a row so far."""
+        return {"in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any], version: int) -> None:
+        """See `state_dict`."""
+        self._in_a_row = state["in_a_row"]
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Count.
@@ -32,6 +42,7 @@ class NonFiniteGuard(Callback):
             self._in_a_row = 0
             return
         self._in_a_row += 1
+        trainer.record("skip", loss=metrics["loss"], grad_norm=metrics["grad_norm"], in_a_row=self._in_a_row)
         if trainer.engine.rank == 0:
             logging.getLogger("spiketrain").warning(
                 "step %d skipped: loss %s, gradient norm %s", metrics["step"], metrics["loss"], metrics["grad_norm"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from trainer.callbacks.base import Callback
 from trainer.durable import write_atomically
+from trainer.json_lines import as_line
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -25,17 +25,6 @@ _ELEMENTS_IN_EVERY_LINE = 1024
 _LINES_BETWEEN_MATRICES = 100
 # Columns of an image over time. It is what TensorBoard keeps of a matrix in memory, and as wide as a screen shows.
 _COLUMNS = 512
-
-
-def as_json(metrics: dict[str, Any]) -> str:
-    """One line of JSON, which has no NaN or infinity: such a number is null, as after a skipped step."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, list):
-            return [finite(element) for element in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps({name: finite(value) for name, value in metrics.items()}, allow_nan=False) + "\n"
 
 
 class History:
@@ -111,12 +100,12 @@ class MetricsFile(Callback):
             if self._lines % _LINES_BETWEEN_MATRICES:
                 metrics = {name: value for name, value in metrics.items() if not _is_large(value)}
             self._lines += 1
-            self._file.write(as_json(metrics))
+            self._file.write(as_line(metrics))
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Write the validation's line."""
         if self._file:
-            self._file.write(as_json(metrics))
+            self._file.write(as_line(metrics))
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the file."""

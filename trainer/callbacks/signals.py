@@ -26,7 +26,7 @@ class StopOnSignal(Callback):
         def request(number: int, frame: FrameType | None) -> None:
             if not trainer.stop_requested:
                 logging.getLogger("spiketrain").info("%s: stopping after this step", signal.Signals(number).name)
-            trainer.stop_requested = True
+            trainer.stop_requested, trainer.stop_reason = True, signal.Signals(number).name
 
         def request_save(number: int, frame: FrameType | None) -> None:
             logging.getLogger("spiketrain").info("%s: saving after this step", signal.Signals(number).name)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from models.config import ModelConfig
 from models.decoder import Decoder
 from trainer.data.batch import Batch
 from trainer.objectives.base import Objective
 
 if TYPE_CHECKING:
+    from trainer.engines.common import Collectives
     from trainer.engines.frozen import FrozenModel, FrozenSpec
 
 
@@ -27,6 +29,7 @@ class StepResult:
         tokens: What the objective divides by: of a language model the tokens that counted in the loss.
         skipped: The loss or the gradient was not finite; nothing was updated.
         metrics: What else goes into the step's line of metrics.jsonl, by its key.
+        seconds: Of this rank's phases (trainer.engines.timing.PHASES); no part of what makes two results equal.
     """
 
     loss: float
@@ -34,6 +37,7 @@ class StepResult:
     tokens: int
     skipped: bool
     metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Engine(Protocol):
     Attributes:
         model: This rank's part of the model; of several stages the first.
         model_is_whole: Whether this rank could generate with it alone.
+        collectives: Messages between all ranks of the run.
     """
 
     model: Decoder
@@ -63,6 +68,7 @@ class Engine(Protocol):
     world_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    collectives: Collectives
 
     def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
         """Forward and backward over this rank's micro-batches, one update at learning rate `lr`.
@@ -74,6 +80,14 @@ class Engine(Protocol):
             step: Steps before this one: what the model does by schedule goes by it.
         """
 
+    def begin_phase(self, model: ModelConfig, trainable: Sequence[str]) -> None:
+        """Begin a phase of the run, the first one too.
+
+        Args:
+            model: The configuration of the same model to compute by: with another rotary embedding.
+            trainable: Patterns of the parameters to train; the others of EngineSpec.trainable rest.
+        """
+
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
         """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
 
@@ -83,21 +97,8 @@ class Engine(Protocol):
         Every rank calls it.
 
         Raises:
-            ValueError: its vocabulary is another, or this layout cannot cut it.
+            ValueError: its vocabulary is another, or this layout cannot shard it.
         """
-
-    def all_reduce(self, values: list[float]) -> list[float]:
-        """Sum over all ranks, in float64, divided by the ranks that share a data-parallel one's work; all get it.
-
-        Of values that these ranks have alike it is the sum over the data-parallel ranks. What one rank alone has, such
-        as a signal, counts less than once, but is not lost.
-        """
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable object, on every rank."""
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
 
     def save(self, directory: Path) -> dict[str, str]:
         """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
@@ -39,10 +40,12 @@ from trainer.data.batch import Batch
 from trainer.engines import groups as process_groups
 from trainer.engines import megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
+from trainer.engines.common import Collectives, StepSums
 from trainer.engines.frozen import FrozenModel, FrozenSpec
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import MOMENTS, Piece, Shard
 from trainer.engines.spec import EngineSpec
+from trainer.engines.timing import PhaseTimer
 from trainer.objectives.base import Objective, Outputs
 
 _MAIN = "main"
@@ -86,9 +89,11 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._writer = pieces.Writer(self.rank, self.world_size, process_groups.saving_group())
         self._groups, unit = _model_parallel_groups(device, spec)
-        self._tensor_ranks = spec.parallel.tensor
         self.data_parallel_rank = self.rank if unit is None else unit.get_data_parallel_rank()
+        self._tensor_ranks = spec.parallel.tensor
         self.data_parallel_size = self.world_size // self._tensor_ranks
+        tensor = self._groups.tensor
+        self.collectives = Collectives(device, tensor is None or dist.get_rank(tensor) == 0)
         dtype = torch.bfloat16 if self._bf16 else torch.float32
         decoder = build(spec.model, spec.vocab_size, groups=self._groups, dtype=dtype)
         spec.fill(decoder)
@@ -126,6 +131,9 @@ class DeepSpeedEngine:
             config=_deepspeed_config(spec, decoder, self._micro_batches, device),
         )[0]
         _allocate_state(self._adam, self._flat_parameters())
+        self._timer = PhaseTimer(device)
+        # What is left of it when backward has ended: with ZeRO gradients are reduced as they come.
+        self._engine.allreduce_gradients = self._timer.timed("reduce", self._engine.allreduce_gradients)
         # Summed as they come, for afterwards DeepSpeed has them sharded.
         for parameter in partial_gradients(decoder, self._groups):
             parameter.register_hook(partial(_sum_shares, group=self._groups.tensor))
@@ -168,42 +176,43 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
-        (count,) = self.all_reduce([float(sum(map(objective.count, batches)))])
-        divisor = max(count, 1.0)
-        scale = len(batches) * self.data_parallel_size / divisor
+        with self._timer.phase("forward_backward"):
+            sums = self._forward_backward(batches, objective, step)
+        with self._timer.phase("optimizer"):
+            grad_norm = self._update()
+        return sums.finish(grad_norm, [self._decoder], self._model_config, self._timer)
+
+    def _forward_backward(self, batches: Sequence[Batch], objective: Objective, step: int) -> StepSums:
+        """Run the micro-batches; the gradients are then summed over ranks."""
+        with self._timer.phase("reduce"):
+            (count,) = self.collectives.sum_over_data([float(sum(map(objective.count, batches)))])
+        scale = len(batches) * self.data_parallel_size / max(count, 1.0)
         # DeepSpeed divides what it is given by the micro-batches.
         statistics.begin_step([self._decoder], step, scale / len(batches))
-        loss_sum = math.nan
-        named: list[float] = []
-        counted: list[float] = []
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
-        for i, batch in enumerate(batches):
-            loss, sums = self._forward(batch, objective)
-            totals += torch.stack([loss.detach(), *sums])
-            if i == len(batches) - 1:
-                own = statistics.collect([self._decoder], self._model_config)
-                loss_sum, *rest = self.all_reduce([*totals.tolist(), *own])
-                named, counted = rest[: len(objective.metrics)], rest[len(objective.metrics) :]
-                if not math.isfinite(loss_sum):
-                    # So that the gradient is not finite on any rank, and DeepSpeed skips the update on all of them.
-                    loss = loss * math.nan
-            self._engine.backward(loss * scale)
-            if i < len(batches) - 1:
-                self._engine.step()
-        grad_norm = self._update()
-        skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
-        if not skipped:
-            statistics.finish_step([self._decoder], self._model_config, counted)
-        metrics = {name: total / divisor for name, total in zip(objective.metrics, named, strict=True)}
-        metrics |= statistics.metrics(self._model_config, counted)
-        return StepResult(loss_sum / divisor, grad_norm, int(count), skipped, metrics)
+        *earlier, last = batches
+        for batch in earlier:
+            self._engine.backward(self._forward(batch, objective, totals) * scale)
+            self._engine.step()
+        loss = self._forward(last, objective, totals)
+        own = [*totals.tolist(), *statistics.collect([self._decoder], self._model_config)]
+        with self._timer.phase("reduce"):
+            total, *rest = self.collectives.sum_over_data(own)
+        sums = StepSums.of(objective, total, count, rest)
+        if not sums.is_finite:
+            # So that the gradient is not finite on any rank, and DeepSpeed skips the update on all of them.
+            loss = loss * math.nan
+        self._engine.backward(loss * scale)
+        return sums
 
-    def _forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, Sequence[Tensor]]:
-        """What the objective makes of a micro-batch, its frozen models first."""
+    def _forward(self, batch: Batch, objective: Objective, totals: Tensor) -> Tensor:
+        """The objective's sum over a micro-batch; it and each of the metrics are added to `totals`."""
         batch = batch.to(self.device)
         frozen = {name: model.outputs([batch])[0] for name, model in objective.models.items()}
-        found: tuple[Tensor, Sequence[Tensor]] = self._engine(batch, objective, frozen)
-        return found
+        total: Tensor
+        total, sums = self._engine(batch, objective, frozen)
+        totals += torch.stack([total.detach(), *sums])
+        return total
 
     def freeze(self, spec: FrozenSpec) -> FrozenModel:
         """See `Engine.freeze`. Of a frozen model ZeRO shards nothing: a rank has what tensor parallelism leaves it."""
@@ -239,10 +248,8 @@ class DeepSpeedEngine:
             if parameter.grad is not None
             and (group is None or dist.get_rank(group) == 0 or hasattr(parameter, "tensor_model_parallel"))
         ]
-        squares = sum_of_squares(counted, self.device)
-        if group is not None:
-            dist.all_reduce(squares, group=group)
-        return math.sqrt(float(squares))
+        squares = float(sum_of_squares(counted, self.device))
+        return math.sqrt(squares if group is None else self.collectives.sum_over_ranks([squares], group)[0])
 
     def _spawn_experts(self) -> None:
         """Make all routed experts masked copies of the first. Adam's moments stay, those of the others zero."""
@@ -255,40 +262,20 @@ class DeepSpeedEngine:
                 self._give_back(name, _MAIN, piece.values)
         self._publish()
 
+    def begin_phase(self, model: ModelConfig, trainable: Sequence[str]) -> None:
+        """See `Engine.begin_phase`; all phases train the same parameters, as the configuration has checked."""
+        self._decoder.rotate_by(model)
+
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
         """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
         self._engine.eval()
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for batch in batches:
-                total, sums = self._forward(batch, objective)
-                totals += torch.stack([total, *sums])
+                self._forward(batch, objective, totals)
         self._engine.train()
         found: list[float] = totals.tolist()
         return found
-
-    def all_reduce(self, values: list[float]) -> list[float]:
-        """See `Engine.all_reduce`."""
-        if self.world_size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        # Over all ranks, each data-parallel one as often as it has ranks: what one alone knows, a signal, must come
-        # to all.
-        dist.all_reduce(total)
-        sums: list[float] = (total / self._tensor_ranks).tolist()
-        return sums
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable object, on every rank."""
-        holder = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(holder, src=0)
-        return holder[0]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.world_size > 1:
-            dist.barrier()
 
     def save(self, directory: Path) -> dict[str, str]:
         """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.

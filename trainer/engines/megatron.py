@@ -21,18 +21,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
-from models.parameters import Declared, Groups, declared, parameter_rows, partial_gradients, set_trainable
+from models.parameters import Declared, Groups, declared, matches, parameter_rows, partial_gradients, set_trainable
 from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups, megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
+from trainer.engines.common import Collectives, StepSums
 from trainer.engines.frozen import FrozenModel, FrozenSpec
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import Piece, Shard
 from trainer.engines.spec import EngineSpec
+from trainer.engines.timing import PhaseTimer
 from trainer.objectives.base import Objective, Outputs
 
 with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
@@ -111,6 +114,8 @@ class MegatronEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_parallel_rank = parallel_state.get_data_parallel_rank()
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+        sharing = parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()
+        self.collectives = Collectives(device, all(dist.get_rank(group) == 0 for group in sharing))
         self._clip = spec.optim.clip_grad
         self._parallel, self._model_config, self._seed = spec.parallel, spec.model, spec.seed
         self._groups = layer_groups(spec.parallel)
@@ -132,7 +137,10 @@ class MegatronEngine:
         self._optimizer = self._build_optimizer(spec, dtype)
         # Not those of the optimizer's state: a rank of which no parameter is large enough to have a part has none.
         self._updates = 0
+        self._timer = PhaseTimer(device)
         self._owned: dict[Tensor, _Owned] = dict(_owned_parts(self._optimizer.chained_optimizers))
+        # The main parameters that the phase does not train.
+        self._resting: list[Tensor] = []
         self._is_float32 = dtype == torch.float32
         self._writer = pieces.Writer(self.rank, self.world_size, groups.saving_group())
         self._forward_backward = get_forward_backward_func()
@@ -173,10 +181,13 @@ class MegatronEngine:
         return DistributedDataParallel(stage.config, ddp_config, stage)
 
     def _finalize_gradients(self, stages: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
-        """Mcore's sums over ranks, then those it does not know: over shares of what tensor-parallel ranks share, and
-        of the lower bounds over pipeline stages.
-        """
-        finalize_model_grads(stages, *args, **kwargs)
+        """Mcore's sums over ranks, then those it does not know; the end of what its schedule does."""
+        with self._timer.phase("reduce"):
+            finalize_model_grads(stages, *args, **kwargs)
+            self._sum_shared_gradients(stages)
+
+    def _sum_shared_gradients(self, stages: list[DistributedDataParallel]) -> None:
+        """Over shares of what tensor-parallel ranks share, and of the lower bounds over pipeline stages."""
         decoders = [stage.module.part for stage in stages]
         shares: list[Any] = [
             parameter for decoder in decoders for parameter in partial_gradients(decoder, self._groups)
@@ -240,21 +251,18 @@ class MegatronEngine:
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
         statistics.begin_step(self._decoders, step)
-        for stage in self._stages:
-            stage.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        totals = self._totals(self._run(batches, objective, forward_only=False), objective)
-        counted = statistics.collect(self._decoders, self._model_config)
-        loss_sum, count, *sums = self._sum_over_ranks(*totals, *counted)
-        named, counted = sums[: len(objective.metrics)], sums[len(objective.metrics) :]
-        grad_norm = self._update(lr, math.isfinite(loss_sum))
-        skipped = not (math.isfinite(loss_sum) and math.isfinite(grad_norm))
-        if not skipped:
-            statistics.finish_step(self._decoders, self._model_config, counted)
-        divisor = max(count, 1.0)
-        metrics = {name: total / divisor for name, total in zip(objective.metrics, named, strict=True)}
-        metrics |= statistics.metrics(self._model_config, counted)
-        return StepResult(loss_sum / divisor, grad_norm, int(count), skipped, metrics)
+        with self._timer.phase("forward_backward"):
+            for stage in self._stages:
+                stage.zero_grad_buffer()
+            self._optimizer.zero_grad()
+            totals = self._totals(self._run(batches, objective, forward_only=False), objective)
+            counted = statistics.collect(self._decoders, self._model_config)
+        with self._timer.phase("reduce"):
+            loss, count, *rest = self.collectives.sum_over_ranks([*totals, *counted])
+        sums = StepSums.of(objective, loss, count, rest)
+        with self._timer.phase("optimizer"):
+            grad_norm = self._update(lr, sums.is_finite)
+        return sums.finish(grad_norm, self._decoders, self._model_config, self._timer)
 
     def _update(self, lr: float, loss_is_finite: bool) -> float:
         """Clip and step, unless the loss or the gradient is not finite; return the norm of the gradient.
@@ -263,6 +271,12 @@ class MegatronEngine:
         """
         optimizer = self._optimizer
         optimizer.prepare_grads()
+        for main in self._resting:
+            # Neither in the norm nor in Adam, which passes over what has no gradient: no decay, no change of moments.
+            main.grad = None
+        if self._resting:
+            # In float32 they are views of parameters, of whose gradients torch warns where they are missing.
+            warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         grad_norm = self._grad_norm()
         if not (loss_is_finite and math.isfinite(grad_norm)):
             return grad_norm
@@ -279,7 +293,7 @@ class MegatronEngine:
     def _grad_norm(self) -> float:
         """The norm of the whole gradient; of what several ranks have alike, mcore names the one that counts it."""
         counted = [grad for part in self._optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
-        (squares,) = self._sum_over_ranks(float(sum_of_squares(counted, self.device)))
+        (squares,) = self.collectives.sum_over_ranks([float(sum_of_squares(counted, self.device))])
         return math.sqrt(squares)
 
     def _spawn_experts(self) -> None:
@@ -293,6 +307,18 @@ class MegatronEngine:
             if all(group["is_expert_parallel"] for group in part.param_groups):
                 part.reload_model_params()
 
+    def begin_phase(self, model: ModelConfig, trainable: Sequence[str]) -> None:
+        """See `Engine.begin_phase`."""
+        self._resting = []
+        for decoder in self._decoders:
+            decoder.rotate_by(model)
+            for name, row in parameter_rows(decoder).items():
+                if row.tensor in self._owned and not matches(name, trainable):
+                    self._resting.append(self._owned[row.tensor].main)
+        for part in self._optimizer.chained_optimizers:
+            # A parameter that has rested has seen fewer updates, by which Adam would correct its moments.
+            _set_step(part.optimizer, self._updates)
+
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
         """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
         with torch.no_grad():
@@ -300,7 +326,7 @@ class MegatronEngine:
         total, _, *sums = self._totals(found, objective)
         sums = [total, *sums]
         for group in (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()):
-            sums = self._sum_over_ranks(*sums, group=group)
+            sums = self.collectives.sum_over_ranks(sums, group)
         return sums
 
     def _run(self, batches: Sequence[Batch], objective: Objective, forward_only: bool) -> list[dict[str, Any]]:
@@ -358,34 +384,6 @@ class MegatronEngine:
         counts = parallel_state.get_tensor_model_parallel_rank() == 0
         names = ("sum", "count", *objective.metrics)
         return [float(sum(float(entry[name]) for entry in found) * counts) for name in names]
-
-    def _sum_over_ranks(self, *values: float, group: dist.ProcessGroup | None = None) -> list[float]:
-        """Sum over a group, by default all ranks, in float64."""
-        if dist.get_world_size(group) == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=group)
-        sums: list[float] = total.tolist()
-        return sums
-
-    def all_reduce(self, values: list[float]) -> list[float]:
-        """See `Engine.all_reduce`."""
-        # Over all ranks, each data-parallel one as often as it has ranks: what one alone knows, a signal, must come
-        # to all.
-        share = self.data_parallel_size / self.world_size
-        return [total * share for total in self._sum_over_ranks(*values)]
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable object, on every rank."""
-        holder = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(holder, src=0)
-        return holder[0]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.world_size > 1:
-            dist.barrier()
 
     def save(self, directory: Path) -> dict[str, str]:
         """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.

@@ -142,6 +142,8 @@ def on_cpu() -> Iterator[None]:
         RuntimeError: megatron-core's version is another than SUPPORTED_VERSION.
     """
     check_version()
+    # What layers exchange by, which they import at its first use: now, for only loaded modules are adapted.
+    importlib.import_module("megatron.core.tensor_parallel.mappings")
     modules = _point_at_cpu()
     try:
         yield

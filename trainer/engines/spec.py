@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from models.config import ModelConfig
 from trainer import weights
 from trainer.config import EngineConfig, OptimConfig, ParallelConfig, PretrainConfig, RunConfig, TrainConfig
+from trainer.phases import trained_in_any
 from trainer.run_directory import starts_anew
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class EngineSpec:
         recompute: The parts of a block that backward computes again, see models.decoder.Block.
         init: The directory of the weights to begin with; None to draw them.
         resumes: A checkpoint will be loaded: parameters are neither drawn nor read.
-        trainable: Patterns of the names of the parameters that are trained. The others are frozen: they have no
-            gradient and no optimizer state.
+        trainable: Patterns of the names of the parameters that are trained, in any phase of the run. The others are
+            frozen: they have no gradient and no optimizer state.
         collective_seconds: How long a collective may take.
     """
 
@@ -68,7 +69,7 @@ class EngineSpec:
             train.recomputed_parts,
             config.checkpoint.init,
             not starts_anew(config),
-            tuple(train.trainable),
+            tuple(trained_in_any(config)),
             config.run.collective_seconds,
         )
 

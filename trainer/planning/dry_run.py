@@ -9,7 +9,6 @@ Everything is linear in the number of tokens once the windows are full, so that 
 two shorter ones give the line. Kernels that go through their inputs in blocks, for the CPU's cache, take them at once.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -131,7 +130,6 @@ def shapes_alone(cut_to: Cut) -> Iterator[Groups]:
         stack.enter_context(shapes_only())
         if cut_to.ranks > 1:
             # The exchanges allocate what they gather.
-            importlib.import_module("megatron.core.tensor_parallel.mappings")
             stack.enter_context(megatron_cpu.on_cpu())
         groups = stack.enter_context(fake_groups(cut_to))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

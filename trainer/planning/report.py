@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trainer.config import PretrainConfig
+from trainer.phases import expand
 from trainer.planning.plan import Plan, Stage
 
 GB = 1e9
@@ -32,6 +33,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / GB:.3g}" if abs(size) < 100 * GB else f"{size / GB:.0f}"
+
+
+def describe_phases(config: PretrainConfig, plans: list[Plan]) -> str:
+    """The whole report of a run, whose phases the plans are of."""
+    if len(plans) == 1:
+        return describe(plans[0])
+    parts = [f"{phase}\n{describe(plan)}" for phase, plan in zip(expand(config), plans, strict=True)]
+    return "\n\n".join(parts)
 
 
 def describe(plan: Plan) -> str:

@@ -4,13 +4,14 @@ import sys
 import warnings
 
 from trainer.data.sources import find_sources
+from trainer.phases import to_plan
 from trainer.planning.config import PlanConfig
 from trainer.planning.plan import Plan, Planner
 from trainer.planning.search import search
 
 
 def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
-    """The plan of the configuration; with `all_layouts` those of every layout that fits, the best first.
+    """The plan of each phase of the run; with `all_layouts` those of every layout that fits, the best first.
 
     Raises:
         ConfigError: the vocabulary's size is not known from anywhere.
@@ -18,7 +19,7 @@ def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
     # mcore says at import that TransformerEngine and Apex are missing, and calls collectives by names about to change.
     warnings.simplefilter("ignore")
     planner = Planner(config, config.model.padded_vocab_size(_vocab_size(config)))
-    return search(config, planner, _say) if all_layouts else [planner.plan(config)]
+    return search(config, planner, _say) if all_layouts else [planner.plan(phase) for phase in to_plan(config)]
 
 
 def _vocab_size(config: PlanConfig) -> int:

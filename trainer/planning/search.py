@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from trainer.config import ParallelConfig, PretrainConfig
+from trainer.phases import expand, to_plan
 from trainer.planning.config import PlanConfig
 from trainer.planning.plan import Plan, Planner
 
@@ -68,12 +69,17 @@ def _valid(config: PretrainConfig, ranks: int) -> bool:
 def search(config: PlanConfig, planner: Planner, report: Callable[[str], None]) -> list[Plan]:
     """The plans of all layouts that fit, the fastest first; of equal ones the one that takes less memory.
 
-    `report` is told how far it is, every few seconds.
+    Of a run in phases all have to fit, and each counts with its steps; the plan is that of the first one. `report` is
+    told how far it is, every few seconds.
     """
-    candidates, plans, said = list(layouts(config)), [], time.monotonic()
+    candidates, found, said = list(layouts(config)), [], time.monotonic()
     for number, layout in enumerate(candidates, 1):
-        plans.append(planner.plan(layout))
+        phases = expand(layout)
+        plans = [planner.plan(phase) for phase in to_plan(layout)]
+        seconds = sum(plan.seconds * (phase.last - phase.first) for plan, phase in zip(plans, phases, strict=True))
+        if all(plan.fits for plan in plans):
+            found.append((seconds, max(plan.memory() for plan in plans), plans[0]))
         if time.monotonic() - said > _SECONDS_BETWEEN_REPORTS:
             said = time.monotonic()
             report(f"planned {number} of {len(candidates)} layouts")
-    return sorted((plan for plan in plans if plan.fits), key=lambda plan: (plan.seconds, plan.memory()))
+    return [plan for _, _, plan in sorted(found, key=lambda entry: entry[:2])]
