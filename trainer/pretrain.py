@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from models.decoder import shapes
+from models.parameters import matches
 from trainer import checkpoint, logs, precision, preflight, run_directory, run_lock, weights
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
@@ -240,15 +241,18 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: pr
     if engine.rank != 0:
         return
     train = config.train
-    parameters = sum(parameter.numel() for parameter in shapes(config.model, engine.model.vocab_size).parameters())
+    sizes = {name: value.numel() for name, value in shapes(config.model, engine.model.vocab_size).named_parameters()}
+    trained = sum(size for name, size in sizes.items() if matches(name, train.trainable))
     accumulation = train.accumulation(engine.data_parallel_size)
     _LOGGER.info(
         "model: %.2f M parameters, %d layers (%s), vocabulary %d",
-        parameters / 1e6,
+        sum(sizes.values()) / 1e6,
         config.model.num_layers,
         ", ".join(config.model.layer_mixers()),
         engine.model.vocab_size,
     )
+    if trained < sum(sizes.values()):
+        _LOGGER.info("training %.2f M of them, those that train.trainable names; the others are frozen", trained / 1e6)
     for line in (*_about_experts(config), *findings.notes):
         _LOGGER.info("%s", line)
     for line in findings.warnings:
