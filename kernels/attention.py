@@ -1,14 +1,14 @@
-"""Causal softmax attention: whole, or in a sliding window, over packed documents or a key-value cache.
+"""Causal softmax attention, full or with a sliding window, over packed documents or a key-value cache.
 
     o_t = sum_s p_ts v_s,   p_t = softmax_s(scale · q_t · k_s),   s in (t − window, t] and in t's document
 
 Sources: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries, Ainslie et al. 2023, arXiv:2305.13245; sliding
 window, Beltagy et al. 2020, arXiv:2004.05150.
 
-Backends, all differentiable, none but the reference ever holding [T, T] scores:
-    flash      flash-attn, on CUDA in float16 and bfloat16 where it is installed
+Backends, all differentiable; only the reference materialises [T, T] scores:
+    flash      flash-attn, on CUDA in float16 and bfloat16 if it is installed
     sdpa       torch's scaled_dot_product_attention, one call for all documents of one length
-    banded     blocks of queries against the keys they can see: O(T · window) on every device
+    banded     blocks of queries against the keys that they can see: O(T · window) on every device
     reference  the whole masked score matrix in plain operations
 """
 
@@ -30,8 +30,8 @@ from kernels.documents import Documents, sequences_in
 from kernels.matmul import batched_matmul
 from kernels.shapes import has_values
 
-# Queries per tile of the banded form, by bytes of an element, and scores per CPU tile and thread, which softmax should
-# find in the cache. Measured on a Zen 5 with 1 MiB of second-level cache a core; half and double cost 0 to 10 %.
+# Queries per tile of the banded form by element size in bytes, and scores per CPU tile and thread, chosen so that
+# softmax finds them in the cache. Measured on a Zen 5 with 1 MiB of L2 cache per core; half and double cost 0 to 10 %.
 _TILE_QUERIES = {8: 64, 4: 256, 2: 256}
 _TILE_SCORES = 1 << 18
 
@@ -47,7 +47,7 @@ def attention_reference(
     documents: Documents | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`attention` by its definition: one score matrix [Tq, Tk] a head; float32 inside, float64 for float64."""
+    """`attention` by its definition: one score matrix [Tq, Tk] per head; computes in float32, float64 for float64."""
     math_dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[2] // k.shape[2]
@@ -82,19 +82,19 @@ def attention(
     Args:
         q: [B, Tq, H, K]; the queries are the last Tq of the Tk positions, so Tq = 1 is a decoding step.
         k, v: [B, Tk, Hkv, K] and [B, Tk, Hkv, V] in q's dtype; query head h reads key head h · Hkv // H.
-        window: keys that a query sees, itself included; None for all.
-        documents: packed into one row, they do not see each other; needs B = 1 and Tq = Tk.
-        scale: factor of the scores, K^(-1/2) if None.
-        group: the ranks that hold consecutive, equal parts of the sequence; needs Tq = Tk. window may span several of
-            them, and documents are those of the whole row, the same on every rank. Without a window heads travel, with
-            one the keys and values that it reaches: `kernels.attention_sharded`.
-        backend: "auto" or one of the module's backends. flash and sdpa are offered where they serve the inputs.
+        window: number of keys that a query sees, including its own; None for all.
+        documents: documents packed into one row, which do not see each other; requires B = 1 and Tq = Tk.
+        scale: factor of the scores; K^(-1/2) by default.
+        group: ranks that hold consecutive, equal shards of the sequence; requires Tq = Tk. A window may span several
+            shards. documents describe the whole row and are the same on every rank. Without a window ranks exchange
+            heads; with a window, the keys and values that it reaches: see `kernels.attention_sharded`.
+        backend: "auto" or one of the module's backends. flash and sdpa are available only for inputs they support.
 
     Returns:
         o: [B, Tq, H, V] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, window or documents do not fit, or the backend cannot serve these inputs.
+        ValueError: shapes, dtypes, window or documents are inconsistent, or the backend does not support the inputs.
     """
     _check(q, k, v, window, documents)
     if group is not None:
@@ -103,9 +103,10 @@ def attention(
         sequences_in(q.shape[0], q.shape[1], documents)
     longest = k.shape[1] if documents is None else max(documents.lengths)
     if window is not None and documents is None:
-        # A cache may hold more keys than any of the queries sees.
+        # A cache may hold more keys than any query can see.
         longest = min(longest, q.shape[1] + window - 1)
         k, v = k[:, -longest:], v[:, -longest:]
+    # A window that covers every key is no window, for which faster backends are available.
     if window is not None and window >= longest:
         window = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -131,7 +132,7 @@ def _over_ranks(
     group: dist.ProcessGroup,
     backend: str,
 ) -> Tensor:
-    """`attention` where every rank holds a part of the row; all errors come before the first message."""
+    """`attention` over context-parallel ranks; raises all errors before the first message."""
     time, row = q.shape[1], q.shape[1] * dist.get_world_size(group)
     if time != k.shape[1] or time == 0:
         raise ValueError(f"attention: over ranks Tq = Tk > 0, not {time} and {k.shape[1]}")
@@ -139,7 +140,7 @@ def _over_ranks(
         sequences_in(q.shape[0], row, documents)
     if window is not None and window >= row:
         window = None
-    # Chosen here, for the same on every rank: which tokens lie before a rank's own decides what could serve it.
+    # Choose here, so that all ranks choose alike: the available backends depend on the keys before a rank's own tokens.
     choice = resolve("attention", backend, _available(q, k, v, window))
     one_rank = functools.partial(attention, scale=scale, backend=choice)
     return attention_sharded(one_rank, q, k, v, window, documents, group)
@@ -165,17 +166,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Docum
 
 
 def _available(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[str]:
-    """The backends that serve these inputs, the preferred one first."""
+    """The backends that support these inputs, preferred first."""
     available = []
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    # flash-attn wants values as wide as keys.
+    # flash-attn requires values as wide as keys.
     if half and q.shape[3] == v.shape[3] <= _FLASH_MAX_HEAD_DIM and _flash_attn() is not None:
         available.append("flash")
-    # torch aligns is_causal to the first key, not to the last: right for as many queries as keys, and needless for one.
-    # In double precision a GPU has no fused kernel for it.
+    # torch aligns is_causal to the first key instead of the last: correct if there are as many queries as keys, and
+    # irrelevant for a single query. In double precision a GPU has no fused kernel for it.
     if window is None and q.shape[1] in (1, k.shape[1]) and not (q.is_cuda and q.dtype == torch.float64):
         available.append("sdpa")
-    # Forward and backward on the CPU, at 512 tokens, banded is 1.7 times as fast as sdpa in float32, 2.2 in bfloat16.
+    # Forward and backward on CPU at 512 tokens: banded is 1.7 times as fast as sdpa in float32, 2.2 times in bfloat16.
     position = 0 if q.is_cpu and q.shape[1] > 1 else len(available)
     available.insert(position, "banded")
     return [*available, "reference"]
@@ -183,7 +184,7 @@ def _available(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[str]
 
 @functools.cache
 def _flash_attn() -> ModuleType | None:
-    """The flash_attn module, None where it is not installed or does not load."""
+    """The flash_attn module; None if it is not installed or fails to load."""
     try:
         return importlib.import_module("flash_attn")
     except ImportError:
@@ -193,7 +194,7 @@ def _flash_attn() -> ModuleType | None:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Documents | None, longest: int, scale: float
 ) -> Tensor:
-    """flash-attn (Dao 2023, arXiv:2307.08691); its window counts the keys to the left of the query, without itself."""
+    """flash-attn (Dao 2023, arXiv:2307.08691); its window counts the keys to the left of the query, without its own."""
     flash_attn = _flash_attn()
     assert flash_attn is not None
     window_size = (-1, -1) if window is None else (window - 1, 0)
@@ -213,14 +214,14 @@ def _flash(
 
 
 def _by_document(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Attention within each document: one call of `dense` for all documents of one length."""
+    """Attention within each document: one call of `dense` for all documents of the same length."""
     if len(set(lengths)) == 1:
         q_NTHK, k_NTHK, v_NTHV = (x.reshape(len(lengths), lengths[0], *x.shape[2:]) for x in (q, k, v))
         return dense(q_NTHK, k_NTHK, v_NTHV).reshape(*q.shape[:3], v.shape[3])
     by_length: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
         by_length.setdefault(length, []).append(document)
-    # split and cat touch every element once in the backward too; slicing would add up full-length gradients.
+    # split and cat touch every element once in backward too; slicing would sum full-length gradients.
     q_documents, k_documents, v_documents = (x.split(lengths, dim=1) for x in (q, k, v))
     outputs: dict[int, Tensor] = {}
     for documents in by_length.values():
@@ -246,10 +247,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _fused_operands(q: Tensor, k: Tensor, v: Tensor, on_gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The same attention in a form that torch has a fused kernel for; the unfused one holds [T, T] scores.
+    """Rewrite the attention into a form for which torch has a fused kernel; the unfused one materialises [T, T] scores.
 
-    All widths are equal. A GPU's kernels want rows of whole 16 bytes, and the one for float32 as many key heads as
-    query heads.
+    All head sizes become equal. GPU kernels require rows of a multiple of 16 bytes, and the float32 one as many key
+    heads as query heads.
     """
     width = max(q.shape[3], v.shape[3])
     if on_gpu:
@@ -262,26 +263,26 @@ def _fused_operands(q: Tensor, k: Tensor, v: Tensor, on_gpu: bool) -> tuple[Tens
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
-    """Blocks of queries against the keys that any of them sees."""
+    """Blocks of queries against the keys that any of their queries sees."""
     return _Banded.apply(q, k, v, k.shape[1] if window is None else window, scale)
 
 
 def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
-    """[B, T, H, K] to [B · Hkv, H / Hkv, T, K], contiguous: the query heads that share a key head side by side."""
+    """[B, T, H, K] to [B · Hkv, H / Hkv, T, K], contiguous: groups the query heads that share a key head."""
     batch, time, _, width = x.shape
     x = x.reshape(batch, time, key_heads, -1, width).permute(0, 2, 3, 1, 4)
     return x.reshape(batch * key_heads, -1, time, width)
 
 
 def _from_key_head(x: Tensor, batch: int) -> Tensor:
-    """The inverse of `_by_key_head`."""
+    """Inverse of `_by_key_head`."""
     time, width = x.shape[2:]
     x = x.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4)
     return x.reshape(batch, time, -1, width)
 
 
 class _Tile(NamedTuple):
-    """One tile of scores: rows of X, queries C, keys S, and what to add to the scores of its two ends."""
+    """One tile of scores: rows of X, queries C, keys S, and the masks to add at its two ends."""
 
     rows: slice
     queries: slice
@@ -290,9 +291,9 @@ class _Tile(NamedTuple):
     expired_CS: Tensor
 
     def probabilities(self, q_XCK: Tensor, wide_k_XTK: Tensor, scale: float) -> Tensor:
-        """Softmax of the scores [X, G · C, S] in q's dtype, of scores in wide_k's.
+        """Softmax of the scores [X, G · C, S], in q's dtype; scores have wide_k's dtype.
 
-        Rounding the scores themselves to bfloat16 would gain 15 to 40 % and cost up to four times sdpa's error.
+        Rounding the scores themselves to bfloat16 would save 15 to 40 % of the time, at up to four times sdpa's error.
         """
         scores = batched_matmul(q_XCK.to(wide_k_XTK.dtype) * scale, wide_k_XTK[self.rows, self.keys].mT)
         scores_XGCS = scores.unflatten(1, (-1, len(self.future_CC)))
@@ -303,9 +304,9 @@ class _Tile(NamedTuple):
 
 
 def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
-    """The tiles that hold every visible score; the last query of a tile is at the position of its last key."""
+    """Yield tiles that cover every visible score; the last query of a tile is at the position of its last key."""
     rows, groups, queries, _ = q_XGTK.shape
-    # A block sees window + block keys a query and needs window of them.
+    # A block computes window + block keys per query, of which window are visible.
     block = min(_TILE_QUERIES[q_XGTK.dtype.itemsize], max(64, window // 2))
     for start in range(0, queries if has_values() else 0, block):
         end = min(start + block, queries)
@@ -314,7 +315,7 @@ def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
         expired = max(0, last - first - window)
         hidden = wide_k_XTK.new_full((count, max(count, expired)), float("-inf"))
         future_CC = hidden[:, :count].triu(1)
-        # The last query has lost every key of this end to its window, each query before it one key fewer.
+        # For the last query, every key at this end is outside the window; each earlier query loses one key fewer.
         expired_CS = hidden[:, :expired].tril(expired - count)
         row_scores = groups * count * (last - first)
         step = max(1, _TILE_SCORES * torch.get_num_threads() // row_scores) if q_XGTK.is_cpu else rows
@@ -323,7 +324,7 @@ def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
 
 
 class _Banded(torch.autograd.Function):
-    """`banded`: saves its inputs; the backward computes each tile's probabilities again."""
+    """The `banded` backend: saves its inputs; backward recomputes each tile's probabilities."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
@@ -346,8 +347,8 @@ class _Banded(torch.autograd.Function):
         q_XGTK, k_XTK, v_XTV, wide_k_XTK = _tile_operands(q, k, v)
         grad_XGTV = _by_key_head(grad, k.shape[2])
         grad_q = torch.empty_like(q_XGTK)
-        # A key's gradient is a sum over tiles, so it is gathered in the wide dtype; transposed, so that the product has
-        # its transposed factor, which is copied, in the narrow queries and not in the scores.
+        # A key's gradient is a sum over tiles, so it accumulates in the wide dtype. It is stored transposed, so that
+        # the product's transposed factor, which gets copied, is the small queries rather than the scores.
         grad_k_XKT = torch.zeros_like(wide_k_XTK.mT, memory_format=torch.contiguous_format)
         grad_v_XVT = torch.zeros_like(v_XTV.mT, dtype=wide_k_XTK.dtype, memory_format=torch.contiguous_format)
         for tile in _tiles(q_XGTK, wide_k_XTK, ctx.window):
@@ -369,7 +370,7 @@ class _Banded(torch.autograd.Function):
 
 
 def _tile_operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Q [X, G, T, K], k [X, T, K], v [X, T, V] with X = B · Hkv, and k in at least float32."""
+    """Reshape to q [X, G, T, K], k [X, T, K], v [X, T, V] with X = B · Hkv, and k in at least float32."""
     q_XGTK, k_XGTK, v_XGTV = (_by_key_head(x, k.shape[2]) for x in (q, k, v))
     k_XTK = k_XGTK[:, 0]
     return q_XGTK, k_XTK, v_XGTV[:, 0], k_XTK.to(torch.promote_types(k.dtype, torch.float32))

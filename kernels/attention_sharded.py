@@ -1,15 +1,15 @@
-"""Softmax attention on sequences cut over the ranks of a process group: each rank holds consecutive tokens.
+"""Context parallelism for softmax attention: each rank holds consecutive tokens.
 
-Without a window every query may see every key. The ranks exchange heads for tokens (DeepSpeed-Ulysses, arXiv
-2309.14509): [B, T/P, H, K] on each of P ranks becomes [B, T, H/P, K], each rank attends with its heads over the whole
-row, and the outputs travel back. A rank gets the key heads that its query heads read, and no others.
+Without a window every query may see every key. Ranks exchange heads for tokens (DeepSpeed-Ulysses, arXiv 2309.14509):
+[B, T/P, H, K] on each of P ranks becomes [B, T, H/P, K]. Each rank attends with its heads over the whole row, and the
+outputs are exchanged back. A rank receives only the key heads that its query heads read.
 
-With a window a query sees the window − 1 keys before it and no more. Each rank attends with its own queries over its
-own keys behind a halo: those of the last window − 1 tokens before its part that lie in its first token's document,
-from as many ranks as they span. What travels grows with the window, not with T.
+With a window a query sees only the window − 1 keys before it. Each rank attends with its own queries over its own keys
+preceded by a halo: the keys of the last window − 1 tokens before its shard that belong to its first token's document,
+from as many ranks as they span. The communication volume grows with the window instead of T.
 
-Each form is a chain of all-to-alls of known sizes, a node each in the graph of every rank, whatever it sends or
-receives: the ranks' backward passes meet in the same order.
+Both forms are chains of all-to-alls of known sizes. Each all-to-all is one graph node on every rank, even if the rank
+sends or receives nothing, so that all ranks' backward passes communicate in the same order.
 """
 
 from bisect import bisect_right
@@ -26,7 +26,7 @@ from kernels.documents import Documents
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of a vector whose consecutive parts go to the ranks in order; backward sends every part back."""
+    """All-to-all of a vector whose consecutive parts go to the ranks in order; backward is the reverse all-to-all."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -54,17 +54,17 @@ def attention_sharded(
     documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """`one_rank` on tokens that are cut over the ranks of `group`.
+    """Run `one_rank` on tokens sharded over the ranks of `group`.
 
     Args:
         one_rank: `(q, k, v, window=, documents=) -> o` on one rank.
-        q, k, v: this rank's tokens, [B, T, H, K], [B, T, Hkv, K] and [B, T, Hkv, V], of the same T on every rank.
-        window: keys that a query sees, itself included, fewer than the row has; None for all.
-        documents: those of the whole row, which has T tokens for every rank; None if it is one document.
-        group: the ranks, in the order of the tokens.
+        q, k, v: this rank's tokens, [B, T, H, K], [B, T, Hkv, K] and [B, T, Hkv, V], with the same T on every rank.
+        window: number of keys that a query sees, including its own, less than the row's length; None for all.
+        documents: documents of the whole row, which has T tokens per rank; None if it is one document.
+        group: the ranks in token order.
 
     Returns:
-        o: [B, T, H, V] of this rank's tokens.
+        o: [B, T, H, V] for this rank's tokens.
     """
     if window is None:
         return _over_heads(one_rank, q, k, v, documents, group)
@@ -72,7 +72,7 @@ def attention_sharded(
 
 
 def split_heads(heads: int, key_heads: int, world: int) -> list[tuple[range, range]]:
-    """Each rank's query heads, as even as they divide, and the key heads that these read; none where ranks abound."""
+    """Each rank's query heads, split as evenly as possible, and the key heads they read; empty for surplus ranks."""
     bounds = [rank * heads // world for rank in range(world + 1)]
     groups = heads // key_heads
     return [
@@ -89,16 +89,17 @@ def _over_heads(
     documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Full attention: every rank sees the whole row in some of the heads."""
+    """Full attention: every rank sees the whole row for some of the heads."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     batch, time, heads, key_dim = q.shape
     key_heads, value_dim = v.shape[2:]
     split = split_heads(heads, key_heads, world)
     query_counts, key_counts = [len(queries) for queries, _ in split], [len(keys) for _, keys in split]
+    # A key head whose query heads lie on several ranks is sent to each of them.
     if sum(key_counts) > key_heads:
         sent_heads = torch.tensor([head for _, keys in split for head in keys], device=k.device)
         k, v = k.index_select(2, sent_heads), v.index_select(2, sent_heads)
-    # split and cat touch every element once in the backward too; slicing would add up full-length gradients.
+    # split and cat touch every element once in backward too; slicing would sum full-length gradients.
     by_rank = zip(q.split(query_counts, dim=2), k.split(key_counts, dim=2), v.split(key_counts, dim=2))
     parts = [torch.cat([x.flatten(2) for x in part], dim=2).flatten() for part in by_rank]
     sizes = [len(part) for part in parts]
@@ -111,7 +112,7 @@ def _over_heads(
     q_BTX, k_BTX, v_BTX = whole_BTX.split(widths, dim=2)
     q, k = q_BTX.view(batch, row, len(queries), key_dim), k_BTX.view(batch, row, len(keys), key_dim)
     v = v_BTX.view(batch, row, len(keys), value_dim)
-    # Without a head there is nothing to attend to, but v hangs in the graph: this rank, too, must send its part back.
+    # A rank without heads computes nothing, but v keeps it in the graph, since it must join the backward exchange.
     o = one_rank(q, *_read_by(queries, keys, heads // key_heads, k, v), documents=documents) if queries else v
 
     o_PBTX = o.reshape(batch, world, time, len(queries) * value_dim).transpose(0, 1)
@@ -122,7 +123,7 @@ def _over_heads(
 
 
 def _read_by(queries: range, keys: range, groups: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The key heads `keys`, repeated for each query head where these do not share them evenly."""
+    """The key heads `keys`, repeated per query head if the query heads do not share them evenly."""
     read = [head // groups - keys.start for head in queries]
     if read == [i * len(keys) // len(queries) for i in range(len(queries))] and len(queries) % len(keys) == 0:
         return k, v
@@ -131,13 +132,13 @@ def _read_by(queries: range, keys: range, groups: int, k: Tensor, v: Tensor) -> 
 
 
 def halo_lengths(time: int, world: int, window: int, bounds: Sequence[int]) -> list[int]:
-    """How many tokens before its own each rank's queries see, in a row whose documents lie between `bounds`."""
+    """Number of preceding tokens that each rank's queries see, in a row whose documents lie between `bounds`."""
     starts = (rank * time for rank in range(world))
     return [min(window - 1, start - bounds[bisect_right(bounds, start) - 1]) for start in starts]
 
 
 def sent_lengths(halos: Sequence[int], time: int, sender: int) -> list[int]:
-    """How many of its last tokens a rank sends to each rank, so that every rank gets its halo."""
+    """Number of its last tokens that `sender` sends to each rank, so that every rank receives its halo."""
     return [
         min(max(halo - (receiver - sender - 1) * time, 0), time) if receiver > sender else 0
         for receiver, halo in enumerate(halos)
@@ -153,18 +154,18 @@ def _over_halos(
     documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Attention in a window: every rank attends with its own queries."""
+    """Sliding-window attention: every rank attends with its own queries."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     time = q.shape[1]
     bounds = (0, world * time) if documents is None else documents.bounds
     halos = halo_lengths(time, world, window, bounds)
-    # The same on every rank: either all of them take part or none.
+    # All ranks agree on `halos`, so either all of them communicate or none.
     if any(halos):
         k, v = _behind_halo(k, v, halos, group)
     if documents is None:
         return one_rank(q, k, v, window=window)
-    # Only the first document can have begun before: its queries are the last of its positions. The others are whole
-    # here up to this rank's end, where causal attention may cut them.
+    # Only the first document can have begun earlier, so its queries are the last of its positions. All others begin
+    # here; this rank's end may cut the last one short, which causal attention permits.
     first, others = documents.made(_cut, time, rank)
     rest = time - first
     q_first, q_rest = q.split([first, rest], dim=1)
@@ -176,7 +177,7 @@ def _over_halos(
 
 
 def _cut(bounds: tuple[int, ...], time: int, rank: int) -> tuple[int, Documents | None]:
-    """Of a rank, the tokens in its first document, and the other documents, the last cut at its end; None for none."""
+    """Number of a rank's tokens in its first document, and its other documents, the last cut at its end (or None)."""
     start, end = rank * time, (rank + 1) * time
     cuts = [*(bound for bound in bounds if start < bound < end), end]
     others = None if cuts[0] == end else Documents(tuple(cut - cuts[0] for cut in cuts))
@@ -184,7 +185,7 @@ def _cut(bounds: tuple[int, ...], time: int, rank: int) -> tuple[int, Documents 
 
 
 def _behind_halo(k: Tensor, v: Tensor, halos: Sequence[int], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """K and v of this rank behind those of its halo."""
+    """Prepend the keys and values of the halo to this rank's own."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     batch, time, key_heads, key_dim = k.shape
     value_dim = v.shape[3]
@@ -193,7 +194,7 @@ def _behind_halo(k: Tensor, v: Tensor, halos: Sequence[int], group: dist.Process
     longest = max(sent)
     tail_BTX = torch.cat([x[:, time - longest :].flatten(2) for x in (k, v)], dim=2)
     token_size = batch * tail_BTX.shape[2]
-    # A rank that sends nothing has an empty message that hangs in the graph: it waits in the backward exchange too.
+    # A rank that sends nothing uses an empty message in the graph, because it must join the backward exchange too.
     parts = [tail_BTX[:, longest - length :].flatten() for length in sent if length] or [tail_BTX.flatten()]
     sizes = [length * token_size for length in received]
     halo = _Exchange.apply(torch.cat(parts), [length * token_size for length in sent], sizes, group)

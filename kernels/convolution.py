@@ -1,11 +1,12 @@
-"""The short causal depthwise convolution in front of linear attention: each channel mixes its last W inputs.
+"""The short causal depthwise convolution before linear attention: each channel mixes its last W inputs.
 
     z_t = sum_w weight[:, w] * x_{t - (W-1) + w}        y_t = SiLU(z_t) or z_t
 
-Inputs before a sequence's start come from its state, the last W - 1 inputs of what came before (zeros at first).
+Inputs before a sequence's start come from its state: the last W - 1 preceding inputs (zeros by default).
 
-On CPU, W shifted multiply-adds over slabs of rows that stay in the cache are several times faster than F.conv1d. All
-sequences are shifted as one long one; the first W - 1 rows of each, where that is wrong, are done apart ("heads").
+On CPU, W shifted multiply-adds over slabs of rows that fit into the cache are several times faster than F.conv1d. All
+sequences are shifted as one long sequence; the first W - 1 rows of each ("heads"), where that is wrong, are computed
+separately.
 """
 
 from bisect import bisect_left
@@ -34,7 +35,7 @@ SLAB_ELEMENTS = 1 << 17  # buffers of 512 KiB: measured best of 2^15 .. 2^18 wit
 def _check_inputs(
     x: Tensor, weight: Tensor, activation: str | None, initial_state: Tensor | None, documents: Documents | None
 ) -> Documents:
-    """Raises ValueError for inputs that do not fit together; returns the sequences: rows or documents."""
+    """Raise ValueError for inconsistent inputs; returns the sequences (rows or documents)."""
     if x.dim() != 3 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point [B, T, D] and not empty, got {x.dtype} {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0 or not weight.is_floating_point():
@@ -58,7 +59,7 @@ def causal_conv1d_reference(
     initial_state: Tensor | None = None,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition; arguments as in `causal_conv1d`, always returns the final state."""
+    """The definition; arguments as in `causal_conv1d`; always returns the final state."""
     _check_inputs(x, weight, activation, initial_state, documents)
     if documents is not None:
         results = []
@@ -77,9 +78,10 @@ def causal_conv1d_reference(
 
 @dataclass(frozen=True, eq=False)
 class _Heads:
-    """The first W - 1 rows of each sequence: row `rows[i]` of `[B * T, D]` is `token[i]` of sequence `sequence[i]`.
+    """The first W - 1 rows of each sequence: row `rows[i]` of `[B * T, D]` is token `token[i]` of sequence
+    `sequence[i]`.
 
-    The last W - 1 inputs of sequence n are `final[n]` `[W-1]`, rows of (all states, then all of x).
+    `final[n]` `[W-1]` locates the last W - 1 inputs of sequence n in the concatenation of all states and all of x.
     """
 
     rows: Tensor
@@ -95,8 +97,10 @@ def _find_heads(bounds: tuple[int, ...], width: int, device: torch.device) -> _H
     rows = starts[:, None] + taps
     sequence, token = (rows < ends[:, None]).nonzero(as_tuple=True)
     rows = rows[sequence, token]
+    # A sequence shorter than W - 1 tokens keeps part of its initial state as its final state.
     last = ends[:, None] - (width - 1) + taps
     states = len(starts) * (width - 1)
+    # In the concatenation, inputs follow all states; positions before a sequence's start index into its own state.
     in_state = torch.arange(len(starts))[:, None] * (width - 1) + (last - starts[:, None] + width - 1)
     final = torch.where(last >= starts[:, None], last + states, in_state)
     on_device = (to_device(x, device) for x in (sequence, token, final))
@@ -104,7 +108,7 @@ def _find_heads(bounds: tuple[int, ...], width: int, device: torch.device) -> _H
 
 
 def _head_windows(x: Tensor, state_NWD: Tensor, heads: _Heads) -> Tensor:
-    """Each sequence's state and first W - 1 inputs: `[N, 2(W-1), D]`, zeros after the end of a shorter one."""
+    """Each sequence's state and first W - 1 inputs: `[N, 2(W-1), D]`, zero-padded after shorter sequences."""
     sequences, past, dim = state_NWD.shape
     windows = state_NWD.new_zeros(sequences, 2 * past, dim)
     windows[:, :past] = state_NWD
@@ -119,7 +123,7 @@ def _slabs(rows: int, dim: int) -> Iterator[tuple[int, int]]:
 
 
 def _shifted_sum(x: Tensor, taps: Tensor, skip: int) -> Tensor:
-    """sum_w taps[w] * x[t - (W-1) + w] for rows t >= skip of `x` `[R, D]`, rows before 0 left out; taps `[W, D]`."""
+    """sum_w taps[w] * x[t - (W-1) + w] for rows t >= skip of `x` `[R, D]`, ignoring rows before 0; taps `[W, D]`."""
     z = x[skip:] * taps[-1]
     for shift in range(1, min(len(taps), len(x))):
         first = max(skip, shift)
@@ -128,7 +132,7 @@ def _shifted_sum(x: Tensor, taps: Tensor, skip: int) -> Tensor:
 
 
 def _head_sum(windows: Tensor, taps: Tensor) -> Tensor:
-    """The z of the first W - 1 tokens of each sequence: `[N, W-1, D]`."""
+    """The sums z of the first W - 1 tokens of each sequence: `[N, W-1, D]`."""
     past = len(taps) - 1
     z = windows[:, past:] * taps[past]
     for w in range(past):
@@ -137,13 +141,13 @@ def _head_sum(windows: Tensor, taps: Tensor) -> Tensor:
 
 
 def _taps(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight as contiguous `[W, D]` in the dtype of the sums: float32, or float64 beside float64."""
+    """The weight as contiguous `[W, D]` in the dtype of the sums: float32, or float64 for float64 inputs."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     return weight.t().to(dtype).contiguous()
 
 
 def _without_heads(d_z: Tensor, begin: int, heads: _Heads) -> Tensor:
-    """`d_z` (rows from `begin`) with the heads' rows zero: they read other inputs than the rows before them."""
+    """`d_z` (rows from `begin`) with the heads' rows zeroed: their inputs are not the rows before them."""
     first = bisect_left(heads.sorted_rows, begin)
     last = bisect_left(heads.sorted_rows, begin + len(d_z))
     return d_z.index_fill(0, heads.rows[first:last] - begin, 0) if last > first else d_z
@@ -152,7 +156,7 @@ def _without_heads(d_z: Tensor, begin: int, heads: _Heads) -> Tensor:
 def _head_backward(
     ctx: Any, x: Tensor, state_NWD: Tensor, taps: Tensor, d_y: Tensor, d_x: Tensor, d_taps: Tensor
 ) -> Tensor:
-    """The heads' part of the backward: adds to `d_x` and `d_taps`, returns the gradient of the state `[N, W-1, D]`."""
+    """Backward of the heads: adds to `d_x` and `d_taps`, returns the gradient of the state `[N, W-1, D]`."""
     heads: _Heads = ctx.heads
     past = len(taps) - 1
     windows = _head_windows(x, state_NWD.to(taps.dtype), heads)
@@ -169,7 +173,7 @@ def _head_backward(
 
 
 class _CausalConv(torch.autograd.Function):
-    """Saves its inputs; the backward computes z again, slab by slab."""
+    """Saves its inputs; the backward recomputes z slab by slab."""
 
     @staticmethod
     def forward(
@@ -180,9 +184,11 @@ class _CausalConv(torch.autograd.Function):
         past = len(taps) - 1
         y = torch.empty_like(x)
         for begin, end in _slabs(*x.shape):
+            # Each slab also reads the W - 1 rows before it.
             before = min(begin, past)
             z = _shifted_sum(x[begin - before : end].to(taps.dtype), taps, before)
             y[begin:end] = F.silu(z, inplace=True) if activation else z
+        # Overwrite the first W - 1 rows of each sequence, which the shifted sum computed from the preceding sequence.
         if past:
             z = _head_sum(_head_windows(x, state_NWD.to(taps.dtype), heads), taps)[heads.sequence, heads.token]
             y[heads.rows] = (F.silu(z) if activation else z).to(y.dtype)
@@ -201,7 +207,7 @@ class _CausalConv(torch.autograd.Function):
         for begin, end in _slabs(*x.shape):
             before, beyond = min(begin, past), min(end + past, len(x))
             x_slab = x[begin - before : beyond].to(taps.dtype)
-            # d_z of the slab and of the rows behind it that its inputs reach.
+            # d_z of the slab, and of the following rows that read the slab's inputs.
             d_z = d_y[begin:beyond].to(taps.dtype)
             if ctx.activation:
                 d_z = torch.ops.aten.silu_backward(d_z, _shifted_sum(x_slab, taps, before))
@@ -229,7 +235,7 @@ def _over_ranks(
     documents: Documents | None,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:
-    """`causal_conv1d` where each rank's first tokens see the last ones of the rank before."""
+    """`causal_conv1d` over context-parallel ranks: a rank's first tokens see the last tokens of the previous rank."""
     batch, time, dim = x.shape
     past = weight.shape[1] - 1
     if time < past or past == 0:
@@ -237,13 +243,14 @@ def _over_ranks(
             f"over ranks a convolution of width {past + 1} needs a width >= 2 and as many tokens, got {time}"
         )
     shard = None if documents is None else cut_documents(documents, batch, time, group)
+    # Only the last document piece of a rank can continue on the next one.
     tail = (x if shard is None else x[:, shard.pieces.bounds[-2] :]).transpose(1, 2)
     before = tail.new_zeros(batch, dim, past)
     if initial_state is not None and begins_here(shard, group):
         before = state_of_last(initial_state, shard).to(x.dtype)
     tails = all_gather(torch.cat((before, tail), dim=-1)[..., -past:], group)
     rank = dist.get_rank(group)
-    # The first rank's zeros hang in the graph: it must take part in the backward exchange.
+    # The first rank's zeros stay in the graph, because it must join the backward exchange.
     entering = tails[rank - 1] if rank else tails[:0].sum(0)
     return run_from(one_rank, [x], entering, shard, group, initial_state, output_final_state)
 
@@ -262,22 +269,22 @@ def causal_conv1d(
     """Causal depthwise convolution without bias, then SiLU (the short convolution of arXiv 2412.06464, section 3.4).
 
     Args:
-        x: `[B, T, D]`, float32, bfloat16 or float64; sums are taken in float32 (float64).
+        x: `[B, T, D]`, float32, bfloat16 or float64; sums are in float32 (float64 for float64).
         weight: `[D, W]`; `weight[:, -1]` multiplies the current input.
         activation: "silu" or None.
-        initial_state: `[N, D, W-1]`, the inputs before each sequence, the latest last; zeros by default.
+        initial_state: `[N, D, W-1]`, the inputs before each sequence, oldest first; zeros by default.
         output_final_state: whether to return the last W - 1 inputs of each sequence, else None.
         documents: the N documents packed into B = 1; without them N = B.
-        group: the ranks that hold consecutive, equal parts of the sequence, of at least W - 1 tokens; `documents` and
-            states are then those of the whole, the same on every rank, and the gradients of weight and initial_state
-            are this rank's share. Only the last W - 1 inputs of each rank travel.
+        group: ranks that hold consecutive, equal shards of the sequence, of at least W - 1 tokens. `documents` and
+            states then describe the whole sequence and are the same on every rank; the gradients of weight and
+            initial_state are this rank's share. Ranks exchange only their last W - 1 inputs.
         backend: auto, reference, torch or triton.
 
     Returns:
         y `[B, T, D]` and the final state `[N, D, W-1]` or None, both in x's dtype.
 
     Raises:
-        ValueError: if shapes, `activation`, `documents` or `backend` are not as above.
+        ValueError: if shapes, `activation`, `documents` or `backend` are invalid.
     """
     if group is not None:
         one_rank = partial(causal_conv1d, weight=weight, activation=activation, backend=backend)

@@ -1,7 +1,7 @@
-"""Documents packed into one row of tokens: where each begins and ends, on the host, and what is made of that.
+"""Bounds of documents packed into one row of tokens, kept on the host, and tensors derived from them.
 
-The bounds are known where a batch is built, on the host. A kernel that got them as a tensor on a GPU would have to read
-them back to lay out its work, in every layer, and each read makes the host wait until the GPU has caught up.
+The bounds are known on the host when a batch is built. If a kernel got them as a GPU tensor, every layer would have to
+read them back to lay out its work, and each read would stall the host until the GPU has caught up.
 """
 
 from collections.abc import Callable, Hashable
@@ -20,16 +20,17 @@ Args = TypeVarTuple("Args")
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents that lie behind one another in a row of T tokens; never changed.
+    """N consecutive documents in a row of T tokens; immutable.
 
     Attributes:
-        bounds: N + 1 numbers from 0 to T, the first token of each document and the end of the last.
+        bounds: N + 1 integers from 0 to T: the first token of each document, and the end of the last.
 
     Raises:
-        ValueError: the bounds do not rise from 0: a document is empty, or there is none.
+        ValueError: the bounds do not increase from 0, so a document is empty or there is none.
     """
 
     bounds: tuple[int, ...]
+    # Tensors derived from the bounds, by the function that made them and its arguments.
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -40,10 +41,10 @@ class Documents:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor) -> "Documents":
-        """Those between the bounds int32 `[N+1]`, which are read back if they are on a GPU: the one place that does.
+        """Build from bounds int32 `[N+1]`. The only place that reads bounds back from a GPU.
 
         Raises:
-            ValueError: the tensor is no vector of integers, or see the class.
+            ValueError: the tensor is not a vector of integers, or the bounds are invalid (see the class).
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"cu_seqlens must be int32 [N+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
@@ -54,23 +55,23 @@ class Documents:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return self.bounds[-1]
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each document."""
+        """Number of tokens of each document."""
         return tuple(end - start for start, end in pairwise(self.bounds))
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
-        """The bounds int32 `[N+1]` on a device."""
+        """The bounds, int32 `[N+1]`, on a device."""
         return self.made(_cu_seqlens, device)
 
     def made(self, make: Callable[[tuple[int, ...], *Args], R], *args: *Args) -> R:
-        """`make(bounds, *args)`, made at the first call and kept as long as these documents are.
+        """`make(bounds, *args)`, computed on first use and cached for the lifetime of these documents.
 
-        What is kept is plain, whoever asks first: within `torch.inference_mode` it would be tensors that no later graph
-        may save, and in a run on shapes alone tensors without memory.
+        The cached tensors are ordinary ones, whatever mode the first caller is in. Otherwise `torch.inference_mode`
+        would give tensors that autograd cannot save later, and a run on shapes alone would give tensors without memory.
         """
         key = (make, args)
         if key not in self._made:
@@ -84,10 +85,10 @@ def _cu_seqlens(bounds: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def sequences_in(batch: int, time: int, documents: Documents | None) -> Documents:
-    """What lies in `[B, T]`, seen as one row of B * T tokens: `documents`, or without them its B rows.
+    """The sequences in `[B, T]` seen as one row of B * T tokens: `documents`, or its B rows if there are none.
 
     Raises:
-        ValueError: the documents are not those of one row of T tokens.
+        ValueError: the documents do not cover one row of T tokens.
     """
     if documents is None:
         return _rows(batch, time)
@@ -98,11 +99,12 @@ def sequences_in(batch: int, time: int, documents: Documents | None) -> Document
     return documents
 
 
+# Cached, so that all layers and steps share the tensors derived from the same bounds.
 @lru_cache(maxsize=32)
 def _rows(batch: int, time: int) -> Documents:
     return Documents(tuple(range(0, batch * time + 1, time)))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on a device, without waiting for what a GPU does before the copy."""
+    """Copy a host tensor to a device, without waiting for work already queued on a GPU."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,4 +1,4 @@
-"""Benchmarks: ours beside a peer, in one process, by turns; and studies, which hold a paper's claim against our runs.
+"""Benchmarks, ours against a peer alternately in one process; and studies, which test a paper's claim with our runs.
 
 spiketrain bench train_step --json train_step.json
 spiketrain bench train_step --help
@@ -9,7 +9,7 @@ import sys
 
 from trainer.cli import entry, fail
 
-# Each is PACKAGE/NAME.py with a dataclass `Config`, a `DESCRIPTION` and `main(config)`.
+# Each is a module PACKAGE/NAME.py with a dataclass `Config`, a `DESCRIPTION` and `main(config)`.
 BENCHMARKS = {
     "train_step": "a whole optimizer step against Hugging Face transformers, dense and hybrid",
     "linear_attention": "forward and backward of every linear attention against transformers, fla-core and SDPA",
@@ -25,7 +25,7 @@ STUDIES = {
 
 
 def main() -> None:
-    """Run the benchmark that the first argument names with the options that follow it."""
+    """Run the benchmark named by the first argument with the remaining options."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: spiketrain bench NAME [--json FILE] [options; NAME --help lists them]\n")
@@ -35,7 +35,9 @@ def main() -> None:
     if name not in BENCHMARKS | STUDIES:
         fail(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS | STUDIES)}")
     package = "trainer.benchmarks" if name in BENCHMARKS else "trainer.studies"
+    # Imported by name: some benchmarks need peers that are not installed everywhere.
     benchmark = importlib.import_module(f"{package}.{name}")
+    # Options follow the benchmark's name, and usage messages show both.
     sys.argv[:2] = [f"{sys.argv[0]} {name}"]
     entry(benchmark.main, benchmark.Config, benchmark.DESCRIPTION)
 

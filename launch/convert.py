@@ -1,4 +1,4 @@
-"""Weights in and out.
+"""Export, import and upcycle weights.
 
 spiketrain convert export --checkpoint runs/laptop --output weights/laptop
 spiketrain convert export --checkpoint runs/dense --output hub/dense --layout hf
@@ -18,18 +18,19 @@ from trainer.errors import ConfigError
 
 
 def require_free(output: str) -> None:
-    """Refuse to write where something is.
+    """Refuse to overwrite existing output.
 
     Raises:
-        ConfigError: `output` is a file or a directory that is not empty.
+        ConfigError: `output` is a file or a non-empty directory.
     """
     path = Path(output)
+    # An empty directory is acceptable: `trainer.weights.write` renames over it.
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"output: {path} exists and is not an empty directory; name another")
 
 
 def require_size(max_file_gb: float) -> None:
-    """Refuse files of no size.
+    """Refuse an invalid file size.
 
     Raises:
         ConfigError: it is not positive.
@@ -39,22 +40,21 @@ def require_size(max_file_gb: float) -> None:
 
 
 def show(line: str) -> None:
-    """Report progress."""
+    """Print a progress line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 @dataclass
 class ExportConfig:
-    """What to export.
+    """Settings of an export.
 
     Attributes:
-        checkpoint: A run directory (its newest whole checkpoint), or one checkpoint, of either engine.
-        output: The directory to write; it must not exist, or be empty.
-        dtype: fp32 or bf16; null takes the precision of the run. fp32 of a bf16 run are the copies that its optimizer
-            updates.
+        checkpoint: A run directory (its newest complete checkpoint), or one checkpoint, of either engine.
+        output: Directory to write; must be absent or empty.
+        dtype: fp32 or bf16; null keeps the run's precision. fp32 from a bf16 run takes the optimizer's main parameters.
         layout: spiketrain, which runs start from; or hf, which transformers reads as Llama, Qwen2 or Qwen3, for models
-            of full_attention alone.
-        max_file_gb: Weights that are larger than this are put into several files (10^9 bytes).
+            that have only full_attention.
+        max_file_gb: Size above which weights are split into several files (10^9 bytes).
     """
 
     checkpoint: str = "runs/laptop"
@@ -72,13 +72,13 @@ class ExportConfig:
 
 @dataclass
 class ImportConfig:
-    """What to import.
+    """Settings of an import.
 
     Attributes:
-        source: A directory with a Hugging Face model, Llama, Qwen2 or Qwen3: config.json and safetensors.
-        output: The directory to write; it must not exist, or be empty.
+        source: Directory of a Hugging Face model (Llama, Qwen2 or Qwen3) with config.json and safetensors.
+        output: Directory to write; must be absent or empty.
         dtype: fp32 or bf16.
-        max_file_gb: Weights that are larger than this are put into several files (10^9 bytes).
+        max_file_gb: Size above which weights are split into several files (10^9 bytes).
     """
 
     source: str = "hub"
@@ -95,17 +95,18 @@ class ImportConfig:
 
 @dataclass
 class UpcycleConfig:
-    """What to make a mixture of experts of.
+    """Settings of sparse upcycling.
 
     Attributes:
-        source: A dense model: a directory of weights, a run directory (its newest whole checkpoint), or one checkpoint.
-        output: The directory to write; it must not exist, or be empty.
+        source: The dense model: a weights directory, a run directory (its newest complete checkpoint), or one
+            checkpoint.
+        output: Directory to write; must be absent or empty.
         moe: The experts, as in a run's model.moe.
-        router_std: Standard deviation of the routers' weights; small, so that no expert begins as the favourite.
-        diversify: Share of the weights of each routed copy that is set to zero, others in each (0 for none).
-        seed: Of the routers' weights and the zeros.
-        dtype: fp32 or bf16; routers and decays are float32 always.
-        max_file_gb: Weights that are larger than this are put into several files (10^9 bytes).
+        router_std: Standard deviation of the router weights; small, so that no expert starts as the favourite.
+        diversify: Fraction of each routed expert's weights that is set to zero, drawn for each expert (0 for none).
+        seed: Seed of the router weights and the masks.
+        dtype: fp32 or bf16; routers and decays are always float32.
+        max_file_gb: Size above which weights are split into several files (10^9 bytes).
     """
 
     source: str = "weights"
@@ -139,7 +140,8 @@ class UpcycleConfig:
 
 
 def export_weights(config: ExportConfig) -> None:
-    """Write the parameters of a checkpoint as safetensors."""
+    """Export the parameters of a checkpoint as safetensors."""
+    # Imported here, because it loads torch, for which invalid settings need not wait.
     from trainer.export import export
 
     checkpoint = export(
@@ -154,7 +156,7 @@ def export_weights(config: ExportConfig) -> None:
 
 
 def import_model(config: ImportConfig) -> None:
-    """Write the parameters of a Hugging Face model as weights that runs start from."""
+    """Import a Hugging Face model as weights that runs start from."""
     from trainer.export import import_weights
 
     import_weights(Path(config.source), Path(config.output), config.dtype, config.max_file_gb * 1e9, show)
@@ -179,7 +181,7 @@ def upcycle_model(config: UpcycleConfig) -> None:
     print(f"{config.output}: {dense} with {config.moe.num_experts} + {config.moe.shared_experts} experts a layer")
 
 
-# Each with what it reads, and a line about it.
+# Command name to (function, its configuration, one-line description).
 COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
     "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
     "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
@@ -188,7 +190,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
 
 
 def main() -> None:
-    """Run the command that the first argument names with the options that follow it."""
+    """Run the command named by the first argument with the remaining options."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: spiketrain convert COMMAND [options; COMMAND --help lists them]\n")
@@ -197,6 +199,7 @@ def main() -> None:
         return
     if name not in COMMANDS:
         fail(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
+    # Options follow the command's name, and usage messages show both.
     sys.argv[:2] = [f"{sys.argv[0]} {name}"]
     entry(*COMMANDS[name])
 

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluateConfig:
-    """What to evaluate.
+    """Settings of an evaluation.
 
     Attributes:
-        checkpoint: A run directory (its newest whole checkpoint), or one checkpoint.
+        checkpoint: A run directory (its newest complete checkpoint), or one checkpoint.
         data: A directory made by spiketrain prepare_data, the prefix of a Megatron .bin/.idx pair, or a text file or
-            glob, one document a file, UTF-8.
-        split: Which split of a prepared directory.
-        seq_len: Tokens in a window; null takes what the run trained with.
+            glob of UTF-8 files, one document per file.
+        split: Split of a prepared directory.
+        seq_len: Tokens in a window; null takes the run's train.seq_len.
         stride: New tokens in each window, the rest being context; null takes seq_len (no overlap).
         batch_size: Windows computed at a time.
-        compare_compressors: Also print what gzip -9 and xz -9 make of the same text.
-        tokenizer: Use this tokenizer in place of the checkpoint's.
-        device: cpu or cuda; auto takes CUDA where there is one.
+        compare_compressors: Also print the bits per byte of gzip -9 and xz -9 on the same text.
+        tokenizer: Use this tokenizer instead of the checkpoint's.
+        device: cpu or cuda; auto takes CUDA if available.
         json: Write the figures to this file.
     """
 
@@ -72,19 +72,19 @@ class EvaluateConfig:
 
 
 def is_indexed(path: str) -> bool:
-    """Whether `path` is prepared data or the prefix of a .bin/.idx pair; else it names text files."""
+    """Whether `path` is prepared data or the prefix of a .bin/.idx pair; otherwise it names text files."""
     return Path(path).is_dir() or Path(f"{path.removesuffix('.bin').removesuffix('.idx')}.idx").is_file()
 
 
 def text_files(data: str) -> list[Path]:
-    """The file that `data` is, or those that it matches."""
+    """The file named by `data`, or the files that match it as a glob."""
     if Path(data).is_file():
         return [Path(data)]
     return [path for name in sorted(glob.glob(data, recursive=True)) if (path := Path(name)).is_file()]
 
 
 def read_texts(data: str) -> list[str]:
-    """The documents of text files; empty files are none, as in preparation."""
+    """Read text files as documents; empty files are skipped, as in preparation."""
     files = text_files(data)
     texts = [text for path in files if (text := read_utf8("data", path))]
     if len(texts) < len(files):
@@ -93,7 +93,7 @@ def read_texts(data: str) -> list[str]:
 
 
 def check_tokenizer(config: EvaluateConfig, loaded: "LoadedModel") -> None:
-    """Hold the tokenizer against the one that made the data: another gives the same ids another meaning.
+    """Check the tokenizer against the one that made the data: with another one, the same ids mean different text.
 
     Raises:
         ConfigError: they differ.
@@ -114,10 +114,10 @@ def check_tokenizer(config: EvaluateConfig, loaded: "LoadedModel") -> None:
 
 
 def open_stream(config: EvaluateConfig, loaded: "LoadedModel", texts: list[str]) -> "EvaluationStream":
-    """The windows to evaluate: of prepared data, or of `texts`.
+    """Open the windows to evaluate, from prepared data or from `texts`.
 
     Raises:
-        ConfigError: the data have tokens that the model does not have.
+        ConfigError: the data has token ids that the model lacks.
     """
     from trainer.data.dataset import EvaluationStream
     from trainer.data.indexed import TokenArray
@@ -147,8 +147,8 @@ def open_stream(config: EvaluateConfig, loaded: "LoadedModel", texts: list[str])
 
 
 def main(config: EvaluateConfig) -> None:
-    """Load, run over every window once with a progress bar, print bits per byte."""
-    # Before torch is imported and the model read: a file may be no text.
+    """Load the model, run over every window once with a progress bar, and print bits per byte."""
+    # Read the texts before importing torch and loading the model: a file may be invalid.
     texts = [] if is_indexed(config.data) else read_texts(config.data)
     import torch
     from rich.progress import track
@@ -172,6 +172,7 @@ def main(config: EvaluateConfig) -> None:
             loss, _ = loaded.model(moved.tokens, moved.positions, moved.documents, moved.labels, moved.loss_mask)
             sums += EvaluationSums.of([batch], float(loss), token_bytes)
     own_bytes = sum(len(text.encode()) for text in texts)
+    # A lossy tokenizer would make the text look shorter, so bits per byte are relative to the files' own size.
     if texts and own_bytes != sums.text_bytes:
         print(
             f"the tokenizer does not keep every byte: its tokens stand for {sums.text_bytes:.0f} of {own_bytes}; bits "

@@ -16,19 +16,19 @@ from trainer.errors import ConfigError
 
 @dataclass
 class GenerateConfig:
-    """What to sample.
+    """Settings of text generation.
 
     Attributes:
-        checkpoint: A run directory (its newest whole checkpoint), or one checkpoint.
+        checkpoint: A run directory (its newest complete checkpoint), or one checkpoint.
         prompt: Text to continue; empty starts a document.
-        prompt_file: Read the prompt from this UTF-8 file, to the last byte, in place of prompt.
-        max_new_tokens: Stop after this many tokens, if the document does not end before.
-        samples: How many continuations.
+        prompt_file: Read the prompt byte for byte from this UTF-8 file, instead of prompt.
+        max_new_tokens: Stop after this many tokens, unless the document ends first.
+        samples: Number of continuations.
         temperature: Divides the logits; 0 always takes the most likely token.
         top_p: Draw from the most likely tokens whose probabilities add up to this.
         seed: Seed of the draws.
-        tokenizer: Use this tokenizer in place of the checkpoint's.
-        device: cpu or cuda; auto takes CUDA where there is one.
+        tokenizer: Use this tokenizer instead of the checkpoint's.
+        device: cpu or cuda; auto takes CUDA if available.
     """
 
     checkpoint: str = "runs/laptop"
@@ -61,12 +61,12 @@ class GenerateConfig:
         try:
             self.prompt.encode()
         except UnicodeEncodeError as error:
-            # Python hands on bytes of the command line that are not UTF-8 as lone surrogates.
+            # Python represents non-UTF-8 bytes of the command line as lone surrogates.
             raise ConfigError("prompt is not UTF-8; convert it, or give a file with prompt_file") from error
 
 
 def main(config: GenerateConfig) -> None:
-    """Load, sample, print each continuation with its prompt as it grows."""
+    """Load the model, then sample and print each continuation with its prompt as it grows."""
     import torch
 
     from models.generation import stream_text, stream_tokens
@@ -76,7 +76,7 @@ def main(config: GenerateConfig) -> None:
     device = choose_device(config.device)
     loaded = load_model(config.checkpoint, device, config.tokenizer)
     tokenizer = loaded.require_tokenizer()
-    # A document begins after the end of another.
+    # In training, every document follows the end of another.
     ids = tokenizer.encode(config.prompt) or [tokenizer.eod_id]
     print(f"checkpoint: {loaded.path}", file=sys.stderr)
     if config.tokenizer is not None:

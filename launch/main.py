@@ -1,12 +1,11 @@
-"""`spiketrain COMMAND …`: every command of this directory by one name, and the ranks of one machine.
+"""`spiketrain COMMAND …`: the entry point of all commands, and the launcher of several ranks on one machine.
 
 spiketrain pretrain --config configs/pretrain/laptop.yaml
 spiketrain pretrain --ranks 2 --config configs/pretrain/laptop.yaml
 spiketrain prepare_data --help
 
-launch/main.py is behind that name. A command is the script launch/COMMAND.py, run as it is. With `--ranks N`, N
-processes of it run on this machine, in the environment that torchrun would give them. This module imports nothing
-that takes time.
+A command is the script launch/COMMAND.py, run unchanged. With `--ranks N`, N processes of it run on this machine, with
+the environment variables that torchrun would set. This module imports nothing slow.
 """
 
 import ctypes
@@ -34,16 +33,16 @@ COMMANDS = {
 }
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _EXIT_CONFIG_ERROR, _EXIT_STOPPED = 2, 75
-# When one rank has left, however it did, the others have this long.
+# After one rank has exited, for whatever reason, the others have this many seconds.
 _SECONDS_TO_LEAVE = 30.0
 _SECONDS_BETWEEN_LOOKS = 0.5
-# siginfo's si_code of a signal that the kernel sent, as for Ctrl-C; prctl's number (linux/prctl.h).
+# si_code of signals that the kernel sends, as for Ctrl-C (SI_KERNEL), and the option number from linux/prctl.h.
 _FROM_TERMINAL = 0x80
 _PR_SET_PDEATHSIG = 1
 
 
 def usage() -> str:
-    """What `--help` prints."""
+    """The text of `--help`."""
     lines = [f"  {name:<13} {description}" for name, description in COMMANDS.items()]
     return "\n".join(
         (
@@ -55,7 +54,7 @@ def usage() -> str:
 
 
 def main() -> int:
-    """Run the command that the first argument names."""
+    """Run the command named by the first argument."""
     arguments = sys.argv[1:]
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -83,10 +82,10 @@ def _refuse(message: str) -> int:
 
 
 def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
-    """The number after `--ranks`, 1 without it, and the other arguments.
+    """Extract the number after `--ranks` (1 by default) from the arguments.
 
     Raises:
-        ValueError: it is no positive number.
+        ValueError: it is not a positive number.
     """
     others, given = [], "1"
     values = iter(arguments)
@@ -102,28 +101,28 @@ def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
 
 
 class Ranks:
-    """Processes of one command that end together. What they say is all there is to read.
+    """Processes of one command that end together. Their output is passed through.
 
-    A signal that comes to this process alone is handed on; what a terminal sends to the whole group has reached them.
+    A signal sent to this process alone is forwarded. Signals from a terminal reach the whole process group anyway.
 
     Args:
-        command: What each of them runs.
-        count: How many.
+        command: Command that each process runs.
+        count: Number of processes.
     """
 
     def __init__(self, command: list[str], count: int) -> None:
-        # Under nohup the end of the terminal is ignored, but would come through once it is blocked.
+        # nohup ignores SIGHUP. Blocking the signal would make it pending and thus forward it.
         ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         self._signals = {*_SIGNALS} - ({signal.SIGHUP} if ignores_hangup else set())
         shared = {
-            # By which the ranks know each other, and no others.
+            # Distinguishes this launch from others: see trainer.run_lock.launch_id.
             "SPIKETRAIN_LAUNCH": f"{socket.gethostname()} {os.getpid()} {time.time_ns()}",
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
         }
-        # From here on signals wait until `wait` asks for them: none is lost while some ranks are yet to be started.
+        # Signals stay pending until `wait` collects them, so none is lost while ranks are still being started.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._signals, signal.SIGCHLD})
         prepare = _preparation(self._mask)
         self._ranks = {
@@ -138,7 +137,7 @@ class Ranks:
         self._deadline = math.inf
 
     def wait(self) -> int:
-        """Wait for all; 0, or the exit code of the first that failed (128 + N where signal N ended it)."""
+        """Wait for all ranks. Returns 0, or the exit code of the first that failed (128 + N if signal N killed it)."""
         while self._ranks:
             if number := _next_signal(self._signals, _SECONDS_BETWEEN_LOOKS):
                 self._send(number)
@@ -157,6 +156,7 @@ class Ranks:
 
     def _note_end(self, rank: int, process: "subprocess.Popen[bytes]") -> None:
         code = process.returncode
+        # Only the first exit decides: the others are its consequence.
         if self._exit_code or (code == 0 and self._deadline < math.inf):
             return
         self._deadline = time.monotonic() + _SECONDS_TO_LEAVE
@@ -167,14 +167,14 @@ class Ranks:
         elif code not in (0, _EXIT_CONFIG_ERROR, _EXIT_STOPPED):
             print(f"error: rank {rank} (pid {process.pid}) exited with {code}", file=sys.stderr, flush=True)
         if code not in (0, _EXIT_STOPPED):
-            # Else the others are about to leave by themselves.
+            # Ranks that finished or stopped on request need no signal: their peers are about to exit too.
             self._send(signal.SIGTERM)
 
 
 def _next_signal(signals: set[signal.Signals], seconds: float) -> int | None:
-    """A signal to hand on, if one comes within `seconds`; a child's end comes as none, at once."""
+    """Wait up to `seconds` for a signal to forward; returns None at once when a child exits."""
     if not hasattr(signal, "sigtimedwait"):
-        # macOS, which does not tell who sent it: what is handed on twice is taken for one request.
+        # macOS cannot tell the sender, so a signal may arrive twice; ranks treat both as one request.
         time.sleep(seconds)
         pending = signal.sigpending() & signals
         return signal.sigwait(pending) if pending else None
@@ -185,9 +185,9 @@ def _next_signal(signals: set[signal.Signals], seconds: float) -> int | None:
 
 
 def _preparation(mask: set[int | signal.Signals]) -> Callable[[], None]:
-    """What a rank does before it runs: it hears signals, and is asked to stop if this process dies (Linux).
+    """Function that a rank runs before exec: unblocks signals, and asks for SIGTERM if this process dies (Linux).
 
-    A request to save would end it while it cannot: it is ignored till the run asks for it.
+    It ignores SIGUSR2, the request to save, until the run installs its handler: the default action would kill the rank.
     """
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 

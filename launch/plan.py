@@ -1,9 +1,9 @@
-"""What a run would take of a cluster: memory, messages, time; without starting it, and without any device.
+"""Plan a run on a cluster: memory, messages and time, without starting it and without any device.
 
 spiketrain plan --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml
 spiketrain plan --config configs/pretrain/laptop.yaml --cluster configs/cluster/laptop.yaml --search
 
-Exit code 0: it fits; 1: it does not, and the last line says what is short; 2: bad input.
+Exit code 0: the run fits; 1: it does not, and the last line names the shortage; 2: invalid input.
 """
 
 import json
@@ -14,22 +14,24 @@ from trainer.cli import fail, make_parser, parse
 from trainer.errors import ConfigError
 from trainer.planning.config import PlanConfig
 
-# Plans that --search prints.
+# Number of plans that --search prints.
 BEST = 5
 
 
 def main() -> int:
-    """Parse, refuse what cannot run, then plan."""
+    """Parse, refuse an invalid configuration, then plan."""
     parser = make_parser(PlanConfig, "Plan a pre-training run on a cluster.")
     parser.add_argument("--search", action="store_true", help="compare all layouts and print the best that fit")
     parser.add_argument("--json", default=None, help="write the plans to this file, too")
     try:
         config, namespace = parse(PlanConfig, parser, sys.argv[1:])
+        # A search tries other layouts, so the configured one need not fit.
         if not namespace.search:
             config.validate_layout(config.cluster.ranks)
         json_file = Path(namespace.json).expanduser() if namespace.json else None
         if json_file is not None and not json_file.parent.is_dir():
             raise ConfigError(f"--json: {json_file.parent} is no directory; make it, or name another file")
+        # Imported late: it loads torch, which invalid input need not wait for.
         from trainer.planning.run import run
 
         plans = run(config, namespace.search)

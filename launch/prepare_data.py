@@ -13,13 +13,13 @@ from trainer.runtime import EXIT_STOPPED
 
 
 def main(config: PrepareConfig) -> int | None:
-    """Prepare, or say that it is done."""
+    """Prepare the data, or report that it is complete."""
     if finished(config.output, config.settings()):
         print(f"{config.output} is complete", file=sys.stderr)
         return None
     from trainer.data.prepare import prepare
 
-    # A scheduler's SIGTERM stops as Ctrl-C does: what is done stays, and the same command continues.
+    # A scheduler's SIGTERM acts like Ctrl-C: finished shards are kept, and the same command continues.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         prepare(config)

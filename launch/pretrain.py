@@ -20,7 +20,7 @@ from trainer.watchdog import dump_stacks_on_request
 
 
 def main() -> int:
-    """Parse, refuse what cannot run, then train; everything before training needs neither torch nor megatron."""
+    """Parse, refuse an invalid run, then train. Everything before training needs neither torch nor megatron."""
     keep_threads_awake(guess(sys.argv[1:], "run.device"))
     parser = make_parser(PretrainConfig, "Pre-train a language model.")
     parser.add_argument("--check", action="store_true", help="validate configuration, layout and inputs, then exit")
@@ -44,7 +44,7 @@ def main() -> int:
             weights.check_trainable(config)
     except ValueError as error:
         run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir
-        # The status of a run that trains there is not ours to write.
+        # If another run trains there, its status must not be overwritten.
         if not check_only and run_lock.other_owner(run_dir) is None:
             write_status(run_dir, "config_error", EXIT_CONFIG_ERROR, str(error))
         fail(str(error))
@@ -67,13 +67,13 @@ def train(config: PretrainConfig, config_yaml: str) -> int:
     """Train in a run directory that this launch owns.
 
     Raises:
-        ConfigError: an input turned out to be unusable; run.dir/status.json says so, too.
+        ConfigError: an input turned out to be unusable; recorded in run.dir/status.json as well.
     """
     dump_stacks_on_request()
-    # A rank may die while the others import.
+    # Before the slow imports: a rank may die while the others import.
     peers = PeerWatch(config.run.dir)
     try:
-        # Again, now that nobody else writes there.
+        # Check again now that this launch owns the directory and nobody else writes there.
         run_directory.check(config)
         from trainer.pretrain import run
 
@@ -82,7 +82,7 @@ def train(config: PretrainConfig, config_yaml: str) -> int:
         if rank() == 0:
             write_status(Path(config.run.dir), "config_error", EXIT_CONFIG_ERROR, str(error))
             raise
-        # Nothing where rank 0 has said it. It may not have met with it, and then waits for this rank.
+        # Reports nothing if rank 0 already did. rank 0 may not have met the error, and would then wait for this rank.
         peers.report_own_failure(str(error), "config_error", EXIT_CONFIG_ERROR)
         tell_torchrun(f"error: {error}")
         sys.exit(EXIT_CONFIG_ERROR)

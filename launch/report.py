@@ -1,4 +1,4 @@
-"""Draw the training curve of one or more runs from their metrics.jsonl.
+"""Draw the training curves of one or more runs from their metrics.jsonl.
 
 spiketrain report --runs '[runs/laptop]' --output docs/laptop.png
 """
@@ -13,12 +13,12 @@ from trainer.errors import ConfigError
 
 @dataclass
 class ReportConfig:
-    """What to draw.
+    """Settings of the figure.
 
     Attributes:
         runs: Run directories.
-        output: The picture, .png or .svg.
-        baselines: Horizontal lines with their names, in bits per byte, such as '{gzip -9: 1.67}'.
+        output: Path of the figure, .png or .svg.
+        baselines: Named horizontal lines in bits per byte, such as '{gzip -9: 1.67}'.
     """
 
     runs: list[str] = field(default_factory=lambda: ["runs/laptop"])
@@ -34,11 +34,12 @@ class ReportConfig:
 
 
 def main(config: ReportConfig) -> None:
-    """Draw training loss and validation bits per byte over tokens."""
+    """Plot training loss and validation bits per byte over tokens."""
     try:
         import matplotlib
     except ImportError as error:
         raise ConfigError("matplotlib is not installed; pip install 'spiketrain[dev]'") from error
+    # Agg draws without a display.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""Sampling text, one token at a time, from carried states."""
+"""Autoregressive sampling with cached states, one token at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -16,17 +16,17 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
     Args:
         logits: [B, V].
         temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Keep the most likely tokens whose probabilities add up to this (nucleus, arXiv 1904.09751).
+        top_p: Keep the most likely tokens whose probabilities add up to this (nucleus sampling, arXiv 1904.09751).
         generator: Source of randomness.
 
     Returns:
         int64 [B].
 
     Raises:
-        FloatingPointError: a row's largest logit is no finite number, though argmax would take one; or the temperature
-            is too small for the logits.
+        FloatingPointError: the largest logit of a row is not finite (argmax would accept it), or the temperature is too
+            small for the logits.
     """
-    # NaN counts as the largest.
+    # amax propagates NaN.
     if not logits.amax(-1).isfinite().all():
         raise FloatingPointError("the model gives logits that are not numbers, or infinite")
     if temperature == 0:
@@ -36,7 +36,7 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
         raise FloatingPointError(f"temperature {temperature} is too small for the model's logits (0 is greedy)")
     if top_p < 1:
         ordered, indices = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token stays if what lies before it does not yet reach top_p: the most likely one always does.
+        # Keep a token if the tokens before it sum to less than top_p: the most likely token is always kept.
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
@@ -58,15 +58,16 @@ def stream_tokens(
     Args:
         model: The decoder.
         prompt: Token ids, int64 [B, T] with T >= 1.
-        max_new_tokens: How many to draw.
+        max_new_tokens: Number of tokens to draw.
         temperature: See `sample_token`.
         top_p: See `sample_token`.
         generator: See `sample_token`.
-        vocab_size: Never draw ids from this one on: the padding of the embedding.
+        vocab_size: Ids from this one on are embedding padding and are never drawn.
     """
     caches = [LayerCache() for _ in model.layers]
     tokens, position = prompt, 0
     for _ in range(max_new_tokens):
+        # The first pass computes the whole prompt, later passes one token each.
         rows, length = tokens.shape
         positions = torch.arange(position, position + length, device=tokens.device).expand(rows, length)
         hidden_TBD = model.hidden_states(tokens, positions, caches=caches)
@@ -87,7 +88,7 @@ def generate(
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
-    """Prompt and continuation of each row, cut before its end-of-document token. Arguments as `stream_tokens`."""
+    """Prompt and continuation of each row, without its end-of-document token. Arguments as in `stream_tokens`."""
     rows = prompt.tolist()
     open_rows = set(range(len(rows)))
     drawn = stream_tokens(
@@ -100,6 +101,7 @@ def generate(
         vocab_size=vocab_size,
     )
     for tokens in drawn:
+        # Finished rows continue in the batch; their tokens are ignored.
         for row in list(open_rows):
             token = int(tokens[row])
             if token == eod_id:
@@ -112,29 +114,30 @@ def generate(
 
 
 def stream_text(decode: Callable[[list[int]], str], prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Yield what tokens add to the text of a prompt, in pieces of whole characters, as they come.
+    """Yield the text that tokens add to a prompt, in pieces of whole characters, as the tokens arrive.
 
-    A token's text depends on the one before it: tokenizers that write a space before each word drop the first one's,
-    and a character may be cut between tokens. So each piece is the difference of two texts that begin alike, a little
-    before it (as in text-generation-inference); the pieces add up to decode(prompt + tokens) without the prompt's text.
+    The text of a token depends on the previous one: some tokenizers write a space before each word except the first,
+    and a character may span several tokens. Each piece is therefore the difference between two decoded texts that both
+    start slightly earlier (as in text-generation-inference). The pieces concatenate to decode(prompt + tokens) without
+    the text of the prompt.
 
     Args:
-        decode: Text of tokens, in which bytes that are no whole character are U+FFFD.
-        prompt: Tokens before.
-        tokens: Those that follow.
+        decode: Maps tokens to text; incomplete characters become U+FFFD.
+        prompt: Preceding tokens.
+        tokens: New tokens.
     """
-    # The window that is decoded begins one piece before what is not shown yet.
+    # The decoded window starts one piece before the text that is still to be yielded.
     window, known = list(prompt), len(prompt)
     before = text = decode(window)
     for token in tokens:
         window.append(token)
         text = decode(window)
-        # A character that is cut waits for its end.
+        # An incomplete character waits for its remaining bytes.
         if len(text) > len(before) and not text.endswith("\ufffd"):
             yield text[len(before) :]
             window = window[known:]
             known = len(window)
             before = text = decode(window)
-    # What never became whole is shown as it is.
+    # Yield bytes that never became a character as U+FFFD.
     if len(text) > len(before):
         yield text[len(before) :]

@@ -1,4 +1,4 @@
-"""What blocks are made of beside mixers: norms and the feed-forward."""
+"""Norms, short convolution weights and the feed-forward: the parts of a block besides its mixer."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -31,7 +31,7 @@ class RMSNorm(Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm whose output is multiplied by silu or sigmoid of a gate: the output gate of the linear mixers."""
+    """RMSNorm whose output is multiplied by silu or sigmoid of a gate: the output gate of linear mixers."""
 
     def __init__(self, size: int, eps: float, activation: Activation = "silu") -> None:
         super().__init__(size, eps)
@@ -43,24 +43,24 @@ class GatedRMSNorm(RMSNorm):
 
 
 class FullWidthRMSNorm(RMSNorm):
-    """RMSNorm over all heads together, whose channels are sharded over tensor-parallel ranks with them."""
+    """RMSNorm over the channels of all heads, which are sharded over tensor-parallel ranks together with the heads."""
 
     placements: ClassVar = {"weight": Placement(ones, shard_axis=0, decayed=False)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., size], or this rank's channels of it."""
+        """Normalise x [..., size], or this rank's shard of its channels."""
         if self.groups.tensor is None:
             return super().forward(x)
         return _norm_of_part(x, self.weight, self.eps, self.groups).to(x.dtype)
 
 
 class FullWidthGatedRMSNorm(GatedRMSNorm):
-    """GatedRMSNorm over all heads together, sharded as FullWidthRMSNorm; the gate is silu."""
+    """GatedRMSNorm over the channels of all heads, sharded like FullWidthRMSNorm; the gate is silu."""
 
     placements: ClassVar = FullWidthRMSNorm.placements
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        """Normalise and gate x, both [..., size], or this rank's channels of it."""
+        """Normalise and gate x, both [..., size], or this rank's shard of their channels."""
         if self.groups.tensor is None:
             return super().forward(x, gate)
         normed = _norm_of_part(x, self.weight, self.eps, self.groups)
@@ -68,20 +68,22 @@ class FullWidthGatedRMSNorm(GatedRMSNorm):
 
 
 def _norm_of_part(x: Tensor, weight: Tensor, eps: float, groups: Groups) -> Tensor:
-    """RMSNorm of a vector of which this rank has a part, in float32 or wider."""
+    """RMSNorm over a sharded last dimension, in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Shards are of equal size, so the mean over all channels is the mean of the ranks' means.
     mean_square = sum_over(wide.square().mean(-1, keepdim=True), groups.tensor) / dist.get_world_size(groups.tensor)
     return wide * torch.rsqrt(mean_square + eps) * weight.to(wide.dtype)
 
 
 def _uniform_by_width(block: Tensor, drawing: Drawing) -> None:
-    """Uniform in ±width^-0.5, as torch draws a depthwise convolution."""
+    """Uniform in ±width^-0.5, like torch's initialisation of a depthwise convolution."""
+    # The fan-in of a depthwise convolution is its width.
     bound = drawing.shape[1] ** -0.5
     block.uniform_(-bound, bound, generator=drawing.generator)
 
 
 class ShortConvolution(Module):
-    """Weight of a causal depthwise convolution [channels, width]; without bias, followed by SiLU."""
+    """Weight [channels, width] of a causal depthwise convolution without bias, followed by SiLU."""
 
     placements: ClassVar = {"weight": Placement(_uniform_by_width, shard_axis=0)}
 

@@ -1,12 +1,12 @@
-"""Tensor, sequence and expert parallelism: the sharded layers, and what ranks exchange in forward and backward.
+"""Tensor, sequence and expert parallelism: sharded layers, and their communication in forward and backward.
 
-The only file in models/ that knows Megatron, and it imports it only where there is something to exchange: one process
-is plain PyTorch. Which parameters are sharded, and how, their modules declare (models.parameters).
+Only this file of models/ imports Megatron, and only if there is something to communicate: a single process is plain
+PyTorch. Modules declare which of their parameters are sharded, and how (models.parameters).
 
-A block's mixer and feed-forward are tensor-parallel regions (arXiv 1909.08053). What enters is the same on every rank,
-what leaves is summed over them; inside, each rank has its heads and channels. With sequence parallelism (arXiv
-2205.05198) the residual stream between regions is sharded along the sequence: it is gathered where it enters, and
-reduce-scattered where it leaves.
+A block's mixer and feed-forward are tensor-parallel regions (arXiv 1909.08053). Their input is the same on every rank
+and their outputs are summed over ranks; inside, each rank has its own heads and channels. With sequence parallelism
+(arXiv 2205.05198) the residual stream between regions is sharded along the sequence: it is all-gathered on entry and
+reduce-scattered on exit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from models.parameters import Groups, Module, Placement, local_part, normal, zer
 
 
 class _Enter(torch.autograd.Function):
-    """Pass x on; backward sums over ranks. mcore 0.16.1's own leaves a gradient that is not contiguous unsummed."""
+    """Identity; backward all-reduces. mcore 0.16.1's version does not reduce gradients that are not contiguous."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -40,7 +40,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """The sum of x over ranks; backward gives each the gradient of the sum."""
+    """All-reduce; backward is the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -53,15 +53,16 @@ class _Leave(torch.autograd.Function):
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # all_reduce works in place, and autograd may still need x.
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
 
 
 def enter_region(x: Tensor, groups: Groups) -> Tensor:
-    """The residual stream x [T, B, D], or [T/P, B, D] with sequence parallelism, as a region takes it: [T, B, D].
+    """Enter a region: the residual stream x [T, B, D], or [T/P, B, D] with sequence parallelism, becomes [T, B, D].
 
-    What the region does to it is only this rank's share of its gradient: backward sums the shares.
+    Inside the region each rank computes only its share of the gradient of x, so backward sums the shares.
     """
     if groups.tensor is None:
         return x
@@ -73,7 +74,7 @@ def enter_region(x: Tensor, groups: Groups) -> Tensor:
 
 
 def leave_region(x: Tensor, groups: Groups) -> Tensor:
-    """The sum over ranks of their shares x [T, B, D], cut along the sequence with sequence parallelism."""
+    """Leave a region: sum the ranks' shares x [T, B, D], sharding the sum by sequence with sequence parallelism."""
     if groups.tensor is None:
         return x
     if groups.sequence:
@@ -84,7 +85,7 @@ def leave_region(x: Tensor, groups: Groups) -> Tensor:
 
 
 class _GatherColumns(torch.autograd.Function):
-    """All ranks' columns side by side; every rank makes the same use of them, so backward takes its own."""
+    """All-gather of columns. Every rank uses the result alike, so backward keeps this rank's columns."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -100,12 +101,12 @@ class _GatherColumns(torch.autograd.Function):
 
 
 def gather_columns(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The columns [..., P * n] of all ranks of a group, from this rank's [..., n]."""
+    """All-gather this rank's columns [..., n] to [..., P * n]."""
     return x if group is None else _GatherColumns.apply(x, group)
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of every rank's x, of which every rank goes on to make a different use: backward sums, too."""
+    """All-reduce in forward and backward, for a sum that each rank then uses differently."""
     if group is None:
         return x
     from torch.distributed.nn.functional import all_reduce
@@ -115,7 +116,8 @@ def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def sum_counts(x: Tensor, groups: Groups) -> Tensor:
-    """The sum of x, which has no gradient, over the ranks that share a micro-batch."""
+    """Sum x, which needs no gradient, over the ranks that share a micro-batch."""
+    # Without sequence parallelism, tensor-parallel ranks all count the same tokens.
     for group in (groups.tensor if groups.sequence else None, groups.context):
         if group is not None:
             x = _sum(x, group)
@@ -126,7 +128,7 @@ _BIAS = Placement(zeros, decayed=False)
 
 
 class Linear(Module, nn.Linear):
-    """Linear layer through the fastest matrix product of the device. Weight [out, in], whole on every rank."""
+    """Linear layer that uses the device's fastest matrix product. Weight [out, in], replicated."""
 
     placements: ClassVar[Mapping[str, Placement]] = {"weight": Placement(normal), "bias": _BIAS}
 
@@ -136,15 +138,15 @@ class Linear(Module, nn.Linear):
 
 
 class ColumnLinear(Linear):
-    """Linear layer sharded along its outputs (heads, feed-forward channels), within a region. Weight [out, in]."""
+    """Linear layer sharded by outputs (heads, feed-forward channels), inside a region. Weight [out, in]."""
 
     placements: ClassVar = {"weight": Placement(normal, shard_axis=0), "bias": replace(_BIAS, shard_axis=0)}
 
 
 class RowLinear(Linear):
-    """Linear layer sharded along its inputs; it ends a region and writes into the residual stream. Weight [out, in]."""
+    """Linear layer sharded by inputs, which ends a region and writes to the residual stream. Weight [out, in]."""
 
-    # Added to a sum over ranks, a bias would count once a rank: there is none.
+    # A bias would be added once per rank before the sum over ranks, so this layer has none.
     placements: ClassVar = {"weight": Placement(normal, shard_axis=1, writes_residual=True), "bias": _BIAS}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,12 +155,12 @@ class RowLinear(Linear):
 
 
 class VocabEmbedding(Module, nn.Embedding):
-    """Embedding sharded along the vocabulary. Weight [V, D]."""
+    """Embedding sharded by vocabulary. Weight [V, D]."""
 
     placements: ClassVar = {"weight": Placement(normal, shard_axis=0)}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The residual stream [T, B, D] of token ids [T, B]."""
+        """Embed token ids [T, B] into the residual stream [T, B, D]."""
         if self.groups.tensor is None:
             return embedding(tokens, self.weight)
         return leave_region(sharded_embedding(tokens, self.weight, self.groups.tensor), self.groups)
@@ -167,7 +169,7 @@ class VocabEmbedding(Module, nn.Embedding):
 def vocabulary_loss(
     hidden_TBD: Tensor, weight_VD: Tensor, labels_BT: Tensor, mask_BT: Tensor, groups: Groups
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the next token over the vocabulary, without ever holding all logits.
+    """Next-token cross entropy over the vocabulary, without materialising all logits.
 
     Returns:
         The sum over tokens of mask times negative log-likelihood (nats, differentiable), and the negative
@@ -185,15 +187,15 @@ def apply_experts(
     dispatcher: Any = None,
     num_rows: int | None = None,
 ) -> Tensor:
-    """Send tokens to their experts, and add up what comes back, times the gates.
+    """Dispatch tokens to their experts and combine the results, weighted by the gates.
 
     Args:
         x_ND: This rank's tokens.
-        gates_NE: Weights, float32.
-        routing_map_NE: Which experts a token goes to, bool; any number of them.
-        experts: Transforms the rows of this rank's experts, sorted by expert, given the number of each.
-        dispatcher: What `token_dispatcher` gives; None where this rank has all experts.
-        num_rows: The map's sum, if the host knows it; without a dispatcher it need then not be read back.
+        gates_NE: Gate weights, float32.
+        routing_map_NE: Expert assignment of each token, bool; any number of experts.
+        experts: Applies this rank's experts to rows sorted by expert, given the number of rows for each.
+        dispatcher: Result of `token_dispatcher`; None if this rank has all experts.
+        num_rows: Sum of the map if the host knows it, which avoids a device-to-host read without a dispatcher.
 
     Returns:
         [N, D].
@@ -211,15 +213,15 @@ def apply_experts(
 
 
 class _Replicate(torch.autograd.Function):
-    """Copies of some experts' weights on every rank; backward sums the copies' gradients where the expert is.
+    """Replicates some experts' weights on every rank; backward reduces the replicas' gradients to the owner.
 
-    In float32, as one product over all of its rows would.
+    The reduction is in float32, like a single product over all rows of the expert.
     """
 
     @staticmethod
     def forward(ctx: Any, weight_EOD: Tensor, experts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.shape = group, weight_EOD.shape
-        # The rank that has an expert, and its place there.
+        # The owning rank of each expert, and the expert's index there.
         ctx.places = [divmod(expert, len(weight_EOD)) for expert in experts]
         copies = weight_EOD.new_empty(len(experts), *weight_EOD.shape[1:])
         for copy_OD, (owner, place) in zip(copies, ctx.places, strict=True):
@@ -232,7 +234,7 @@ class _Replicate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         grad_weight = None
-        # A copy in any case, for on ranks that do not get the sum the collective leaves something else in it.
+        # Always a copy: on ranks other than the destination, the collective leaves unspecified values in it.
         wide = torch.promote_types(grad.dtype, torch.float32)
         grads = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
         for grad_OD, (owner, place) in zip(grads, ctx.places, strict=True):
@@ -244,19 +246,20 @@ class _Replicate(torch.autograd.Function):
 
 
 def replicate_experts(weight_EOD: Tensor, experts: Sequence[int], groups: Groups) -> Tensor:
-    """The weights [R, O, D] of R experts, counted over all ranks that share them, from this rank's own [E, O, D].
+    """The weights [R, O, D] of R experts, given by global index, from this rank's own weights [E, O, D].
 
-    Every rank must ask for the same experts in the same order.
+    Every rank must request the same experts in the same order.
     """
     copies: Tensor = _Replicate.apply(weight_EOD, experts, groups.expert)
     return copies
 
 
 def token_dispatcher(num_experts: int, group: dist.ProcessGroup) -> Any:
-    """Mcore's all-to-all exchange of tokens between the ranks that share experts.
+    """All-to-all token exchange of mcore between the ranks that share experts.
 
-    Where nothing is dropped, mcore sizes the rows for the same number of experts for every token. Given a capacity
-    factor it counts them, and that is all that its dispatcher does with one while it is not told to pad.
+    Without token dropping, mcore assumes that every token has the same number of experts when it sizes the rows. With a
+    capacity factor it counts the assignments instead, and unless padding is requested the factor has no other effect in
+    the dispatcher.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -264,6 +267,7 @@ def token_dispatcher(num_experts: int, group: dist.ProcessGroup) -> Any:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     ranks = dist.get_world_size(group)
+    # Only the expert fields matter; the rest satisfies TransformerConfig's validation.
     config = TransformerConfig(
         num_layers=1,
         hidden_size=1,

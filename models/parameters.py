@@ -1,15 +1,15 @@
-"""What every parameter and buffer of a model declares: how it is sharded, stored, updated and drawn.
+"""Declarations of all parameters and buffers: how each is sharded, stored, updated and initialised.
 
-A module names its tensors in `placements`. One table, `declared(model)`, collects them, and everything else reads it:
-sharding, initialisation, weight decay, the dtype in bf16 training, sums of partial gradients, what trains at all, the
-checkpoints of both engines, exports, and the planner. A tensor that is not declared is an error at construction.
+A module names its tensors in `placements`. One table, `declared(model)`, collects them. Sharding, initialisation,
+weight decay, the dtype in bf16 training, sums of partial gradients, the choice of trained parameters, the checkpoints
+of both engines, exports and the planner all read this table. An undeclared tensor is an error at construction.
 
-A model is built in four steps, so that a rank holds its shard and one block of 64 MB, never a whole model:
+A model is built in four steps, so that a rank holds its shard plus one 64 MB block, and never a whole model:
 
     shapes     on the meta device, whole
-    shard      each rank keeps its part of every shape
+    shard      each rank keeps its shard of every shape
     memory     `to_empty` on the device, in the dtype of training
-    values     drawn block by block (`draw`), or read from files, each rank its part
+    values     drawn block by block (`draw`) or read from files, each rank its shard
 """
 
 import hashlib
@@ -25,20 +25,20 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 
-# Drawn at once: 64 MB in float32.
+# Elements drawn at a time: 64 MB in float32.
 _BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The ranks over which a model is sharded; None where one rank has the whole.
+    """The process groups over which a model is sharded; None means not sharded.
 
     Attributes:
         tensor: Ranks that share heads, feed-forward channels and the vocabulary.
-        context: Ranks that hold consecutive, equal parts of every sequence.
-        sequence: Shard the residual stream over `tensor`, too.
-        expert: Ranks that share the routed experts, each of which is whole on one of them: tensor-, context- and
-            data-parallel ranks of a pipeline stage, with tokens of their own each.
+        context: Ranks that hold consecutive, equal shards of every sequence.
+        sequence: Also shard the residual stream over `tensor`.
+        expert: Ranks that share the routed experts; each expert is whole on one of them. They are tensor-, context- and
+            data-parallel ranks of a pipeline stage, and each has its own tokens.
     """
 
     tensor: dist.ProcessGroup | None = None
@@ -52,12 +52,12 @@ WHOLE = Groups()
 
 @dataclass(frozen=True)
 class Drawing:
-    """What an initialisation may depend on.
+    """The inputs of an initialisation function.
 
     Attributes:
-        config: Of the whole model.
-        shape: Of the whole parameter.
-        generator: The parameter's own, in a state that follows from the seed and the parameter's name.
+        config: Configuration of the whole model.
+        shape: Shape of the whole parameter.
+        generator: The parameter's own generator, seeded from the seed and the parameter's name.
         writes_residual: See Placement.
     """
 
@@ -73,18 +73,18 @@ Init = Callable[[Tensor, Drawing], None]
 
 @dataclass(frozen=True)
 class Placement:
-    """The declaration of a parameter or buffer.
+    """Declaration of a parameter or buffer.
 
     Attributes:
-        init: Draws it.
-        shard_axis: The dimension that tensor-parallel ranks share; None where each has the whole.
-        expert: Its first dimension counts routed experts, which expert-parallel ranks share.
-        in_region: Whether it is used inside a tensor-parallel region, where a rank sees its own heads or channels
-            only, so that its gradient is a partial sum. None: as the module says, see Module.
-        float32: Stays float32 in bf16 training, for its changes are too small for bfloat16.
+        init: Function that draws its values.
+        shard_axis: Dimension sharded over tensor-parallel ranks; None if replicated.
+        expert: Whether its first dimension counts routed experts, sharded over expert-parallel ranks.
+        in_region: Whether it is used inside a tensor-parallel region, where a rank sees only its own heads or channels
+            and so computes a partial gradient. None inherits from the module, see Module.
+        float32: Whether it stays float32 in bf16 training, because its updates are too small for bfloat16.
         decayed: Whether weight decay applies.
-        writes_residual: Its product is added to the residual stream. GPT-2 draws such weights smaller.
-        stream: Name of the generator where several parameters of a module are drawn from one; None: the parameter's.
+        writes_residual: Whether its product is added to the residual stream. GPT-2 scales such weights down.
+        stream: Name of a generator that several parameters of a module share; None uses the parameter's own.
     """
 
     init: Init
@@ -101,10 +101,10 @@ class Module(nn.Module):
     """A module that declares its parameters and buffers.
 
     Attributes:
-        placements: By the names of its own parameters and buffers, all of them.
-        in_region: Whether what is below it lies inside a tensor-parallel region; None: as for the module around it.
-            A mixer and a dense feed-forward are regions; what runs on the residual stream is not.
-        groups: The ranks that share the model.
+        placements: Placement of each of its own parameters and buffers, by name.
+        in_region: Whether its subtree lies inside a tensor-parallel region; None inherits from the enclosing module.
+            Mixers and dense feed-forwards are regions; modules on the residual stream are not.
+        groups: Process groups that share the model.
     """
 
     placements: ClassVar[Mapping[str, Placement]] = {}
@@ -112,7 +112,7 @@ class Module(nn.Module):
     groups: Groups = WHOLE
 
     def set_groups(self, groups: Groups) -> None:
-        """Learn of the ranks that share the model, the parameters being sharded already. Called once."""
+        """Set the process groups, after the parameters have been sharded. Called once."""
         self.groups = groups
 
 
@@ -121,10 +121,10 @@ class Declared:
     """A row of the table.
 
     Attributes:
-        name: In the model.
-        tensor: The parameter or buffer itself, this rank's shard.
-        placement: What its module declares.
-        in_region: As Placement.in_region, settled.
+        name: Name in the model.
+        tensor: The parameter or buffer itself; this rank's shard.
+        placement: Its declaration.
+        in_region: Placement.in_region with inheritance resolved.
     """
 
     name: str
@@ -134,28 +134,28 @@ class Declared:
 
     @property
     def is_parameter(self) -> bool:
-        """Whether it is one, and no buffer."""
+        """Whether it is a parameter rather than a buffer."""
         return isinstance(self.tensor, nn.Parameter)
 
     @property
     def axis(self) -> int | None:
-        """The dimension that any ranks may share."""
+        """The dimension that may be sharded over any kind of ranks."""
         return 0 if self.placement.expert else self.placement.shard_axis
 
     def group(self, groups: Groups) -> dist.ProcessGroup | None:
-        """The ranks that share it along `axis`; None where this rank has the whole."""
+        """The ranks that shard it along `axis`; None if this rank has it whole."""
         if self.axis is None:
             return None
         return groups.expert if self.placement.expert else groups.tensor
 
     def place(self, groups: Groups) -> tuple[int | None, int, int]:
-        """The axis along which it is sharded, this rank's place among those that share it, and their number."""
+        """The sharded axis, this rank's index among the ranks that share it, and their number."""
         group = self.group(groups)
         return (None, 0, 1) if group is None else (self.axis, dist.get_rank(group), dist.get_world_size(group))
 
 
 def declared(model: nn.Module) -> dict[str, Declared]:
-    """The table of a model, by name: parameters and buffers in the order of the modules.
+    """The table of a model by name: parameters and buffers in module order.
 
     Raises:
         TypeError: a tensor is not declared.
@@ -164,10 +164,11 @@ def declared(model: nn.Module) -> dict[str, Declared]:
 
 
 def check_declarations(model: nn.Module) -> None:
-    """Hold what the modules declare against what they have, once, when a model is built.
+    """Check declarations against the modules' actual tensors, once, when a model is built.
 
     Raises:
-        TypeError: a tensor is not declared, or one is declared that its module does not have, not even as None.
+        TypeError: a tensor is not declared, or a declared name is not a parameter or buffer of its module, not even as
+            None.
     """
     declared(model)
     for path, module in model.named_modules():
@@ -178,7 +179,7 @@ def check_declarations(model: nn.Module) -> None:
 
 
 def _rows(module: nn.Module, path: str, in_region: bool) -> Iterator[Declared]:
-    # Not by module._parameters: DeepSpeed's ZeRO 3 has a dictionary there that gathers what is looked up.
+    # Not module._parameters: under DeepSpeed's ZeRO 3 that is a dictionary that gathers a parameter on access.
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     placements: Mapping[str, Placement] = {}
     if isinstance(module, Module):
@@ -201,16 +202,16 @@ def parameter_rows(model: nn.Module) -> dict[str, Declared]:
 
 
 def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of routed experts, [E, O, D]: a rank holds some experts, and each of them whole."""
+    """The weights of routed experts, [E, O, D]: each rank holds some of the experts, each of them whole."""
     rows = parameter_rows(model).values()
     return [row.tensor for row in rows if row.placement.expert and isinstance(row.tensor, nn.Parameter)]
 
 
 def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
-    """The parameters that every tensor-parallel rank holds whole, but of whose gradient each has a partial sum.
+    """Replicated parameters of which each tensor-parallel rank computes only a partial gradient.
 
-    They are those inside regions. With sequence parallelism they are all, for between regions, too, a rank has only
-    its own tokens. Frozen ones are left out.
+    These are the parameters inside regions. With sequence parallelism they are all replicated parameters, because
+    between regions, too, a rank sees only its own tokens. Frozen parameters are excluded.
     """
     if groups.tensor is None:
         return []
@@ -223,14 +224,14 @@ def partial_gradients(model: nn.Module, groups: Groups) -> list[nn.Parameter]:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast every parameter in place, but those that are declared float32."""
+    """Cast all parameters in place, except those declared float32."""
     for row in parameter_rows(model).values():
         if not row.placement.float32:
             row.tensor.data = row.tensor.data.to(dtype)
 
 
 def set_trainable(model: nn.Module, trainable: Sequence[str]) -> None:
-    """Train only the parameters whose names match a pattern, such as `layers.*.mixer.*` (`*` matches dots, too)."""
+    """Train only the parameters whose names match a pattern such as `layers.*.mixer.*` (`*` also matches dots)."""
     for name, row in parameter_rows(model).items():
         row.tensor.requires_grad_(matches(name, trainable))
 
@@ -241,7 +242,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def local_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tensor:
-    """The part of x that this rank has, x being sharded evenly along `dim`: a view."""
+    """The shard of x that this rank has, evenly sharded along `dim`: a view."""
     if group is None:
         return x
     size = x.shape[dim] // dist.get_world_size(group)
@@ -249,10 +250,11 @@ def local_part(x: Tensor, group: dist.ProcessGroup | None, dim: int = 0) -> Tens
 
 
 def shard(model: nn.Module, groups: Groups) -> None:
-    """Leave this rank its part of a whole model, with or without values, and tell the modules who has the others."""
+    """Replace a whole model's tensors, with or without values, by this rank's shards, and set the modules' groups."""
     for row in declared(model).values():
         if (group := row.group(groups)) is not None:
             assert row.axis is not None, "what is shared is shared along an axis"
+            # clone: a view would keep the whole tensor's memory alive.
             row.tensor.data = local_part(row.tensor.data, group, row.axis).clone()
     for module in model.modules():
         if isinstance(module, Module):
@@ -261,10 +263,10 @@ def shard(model: nn.Module, groups: Groups) -> None:
 
 @torch.no_grad()
 def draw(model: nn.Module, config: ModelConfig, seed: int, groups: Groups = WHOLE) -> None:
-    """Draw every parameter and buffer, each rank its part, from generators seeded by (seed, name).
+    """Initialise every parameter and buffer, each rank its shard, from generators seeded by (seed, name).
 
-    So a parameter starts the same whatever the layout of ranks and whatever other layers exist. A large parameter is
-    drawn in blocks of rows, each from a generator of its own, so that a rank draws only those of which it has a part.
+    Initial values therefore depend on neither the parallel layout nor the other layers. A large parameter is drawn in
+    blocks of rows, each from its own generator, so that a rank draws only the blocks that overlap its shard.
     """
     for row in declared(model).values():
         _draw(row, groups, config, seed)
@@ -275,7 +277,7 @@ def _draw(row: Declared, groups: Groups, config: ModelConfig, seed: int) -> None
     shape = torch.Size(size * ranks if dim == axis else size for dim, size in enumerate(row.tensor.shape))
     path, _, attribute = row.name.rpartition(".")
     stream = f"{path}.{row.placement.stream or attribute}"
-    # As matrices: this rank's part, and the whole of which it has some rows or some columns.
+    # As matrices: `part` is this rank's shard, a range of rows or of columns of the whole.
     part = row.tensor.detach().view(-1, row.tensor.shape[-1] if row.tensor.dim() > 1 else 1)
     width = shape[-1] if len(shape) > 1 else 1
     rows = shape.numel() // width
@@ -298,13 +300,14 @@ def seeded_generator(seed: int, name: str) -> torch.Generator:
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A seed that follows from another one and a name."""
+    """Derive a seed from a seed and a name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    # manual_seed takes signed 64-bit integers, so one bit is dropped.
     return int.from_bytes(digest, "little") >> 1
 
 
 def normal(block: Tensor, drawing: Drawing) -> None:
-    """Normal with standard deviation `init_std`; over sqrt(2 layers) what writes the residual stream (GPT-2's rule)."""
+    """Normal with standard deviation init_std, divided by sqrt(2 num_layers) for residual projections (GPT-2)."""
     config, std = drawing.config, drawing.config.init_std
     if drawing.writes_residual and config.scale_residual_init:
         std /= math.sqrt(2 * config.num_layers)
@@ -312,10 +315,10 @@ def normal(block: Tensor, drawing: Drawing) -> None:
 
 
 def zeros(block: Tensor, drawing: Drawing) -> None:
-    """Begin at 0: biases."""
+    """Initialise to 0 (biases)."""
     block.zero_()
 
 
 def ones(block: Tensor, drawing: Drawing) -> None:
-    """Begin at 1: the weights of norms."""
+    """Initialise to 1 (norm weights)."""
     block.fill_(1)

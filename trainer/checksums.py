@@ -1,4 +1,4 @@
-"""The checksums of a checkpoint's files, read and held against them. Imports neither torch nor megatron."""
+"""Checksums of a checkpoint's files: reading and verifying. Imports neither torch nor megatron."""
 
 import hashlib
 import json
@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "checksums.json"
-# The one file that tells the format that is written now from earlier ones.
+# Only the current checkpoint format has this file; its absence identifies older formats.
 FACTS = "state/facts.json"
-# The file that says where each parameter lies.
+# Maps each parameter to its location in the files.
 METADATA = "state/.metadata"
 
+# Files that every checkpoint has.
 _ALWAYS = ("config.yaml", "progress.json", FACTS)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _THREADS = 8
@@ -26,10 +27,10 @@ def digest(path: Path) -> str:
 
 
 def read(checkpoint: Path) -> dict[str, str]:
-    """The digests of a checkpoint's files by their names, all of which are there; what they hold is not looked at.
+    """Read a checkpoint's digests by file name, and check that all files exist; their content is not verified.
 
     Raises:
-        ValueError: what is wrong with the checkpoint, in a few words.
+        ValueError: a short description of the problem with the checkpoint.
     """
     try:
         listed = json.loads((checkpoint / NAME).read_text())
@@ -57,8 +58,9 @@ def _is_digest(value: object) -> bool:
 
 
 def wrong_files(checkpoint: Path, listed: dict[str, str], names: Iterable[str]) -> list[str]:
-    """Of the named files those that are not as they were written; read by several threads."""
+    """Return the named files whose content differs from their digest; several threads read them."""
     names = list(names)
+    # hashlib releases the interpreter lock, so threads hash in parallel.
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda name: _digest_or_none(checkpoint / name), names)
         return [name for name, value in zip(names, found, strict=True) if value != listed[name]]
@@ -68,5 +70,5 @@ def _digest_or_none(path: Path) -> str | None:
     try:
         return digest(path)
     except OSError:
-        # Another host may not see what this one does, and a disk may give an error in place of a file.
+        # Another host may not see a file that this one does, and a failing disk may raise an error while reading.
         return None

@@ -1,4 +1,4 @@
-"""Command lines: a dataclass becomes options, YAML files and one-line errors. Imports neither torch nor megatron."""
+"""Command lines: turns a dataclass into options, YAML files and one-line errors. Imports neither torch nor megatron."""
 
 import difflib
 import json
@@ -20,26 +20,26 @@ from trainer import yaml_files
 from trainer.errors import ConfigError
 from trainer.runtime import EXIT_CONFIG_ERROR, keep_threads_awake, rank
 
-# torchrun ends the other ranks as soon as one fails. They wait this long for rank 0 to have said why.
+# torchrun ends the other ranks as soon as one fails. They wait this many seconds for rank 0 to report the reason.
 _SECONDS_FOR_RANK_0 = 10.0
 
-# What jsonargparse, PyYAML and the dataclasses raise on bad input.
+# Exceptions that jsonargparse, PyYAML and the dataclasses raise on bad input.
 _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
 
-# Keys by their last part whose values are paths.
+# Keys whose values are paths, by the last part of the dotted key.
 _PATHS = frozenset(
     {"dir", "path", "tokenizer", "validation_path", "cache_dir", "resume", "init", "source", "output", "checkpoint"}
     | {"data", "prompt_file", "validation", "test", "weights", "json", "recipe", "runs"}
 )
 
-# Of `from_mapping`: to make one takes a quarter of a second.
+# Parsers cached by `from_mapping`: building one takes a quarter of a second.
 _PARSERS: dict[type, ArgumentParser] = {}
 
 C = TypeVar("C")
 
 
 def dotted_keys(config_class: type, prefix: str = "") -> list[str]:
-    """Every configuration key of a nested dataclass, groups included, such as `train` and `train.steps`."""
+    """All configuration keys of a nested dataclass, including groups: `train` as well as `train.steps`."""
     keys: list[str] = []
     hints = get_type_hints(config_class)
     for item in fields(config_class):
@@ -50,7 +50,7 @@ def dotted_keys(config_class: type, prefix: str = "") -> list[str]:
 
 
 def make_parser(config_class: type, description: str) -> ArgumentParser:
-    """A parser with `--config FILE`, `--print_config` and one dotted option for each field."""
+    """Build a parser with `--config FILE`, `--print_config` and one dotted option per field."""
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; may be repeated, later ones override")
     parser.add_class_arguments(config_class, None, as_group=False, sub_configs=True)
@@ -58,7 +58,7 @@ def make_parser(config_class: type, description: str) -> ArgumentParser:
 
 
 def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str]) -> tuple[C, Namespace]:
-    """Read files and options into the dataclass.
+    """Parse files and options into the dataclass.
 
     Raises:
         ConfigError: an unknown key, a wrong type, a missing file, or a value that the dataclass refuses.
@@ -73,9 +73,9 @@ def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names and values of the options of a command line, whether given as `--name value` or as `--name=value`.
+    """Yield the name and value of each option, given as `--name value` or as `--name=value`.
 
-    `~` at the beginning of a value is written out, as the parser does where it looks for a file.
+    A leading `~` in a value is expanded, because the parser expands it too when it looks for a file.
     """
     for i, argument in enumerate(arguments):
         if argument.startswith("--"):
@@ -84,18 +84,18 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _check_files(config_class: type, arguments: Sequence[str]) -> None:
-    """Refuse settings files that the parser would misread, or complain of without naming them."""
+    """Refuse settings files that the parser would misread, or would reject without naming the file."""
     groups = _groups(config_class)
     for name, value in _options(arguments):
         if name == "config" and os.path.isfile(value):
             yaml_files.check(Path(value), config_class)
-        # A section can also be written out: `--data {path: books}`.
+        # A section may also be written inline: `--data {path: books}`.
         elif name in groups and not value.lstrip().startswith("{"):
             yaml_files.check_named(value, groups[name], name)
 
 
 def _expand_home(config_class: type, namespace: Namespace) -> None:
-    """Replace `~` at the beginning of paths, which a shell leaves as it is in `--run.dir=~/runs` and in files."""
+    """Expand a leading `~` in paths. The shell leaves it alone in `--run.dir=~/runs`, and so does YAML."""
     for key in dotted_keys(config_class):
         value = namespace.get(key)
         if key.rsplit(".", 1)[-1] not in _PATHS:
@@ -107,18 +107,19 @@ def _expand_home(config_class: type, namespace: Namespace) -> None:
 
 
 def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
-    """Set a group to its defaults before a file that is named for it, as in `--model FILE`, and empty lists of sections
-    before they are given again.
+    """Reset a group to its defaults before a file that is named for it, as in `--model FILE`.
 
-    Else keys that the file, or an entry, leaves out would stay as they were: a dense model over one with experts would
-    have experts.
+    Lists of sections are emptied before they are given again.
+
+    Without the reset, keys that the file or entry omits would keep their previous values: a dense model loaded over a
+    mixture of experts would keep the experts.
     """
     groups, lists = _groups(config_class), _lists_of_sections(config_class)
     files = iter(_options(arguments))
     reset: list[str] = []
     for argument in arguments:
         name, value = next(files) if argument.startswith("--") else ("", "")
-        # Not by pathlib: a section can also be written out, longer than a name may be.
+        # Not pathlib: the value may be an inline section, which can exceed the length limit of file names.
         if name in groups and os.path.isfile(value):
             reset.append(f"--{name}={json.dumps(asdict(groups[name]()))}")
         given = [name] if name != "config" else [key for key in lists if _lookup(Path(value), key) is not None]
@@ -128,13 +129,13 @@ def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
 
 
 def _lists_of_sections(config_class: type) -> list[str]:
-    """The keys of a configuration whose values are lists of dataclasses."""
+    """Configuration keys whose values are lists of dataclasses."""
     hints = get_type_hints(config_class)
     return [item.name for item in fields(config_class) if any(map(is_dataclass, get_args(hints[item.name])))]
 
 
 def _groups(config_class: type, prefix: str = "") -> dict[str, type]:
-    """The dataclasses within a dataclass by their dotted keys."""
+    """The nested dataclasses by dotted key."""
     hints = get_type_hints(config_class)
     found = {prefix + item.name: hints[item.name] for item in fields(config_class) if is_dataclass(hints[item.name])}
     for name, group in list(found.items()):
@@ -143,32 +144,34 @@ def _groups(config_class: type, prefix: str = "") -> dict[str, type]:
 
 
 def _build(config_class: type[C], parser: ArgumentParser, namespace: Namespace) -> C:
+    # Not `config_class(**values)`: jsonargparse adds keys of its own, such as `config`.
     values = vars(parser.instantiate(namespace))
     return config_class(**{item.name: values[item.name] for item in fields(config_class)})  # type: ignore[arg-type]
 
 
 def from_mapping(config_class: type[C], values: dict[str, Any]) -> C:
-    """The dataclass from plain values, as they stand in a YAML file.
+    """Build the dataclass from plain values, as a YAML file gives them.
 
     Raises:
-        ConfigError: as `parse`.
+        ConfigError: as in `parse`.
     """
     try:
         parser = _PARSERS.get(config_class) or _PARSERS.setdefault(config_class, make_parser(config_class, ""))
-        # The parser would put objects of its own into nested lists.
+        # A copy, because the parser replaces values in nested lists by its own objects.
         return _build(config_class, parser, parser.parse_object(deepcopy(values)))
     except _PARSE_ERRORS as error:
         raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error
 
 
 def dump(parser: ArgumentParser, namespace: Namespace, config_class: type) -> str:
-    """The resolved configuration as YAML that the same parser reads."""
+    """Serialise the resolved configuration as YAML that the same parser can read."""
+    # The namespace also holds parser entries such as `config`, which are not fields of the dataclass.
     kept = Namespace(**{item.name: namespace[item.name] for item in fields(config_class)})
     return str(parser.dump(kept, skip_unset=False, skip_validation=True))
 
 
 def guess(arguments: Sequence[str], key: str) -> str | None:
-    """A key's last value on a command line or in its YAML files, also where these do not parse as a whole."""
+    """Find the last value of a key on the command line or in its YAML files, even if they do not parse as a whole."""
     found: Any = None
     for name, value in _options(arguments):
         if name == key:
@@ -189,6 +192,7 @@ def _lookup(path: Path, key: str) -> Any:
 
 
 def _one_line(message: str, known: list[str]) -> str:
+    # jsonargparse's wording, rewritten into one line that names the key and the accepted values.
     text = " ".join(message.split())
     text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     text = re.sub(r"^config: File does not exist: '?([^']*)'?$", r"--config: \1 does not exist; check the path", text)
@@ -216,7 +220,7 @@ def _union(match: re.Match[str]) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str | None:
-    """The known key most like this one: a letter off, else alone with its last part, else by path, else by part."""
+    """Find the closest known key: by near-identity, by a unique last part, by similar path, by similar last part."""
     typo = difflib.get_close_matches(key, known, n=1, cutoff=0.93)
     if typo:
         return typo[0]
@@ -235,7 +239,7 @@ def _nearest(key: str, known: list[str]) -> str | None:
 
 
 def fail(message: str) -> NoReturn:
-    """Say why, and exit with 2. A rank other than 0 says it where rank 0 has not ended it in the meantime."""
+    """Print the message as one line and exit with code 2. Other ranks first give rank 0 time to report."""
     line = " ".join(message.split())
     if rank() != 0:
         time.sleep(_SECONDS_FOR_RANK_0)
@@ -247,7 +251,7 @@ def fail(message: str) -> NoReturn:
 
 
 def tell_torchrun(line: str) -> None:
-    """Have torchrun, whose own report follows, end that report with the line in place of advice on tracebacks."""
+    """Put the message at the end of torchrun's own report, in place of its advice on tracebacks."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         details = {"py_callstack": line, "timestamp": str(int(time.time()))}
@@ -255,7 +259,8 @@ def tell_torchrun(line: str) -> None:
 
 
 def entry(main: Callable[[Any], int | None], config_class: type, description: str) -> NoReturn:
-    """Run a command: parse, call `main(config)`, exit with its code (None is 0), 2 for a ConfigError."""
+    """Run a command: parse, call `main(config)` and exit with its code (None means 0), or with 2 on a ConfigError."""
+    # Before `main` imports torch: OpenMP reads its settings once, at import.
     keep_threads_awake(guess(sys.argv[1:], "device"))
     parser = make_parser(config_class, description)
     try:

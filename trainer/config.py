@@ -1,4 +1,4 @@
-"""The configuration of a pre-training run. Imports neither torch nor megatron."""
+"""Configuration of a pre-training run. Imports neither torch nor megatron."""
 
 import itertools
 import math
@@ -16,17 +16,16 @@ from trainer.phases import PhaseConfig, expand
 
 @dataclass
 class RunConfig:
-    """Where the run keeps its files.
+    """Run directory, device and time limits.
 
     Attributes:
         dir: Run directory: config.yaml, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, run.log, status.json.
-        device: cpu or cuda; auto takes CUDA where there is one.
-        threads: CPU threads for each process; 0 takes OMP_NUM_THREADS where the user has set it (the 1 that
-            torchrun sets for several processes does not count), else shares the cores evenly among the processes of
-            this machine.
-        deterministic: Ask torch for deterministic algorithms (on CPU the same inputs always give the same numbers).
-        timeout_seconds: A run of several ranks ends, and names the rank that hangs, when a step or a part of a
-            validation takes this long; six times as long for starting (up to the first step), saving and ending.
+        device: cpu or cuda; auto takes CUDA if available.
+        threads: CPU threads per process; 0 takes OMP_NUM_THREADS if the user has set it (the 1 that torchrun sets for
+            several processes does not count), else divides the cores evenly among the processes of this machine.
+        deterministic: Request deterministic algorithms from torch (on CPU, equal inputs always give equal numbers).
+        timeout_seconds: Time limit of a step or a part of a validation. A run of several ranks that exceeds it names
+            the hanging rank and ends. Starting (up to the first step), saving and ending may take six times as long.
     """
 
     dir: str = "runs/pretrain"
@@ -44,29 +43,29 @@ class RunConfig:
         require(self.threads >= 0, f"run.threads={self.threads} must be 0 (automatic) or more")
 
     def phase_seconds(self, phase: str) -> float:
-        """How long a phase of the run (see trainer.loop.Trainer.enter) may take without progress."""
-        # Starting compiles kernels and reads checkpoints; saving writes what may be terabytes.
+        """Seconds that a phase of the run (see trainer.loop.Trainer.enter) may take without progress."""
+        # Starting compiles kernels and reads checkpoints; saving may write terabytes.
         return self.timeout_seconds * (6 if phase in ("start", "save", "end") else 1)
 
     @property
     def collective_seconds(self) -> float:
-        """The longest that a collective waits: a phase's limit and half again, so that the phase's comes first."""
+        """Timeout of collectives: 1.5 times the longest phase limit, so that the watchdog fires first."""
         return 1.5 * self.phase_seconds("start")
 
 
 @dataclass
 class DataConfig:
-    """What the model reads.
+    """Training and validation data.
 
     Attributes:
-        path: stdlib (the Python standard library's source, prepared on first use), a directory made by
-            spiketrain prepare_data, or the prefix of a Megatron .bin/.idx pair.
-        blend: Several sources with their weights, in place of path.
+        path: stdlib (the Python standard library's source code, prepared on first use), a directory made by spiketrain
+            prepare_data, or the prefix of a Megatron .bin/.idx pair.
+        blend: Several sources with their weights, instead of path.
         tokenizer: tokenizer.json, SentencePiece .model or a directory with one; null takes the prepared directory's.
         validation_path: A .bin/.idx prefix for validation; null takes the prepared directory's validation split.
-        eod_id: The token that ends a document, for Megatron data without a tokenizer; null takes the tokenizer's.
-        document_mask: Keep the documents packed into a sample from seeing each other.
-        cache_dir: Where data.path=stdlib is prepared.
+        eod_id: End-of-document token of Megatron data without a tokenizer; null takes the tokenizer's.
+        document_mask: Keep documents that are packed into one sample from seeing each other.
+        cache_dir: Directory in which data.path=stdlib is prepared.
         vocab_size: Size of the SentencePiece vocabulary that data.path=stdlib learns.
     """
 
@@ -85,12 +84,14 @@ class DataConfig:
                 0 < weight < math.inf, f"data.blend: the weight of {source} is {weight}; it must be a positive number"
             )
         for source in self.shares():
+            # stdlib is prepared when the run starts, so there is nothing to check yet.
             if source != "stdlib":
                 resolve_prefix(source)
         for name in ("tokenizer", "validation_path"):
             value = getattr(self, name)
             if value is not None:
                 path = Path(value).expanduser()
+                # Validation data may also be the prefix of a .bin/.idx pair, which is no file itself.
                 exists = path.exists() or Path(f"{path}.idx").exists()
                 require(exists, f"data.{name}: {value} does not exist")
         require(
@@ -105,28 +106,27 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """Length, batch and numbers of the run.
+    """Length, batch size, precision and recomputation.
 
     Attributes:
-        steps: Optimizer steps. Raising it later continues the run; earlier batches stay as they were.
-        seed: Seed of the initialisation and of the order of the data.
-        precision: fp32, bf16 (parameters and activations bfloat16; main parameters and gradients float32) or auto: that
-            of the run that is gone on with, else bf16 on a GPU and on a processor that multiplies it faster, fp32 on
-            others. The run's config.yaml says which it was.
+        steps: Optimizer steps. Raising it later continues the run; earlier batches stay the same.
+        seed: Seed of the initialisation and of the data order.
+        precision: fp32; bf16 (bfloat16 parameters and activations, float32 main parameters and gradients); or auto: the
+            precision of the resumed run, else bf16 on GPUs and on processors that multiply bfloat16 faster, else fp32.
+            The run's config.yaml records the choice.
         seq_len: Tokens in a sample.
         micro_batch_size: Samples that one rank computes at a time.
-        global_batch_size: Samples in an optimizer step; gradient accumulation follows from it.
-        max_skipped_steps: Stop after this many steps in a row were skipped for a non-finite loss or gradient.
-        recompute: Activations that backward computes again in place of keeping them: none; selective, those of
-            recompute_modules; full, all but what enters each block. The numbers stay the same. Utilisation does not
-            count what is computed again: it is that of the model's own operations.
-        recompute_modules: What selective recomputes of every block, mixer or ffn, each with the norm before it; of a
-            mixture of experts also less than ffn: moe_activation, the router and the activation between the experts'
-            products, or moe_experts, routed and shared experts. Null takes the mixer, which saves the most memory for
-            its operations.
-        trainable: Patterns of the names of the parameters that are trained, such as "layers.*.mixer.*", where * stands
-            for anything. The others are frozen: they have no gradient and no optimizer state. The names are those of
-            exported weights.
+        global_batch_size: Samples in an optimizer step; determines gradient accumulation.
+        max_skipped_steps: Stop after this many consecutive steps were skipped for a non-finite loss or gradient.
+        recompute: Activations that backward recomputes instead of keeping them: none; selective, those of
+            recompute_modules; full, all but the input of each block. Results do not change. Utilisation counts the
+            model's own operations, without recomputation.
+        recompute_modules: Modules that selective recomputes in every block: mixer or ffn, each with the norm before it.
+            In a mixture of experts also parts of ffn: moe_activation (router, and activation between the experts'
+            products) or moe_experts (routed and shared experts). null takes mixer, which saves the most memory per
+            operation.
+        trainable: Patterns of the names of trained parameters, such as "layers.*.mixer.*", where * matches anything.
+            All others are frozen: they have no gradient and no optimizer state. Names are those of exported weights.
     """
 
     steps: int = 1000
@@ -165,13 +165,13 @@ class TrainConfig:
 
     @property
     def recomputed_parts(self) -> frozenset[str]:
-        """The parts of every block that are computed again in backward (models.decoder.Block)."""
-        # Measured on the study's 340M shapes: see docs/parallelism.md.
+        """The modules of every block that backward recomputes (models.decoder.Block)."""
+        # Default by measurement on the study's 340M shapes: see docs/parallelism.md.
         selected = self.recompute_modules or ["mixer"]
         return frozenset({"none": (), "selective": selected, "full": ("block",)}[self.recompute])
 
     def accumulation(self, data_parallel: int) -> int:
-        """Micro-batches that a rank computes for each step.
+        """Micro-batches per rank and step.
 
         Raises:
             ValueError: the global batch does not divide over ranks and micro-batches.
@@ -191,15 +191,15 @@ class OptimConfig:
 
     Attributes:
         lr: Peak learning rate.
-        min_lr_ratio: The schedule ends at lr times this.
-        schedule: cosine, or wsd: warm-up, stable, then a linear decay over the last decay_fraction of the steps.
-        warmup_steps: Steps of linear warm-up; a shorter run ends on the way up.
-        decay_fraction: The decaying part of wsd.
+        min_lr_ratio: Final learning rate as a fraction of lr.
+        schedule: cosine, or wsd: warm-up, stable, then linear decay over the last decay_fraction of the steps.
+        warmup_steps: Steps of linear warm-up; a shorter run ends during the warm-up.
+        decay_fraction: Fraction of the steps in which wsd decays.
         weight_decay: Decoupled weight decay of matrices; norms, biases, A_log and dt_bias have none.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Epsilon of Adam.
-        clip_grad: Largest norm of the gradient; 0 turns clipping off.
+        clip_grad: Maximum gradient norm; 0 turns clipping off.
     """
 
     lr: float = 3e-4
@@ -226,13 +226,14 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig:
-    """What drives the step.
+    """Distributed engine and its sharding of state.
 
     Attributes:
         name: megatron (mcore's schedules, DDP and distributed optimizer) or deepspeed (ZeRO).
-        zero_stage: What is sharded over data-parallel ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
-            parameters. megatron has 1.
-        offload: Keep the optimizer's state (ZeRO 1 and up), or also the parameters (ZeRO 3), in host memory; deepspeed.
+        zero_stage: State sharded over data-parallel ranks: 0 none, 1 optimizer state, 2 also gradients, 3 also
+            parameters. megatron supports 1.
+        offload: Keep the optimizer state (ZeRO 1 and up), or also the parameters (ZeRO 3), in host memory; deepspeed
+            only.
     """
 
     name: Literal["megatron", "deepspeed"] = "megatron"
@@ -242,16 +243,16 @@ class EngineConfig:
 
 @dataclass
 class ParallelConfig:
-    """Ranks along each dimension; what is left of the world size is data parallel.
+    """Ranks along each parallel dimension; the rest of the world size is data parallel.
 
     Attributes:
         tensor: Tensor-parallel ranks.
         sequence: Shard the activations between tensor-parallel regions along the sequence.
         pipeline: Pipeline stages.
-        virtual_pipeline: Model chunks on each pipeline stage (interleaved schedule).
-        pipeline_layers: Layers of each stage, from the first to the last (of each chunk, pipeline * virtual_pipeline
-            of them); null shares them evenly, earlier stages taking what is left over.
-        expert: Ranks that share the routed experts: they are tensor-, context- and data-parallel ranks, too.
+        virtual_pipeline: Model chunks per pipeline stage (interleaved schedule).
+        pipeline_layers: Layers of each stage in order (with chunks, of each of the pipeline * virtual_pipeline chunks);
+            null distributes them evenly, and earlier stages take the remainder.
+        expert: Ranks that share the routed experts; the same ranks are also tensor-, context- and data-parallel.
         context: Context-parallel ranks (contiguous shards of the sequence).
     """
 
@@ -269,7 +270,8 @@ class ParallelConfig:
             require(value >= 1, f"parallel.{name} is {value}: it must be at least 1")
 
     def stage_layers(self, num_layers: int) -> list[range]:
-        """The layers of each stage; of each chunk where a rank has several, chunk i being rank i mod `pipeline`'s.
+        """The layers of each stage; with interleaving those of each chunk, where chunk i belongs to rank i mod
+        `pipeline`.
 
         Raises:
             ValueError: there are fewer layers than stages, or `pipeline_layers` does not add up.
@@ -290,10 +292,10 @@ class ParallelConfig:
         return [range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
     def require_divisible(self, model: ModelConfig) -> None:
-        """Hold the sizes of a model against the ranks that share them.
+        """Check that the sizes of a model divide over the ranks that share them.
 
         Raises:
-            ValueError: heads, channels, rows of the vocabulary or experts do not divide over them.
+            ValueError: heads, channels, vocabulary rows or experts do not divide.
         """
         for name, size in model.tensor_parallel_sizes().items() if self.tensor > 1 else ():
             require(
@@ -308,11 +310,12 @@ class ParallelConfig:
         )
 
     def data_parallel(self, world_size: int) -> int:
-        """Data-parallel ranks.
+        """Number of data-parallel ranks.
 
         Raises:
             ValueError: the world size does not divide.
         """
+        # Expert-parallel ranks are not a factor: they are the ranks of the other dimensions, grouped differently.
         used = self.tensor * self.pipeline * self.context
         require(
             world_size % used == 0,
@@ -326,16 +329,17 @@ class CheckpointConfig:
     """Saving and resuming.
 
     Attributes:
-        every: Steps between checkpoints; the last step and a stop signal always save. 0 saves only then.
-        keep: Newest checkpoints that stay; 0 keeps all.
-        keep_every: Every so many-th checkpoint stays, too, those after a multiple of every * keep_every steps; 0 none.
-        resume: auto continues from the newest whole checkpoint of run.dir, never starts anew (what an earlier run has
-            left there is set aside, as checkpoints.1 and so on; a restart by SLURM or torchrun goes on as with auto), a
-            path continues from that checkpoint.
-        init: A directory of weights, made by spiketrain convert, that a new run starts from; null draws them from
-            train.seed. Where the run goes on from a checkpoint it is not read.
-        asynchronous: Train on while a copy of the state is written. Off by default: the copy takes host memory, as
-            much as the checkpoint, and without a GPU the writer takes the cores that train.
+        every: Steps between checkpoints; 0 saves only after the last step and on a stop signal, which always save.
+        keep: Number of newest checkpoints to keep; 0 keeps all.
+        keep_every: Also keep every n-th checkpoint, that is, those at multiples of every * keep_every steps; 0 keeps
+            none.
+        resume: auto continues from the newest complete checkpoint of run.dir. never starts anew and renames an earlier
+            run's files to checkpoints.1 and so on; a restart by SLURM or torchrun still acts like auto. A path
+            continues from that checkpoint.
+        init: Weights directory, made by spiketrain convert, to start a new run from; null draws the weights from
+            train.seed. Ignored when the run continues from a checkpoint.
+        asynchronous: Continue training while a copy of the state is written. Off by default: the copy takes as much
+            host memory as the checkpoint, and without a GPU the writer competes with training for cores.
     """
 
     every: int = 500
@@ -356,6 +360,7 @@ class CheckpointConfig:
             f"checkpoint.keep_every={self.keep_every} counts the checkpoints of checkpoint.every=0, of which there are "
             "none; set checkpoint.every, or checkpoint.keep_every=0",
         )
+        # Otherwise a path, which is checked here so that a typo is reported before the run starts.
         if self.resume not in ("auto", "never"):
             require(
                 Path(self.resume).is_dir(),
@@ -369,13 +374,13 @@ class EvaluationConfig:
 
     Attributes:
         every: Steps between validations; 0 validates only after the last step.
-        batches: Micro-batches of a validation on the way; 0 takes the whole split.
+        batches: Micro-batches of an intermediate validation; 0 takes the whole split.
         seq_len: Tokens in a window; null takes train.seq_len.
         stride: New tokens in each window, the rest being context; null takes evaluation.seq_len (no overlap).
         samples: Text samples written to TensorBoard at each validation.
-        sample_tokens: Tokens in each.
-        prompt: What the samples continue.
-        compare_compressors: After the last step, print what gzip -9 and xz -9 make of the validation files.
+        sample_tokens: Tokens per text sample.
+        prompt: Prompt of the text samples.
+        compare_compressors: After the last step, print the bits per byte of gzip -9 and xz -9 on the validation files.
     """
 
     every: int = 250
@@ -402,13 +407,13 @@ class EvaluationConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is reported.
+    """Metrics, progress and profiling.
 
     Attributes:
         every: Steps between lines of metrics.jsonl and TensorBoard points.
-        progress: A live progress line on a terminal, plain lines elsewhere.
+        progress: Show a live progress line on a terminal, plain lines elsewhere.
         tensorboard: Write TensorBoard events.
-        profile_step: Trace three steps from this one with torch's profiler into run.dir/profile; 0 never.
+        profile_step: Trace three steps, starting at this one, with torch's profiler into run.dir/profile; 0 never.
     """
 
     every: int = 1
@@ -423,20 +428,20 @@ class LoggingConfig:
 
 @dataclass
 class PretrainConfig:
-    """Everything that defines a pre-training run.
+    """The complete configuration of a pre-training run.
 
     Attributes:
-        run: Where the run keeps its files.
-        model: The shape of the model.
-        data: What the model reads.
-        train: Length, batch and numbers of the run.
+        run: Run directory, device and time limits.
+        model: Shape of the model.
+        data: Training and validation data.
+        train: Length, batch size, precision and recomputation.
         optim: Optimizer and schedule.
-        engine: What drives the step.
-        parallel: Ranks along each dimension.
+        engine: Distributed engine.
+        parallel: Ranks along each parallel dimension.
         checkpoint: Saving and resuming.
         evaluation: Validation.
-        logging: What is reported.
-        phases: What changes on the way, and when (trainer.phases).
+        logging: Metrics, progress and profiling.
+        phases: Settings that change during the run, and when (trainer.phases).
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -463,6 +468,7 @@ class PretrainConfig:
             f"train.recompute_modules has {', '.join(of_experts)}, but the model has no experts; set "
             "model.moe.num_experts, or name ffn",
         )
+        # A dense model ignores spawn_step.
         spawn_step = self.model.moe.spawn_step if self.model.moe.num_experts else None
         require(
             spawn_step is None or spawn_step < self.train.steps,
@@ -475,17 +481,17 @@ class PretrainConfig:
             "with the first of each layer; leave one of them out",
         )
         if self.model.moe.num_experts and self.parallel.tensor > 1:
-            # Each tensor-parallel rank routes tokens of its own.
+            # With experts, each tensor-parallel rank routes its own tokens, so activations are sequence-sharded.
             self.parallel = replace(self.parallel, sequence=True)
         if self.phases:
-            # Each is a configuration that has to be one.
+            # Builds, and so validates, the configuration of every phase.
             expand(self)
 
     def validate_layout(self, world_size: int) -> None:
-        """Check everything that needs the number of ranks.
+        """Check everything that depends on the number of ranks.
 
         Raises:
-            ValueError: the layout is not supported, or does not fit the world size.
+            ValueError: the layout is unsupported, or does not fit the world size.
         """
         refuse_unsupported(self)
         parallel = self.parallel
@@ -505,10 +511,12 @@ class PretrainConfig:
             "more, or parallel.virtual_pipeline=1",
         )
         require(
+            # A multiple: mcore's interleaved schedule passes micro-batches through the stages in groups of `pipeline`.
             parallel.virtual_pipeline == 1 or accumulation % parallel.pipeline == 0,
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a multiple of parallel.pipeline="
             f"{parallel.pipeline} micro-batches a step, not {accumulation}; change train.global_batch_size",
         )
+        # Context ranks shard the sequence, and sequence parallelism shards each of these shards again.
         pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
         for name, seq_len in (("train", self.train.seq_len), ("evaluation", self.evaluation.seq_len)):
             require(
@@ -543,6 +551,7 @@ class PretrainConfig:
             f"parallel.expert={expert} shares experts, of which the model has none; set model.moe.num_experts, or "
             "parallel.expert=1",
         )
+        # Experts are shared within a pipeline stage, over all of its ranks.
         require(
             world_size // pipeline % expert == 0,
             f"parallel.expert={expert} does not divide the tensor*context*data={world_size // pipeline} ranks of a "
@@ -551,5 +560,5 @@ class PretrainConfig:
 
 
 def world_size_from_environment() -> int:
-    """The number of ranks torchrun started; 1 without it."""
+    """Number of ranks that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Curves of finished runs, from their metrics.jsonl."""
+"""Curves of finished runs, read from metrics.jsonl."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_metrics(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of training steps, and those of validations. A loss that was not finite (null) is NaN."""
+    """Read the lines of training steps and the lines of validations. A non-finite loss (null) becomes NaN."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "loss" in line and line["loss"] is None:
@@ -16,7 +16,8 @@ def read_metrics(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, 
 
 
 def smooth(values: list[float], half_life: float = 20.0) -> list[float]:
-    """Exponential moving average, unbiased from the first value on; NaN, the loss of a skipped step, does not count."""
+    """Exponential moving average, unbiased from the first value; ignores NaN, the loss of a skipped step."""
+    # Dividing by the sum of weights removes the bias towards 0 (Adam's bias correction, arXiv 1412.6980).
     decay = 0.5 ** (1 / half_life)
     total = weight = 0.0
     out = []

@@ -1,4 +1,4 @@
-"""The device a run trains on: choice, threads, allocator, peak speed, memory."""
+"""The training device: selection, threads, allocator, peak speed, memory."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ from kernels.matmul import linear
 from trainer.errors import ConfigError
 from trainer.peers import environment
 
-# Dense peak of the tensor cores, FLOP/s (vendors' data sheets), by a part of the device's name.
+# Dense tensor-core peak in FLOP/s from the vendors' data sheets, by a substring of the device name.
 _GPU_PEAKS = {
     "H200": {torch.bfloat16: 989e12, torch.float32: 494e12},
     "H100": {torch.bfloat16: 989e12, torch.float32: 494e12},
@@ -22,27 +22,28 @@ _GPU_PEAKS = {
     "MI300X": {torch.bfloat16: 1307e12, torch.float32: 653e12},
 }
 
-# Products of each size at the least, after one to warm up.
+# Minimum number of timed products per size, after one warm-up.
 _LEAST_RUNS = 3
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device of this rank for run.device: cpu, cuda or auto.
+    """Choose the device of this rank for run.device: cpu, cuda or auto.
 
     Raises:
-        ConfigError: CUDA was asked for and there is none.
+        ConfigError: cuda was requested, but there is no CUDA device.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda, but torch sees no CUDA device; use run.device=cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    # Modulo, because a launcher may give each rank only its own GPU as device 0.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
 def configure_threads(threads: int) -> int:
-    """Give this process its CPU threads; 0 takes OMP_NUM_THREADS, else the cores are shared by the local ranks."""
+    """Set this process's CPU threads; 0 takes OMP_NUM_THREADS, or else divides the cores among the local ranks."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     chosen = threads or _openmp_threads(local_ranks) or max(available // local_ranks, 1)
@@ -51,9 +52,10 @@ def configure_threads(threads: int) -> int:
 
 
 def _openmp_threads(local_ranks: int) -> int | None:
-    """OMP_NUM_THREADS where the user has set it to a number, or to a list that begins with one.
+    """OMP_NUM_THREADS if the user has set it to a number, or to a list that begins with one.
 
-    For several ranks torchrun sets it to 1 where the user has not. Then it is not in what torchrun was started with.
+    For several ranks torchrun sets it to 1 if the user has not. In that case it is absent from torchrun's own
+    environment.
     """
     value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if not value.isdecimal() or int(value) == 0:
@@ -64,15 +66,15 @@ def _openmp_threads(local_ranks: int) -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next allocation of this process.
+    """Make glibc keep freed memory for this process's next allocations. Returns whether glibc accepted the settings.
 
-    By default every large tensor is mapped afresh and its pages fault in as they are first written: 4 GB/s against
-    29 GB/s into memory that is used again. Returns whether the C library took the settings (glibc only).
+    By default every large tensor is mapped anew, and its pages fault on first write: 4 GB/s, against 29 GB/s into
+    reused memory. Only glibc has these settings.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX. One arena, since those of other threads (gloo's)
-    # give large blocks back whatever the threshold.
+    # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX. A single arena, because the arenas of other
+    # threads (gloo's) return large blocks to the system regardless of the threshold.
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8
     libc = ctypes.CDLL(None)
     settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 << 20), (arena_max, 1))
@@ -80,9 +82,9 @@ def keep_freed_memory() -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Matrix-multiplication peak of this rank, FLOP/s: measured on CPU, the data sheet's of a known GPU; else None.
+    """Matrix-multiplication peak of this rank in FLOP/s: measured on CPU, from the data sheet on known GPUs, else None.
 
-    A bf16 step multiplies in float32, too (scores, states), and on some processors faster: the best of both counts.
+    A bf16 step also multiplies in float32 (scores, states), which is faster on some processors: the larger peak counts.
     """
     if device.type == "cpu":
         return max(measure_matmul(each) for each in {dtype, torch.float32})
@@ -91,9 +93,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def measure_matmul(dtype: torch.dtype, sizes: Sequence[int] = (256, 512, 1024), seconds: float = 0.3) -> float:
-    """Best FLOP/s of a product x · Wᵀ of square matrices, by the models' own path, over about `seconds` for all sizes.
+    """Best FLOP/s of x · Wᵀ for square matrices through the models' own code path, in about `seconds` in total.
 
-    The smallest fit into a core's cache, the largest occupy all cores; which is the fastest depends on the processor.
+    The smallest size fits into a core's cache and the largest occupies all cores; the fastest depends on the processor.
     """
     best = 0.0
     for size in sizes:
@@ -108,9 +110,9 @@ def measure_matmul(dtype: torch.dtype, sizes: Sequence[int] = (256, 512, 1024), 
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: the allocator's on a GPU, the process's resident set on a CPU."""
+    """Peak memory of this rank in bytes: the allocator's on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in kilobytes, macOS in bytes.
+    # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
     return kilobytes if platform.system() == "Darwin" else kilobytes * 1024

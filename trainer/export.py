@@ -1,4 +1,4 @@
-"""Between checkpoints, plain weights and Hugging Face layouts. Imports neither megatron nor deepspeed."""
+"""Conversion between checkpoints, weights and Hugging Face layouts. Imports neither megatron nor deepspeed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,22 +28,23 @@ def export(
     report: Callable[[str], None],
     hugging_face: bool = False,
 ) -> Path:
-    """Write the parameters of a checkpoint as a directory of weights; returns the checkpoint.
+    """Write the parameters of a checkpoint as a weights directory; returns the path of the checkpoint.
 
     Args:
         checkpoint: A run directory, or one of its checkpoints.
-        output: Where they go: an empty directory, or a name that is free.
-        precision: Of the weights; that of the run where it is None. From a bf16 run fp32 takes the float32 copies that
-            the optimizer updates. Decays are float32 always (models.parameters.Placement.float32).
-        max_file_bytes: More are put into several files.
-        report: Told of every file.
-        hugging_face: Write names and config.json as transformers reads them.
+        output: Output directory: empty or absent.
+        precision: Dtype of the weights; None keeps the run's. fp32 from a bf16 run takes the optimizer's float32 main
+            parameters. Decays are always float32 (models.parameters.Placement.float32).
+        max_file_bytes: Size above which several files are written.
+        report: Called with a line per file.
+        hugging_face: Write names and config.json in transformers' layout.
 
     Raises:
-        ConfigError: no usable checkpoint there, or transformers has no such model.
+        ConfigError: there is no usable checkpoint, or transformers has no such model.
     """
     stored = open_checkpoint(checkpoint)
     moe, steps = stored.model.moe, read_progress(stored.path).step
+    # Before spawning, a checkpoint holds the experts' common ancestor, not the model that its configuration describes.
     if moe.num_experts and not moe.is_spawned(steps - 1):
         raise ConfigError(
             f"checkpoint: {stored.path} has experts that are to be spawned at step {moe.spawn_step}; train on past it"
@@ -52,6 +53,7 @@ def export(
     model = shapes(stored.model, stored.vocab_size)
     cast_parameters(model, dtype)
     layout = _hub_layout(stored, dtype, report) if hugging_face else {}
+    # float32 weights of a bf16 run come from the optimizer's main parameters.
     main = (stored.dtype, dtype) == (torch.bfloat16, torch.float32)
     weights.write(
         output,
@@ -66,7 +68,7 @@ def export(
 
 
 def _hub_layout(stored: StoredModel, dtype: torch.dtype, report: Callable[[str], None]) -> dict[str, Any]:
-    """What `weights.write` needs for transformers' layout. Says what transformers will do otherwise than we."""
+    """Arguments of `weights.write` for transformers' layout. Reports where transformers will behave differently."""
     name, positions = str(dtype).removeprefix("torch."), stored.settings["train"]["seq_len"]
     try:
         config = to_hub(stored.model, stored.vocab_size, name, positions)
@@ -87,20 +89,21 @@ def import_weights(
     max_file_bytes: float,
     report: Callable[[str], None],
 ) -> None:
-    """Write plain weights from a directory of a Hugging Face model, Llama, Qwen2 or Qwen3.
+    """Convert the directory of a Hugging Face model (Llama, Qwen2 or Qwen3) into weights.
 
     Args:
-        source: The directory, with config.json and safetensors; its tokenizer is copied.
-        output: Where they go: an empty directory, or a name that is free.
-        precision: Of the weights.
-        max_file_bytes: More are put into several files.
-        report: Told of every file.
+        source: Directory with config.json and safetensors; its tokenizer is copied.
+        output: Output directory: empty or absent.
+        precision: Dtype of the weights.
+        max_file_bytes: Size above which several files are written.
+        report: Called with a line per file.
 
     Raises:
-        ConfigError: it is not such a model, or tensors are missing, too many, of another shape, or stored twice with
-            different values.
+        ConfigError: the model is of another kind, or tensors are missing, unexpected, of the wrong shape, or stored
+            twice with different values.
     """
     config, model_config = _read_config(source)
+    # An adapter's deltas are not in the base weights: ignoring it would import a different model.
     if (source / "adapter_config.json").is_file():
         raise ConfigError(f"{source} has an adapter (adapter_config.json), which is not read; merge it first")
     every = weights.read_headers(source)
@@ -134,7 +137,7 @@ def _read_config(source: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _what_is_left(source: Path, config: dict[str, Any], stored: dict[str, StoredTensor]) -> list[str]:
-    """Lines on what an import does not take."""
+    """Lines that describe everything in the source directory that the import ignores."""
     lines = []
     if keys := left_out(config):
         lines.append(f"{weights.CONFIG_NAME}: left out, for models here have nothing of the kind: {', '.join(keys)}")
@@ -149,16 +152,17 @@ def _what_is_left(source: Path, config: dict[str, Any], stored: dict[str, Stored
 def _without_copies(
     every: dict[str, StoredTensor], config: dict[str, Any], model: ModelConfig, report: Callable[[str], None]
 ) -> dict[str, StoredTensor]:
-    """Leave out what some writers store twice: a tied head, and the frequencies that follow from rope_theta.
+    """Drop redundant tensors that some writers store: a tied head, and rotary frequencies derived from rope_theta.
 
     Raises:
-        ConfigError: they are not what they follow from: then the model computes something else than its config.json
-            says.
+        ConfigError: a redundant tensor disagrees with its source, so config.json describes another model than the
+            tensors.
     """
     head, embedding = every.get("lm_head.weight"), every.get("model.embed_tokens.weight")
     spare = {name for name in every if name.endswith(".inv_freq")}
     for name in sorted(spare):
         _require_frequencies(name, every[name], model)
+    # Tied weights: the head must equal the embedding, else one of config.json and the tensors is wrong.
     if model.tie_embeddings and head is not None and embedding is not None:
         if not _same(("lm_head.weight", head), ("model.embed_tokens.weight", embedding)):
             raise ConfigError(
@@ -172,7 +176,7 @@ def _without_copies(
 
 
 def _require_frequencies(name: str, stored: StoredTensor, model: ModelConfig) -> None:
-    """Hold stored rotary frequencies against those of rope_theta, as exactly as their type has them."""
+    """Check stored rotary frequencies against those of rope_theta, up to the rounding of their dtype."""
     assert model.attention.rope_theta is not None, "from_hub gives one"
     found = weights.read_tensor(name, stored)
     size = model.attention_head_dim
@@ -189,7 +193,7 @@ def _require_frequencies(name: str, stored: StoredTensor, model: ModelConfig) ->
 
 
 def _same(*named: tuple[str, StoredTensor]) -> bool:
-    """Whether two stored matrices have the same values, read some rows at a time."""
+    """Whether two stored matrices are equal, read a few rows at a time."""
     first, second = (tensor.shape for _, tensor in named)
     if first != second:
         return False

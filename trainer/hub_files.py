@@ -1,4 +1,4 @@
-"""What transformers reads beside the tensors: which tokens end and begin a text, and how text becomes tokens."""
+"""Files that transformers reads beside the tensors: ids of special tokens, and tokenizer settings."""
 
 import json
 from pathlib import Path
@@ -9,21 +9,21 @@ from trainer.json_files import parse_object
 
 _GENERATION, _TOKENS = "generation_config.json", "tokenizer_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Has AutoTokenizer take tokenizer.json as it is, where the type of the model would choose a class that does not.
+# Makes AutoTokenizer use tokenizer.json as it is. Otherwise the model type may select a class that rewrites it.
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
-# What transformers' Qwen2Tokenizer puts in place of the same parts of tokenizer.json (tokenization_qwen2.py, 5.x).
+# Pattern that transformers' Qwen2Tokenizer substitutes for the one in tokenizer.json (tokenization_qwen2.py, 5.x).
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 class HubFiles(NamedTuple):
-    """What an export to Hugging Face's layout has beside tensors and the shape of the model.
+    """Additions of an export to the Hugging Face layout, besides tensors and model shape.
 
     Attributes:
-        ids: The keys of config.json, bos_token_id and so on.
-        files: What to write in place of the tokenizer's files of these names.
-        notes: What to know of them.
+        ids: Keys of config.json such as bos_token_id.
+        files: Files to write, by name; they replace the tokenizer's files of the same names.
+        notes: Caveats to report.
     """
 
     ids: dict[str, Any]
@@ -32,15 +32,15 @@ class HubFiles(NamedTuple):
 
 
 def hub_files(folder: Path | None, kind: str, rows: int) -> HubFiles:
-    """The files for a model of a type, llama, qwen2 or qwen3, with the tokenizer in a folder, if it has one.
+    """Build the files for a model of type llama, qwen2 or qwen3, with the tokenizer in `folder` if there is one.
 
     Args:
-        folder: With the tokenizer that the model was trained with.
-        kind: The model's type.
-        rows: Of its embedding.
+        folder: Directory of the tokenizer that the model was trained with.
+        kind: The model type.
+        rows: Rows of the embedding.
 
     Raises:
-        ConfigError: a file of the tokenizer cannot be read.
+        ConfigError: a tokenizer file cannot be read.
     """
     if folder is None:
         note = "the model has no tokenizer: nothing in config.json says which token ends a text"
@@ -50,7 +50,7 @@ def hub_files(folder: Path | None, kind: str, rows: int) -> HubFiles:
     generation = _read(tokenizer, folder / _GENERATION)
     ids = {key: generation.get(key, _id_of(tokenizer, key.removesuffix("_id"))) for key in _IDS}
     ends = ids["eos_token_id"]
-    # A model stops at what ended documents in training, whatever else ends the turns of a chat.
+    # Generation stops at the token that ended documents in training, in addition to any end-of-turn tokens.
     ids["eos_token_id"] = _with(ends, tokenizer.eod_id)
     if generation.get("eos_token_id") is None or ids["eos_token_id"] != ends:
         if generation:
@@ -60,7 +60,7 @@ def hub_files(folder: Path | None, kind: str, rows: int) -> HubFiles:
     tokens = _read(tokenizer, folder / _TOKENS)
     added = {} if "tokenizer_class" in tokens else {"tokenizer_class": _PLAIN_CLASS}
     if named_token(token_config(tokenizer.files), "eos_token") is None:
-        # Of a tokenizer.json alone transformers knows no end.
+        # From tokenizer.json alone transformers does not know the end-of-text token.
         added["eos_token"] = tokenizer.eod
     if added:
         files[_TOKENS] = _json(tokens | added)
@@ -68,23 +68,23 @@ def hub_files(folder: Path | None, kind: str, rows: int) -> HubFiles:
 
 
 def imported_files(source: Path, config: dict[str, Any]) -> dict[str, bytes]:
-    """The generation_config.json of a model that says in config.json alone which tokens end and begin a text."""
+    """A generation_config.json for a model whose special token ids are only in config.json."""
     known = {key: config[key] for key in _IDS if config.get(key) is not None}
     return {_GENERATION: _json(known)} if known and not (source / _GENERATION).is_file() else {}
 
 
 def _read(tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
-    """What a JSON file of a tokenizer holds; nothing where there is no such file.
+    """Read a JSON file of the tokenizer; empty if there is no such file.
 
     Raises:
-        ConfigError: it is not a JSON object.
+        ConfigError: the file is not a JSON object.
     """
     content = tokenizer.model if tokenizer.model_name == path.name else tokenizer.files.get(path.name, b"{}")
     return parse_object(content, path, "copy the tokenizer again")
 
 
 def _id_of(tokenizer: Tokenizer, name: str) -> int | None:
-    """The id of a special token that the tokenizer's files name; of a SentencePiece model alone, of its own `<s>`."""
+    """Id of a special token named by the tokenizer's files. A bare SentencePiece model has its own `<s>` as bos."""
     config = token_config(tokenizer.files)
     default = "<s>" if name == "bos_token" and not config else None
     token = named_token(config, name) or default
@@ -92,7 +92,7 @@ def _id_of(tokenizer: Tokenizer, name: str) -> int | None:
 
 
 def _with(ends: int | list[int] | None, eod_id: int) -> int | list[int]:
-    """The tokens that end a text with one more among them; one alone is no list."""
+    """Add a token to those that end a text; a single token is not wrapped in a list."""
     if ends is None:
         return eod_id
     known = ends if isinstance(ends, list) else [ends]
@@ -100,7 +100,7 @@ def _with(ends: int | list[int] | None, eod_id: int) -> int | list[int]:
 
 
 def _notes(tokenizer: Tokenizer, folder: Path, kind: str, rows: int) -> list[str]:
-    """Where transformers makes other tokens of a text than training did, or may draw what is none."""
+    """Report where transformers tokenises differently from training, or may sample ids that are no tokens."""
     notes = []
     tokens = token_config(tokenizer.files)
     json_file = _read(tokenizer, folder / "tokenizer.json")
@@ -123,14 +123,14 @@ def _notes(tokenizer: Tokenizer, folder: Path, kind: str, rows: int) -> list[str
 
 
 def _is_qwen2(tokenizer: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json splits text as Qwen2Tokenizer does."""
+    """Whether tokenizer.json splits text exactly as Qwen2Tokenizer does."""
     split = tokenizer.get("pre_tokenizer") or {}
     steps = [dict(step) for step in split.get("pretokenizers", [])]
     wanted = [
         {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
     ]
-    # What ByteLevel trims are offsets.
+    # ByteLevel's trim_offsets affects only character offsets, not tokens.
     for step in steps:
         step.pop("trim_offsets", None)
     return tokenizer.get("normalizer") == {"type": "NFC"} and steps == wanted

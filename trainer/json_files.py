@@ -1,4 +1,4 @@
-"""JSON files that hold an object. Standard library only."""
+"""JSON files that contain an object. Standard library only."""
 
 import json
 from collections.abc import Callable
@@ -11,19 +11,20 @@ from trainer.errors import ConfigError
 def read_object(
     path: Path, way_out: str, pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
         path: The file.
-        way_out: What to do where there is none, for the message.
-        pairs_hook: Makes the objects in it, as json.loads has it.
+        way_out: Remedy to name in the error message.
+        pairs_hook: `object_pairs_hook` of json.loads.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ConfigError: it cannot be read, or holds something else.
+        FileNotFoundError: the file does not exist.
+        ConfigError: the file is unreadable, or is not a JSON object.
     """
     try:
         content = path.read_bytes()
+    # Callers word a missing file themselves; FileNotFoundError is an OSError, so it has to be re-raised first.
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -37,7 +38,7 @@ def parse_object(
     way_out: str,
     pairs_hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The object that the content of a file is, which messages call `name`; else as `read_object`."""
+    """Parse the content of a JSON file, called `name` in messages; otherwise like `read_object`."""
     try:
         values = json.loads(content, object_pairs_hook=pairs_hook)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Where messages go: rank 0's terminal and run.log."""
+"""Logging to rank 0's terminal and run.log."""
 
 import logging
 import sys
@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-# One console for messages and the progress line, so that a message does not tear the line.
+# Messages and the progress line share one console, so that a message does not break the line.
 CONSOLE = Console(stderr=True)
 
 
 def configure(run_dir: Path | None, rank: int) -> logging.Logger:
-    """Set up the logger `spiketrain`; other ranks than 0 keep to warnings."""
+    """Set up the logger `spiketrain`; ranks other than 0 log warnings only."""
+    # Tests and restarts may configure it again: duplicate handlers would repeat every line.
     logger = logging.getLogger("spiketrain")
     logger.handlers.clear()
     logger.propagate = False

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step. Nothing is stored, so nothing can be resumed wrongly."""
+"""Learning rate as a pure function of the step. No state is stored, so a resume cannot get it wrong."""
 
 import math
 
@@ -8,14 +8,16 @@ from trainer.config import OptimConfig
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Learning rate of a step.
 
-    Linear warm-up to config.lr over warmup_steps, then the cosine of SGDR (arXiv 1608.03983) down to
-    lr * min_lr_ratio at the last step; or warm-up, stable, linear decay to the same (arXiv 2404.06395).
+    Linear warm-up to config.lr over warmup_steps, followed by one of two schedules. `cosine`: cosine decay (SGDR, arXiv
+    1608.03983) to lr * min_lr_ratio at the last step. Otherwise: warm-up, stable, linear decay to the same value (arXiv
+    2404.06395).
 
     Args:
         config: The schedule.
-        step: Steps already taken, 0 for the first.
-        steps: Steps in the whole run.
+        step: Number of steps already taken, 0 for the first.
+        steps: Number of steps in the whole run.
     """
+    # step + 1: a learning rate of 0 would waste the first step.
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     low = config.lr * config.min_lr_ratio

@@ -1,7 +1,8 @@
-"""When a rank dies, the ranks beside it say which one it was, and end. Imports neither torch nor megatron.
+"""Reports which rank died, and ends the surviving ranks of the node. Imports neither torch nor megatron.
 
-Their launcher (torchrun, or launch/main.py) tells the ranks of a node of a death by SIGTERM, which is also what a stop
-on request looks like. The one that died is then no longer the launcher's child; on request all of them still are.
+The launcher (torchrun, or launch/main.py) announces a death to the other ranks of a node by SIGTERM, and a requested
+stop looks the same. The difference: a rank that died is no longer the launcher's child, while after a request all ranks
+still are.
 """
 
 import os
@@ -20,18 +21,18 @@ from trainer import run_lock
 from trainer.events import EventLog
 from trainer.runtime import EXIT_STOPPED, rank, write_status
 
-# These ask a run to stop. USR1 is the batch system's word that the time is nearly up: unlike TERM, torchrun can be made
-# to ignore it. HUP comes when a terminal closes.
+# Signals that ask a run to stop. Batch systems send USR1 shortly before the time limit; unlike TERM, torchrun can be
+# made to ignore it. HUP is sent when a terminal closes.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# torchrun looks at its ranks every 0.1 s.
+# torchrun polls its ranks every 0.1 s, so this leaves ample time.
 _SECONDS_FOR_LAUNCHER = 5.0
 
 
 class PeerWatch:
-    """Watches over the ranks that the launcher started on this node. To be made once, by the main thread.
+    """Watches the ranks that the launcher started on this node. The main thread must create it, once per process.
 
-    Until the training loop takes the signals over there is nothing to save: a stop on request leaves at once.
+    Before the training loop takes over the signals there is nothing to save, so a requested stop exits at once.
 
     Attributes:
         step: Steps taken, as far as is known.
@@ -46,19 +47,20 @@ class PeerWatch:
         self._ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pids = ranks_of(self._agent)
         self._nobody_died = threading.Event()
-        # Without a launcher above, or with a wrapper in between, which hides the others, there is nothing to see.
+        # Without a launcher, or with a wrapper process in between that hides the other ranks, peers cannot be observed.
         self._sees_peers = len(self._ranks) > 1 and self._pids.get(rank()) == os.getpid()
         if self._sees_peers:
             self._listen()
         else:
             self._nobody_died.set()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # Under nohup the end of the terminal is none of the run's business.
+            # nohup ignores SIGHUP; keep it that way.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._leave)
 
     def _listen(self) -> None:
-        # By a descriptor, since a handler waits for the main thread, which may be waiting for the dead rank.
+        # A wakeup descriptor instead of a handler: handlers run on the main thread, which may be blocked on the dead
+        # rank.
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -66,21 +68,21 @@ class PeerWatch:
 
     def _serve(self, read_end: int) -> None:
         while True:
-            # A rank that is only just being started is not to be seen yet.
+            # A rank that is still starting is not in the list yet.
             while len(self._pids) < len(self._ranks) and not select.select([read_end], [], [], 1.0)[0]:
                 self._pids |= ranks_of(self._agent)
             if os.read(read_end, 1)[0] == signal.SIGTERM and (dead := self._dead()):
-                # Of those that are left on this node, one is enough to say it.
+                # One of the surviving ranks of this node is enough to report the death.
                 if rank() == min(set(self._ranks) - set(dead)):
                     self.report(dead, self._name(dead))
-                # The main thread may never come back from a collective.
+                # The main thread may never return from a collective.
                 leave_at_once()
             self._nobody_died.set()
 
     def _dead(self) -> list[int]:
-        """Ranks of this node that the launcher has taken the exit code of."""
+        """Ranks of this node whose exit the launcher has already collected."""
         if os.getppid() != self._agent:
-            # The launcher itself has died: to stop and save is the best that is left.
+            # The launcher itself has died: treat SIGTERM as a request to save and stop.
             return []
         self._pids = ranks_of(self._agent) | self._pids
         return [peer for peer in self._ranks if peer not in self._pids or _parent(self._pids[peer]) != self._agent]
@@ -90,12 +92,13 @@ class PeerWatch:
         return f"{', '.join(pids)} on {socket.gethostname()} died; the launcher's report has the exit code or signal"
 
     def report(self, ranks: list[int], message: str, state: str = "failed", exit_code: int = 1) -> None:
-        """Write down what ended the run, and on which ranks, unless a rank of this start has already said so, or
-        another has the run.
+        """Record the reason that ended the run, and the ranks it concerns.
+
+        Does nothing if a rank of this launch has already done so, or if another launch owns the run.
         """
         if self._has_been_told() or not run_lock.belongs_to_this_launch(self._run_dir):
             return
-        # First where it cannot fail: the disk may be what failed.
+        # stderr first, because it cannot fail: the disk may be the cause.
         print(f"error: {message}", file=sys.stderr, flush=True)
         write_status(self._run_dir, state, exit_code, message, any_rank=True)
         with suppress(OSError), (self._run_dir / "run.log").open("a") as log:
@@ -104,14 +107,14 @@ class PeerWatch:
             self.record_failure(ranks, message)
 
     def record_failure(self, ranks: list[int], message: str) -> None:
-        """Write the event of a failure of these ranks, where the disk lets it."""
+        """Record a failure of these ranks as an event, if the disk permits."""
         with suppress(OSError):
             self._events.record("failure", self.step, ranks=ranks, message=message)
 
     def report_own_failure(self, message: str, state: str = "failed", exit_code: int = 1) -> None:
-        """Write down a failure of this rank, unless it follows from the death of another.
+        """Record a failure of this rank, unless the death of another rank caused it.
 
-        Connections to a rank that died break at once, a little before the launcher says that it did.
+        Connections to a dead rank break immediately, slightly before the launcher announces the death, hence the wait.
         """
         if self._sees_peers:
             time.sleep(_SECONDS_FOR_LAUNCHER)
@@ -120,7 +123,7 @@ class PeerWatch:
         self.report([rank()], message, state, exit_code)
 
     def _has_been_told(self) -> bool:
-        """Whether a rank of this start has already written how it ended."""
+        """Whether a rank of this launch has already recorded how the run ended."""
         return self._status_mark() != self._status_before
 
     def _status_mark(self) -> tuple[int, int] | None:
@@ -128,6 +131,7 @@ class PeerWatch:
         return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
     def _leave(self, number: int, frame: FrameType | None) -> NoReturn:
+        # SIGTERM may announce a death: wait until the watching thread has ruled that out.
         self._nobody_died.wait(_SECONDS_FOR_LAUNCHER)
         if not self._has_been_told():
             message = "stopped before the first step"
@@ -139,13 +143,14 @@ class PeerWatch:
 
 
 def leave_at_once() -> NoReturn:
-    """End this process as failed, whatever its main thread is waiting for."""
+    """End this process as failed, even if its main thread is blocked."""
+    # os._exit runs no `finally`, so the lock is released here.
     run_lock.release()
     os._exit(1)
 
 
 def ranks_of(agent: int) -> dict[int, int]:
-    """The process of each rank that `agent` started; empty where that cannot be seen (without /proc)."""
+    """Process id of each rank that `agent` started; empty without /proc."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         pid = int(path.name)
@@ -155,7 +160,7 @@ def ranks_of(agent: int) -> dict[int, int]:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; empty where it has ended or is another user's."""
+    """The initial environment of a process; empty if it has ended or belongs to another user."""
     try:
         entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -164,9 +169,9 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def _parent(pid: int) -> int | None:
-    """The parent of a process; None where it has ended and been waited for."""
+    """Parent of a process; None if it has ended and been reaped."""
     try:
-        # The name, in brackets, may hold anything.
+        # The name, in brackets, may contain spaces and brackets: split after the last one.
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except OSError:
         return None

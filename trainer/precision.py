@@ -1,4 +1,4 @@
-"""What train.precision=auto stands for: the precision of the run that is gone on with, else the device's faster one."""
+"""Resolves train.precision=auto: the precision of the resumed run, else the one that is faster on this device."""
 
 import datetime
 import json
@@ -17,14 +17,14 @@ from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.runtime import rank
 
 _LOGGER = logging.getLogger("spiketrain")
-# Rank 0's serves the others for as long as it is held.
+# rank 0's store serves the other ranks while this reference is alive.
 _STORES: list[Any] = []
 
 
 def settle(config: PretrainConfig, config_yaml: str, device: torch.device) -> tuple[PretrainConfig, str]:
-    """Put fp32 or bf16 in the place of auto, in a configuration and in what is written down of it; say so once.
+    """Replace auto by fp32 or bf16 in the configuration and its YAML, and log the choice once.
 
-    Every rank takes rank 0's choice.
+    All ranks use rank 0's choice.
     """
     if config.train.precision != "auto":
         return config, config_yaml
@@ -38,7 +38,8 @@ def settle(config: PretrainConfig, config_yaml: str, device: torch.device) -> tu
 
 
 def choose(config: PretrainConfig, device: torch.device) -> tuple[Literal["fp32", "bf16"], str]:
-    """The precision, and why."""
+    """The precision, and the reason for it."""
+    # A resumed run keeps its precision: switching would change its results.
     of_the_run = run_directory.precision_of_the_run(config)
     if of_the_run is not None:
         return ("bf16" if of_the_run == "bf16" else "fp32"), "as the run began"
@@ -52,12 +53,12 @@ def choose(config: PretrainConfig, device: torch.device) -> tuple[Literal["fp32"
 
 
 def _of_rank_0(choice: tuple[str, str]) -> tuple[str, str]:
-    """Rank 0's choice, on every rank. Before there are process groups: the engines that make them ask for it."""
+    """Broadcast rank 0's choice. Uses a store, because the engines that create process groups need the choice first."""
     if world_size_from_environment() == 1:
         return choice
     store, own, _ = next(rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
     _STORES.append(store)
-    # torchrun's store outlives a restart of its ranks.
+    # torchrun's store survives a restart of the ranks, so the key contains the restart count.
     key = f"precision/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if own == 0:
         store.set(key, json.dumps(choice))

@@ -1,11 +1,12 @@
-"""A run directory has one owner: rank 0 of one launch, named in `run.dir/lock`. Imports neither torch nor megatron.
+"""Run directory ownership: one rank 0 of one launch, named in `run.dir/lock`. Imports neither torch nor megatron.
 
-The file is created exclusively, which file servers do atomically, too, and holds the owner as JSON. A thread renews its
-modification time every HEARTBEAT_SECONDS, also while a step or a save takes long. A lock is stale, and taken over, if
+The lock file is created exclusively, which is atomic on network file systems too, and holds the owner as JSON. A thread
+renews its modification time every HEARTBEAT_SECONDS, even during a long step or save. A lock is stale, and may be taken
+over, if
 
-- its process is gone: this is asked on the same machine only, where a killed run can be started again at once;
-- on another machine it was not renewed for STALE_SECONDS, by the clock of the file server;
-- it is of an earlier start of the same SLURM job, which has been queued again.
+- its process has ended (checked only on the same machine, where a killed run can therefore restart at once);
+- its owner is on another machine and has not renewed it for STALE_SECONDS, by the file server's clock;
+- it belongs to an earlier start of the same SLURM job, which has been requeued.
 """
 
 import json
@@ -24,24 +25,24 @@ from trainer.runtime import rank
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-# A process that takes over a stale lock needs milliseconds for it.
+# Upper bound on the takeover of a stale lock, which takes milliseconds.
 _TAKEOVER_SECONDS = 30.0
 _LOCK, _TAKEOVER = "lock", "lock.takeover"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who has a run directory.
+    """The owner of a run directory.
 
     Attributes:
-        host: Name of the machine.
-        pid: Process of rank 0.
-        machine: What a process id means something on: host, boot and pid namespace.
-        began: When the process began, in clock ticks since boot, as /proc tells it: process ids are used again.
-        launch: The same for every rank of a launch.
-        job: SLURM's job id; empty outside of a job.
-        restarts: How often SLURM has started the job again.
-        since: When the lock was taken, local time.
+        host: Host name.
+        pid: Process id of rank 0.
+        machine: Scope within which the pid is unique: host, boot and pid namespace.
+        began: Start time of the process in clock ticks since boot, from /proc, because pids are reused.
+        launch: Identifier that all ranks of a launch share.
+        job: SLURM job id; empty outside a job.
+        restarts: Number of times SLURM has restarted the job.
+        since: Local time at which the lock was taken.
     """
 
     host: str
@@ -55,14 +56,14 @@ class Owner:
 
     @staticmethod
     def this_process() -> "Owner":
-        """The owner that rank 0 of this launch is."""
+        """The owner that rank 0 of this launch represents."""
         host, pid = socket.gethostname(), os.getpid()
         machine, began = _machine(), _process_began(pid) or 0
         job, restarts = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return Owner(host, pid, machine, began, launch_id(), job, restarts, time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def is_same_process(self, other: "Owner") -> bool:
-        """Whether both are one process."""
+        """Whether both are the same process."""
         return (self.machine, self.pid, self.began) == (other.machine, other.pid, other.began)
 
     def __str__(self) -> str:
@@ -71,6 +72,7 @@ class Owner:
 
 def _machine() -> str:
     parts = [socket.gethostname()]
+    # macOS has neither file: there the host name has to do.
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
@@ -78,18 +80,19 @@ def _machine() -> str:
 
 
 def launch_id() -> str:
-    """The same for every rank of a launch, and for no other launch that still runs."""
+    """An identifier shared by all ranks of a launch and by no other running launch."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SPIKETRAIN_LAUNCH")
     if "MASTER_PORT" in os.environ:
         address = os.environ.get("MASTER_ADDR", "")
-        # Every machine has such an address: then all ranks are on this one.
+        # A loopback address exists on every machine, so the host name is needed to tell launches apart; all ranks are
+        # local.
         machine = [socket.gethostname()] if address in ("localhost", "::1") or address.startswith("127.") else []
         return " ".join([*machine, *(os.environ.get(name, "") for name in names)])
     return f"{_machine()} {os.getpid()} {_process_began(os.getpid())}"
 
 
 def _process_began(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; 0 without /proc; None if it has ended."""
+    """Start time of a process in clock ticks since boot; 0 without /proc; None if the process has ended."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)
@@ -99,15 +102,17 @@ def _process_began(pid: int) -> int | None:
             return 0
         return 0
     try:
-        # The name, in brackets, may hold anything. Then the state, the 3rd field; the beginning is the 22nd.
+        # The second field, the name in brackets, may contain anything, so split after it. The next field is the 3rd
+        # (state); the start time is the 22nd.
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return None
+    # Z and X: a zombie or dead process holds nothing.
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 class _Lock:
-    """The lock file of a run directory and its renewal."""
+    """The lock file of a run directory, and the thread that renews it."""
 
     def __init__(self, directory: Path) -> None:
         self.path, self.owner = directory / _LOCK, Owner.this_process()
@@ -115,7 +120,7 @@ class _Lock:
         self._thread = threading.Thread(target=self._renew, name="run lock", daemon=True)
 
     def hold(self) -> None:
-        """Renew the lock from now on."""
+        """Start renewing the lock."""
         self._thread.start()
 
     def _renew(self) -> None:
@@ -123,12 +128,13 @@ class _Lock:
             try:
                 os.utime(self.path)
             except FileNotFoundError:
-                # Somebody removed it by hand; it is ours until another has it, or until it is given back.
+                # Someone removed the file by hand. We still own the run, unless another process takes it or we have
+                # released it.
                 with suppress(OSError):
                     if not self._ended.is_set():
                         _create(self.path, self.owner)
             except OSError:
-                # A file server that is away for a moment: the next time may do.
+                # The file server may be unreachable for a moment; retry at the next heartbeat.
                 continue
             current = _read(self.path)
             if current is not None and not current.is_same_process(self.owner):
@@ -136,7 +142,7 @@ class _Lock:
                 os._exit(1)
 
     def release(self) -> None:
-        """Give the lock back, if it is still ours."""
+        """Remove the lock file if it is still ours."""
         self._ended.set()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -148,12 +154,12 @@ _held: dict[Path, _Lock] = {}
 
 @contextmanager
 def owned(run_dir: str | Path) -> Iterator[None]:
-    """Own a run directory, which is made if it is not there; within another `owned` of it this does nothing.
+    """Own a run directory, creating it if necessary. A nested `owned` of the same directory does nothing.
 
-    Only rank 0 takes the lock: the launch that it belongs to ends if rank 0 is refused.
+    Only rank 0 takes the lock: if rank 0 is refused, its whole launch ends.
 
     Raises:
-        ConfigError: another process has it, or it cannot be made.
+        ConfigError: another process owns the directory, or it cannot be created.
     """
     directory = Path(run_dir).absolute()
     if rank() != 0 or directory in _held:
@@ -173,19 +179,19 @@ def owned(run_dir: str | Path) -> Iterator[None]:
 
 
 def release() -> None:
-    """Give back what this process owns: before an exit that runs no `finally`."""
+    """Release every lock of this process, for exits that run no `finally`."""
     while _held:
         _held.popitem()[1].release()
 
 
 def belongs_to_this_launch(run_dir: str | Path) -> bool:
-    """Whether no other launch has the directory: a rank may write down how the run ended."""
+    """Whether no other launch owns the directory, so that a rank may record how the run ended."""
     current = _read(Path(run_dir) / _LOCK)
     return current is None or current.launch == launch_id()
 
 
 def other_owner(run_dir: str | Path) -> Owner | None:
-    """The other process that has the directory and is alive, if there is one."""
+    """The owner of the directory if it is another process that is alive; None otherwise."""
     directory = Path(run_dir)
     try:
         state = _look(directory)
@@ -198,13 +204,13 @@ def other_owner(run_dir: str | Path) -> Owner | None:
 
 @dataclass(frozen=True)
 class _State:
-    """A lock as it was found: its owner, None where it cannot be read, and the seconds since it was renewed."""
+    """A lock as found on disk: its owner (None if unreadable) and the seconds since its last renewal."""
 
     owner: Owner | None
     age: float
 
     def why_stale(self, ours: Owner) -> str | None:
-        """Why `ours` may take it over; None if it may not."""
+        """The reason why `ours` may take the lock over; None if it may not."""
         owner = self.owner
         if owner is not None and owner.job and owner.job == ours.job and owner.restarts < ours.restarts:
             return f"it was held by an earlier start of SLURM job {owner.job}"
@@ -216,7 +222,7 @@ class _State:
 
 
 def _look(directory: Path) -> _State | None:
-    """The lock of a directory; None where there is none."""
+    """Read the lock of a directory; None if there is none."""
     path = directory / _LOCK
     try:
         owner, renewed = _read(path), path.stat().st_mtime
@@ -226,7 +232,8 @@ def _look(directory: Path) -> _State | None:
 
 
 def _server_time(directory: Path) -> float:
-    """Now, by the clock that modification times are given by."""
+    """The current time by the file server's clock, which sets modification times."""
+    # The clocks of two machines may differ by more than STALE_SECONDS, so a probe file asks the server.
     probe = directory / f".clock.{socket.gethostname()}.{os.getpid()}"
     probe.touch()
     try:
@@ -236,7 +243,7 @@ def _server_time(directory: Path) -> float:
 
 
 def _read(path: Path) -> Owner | None:
-    """What a lock says; None where there is none, or it cannot be read."""
+    """Read a lock file; None if it is missing or unreadable."""
     try:
         return Owner(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -250,26 +257,26 @@ def _remove_if_owned(path: Path, owner: Owner) -> None:
 
 
 def _create(path: Path, owner: Owner) -> None:
-    """Create a lock file.
+    """Create a lock file exclusively.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: the file exists already.
     """
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(json.dumps(asdict(owner)) + "\n")
     except OSError:
-        # A full disk: an empty lock would only be in the way.
+        # On a full disk: an empty lock file would only block later launches.
         path.unlink(missing_ok=True)
         raise
 
 
 def _take(directory: Path) -> None:
-    """Create the lock, over a stale one if need be.
+    """Create the lock, taking over a stale one if necessary.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another live process owns the directory.
     """
     ours, path = Owner.this_process(), directory / _LOCK
     while True:
@@ -283,7 +290,8 @@ def _take(directory: Path) -> None:
         reason = state.why_stale(ours)
         if reason is None:
             raise ConfigError(_in_use(directory, state))
-        # Of several that find it stale one at a time may remove it, and looks again before it does.
+        # Several processes may find the lock stale. The takeover lock lets one at a time remove it, after a second
+        # look.
         with _taking_over(directory):
             again = _look(directory)
             reason = None if again is None else again.why_stale(ours)
@@ -315,7 +323,7 @@ def _taking_over(directory: Path) -> Iterator[None]:
             if current != seen:
                 seen, end = current, time.monotonic() + _TAKEOVER_SECONDS
             elif time.monotonic() > end:
-                # Whoever made it was killed in between.
+                # The process that created the takeover lock was killed before it removed it.
                 _clear(path, seen)
             time.sleep(0.05)
     try:
@@ -325,7 +333,7 @@ def _taking_over(directory: Path) -> Iterator[None]:
 
 
 def _mark(path: Path) -> tuple[int, int] | None:
-    """What tells a file from another that comes after it under the same name; None where there is none."""
+    """Inode and modification time, which distinguish successive files of the same name; None if there is no file."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -334,12 +342,13 @@ def _mark(path: Path) -> tuple[int, int] | None:
 
 
 def _clear(path: Path, seen: tuple[int, int] | None) -> None:
-    """Remove the takeover file that was `seen`, and no other: of several processes that try one succeeds."""
+    """Remove the takeover file `seen` and no other. If several processes try, one succeeds."""
+    # rename is atomic; unlink could hit a newer file that another process has created since.
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     with suppress(FileNotFoundError):
         path.rename(aside)
         if _mark(aside) != seen:
-            # Another process was faster, and this is its own.
+            # Another process was faster, and this file is its new takeover lock: put it back.
             with suppress(FileExistsError):
                 os.link(aside, path)
         aside.unlink()

@@ -1,6 +1,6 @@
-"""The process of a command: its rank, its exit codes, its threads, and what it leaves in status.json.
+"""Process-level facts of a command: its rank, exit codes, OpenMP threads and status.json.
 
-Imports no torch: OpenMP reads its settings when torch is imported.
+Imports no torch, because OpenMP reads its settings when torch is imported.
 """
 
 import json
@@ -12,24 +12,25 @@ from trainer.durable import write_atomically
 from trainer.errors import disk_error
 
 EXIT_CONFIG_ERROR = 2
+# sysexits.h calls 75 EX_TEMPFAIL: stopped on request, to be resumed.
 EXIT_STOPPED = 75
 
-# Rounds of waiting, a pause instruction each: what libgomp takes itself where its threads outnumber the cores. Without
-# a setting it takes 300,000 where they do not.
+# Spin iterations, one pause instruction each. libgomp itself uses 1000 when its threads outnumber the cores, and
+# 300,000 by default otherwise.
 _SPIN_COUNT = 1000
-# What the drivers of NVIDIA (also under WSL) and AMD make.
+# Device nodes that the drivers of NVIDIA (WSL included) and AMD create.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def keep_threads_awake(device: str | None = None) -> None:
-    """Have GNU's OpenMP threads spin for a moment between parallel regions. It reads this once, as torch is imported.
+    """Make GNU OpenMP threads spin briefly between parallel regions. libgomp reads this once, when torch is imported.
 
-    A training step has thousands of short regions, and waking a sleeping thread costs more than many of them. Spinning
-    for long is worse: where another process wants a core, one thread spins while the one that it waits for has none.
-    Where the user has set either variable, and where a GPU computes, nothing is set.
+    A training step has thousands of short parallel regions, and for many of them waking a sleeping thread costs more
+    than the region itself. Long spinning is worse: when another process competes for cores, a thread spins while the
+    thread it waits for has no core. Nothing is set if the user has set either variable, or if a GPU does the computing.
 
     Args:
-        device: What the user wants to compute on: cpu, cuda, or anything else for a GPU where there is one.
+        device: Requested device: cpu, cuda, or anything else for a GPU if there is one.
     """
     has_gpu = any(os.path.exists(path) for path in _GPU_DEVICES)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and (device == "cpu" or not has_gpu):
@@ -37,12 +38,12 @@ def keep_threads_awake(device: str | None = None) -> None:
 
 
 def rank() -> int:
-    """The rank of this process under torchrun; 0 without it."""
+    """Rank of this process under torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def write_status(run_dir: str | Path, state: str, exit_code: int, message: str = "", any_rank: bool = False) -> None:
-    """Write run_dir/status.json: state is done, stopped, config_error or failed. Rank 0 only, unless `any_rank`."""
+    """Write run_dir/status.json, with state done, stopped, config_error or failed. Rank 0 only, unless `any_rank`."""
     if rank() != 0 and not any_rank:
         return
     path = Path(run_dir)
@@ -51,7 +52,7 @@ def write_status(run_dir: str | Path, state: str, exit_code: int, message: str =
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "status.json", content.encode())
     except OSError as error:
-        # run.dir, or a full disk, may be the very thing that is wrong: a second error must not hide the first.
+        # An unwritable run.dir or a full disk may be the original error, which a second error must not hide.
         if state != "config_error":
             print(
                 f"error: {path}/status.json cannot be written: {disk_error(path, error)}", file=sys.stderr, flush=True

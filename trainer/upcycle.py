@@ -1,12 +1,12 @@
 """Mixtures of experts from dense models (sparse upcycling, arXiv 2212.05055). Imports neither megatron nor deepspeed.
 
-Every routed and shared expert is a copy of the layer's feed-forward, F. With S shared experts and gates that add up to
-G(x) the layer computes (S + G(x)) F(x); each of the three matrices of every copy is scaled by
+Every routed and shared expert is a copy of the layer's feed-forward F. With S shared experts and gates that sum to
+G(x), the layer computes (S + G(x)) F(x). Each of the three matrices of every copy is therefore scaled by
 
-    alpha = (S + G)^(-1/3),  G the mean of G(x)
+    alpha = (S + G)^(-1/3),  where G is the mean of G(x)
 
-so that the output has the size of F(x) (SpikingBrain, arXiv 2509.05276, section 3.2, whose G is k / N). This is exact
-for alpha = 1 alone: SiLU is not homogeneous, and G(x) is a mean.
+so that the output has the magnitude of F(x) (SpikingBrain, arXiv 2509.05276, section 3.2, whose G is k / N). This is
+exact only for alpha = 1: SiLU is not homogeneous, and G is only the mean of G(x).
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from trainer.inference import open_checkpoint
 
 
 class _Dense(NamedTuple):
-    """A dense model on disk: what StoredModel has, of checkpoints and weights alike."""
+    """A dense model on disk: the common interface of a checkpoint and a weights directory."""
 
     path: Path
     model: ModelConfig
@@ -53,22 +53,22 @@ def upcycle(
     """Write weights of a mixture of experts whose experts are copies of a dense model's feed-forwards.
 
     Args:
-        source: A dense model: a directory of weights, a run directory or one of its checkpoints.
-        output: Where the weights go: an empty directory, or a name that is free.
-        moe: The experts; their gates at the first training step set the scale.
-        router_std: Standard deviation of the routers' weights.
-        diversify: Share of the weights of each routed copy that is set to zero, another for each; the others grow by
-            1 / (1 - share), as in dropout. 0 leaves the copies equal.
-        seed: Router weights and zeros are drawn by (seed, name).
-        precision: Of the weights; routers and decays are float32 always.
-        max_file_bytes: More are put into several files.
-        report: Told of the scale, and of every file.
+        source: The dense model: a weights directory, a run directory or one of its checkpoints.
+        output: Output directory: empty or absent.
+        moe: Expert configuration; the gates at the first training step determine the scale.
+        router_std: Standard deviation of the router weights.
+        diversify: Fraction of each routed expert's weights that is set to zero, drawn independently for each expert;
+            the rest is scaled by 1 / (1 - fraction), as in dropout. 0 keeps the experts identical.
+        seed: Router weights and masks are drawn from (seed, name).
+        precision: Dtype of the weights; routers and decays are always float32.
+        max_file_bytes: Size above which several files are written.
+        report: Called with the scale, and with a line per file.
 
     Returns:
         The checkpoint or directory that was read.
 
     Raises:
-        ConfigError: no dense model there, or none that `moe` can be made of.
+        ConfigError: there is no dense model at `source`, or `moe` does not fit it.
     """
     dense = _open(source, precision)
     model = shapes(_with_experts(dense, moe), dense.vocab_size)
@@ -79,11 +79,13 @@ def upcycle(
     originals = dict(shapes(dense.model, dense.vocab_size).named_parameters())
 
     def read(tensors: dict[str, Tensor]) -> None:
+        # Everything outside the experts (attention, norms, embedding) is taken over unchanged.
         dense.read({name: tensor for name, tensor in tensors.items() if name in originals})
         for name, tensor in tensors.items():
             if ".ffn.router." in name:
                 tensor.copy_(_router(moe, dense.model.hidden_size, router_std, seed, name))
             elif name not in originals:
+                # Routed and shared experts come from the same dense matrix. One matrix is in memory at a time.
                 original = name.replace(".ffn.experts.", ".ffn.").replace(".ffn.shared_experts.", ".ffn.")
                 matrix = torch.empty_like(originals[original], device="cpu")
                 dense.read({original: matrix})
@@ -105,6 +107,7 @@ def _open(source: Path, precision: Literal["fp32", "bf16"]) -> _Dense:
             lambda tensors: weights.read_tensors(tensors, opened.tensors),
         )
     stored = open_checkpoint(source)
+    # float32 weights of a bf16 run come from the optimizer's main parameters.
     main = (stored.dtype, DTYPES[precision]) == (torch.bfloat16, torch.float32)
     return _Dense(
         stored.path, stored.model, stored.vocab_size, stored.tokenizer, lambda tensors: stored.read(tensors, main)
@@ -112,10 +115,10 @@ def _open(source: Path, precision: Literal["fp32", "bf16"]) -> _Dense:
 
 
 def _with_experts(dense: _Dense, moe: MoEConfig) -> ModelConfig:
-    """The model with experts.
+    """The dense model's configuration with experts added.
 
     Raises:
-        ConfigError: the model has experts already, or those of `moe` cannot be copies.
+        ConfigError: the model already has experts, or the experts of `moe` have another width than its feed-forward.
     """
     if dense.model.moe.num_experts:
         raise ConfigError(f"source: {dense.path} has experts already; name a dense model")
@@ -132,7 +135,7 @@ def _with_experts(dense: _Dense, moe: MoEConfig) -> ModelConfig:
 
 
 def _router(moe: MoEConfig, hidden_size: int, std: float, seed: int, name: str) -> Tensor:
-    """The parameter or state of a new router that a name ends with."""
+    """The parameter or buffer of a new router, selected by the last part of `name`."""
     router = Router(moe, hidden_size)
     draw(router, ModelConfig(moe=moe), seed)
     nn.init.normal_(router.weight, std=std, generator=seeded_generator(seed, name))
@@ -141,9 +144,9 @@ def _router(moe: MoEConfig, hidden_size: int, std: float, seed: int, name: str) 
 
 
 def _copy(matrix: Tensor, into: Tensor, masked: float, seed: int, name: str) -> None:
-    """Fill experts [E, O, D], or shared ones side by side in one matrix, with copies of a matrix [O, D]."""
+    """Fill routed experts [E, O, D], or shared experts side by side in one matrix, with copies of a matrix [O, D]."""
     if into.dim() == 2:
-        # The shared experts' inner channels follow each other: rows of gate and up, columns of down.
+        # Shared experts are concatenated along the inner channels: rows of gate and up, columns of down.
         into.copy_(matrix.repeat(into.shape[0] // matrix.shape[0], into.shape[1] // matrix.shape[1]))
         return
     for expert, copy in enumerate(into):

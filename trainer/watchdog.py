@@ -1,10 +1,10 @@
-"""A rank that hangs is named, and the run ends. Imports neither torch nor megatron.
+"""Names a rank that hangs, and ends the run. Imports neither torch nor megatron.
 
-Ranks wait for each other in collectives, so one that hangs holds all of them, and the one whose collective times out
-first is any of the others. Here each rank's main thread notes its progress, and a thread of its own writes the note to
-run.dir/ranks/RANK.json. Where the main thread makes no progress for as long as its phase may take, the notes of all
-ranks tell who is behind: who has not come as far, whose thread does not write either (a stopped process, a dead
-machine), or whose main thread is not waiting for others.
+Ranks wait for each other in collectives, so a single hanging rank blocks all of them, and the rank whose collective
+times out first is usually another one. Each rank's main thread therefore records its progress, and a separate thread
+writes it to run.dir/ranks/RANK.json. When the main thread makes no progress for its phase's time limit, the notes of
+all ranks show who is behind: a rank with less progress, a rank whose thread no longer writes (stopped process, dead
+machine), or one whose main thread is not waiting for others.
 """
 
 import faulthandler
@@ -27,37 +27,38 @@ from trainer.peers import PeerWatch, leave_at_once
 from trainer.runtime import rank
 
 _DIRECTORY = "ranks"
-# Where mcore's main thread waits in a call that has no Python frame of its own.
+# mcore files whose calls block without a Python frame of torch.distributed on the stack.
 _WAITS_OF_MCORE = (
     "/megatron/core/pipeline_parallel/p2p_communication.py",
     "/megatron/core/pipeline_parallel/schedules.py",
     "/megatron/core/distributed/param_and_grad_buffer.py",
 )
-# Notes are written this often in the shortest time that a phase may take, at most every so many seconds.
+# A note is written this many times within the shortest time limit of a phase, and at least every so many seconds.
 _NOTES, _MOST_SECONDS = 20, 10.0
 
 
 def dump_stacks_on_request() -> None:
-    """Write every thread's stack to stderr on SIGQUIT, going on afterwards, and on a crash of the interpreter."""
+    """Dump all threads' stacks to stderr on SIGQUIT, then continue; also on an interpreter crash."""
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)
 
 
 @dataclass(frozen=True)
 class Note:
-    """How far a rank has come.
+    """The progress of one rank.
 
     Attributes:
-        rank: Which.
-        host: Its machine.
-        pid: Its process.
-        launch: The launch that it belongs to.
-        progress: How often its main thread has noted progress; the same work gives the same number on every rank.
-        phase: What it does.
+        rank: Its rank.
+        host: Its host name.
+        pid: Its process id.
+        launch: Identifier of its launch.
+        progress: Number of times its main thread has recorded progress; the same work gives the same number on all
+            ranks.
+        phase: Current phase.
         step: Steps taken.
         where: The function that its main thread is in.
-        waits: Whether that is a wait for other ranks.
-        beat: How often this was written.
+        waits: Whether that function waits for other ranks.
+        beat: Number of times the note has been written.
     """
 
     rank: int
@@ -76,13 +77,13 @@ class Note:
 
 
 class Watchdog:
-    """Notes this rank's progress, and ends the process when a rank hangs. To be made by the main thread.
+    """Records this rank's progress, and ends the process when a rank hangs. The main thread must create it.
 
-    With one rank there is nobody to wait for, and it does nothing.
+    With a single rank it does nothing.
 
     Args:
-        run: Has the run directory and the time that each phase may take without progress.
-        peers: Writes down who hangs.
+        run: Run directory, and time limit of each phase without progress.
+        peers: Reports the ranks that hang.
     """
 
     def __init__(self, run: RunConfig, peers: PeerWatch) -> None:
@@ -90,7 +91,7 @@ class Watchdog:
         self._directory = Path(run.dir) / _DIRECTORY
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._note = Note(rank(), socket.gethostname(), os.getpid(), run_lock.launch_id())
-        # Written by the main thread alone, and replaced as a whole: progress, phase, step.
+        # Only the main thread writes this tuple, and replaces it as a whole, so the watching thread needs no lock.
         self._progress, self._since = (0, "start", 0), time.monotonic()
         self._ended = threading.Event()
         self._main = threading.main_thread().ident
@@ -100,16 +101,16 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
-        """The main thread has come this far. Every rank calls it at the same points."""
+        """Record that the main thread has reached a phase. All ranks call it at the same points."""
         self._progress, self._since = (self._progress[0] + 1, phase, step), time.monotonic()
         self._peers.step = step
 
     def close(self) -> None:
-        """The run has ended."""
+        """Stop watching; the run has ended."""
         self._ended.set()
         if self._world_size > 1:
             self._path(rank()).unlink(missing_ok=True)
-            # The last one to leave takes the directory along.
+            # rmdir fails until the last rank has removed its note.
             with suppress(OSError):
                 self._directory.rmdir()
 
@@ -121,7 +122,7 @@ class Watchdog:
         while not self._ended.wait(self._interval):
             now = time.monotonic()
             if now - last > 5 * self._interval:
-                # This process itself was stopped (Ctrl-Z), which is not a hang.
+                # This process itself was suspended (Ctrl-Z), which is not a hang.
                 self._since += now - last
             last = now
             self._write()
@@ -134,17 +135,17 @@ class Watchdog:
         self._note = replace(
             self._note, progress=progress, phase=phase, step=step, where=where, waits=waits, beat=self._note.beat + 1
         )
-        # Not flushed to the disk: that may take long beside a save, and a note that is late is taken for a hang.
+        # No fsync: beside a save it may take long, and a late note looks like a hang.
         temporary = self._path(rank()).with_suffix(".tmp")
-        # A full disk or an absent file server must not end the run from here.
+        # A full disk or an unreachable file server must not end the run here.
         with suppress(OSError):
             temporary.write_text(json.dumps(asdict(self._note)) + "\n")
             temporary.replace(self._path(rank()))
 
     def _end_unless_it_goes_on(self) -> None:
-        """Say who is behind, once over all ranks, and leave."""
+        """Report the ranks that are behind, once over all ranks, and exit."""
         stuck, before = self._progress, self._notes()
-        # Time for every rank that lives to write again.
+        # Every live rank has time to write another note.
         for _ in range(5):
             time.sleep(self._interval)
             self._write()
@@ -164,12 +165,12 @@ class Watchdog:
                 f"(run.timeout_seconds={self._run.timeout_seconds:g})",
             )
         else:
-            # The report is another's, and must not come after the end of this one.
+            # Another rank reports. This one must not exit before the report is complete.
             time.sleep(5 * self._interval)
         leave_at_once()
 
     def _notes(self) -> dict[int, Note]:
-        """What the ranks of this launch have written last."""
+        """The latest notes of this launch's ranks."""
         found = {}
         for number in range(self._world_size):
             with suppress(OSError, ValueError, TypeError):
@@ -184,10 +185,10 @@ def _beats(before: dict[int, Note], note: Note) -> bool:
 
 
 def who_is_behind(before: dict[int, Note], after: dict[int, Note], world_size: int) -> dict[int, str]:
-    """The ranks that the others wait for, each with what is known of it, from their notes at two times.
+    """The ranks that block the others, with a description of each, from two successive sets of notes.
 
-    Those that do not write any more; else those that have come less far than others; else those that, unlike others,
-    are not waiting.
+    In order of precedence: ranks that no longer write notes; ranks with less progress than others; ranks that, unlike
+    others, are not waiting.
     """
     silent = {number: f"rank {number} has not started" for number in range(world_size) if number not in after}
     for number, note in after.items():
@@ -200,6 +201,7 @@ def who_is_behind(before: dict[int, Note], after: dict[int, Note], world_size: i
     if late:
         return late
     busy = _described(note for note in after.values() if not note.waits)
+    # If all ranks wait, nobody is known to be at fault.
     return busy if len(busy) < world_size else {}
 
 
@@ -220,7 +222,7 @@ def _innermost(frame: FrameType | None) -> tuple[str, bool]:
 
 
 def waits_for_others(files: list[str]) -> bool:
-    """Whether a stack, given by its files from the innermost out, is that of a rank that waits for others."""
-    # torch.distributed.checkpoint writes files: a rank that hangs there is the one that the others wait for.
+    """Whether a stack, given as its file names from innermost to outermost, waits for other ranks."""
+    # torch.distributed.checkpoint writes files: a rank that hangs there is the culprit, not a victim.
     within = ("/torch/distributed/" in file and "/torch/distributed/checkpoint/" not in file for file in files)
     return files[0].endswith(_WAITS_OF_MCORE) or any(within)

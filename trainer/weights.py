@@ -1,14 +1,14 @@
-"""Plain weights: a directory of safetensors files that runs of either engine are exported to and start from.
+"""Weights: a directory of safetensors files that runs of either engine start from and are exported to.
 
     weights/
-        model.safetensors    the parameters by the names that models.decoder.Decoder gives them; above a size several
-                             files, model-00001-of-00002.safetensors and so on, and model.safetensors.index.json
-        config.json          the model's section of the configuration, the rows of the embedding, the type
-        tokenizer.model      or tokenizer.json; where the run had one, with what came with it: special tokens, chat
-                             template, generation_config.json
+        model.safetensors    parameters by their names in models.decoder.Decoder; above a size limit several files,
+                             model-00001-of-00002.safetensors and so on, with model.safetensors.index.json
+        config.json          the model section of the configuration, the number of embedding rows, the dtype
+        tokenizer.model      or tokenizer.json, if the run had one, with its special tokens, chat template and
+                             generation_config.json
 
-Files, index and names of files are as Hugging Face has them. Pickles are not read. What can be said against weights
-from names and headers is said before torch is imported.
+File layout, index and file names follow Hugging Face. Pickles are never read. Names, shapes and dtypes are validated
+from the file headers, without importing torch.
 """
 
 import json
@@ -44,18 +44,19 @@ _MODEL_TYPE = "spiketrain"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TYPES = ("F64", "F32", "F16", "BF16")
-# By type in files and of parameters: the pairs that keep every value.
+# Lossless conversions: pairs of (dtype in the file, dtype of the parameter).
 _EXACT = {("F32", "float32"), ("F16", "float32"), ("BF16", "float32"), ("BF16", "bfloat16")}
-# They matter where parameters are drawn; the embedding's rows are compared as they are.
+# Only initialisation depends on these. vocab_size and vocab_multiple matter through the number of rows, which is
+# compared separately.
 _NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple")
-# The weights hold all experts, however these came to be, and whatever is kept of them in training.
+# The weights hold all experts, whether or not they were spawned and however their activations are kept in training.
 _NOT_COMPARED_OF_EXPERTS = ("spawn_step", "spawn_diversify", "recompute_above", "replicate_above")
 _NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, its shape, and its type as safetensors writes it, such as BF16."""
+    """A tensor's file, shape and dtype, the latter in safetensors' notation such as BF16."""
 
     file: Path
     shape: tuple[int, ...]
@@ -64,13 +65,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the files of a directory say of themselves, their tensors unread.
+    """The contents of a weights directory as its headers describe them; no tensor data is read.
 
     Attributes:
         path: The directory.
-        model: The shape of the model.
-        vocab_size: Rows of its embedding.
-        tensors: By the names of the model's parameters.
+        model: Configuration of the model.
+        vocab_size: Rows of the embedding.
+        tensors: Stored tensors by parameter name.
     """
 
     path: Path
@@ -83,7 +84,7 @@ def open_weights(path: str | Path) -> Weights:
     """Read config.json and the headers of a directory of weights.
 
     Raises:
-        ConfigError: there is none, or its files are not what they should be.
+        ConfigError: the directory does not exist, or its files are invalid.
     """
     path = Path(path)
     if not path.is_dir():
@@ -94,10 +95,10 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, int]:
-    """The shape of the model in a directory of weights, and the rows of its embedding, from config.json.
+    """Read the model configuration and the number of embedding rows from config.json.
 
     Raises:
-        ConfigError: it has neither.
+        ConfigError: config.json has neither.
     """
     config = read_json(path / CONFIG_NAME)
     if isinstance(config.get("model"), dict) and isinstance(config.get("vocab_size"), int):
@@ -113,10 +114,10 @@ def _read_config(path: Path) -> tuple[ModelConfig, int]:
 
 
 def read_headers(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of the safetensors files of a directory, by name.
+    """Read the headers of all safetensors files in a directory: tensors by name.
 
     Raises:
-        ConfigError: there are none, or they are not whole.
+        ConfigError: there are no such files, or they are incomplete.
     """
     tensors: dict[str, StoredTensor] = {}
     for file, names in _files(path).items():
@@ -126,7 +127,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
                 f"{path / _INDEX} and {file.name} differ in {listed(names ^ found.keys())}; get both from one place"
             )
         tensors |= found
-    # Which of them is read is otherwise a matter of the program.
+    # Both a single file and an index: programs disagree on which of them they read.
     if (path / _WHOLE).is_file() and all(tensor.file.name != _WHOLE for tensor in tensors.values()):
         raise ConfigError(
             f"{path} holds both {_WHOLE} and {_INDEX}, which names other files; keep the one that is meant"
@@ -135,13 +136,14 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
 
 
 def _files(path: Path) -> dict[Path, set[str] | None]:
-    """The files with the tensors that the index says they hold; None without an index."""
+    """Files mapped to the tensor names that the index assigns to them; None without an index."""
     if (path / _INDEX).is_file():
         files: dict[Path, set[str] | None] = {}
         weight_map = read_json(path / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"{path / _INDEX} has no weight_map; write the weights again")
         for name, file in weight_map.items():
+            # Plain file names only: an index must not reach outside its directory.
             if Path(str(file)).name != file:
                 raise ConfigError(f"{path / _INDEX} names {file!r}; it may only name files beside it")
             names = files.setdefault(path / file, set())
@@ -156,10 +158,10 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file is missing or is not a JSON object.
     """
     try:
         return read_object(path, "write the weights again", _without_repeats)
@@ -169,6 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
+    # json.loads silently keeps the last of repeated keys.
     if len(values) < len(pairs):
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         raise ValueError(f"{listed(repeated)} is given twice")
@@ -177,7 +180,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
-        # The framework is that of tensors, of which none is read here.
+        # No tensor is read here, so the framework does not matter; numpy avoids importing torch.
         with safe_open(file, framework="np") as opened:
             names = opened.keys()
             slices = {name: opened.get_slice(name) for name in names}
@@ -192,15 +195,15 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def check(config: PretrainConfig) -> None:
-    """Hold the weights that a run is to start from against its configuration, as far as that needs no torch.
+    """Check the initial weights of a run against its configuration, as far as possible without torch.
 
     Raises:
-        ConfigError: they cannot be read, or are of another model.
+        ConfigError: the weights cannot be read, or belong to a different model.
     """
     if config.checkpoint.init is None or not starts_anew(config):
         return
     weights = open_weights(config.checkpoint.init)
-    # Sections that either has no layer for mean nothing to it.
+    # A mixer's section matters only if both models have layers that use it.
     read = _sections(weights.model) & _sections(config.model)
     differing = differences(_compared(weights.model, read), _compared(config.model, read))
     if differing:
@@ -214,10 +217,10 @@ def check(config: PretrainConfig) -> None:
 
 
 def check_tensors(config: PretrainConfig) -> None:
-    """Hold names and shapes of the tensors against the model's parameters. Imports torch, if there are weights at all.
+    """Check the names and shapes of the initial weights against the model's parameters. Imports torch if there are any.
 
     Raises:
-        ConfigError: tensors are missing, too many, or of another shape.
+        ConfigError: tensors are missing, unexpected or of the wrong shape.
     """
     if config.checkpoint.init is None or not starts_anew(config):
         return
@@ -228,16 +231,17 @@ def check_tensors(config: PretrainConfig) -> None:
 
 
 def check_trainable(config: PretrainConfig) -> None:
-    """Hold the patterns of train.trainable against the names of the model's parameters. May import torch.
+    """Check that every pattern of train.trainable matches a parameter name. May import torch.
 
     Raises:
-        ConfigError: a pattern matches none.
+        ConfigError: a pattern matches no parameter, or frozen experts are to be spawned.
     """
     if trained_in_any(config) == ["*"]:
         return
     from models.decoder import shapes
     from models.parameters import matches
 
+    # Names do not depend on the vocabulary: one row is enough.
     names = [name for name, _ in shapes(config.model, 1).named_parameters()]
     for phase in expand(config):
         for pattern in phase.config.train.trainable:
@@ -257,10 +261,10 @@ def check_trainable(config: PretrainConfig) -> None:
 def require_tensors(
     path: Path, tensors: dict[str, StoredTensor], model: "Decoder", name_of: Callable[[str], str] = str
 ) -> None:
-    """Hold the tensors of a directory against a model's parameters: there must be one under `name_of` each name.
+    """Check the stored tensors against a model's parameters: one tensor is needed under `name_of` each parameter name.
 
     Raises:
-        ConfigError: tensors are missing, too many, or of another shape.
+        ConfigError: tensors are missing, unexpected or of the wrong shape.
     """
     expected = {name_of(name): tuple(tensor.shape) for name, tensor in _kept(model).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -277,19 +281,20 @@ def require_tensors(
 
 
 def check_vocabulary(config: PretrainConfig, vocab_size: int) -> None:
-    """Hold the rows of the weights' embedding against those of the run's.
+    """Check that the weights' embedding has as many rows as the run's.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: the numbers of rows differ.
     """
     if config.checkpoint.init is not None and starts_anew(config):
         _require_rows(open_weights(config.checkpoint.init), vocab_size)
 
 
 def start(model: "Decoder", init: str | None, seed: int, resumes: bool = False) -> None:
-    """Give this rank's shard of a model, or of a stage of one, the values that it begins with.
+    """Initialise this rank's shard of a model or pipeline stage.
 
-    They are read from the weights `init`, or drawn from `seed`; where a checkpoint is to be loaded, neither.
+    Values are read from the weights `init`, or else drawn from `seed`. If a checkpoint will be loaded (`resumes`),
+    neither happens.
     """
     from models.decoder import initialize, seed_routers
 
@@ -298,14 +303,15 @@ def start(model: "Decoder", init: str | None, seed: int, resumes: bool = False) 
         return
     if init is not None and not resumes:
         fill(model, open_weights(init))
+    # The routers' noise depends on the seed, which neither weights nor checkpoints hold.
     seed_routers(model, seed)
 
 
 def arguments_from(path: str | Path) -> list[str]:
-    """The options that start a run from weights: their model section, their tokenizer, and themselves.
+    """The options that start a run from weights: model section, tokenizer and `checkpoint.init`.
 
     Raises:
-        ConfigError: there are none, or their files are not what they should be.
+        ConfigError: the directory does not exist, or its files are invalid.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -320,9 +326,9 @@ def arguments_from(path: str | Path) -> list[str]:
 
 
 def expand_init(arguments: Sequence[str]) -> list[str]:
-    """A command line with `--init DIR` written out, and `--model DIR/config.json` as the model section of weights.
+    """Expand `--init DIR`, and `--model DIR/config.json` of a weights directory, into the options they stand for.
 
-    They stand where they stood: options after them override what they say.
+    The expansion keeps its place on the command line, so later options override it.
 
     Raises:
         ConfigError: see `arguments_from`.
@@ -342,20 +348,21 @@ def expand_init(arguments: Sequence[str]) -> list[str]:
 
 
 def _model_section(value: str) -> str:
-    """The value of --model: of the config.json of weights their section, else as it is."""
+    """Resolve the value of --model: for config.json of a weights directory its model section, else the value itself."""
     value = os.path.expanduser(value)
-    # Not by pathlib: a section can also be written out, longer than a name may be.
+    # Not pathlib: the value may be an inline section, which can exceed the length limit of file names.
     if os.path.basename(value) != CONFIG_NAME or not os.path.isfile(value):
         return value
     return json.dumps(asdict(_read_config(Path(value).parent)[0])) if "model_type" in read_json(Path(value)) else value
 
 
 def fill(model: "Decoder", weights: Weights) -> None:
-    """Read what this rank has of a model or stage into its own types, and no more than that."""
+    """Read this rank's shards of a model or stage, and nothing else, converting to the parameters' dtypes."""
     from models.parameters import declared
 
     parts: dict[str, tuple[slice, ...]] = {}
     for name, row in declared(model).items():
+        # Parameters without a sharded axis, or in a group of one rank, are read whole.
         axis, rank, ranks = row.place(model.groups)
         if axis is not None and ranks > 1:
             size = row.tensor.shape[axis]
@@ -364,7 +371,7 @@ def fill(model: "Decoder", weights: Weights) -> None:
 
 
 def _kept(model: "Decoder") -> dict[str, "Tensor"]:
-    """What weights hold of a model: its parameters, and what its routers have counted."""
+    """The tensors that weights hold: parameters, and buffers such as the routers' counters."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
@@ -374,8 +381,9 @@ def read_tensors(
     name_of: Callable[[str], str] = str,
     parts: Mapping[str, tuple[slice, ...]] | None = None,
 ) -> None:
-    """Fill tensors from those that are stored under `name_of` their names, or from the `parts` of them, one by one."""
+    """Fill tensors one at a time from those stored under `name_of` their names, or from the slices in `parts`."""
     parts = parts or {}
+    # Opens each file once. Tensors are read one by one, so memory holds at most one beyond `into`.
     for file in {stored[name_of(name)].file for name in into}:
         with safe_open(file, framework="pt") as opened:
             for name, tensor in into.items():
@@ -384,19 +392,20 @@ def read_tensors(
                     part = parts.get(name)
                     read = opened.get_tensor(stored_name) if part is None else opened.get_slice(stored_name)[part]
                     tensor.copy_(read)
+                    # Only float64 exceeds the range of float32 and bfloat16.
                     if stored[name_of(name)].dtype == "F64" and not read.isfinite().equal(tensor.isfinite()):
                         raise ConfigError(f"{file}: {name_of(name)} has values beyond the range of {tensor.dtype}")
 
 
 def read_tensor(name: str, stored: StoredTensor) -> "Tensor":
-    """One tensor, as it is stored."""
+    """Read one tensor in its stored dtype."""
     with safe_open(stored.file, framework="pt") as opened:
         tensor: Tensor = opened.get_tensor(name)
     return tensor
 
 
 def read_parts(name: str, stored: StoredTensor, rows: int = 4096) -> Iterator["Tensor"]:
-    """One tensor, as it is stored, some rows at a time."""
+    """Read one tensor in its stored dtype, `rows` rows at a time."""
     with safe_open(stored.file, framework="pt") as opened:
         part = opened.get_slice(name)
         for start in range(0, stored.shape[0], rows):
@@ -404,7 +413,7 @@ def read_parts(name: str, stored: StoredTensor, rows: int = 4096) -> Iterator["T
 
 
 def conversions(stored: Iterable[StoredTensor], dtype: str) -> list[str]:
-    """What becomes of tensors whose type in files is not that of the parameters, float32 or bfloat16."""
+    """Describe the dtype conversions from files to parameters (float32 or bfloat16), and whether they are exact."""
     counts = Counter(tensor.dtype for tensor in stored)
     lossy = {kind: "exactly" if (kind, dtype) in _EXACT else "rounded" for kind in counts}
     own = {"float32": "F32", "bfloat16": "BF16"}[dtype]
@@ -423,27 +432,27 @@ def write(
     name_of: Callable[[str], str] = str,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a directory of weights, holding no more in memory than one file of it.
+    """Write a weights directory, holding at most one of its files in memory.
 
     Args:
-        output: The directory: it is empty or is not there, and only appears whole.
-        model: Shapes and types of the parameters, on the meta device.
-        read: Fills empty tensors, which it is given by name.
-        tokenizer: A directory whose tokenizer is copied, with its special tokens, chat template and so on.
-        max_file_bytes: More are put into several files; a parameter is never cut.
-        report: Told of every file.
-        config: What config.json holds, in place of what `open_weights` reads.
-        name_of: Gives the name of a parameter in the files.
-        files: Others to write, by name, in place of the tokenizer's of those names.
+        output: The directory. It must be empty or absent, and appears only once it is complete.
+        model: Shapes and dtypes of the parameters, on the meta device.
+        read: Fills the empty tensors passed to it, by name.
+        tokenizer: Directory whose tokenizer is copied, with special tokens, chat template and so on.
+        max_file_bytes: Size above which several files are written; a parameter is never split.
+        report: Called with a line per file.
+        config: Content of config.json in place of our own, which `open_weights` reads.
+        name_of: Maps a parameter's name to its name in the files.
+        files: Further files by name; they replace the tokenizer's files of the same names.
 
     Raises:
-        ConfigError: the disk is full, the directory cannot be written, or something appeared there meanwhile.
+        ConfigError: the disk is full, the directory is not writable, or something was written there meanwhile.
     """
-    # `.` and `x/..` have no name to write beside.
+    # `.` and `x/..` have no final component to put a sibling beside.
     output = output.resolve()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own, for another process may write there, too.
+        # A random suffix, because another process may be writing to the same output.
         unfinished = output.with_name(f".saving_{output.name}.{secrets.token_hex(4)}")
         unfinished.mkdir()
     except OSError as error:
@@ -457,14 +466,14 @@ def write(
         _copy_tokenizer(tokenizer, unfinished, files or {})
         for path in (*unfinished.rglob("*"), unfinished):
             flush_to_disk(path)
-        # Refused by the system where the directory is not empty.
+        # rename(2) fails if the target is a non-empty directory.
         unfinished.rename(output)
     except OSError as error:
         reason = "something else was written there meanwhile" if _is_taken(output) else error.strerror or str(error)
         raise ConfigError(f"output: {output} cannot be written ({reason}); name another") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    # They are there; that their name is on the disk, too, cannot be had of a directory that may not be read.
+    # The files are durable. Flushing the parent makes the name durable too, but is impossible if it is unreadable.
     with suppress(OSError):
         flush_to_disk(output.parent)
 
@@ -481,7 +490,7 @@ def _write_tensors(
     report: Callable[[str], None],
     name_of: Callable[[str], str],
 ) -> None:
-    """Write the parameters, and the index of several files."""
+    """Write the parameters, and an index if there are several files."""
     import torch
     from safetensors.torch import save_file
 
@@ -495,6 +504,7 @@ def _write_tensors(
         named = {name_of(name): tensor for name, tensor in tensors.items()}
         try:
             save_file(named, folder / file, metadata={"format": "pt"})
+        # safetensors raises its own error for a full disk.
         except SafetensorError as error:
             raise OSError(str(error)) from error
         weight_map |= dict.fromkeys(named, file)
@@ -506,7 +516,7 @@ def _write_tensors(
 
 
 def _facts(model: "Decoder") -> dict[str, Any]:
-    """What `open_weights` reads."""
+    """Our own config.json, which `open_weights` reads."""
     embedding = _kept(model)["embedding.weight"]
     return {
         "model_type": _MODEL_TYPE,
@@ -517,7 +527,7 @@ def _facts(model: "Decoder") -> dict[str, Any]:
 
 
 def _copy_tokenizer(source: Path | None, folder: Path, instead: Mapping[str, bytes]) -> None:
-    """Copy a tokenizer with what belongs to it, and write the files that stand in place of its own, or beside them."""
+    """Copy a tokenizer's files, then write `instead`, which replaces files of the same names or adds new ones."""
     from trainer.data.tokenizer import tokenizer_files
 
     files = {path.relative_to(source): path for path in tokenizer_files(source)} if source is not None else {}
@@ -530,7 +540,7 @@ def _copy_tokenizer(source: Path | None, folder: Path, instead: Mapping[str, byt
 
 
 def _shards(sizes: dict[str, int], most: float) -> list[list[str]]:
-    """Names in their order, in groups of `most` bytes or fewer; what is larger alone is a group."""
+    """Group names, in order, into files of at most `most` bytes; a larger tensor gets a file to itself."""
     groups: list[list[str]] = []
     room = 0.0
     for name, size in sizes.items():
@@ -551,7 +561,7 @@ def _sections(model: ModelConfig) -> set[str | None]:
 
 
 def _compared(model: ModelConfig, read: set[str | None]) -> dict[str, Any]:
-    """The keys that give parameters their meaning, of mixers those in the sections `read`."""
+    """The keys that define the parameters' meaning; of the mixers' sections only those in `read`."""
     unread = {mixer.section for mixer in MIXERS.values()} - read
     values = {name: value for name, value in asdict(model).items() if name not in (*_NOT_COMPARED, *unread)}
     values["moe"] = {name: value for name, value in values["moe"].items() if name not in _NOT_COMPARED_OF_EXPERTS}
@@ -559,7 +569,7 @@ def _compared(model: ModelConfig, read: set[str | None]) -> dict[str, Any]:
 
 
 def _vocab_size_of_data(config: PretrainConfig) -> int | None:
-    """Token ids of prepared data, where that is known before anything is read."""
+    """Vocabulary size of prepared data; None if only the tokenizer or the built-in corpus would tell."""
     data = config.data
     paths = data.shares()
     return None if data.tokenizer is not None or "stdlib" in paths else find_corpora(paths).vocab_size
@@ -574,7 +584,7 @@ def _require_rows(weights: Weights, rows: int) -> None:
 
 
 def listed(names: Any) -> str:
-    """The first names, and how many more there are."""
+    """The first few names, and how many more there are."""
     shown = sorted(names)[:_NAMES_SHOWN]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

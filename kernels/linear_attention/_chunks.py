@@ -1,10 +1,10 @@
-"""How sequences are laid out for the chunked kernels.
+"""Layout of sequences for the chunked kernels.
 
-All chunks of all sequences (the rows of a batch, or the documents packed into one) become one batch axis `N`,
-so that the work inside the chunks is a few batched matrix products. Chunks are ordered by their position in the
-sequence first and by sequence second, sequences from the longest to the shortest: the chunks at position j are then
-one contiguous slice, whose r-th element continues the r-th sequence, and the scan over positions carries
-`state[:count]` forward with no indexing. A thousand short documents cost as few steps as one of them.
+All chunks of all sequences (rows of a batch, or documents packed into one row) form one batch axis `N`, so that the
+work inside chunks is a few batched matrix products. Chunks are ordered first by their position in the sequence, then by
+sequence, longest sequence first. The chunks at position j are thus one contiguous slice whose r-th element continues
+the r-th sequence, and the scan over positions carries `state[:count]` forward without indexing. A thousand short
+documents take as many steps as one of them.
 """
 
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ from kernels.shapes import block_limit
 
 CHUNK = 64  # measured: 32 and 128 are slower at K = V = 64 and 128, for 8 x 512 and 1 x 4096 tokens
 SMALLEST_CHUNK = 16
-# Of one tensor in a segment (see `segments`). Measured on a Zen 5 with 1 MiB of second-level cache a core.
+# Elements of one tensor in a segment (see `segments`), measured on a Zen 5 with 1 MiB of L2 cache per core.
 _SEGMENT_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkIndex:
-    """Where the tokens of sequences that are not a whole number of chunks lie.
+    """Token positions for sequences that do not consist of the same number of whole chunks.
 
-    `token_of_slot` `[N, C]` holds the token in each slot of each chunk, 0 where `padding` `[N, C]` says that there is
-    none. `slots` and `tokens` `[T]` are the pairs of flat slot and token without the padding, by slot; those of chunk n
-    begin at `starts[n]`.
+    `token_of_slot` `[N, C]` is the token in each slot of each chunk, and 0 where `padding` `[N, C]` marks an empty
+    slot. `slots` and `tokens` `[T]` are the pairs of flat slot and token without padding, ordered by slot; those of
+    chunk n begin at `starts[n]`.
     """
 
     token_of_slot: Tensor
@@ -41,11 +41,12 @@ class ChunkIndex:
 
 @dataclass(frozen=True, eq=False)
 class ChunkLayout:
-    """Where each token of `[B, T]` lies among chunks of `chunk` tokens: all of them, or those of a `segment`.
+    """Maps the tokens of `[B, T]` to chunks of `chunk` tokens: to all chunks, or to those of a `segment`.
 
-    `spans` holds (first chunk, count) of each chunk position, `first_position` and `first_chunk` what a segment leaves
-    out before it. `order` lists the sequences from longest to shortest, or is None when they are in order already.
-    `index` is None when every sequence is the same whole number of chunks: the layout is then a transposition.
+    `spans` holds (first chunk, count) for each chunk position. `first_position` and `first_chunk` are the offsets of a
+    segment. `order` lists the sequences from longest to shortest, and is None if they are already in that order.
+    `index` is None if all sequences consist of the same number of whole chunks, in which case the layout is a
+    transposition.
     """
 
     num_sequences: int
@@ -58,15 +59,15 @@ class ChunkLayout:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of all sequences."""
+        """Number of chunks of all sequences."""
         first, count = self.spans[-1]
         return first + count
 
     def segments(self, elements: int, on_cpu: bool) -> list["ChunkLayout"]:
-        """Consecutive chunk positions, each with as many as the CPU's cache holds; one segment on other devices.
+        """Split into runs of consecutive chunk positions that fit into the CPU's cache; one segment on other devices.
 
-        `elements` are those of a chunk's tensors over all heads. What is computed of a segment is used, and its memory
-        free again, before the next one begins.
+        `elements` is the size of a chunk's tensors over all heads. A segment's temporaries are used and freed before
+        the next segment begins.
         """
         if not on_cpu:
             return [self]
@@ -83,7 +84,7 @@ class ChunkLayout:
         return segments
 
     def pack(self, x: Tensor, heads: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """`x` `[B, T, H', D]` as `[N * heads, C, D]`, in `out` if given: heads repeated to `heads`, padding zero."""
+        """Pack `x` `[B, T, H', D]` to `[N * heads, C, D]`, into `out` if given: repeats heads, pads with zeros."""
         own_heads, dim = x.shape[2:]
         count = self.num_chunks
         packed = x.new_empty(count * heads, self.chunk, dim, dtype=dtype) if out is None else out
@@ -102,10 +103,11 @@ class ChunkLayout:
         return packed
 
     def unpack(self, packed: Tensor, x: Tensor) -> Tensor:
-        """The inverse of `pack` and its transpose: `[N * H, C, D]` into `x` `[B, T, H', D]`, repeated heads summed."""
+        """Transpose of `pack`: `[N * H, C, D]` into `x` `[B, T, H', D]`, summing repeated heads."""
         own_heads, dim = x.shape[2:]
         count = self.num_chunks
         packed = packed.reshape(count, own_heads, -1, self.chunk, dim)
+        # Without repeated heads the sum would only cost a copy.
         packed = packed.sum(2) if packed.shape[2] > 1 else packed[:, :, 0]
         if self.index is None:
             end = self.first_position + len(self.spans)
@@ -120,24 +122,26 @@ class ChunkLayout:
         return x
 
     def sort_state(self, state: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A fresh copy of `state` `[B, H, K, V]` in the layout's order and `like`'s dtype; zeros for None."""
+        """A fresh copy of `state` `[B, H, K, V]` in the layout's order and `like`'s dtype; zeros if it is None."""
         if state is None:
             return like.new_zeros(shape)
+        # Always a copy, because the caller advances the state in place.
         state = state.to(like.dtype, copy=True)
         return state.contiguous() if self.order is None else state[self.order]
 
     def unsort_state(self, state: Tensor) -> Tensor:
-        """The inverse of `sort_state`'s ordering."""
+        """Undo the reordering of `sort_state`."""
         if self.order is None:
             return state
         return torch.empty_like(state).index_copy_(0, self.order, state)
 
 
 def chunk_layout(bounds: tuple[int, ...], device: torch.device) -> ChunkLayout:
-    """The layout of the sequences between `bounds` (see `Documents`, which keep it: `made(chunk_layout, device)`)."""
+    """Lay out the sequences between `bounds`. Cached by `Documents`: call `documents.made(chunk_layout, device)`."""
     lengths = [end - start for start, end in pairwise(bounds)]
     longest = max(lengths)
     chunk = CHUNK
+    # Short sequences would mostly be padding in long chunks.
     while chunk > SMALLEST_CHUNK and chunk // 2 >= longest:
         chunk //= 2
     order = sorted(range(len(lengths)), key=lambda sequence: -lengths[sequence])
@@ -148,6 +152,7 @@ def chunk_layout(bounds: tuple[int, ...], device: torch.device) -> ChunkLayout:
         first += count
     in_order = order == list(range(len(order)))
     order_index = None if in_order else to_device(torch.tensor(order), device)
+    # Equal whole chunks need no index tensors.
     if min(lengths) == longest and longest % chunk == 0:
         return ChunkLayout(len(lengths), chunk, tuple(spans), order_index, None)
 

@@ -1,8 +1,9 @@
 """Products of decays within a chunk, and scores under them: one decay per head, or one per key channel.
 
-Between token j and a later token i of a chunk lies the product of the decays of j + 1 … i. `decay_levels` makes all
-of them from products of numbers <= 1. With one decay per head they are a matrix that scores are multiplied by; with one
-per channel they stand inside the sum over channels, and a score is a product at the one level where its tokens meet.
+The decay between token j and a later token i of a chunk is the product of the decays of j + 1 … i. `decay_levels`
+computes all of them from products of numbers <= 1. With one decay per head they form a matrix that multiplies the
+scores. With one per channel they are inside the sum over channels, and each score is computed at the one level where
+its two tokens meet.
 """
 
 from collections.abc import Iterator
@@ -14,24 +15,24 @@ from torch import Tensor
 from kernels.matmul import through_mkl
 from kernels.shapes import block_limit
 
-# Elements per tensor and block of chunks on the CPU. Measured on a Zen 5 with 1 MiB of second-level cache a core.
+# Elements per tensor and block of chunks on the CPU, measured on a Zen 5 with 1 MiB of L2 cache per core.
 _BLOCK_ELEMENTS = 1 << 18
-# Up to this size of the products in a batch of them MKL is faster than oneDNN, up to five times at a size of 1.
+# For batched products up to this size MKL is faster than oneDNN, up to five times at size 1.
 _TINY = 16
 
 
 def decay_levels(until: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Turns decays `[G, C, K]` of single steps into decays over a chunk, by doubling; yields every level on the way.
+    """Turn single-step decays `[G, C, K]` into decays over a chunk by doubling; yields every level.
 
-    Level m cuts the chunk into blocks of 2m tokens, each split in the middle, and yields (m, rows, columns), both
-    `[G, C/2m, m, K]`: `rows` is the decay from the split to a token of the right half (inclusive), `columns` from a
+    Level m divides the chunk into blocks of 2m tokens, each split in the middle, and yields (m, rows, columns), both
+    `[G, C/2m, m, K]`. `rows` is the decay from the split to a token of the right half (inclusive), `columns` from a
     token of the left half (exclusive) to the split. rows * columns is the decay between the two, and each pair of
-    tokens of a chunk meets at exactly one level. Everything is a product of numbers <= 1: no overflow at any decay
-    and, unlike exp of a difference of cumulative sums, no loss of precision after a strong decay.
+    tokens of a chunk meets at exactly one level. All factors are <= 1, so no decay can overflow and, unlike exp of a
+    difference of cumulative sums, no precision is lost after a strong decay.
 
-    On entry `until` holds the decays and `after` ones; both change in place, so use a level before the next is made.
-    On exit `until` is the decay from the chunk's start to each token (inclusive), `after` from each (exclusive) to the
-    chunk's end.
+    On entry `until` holds the decays and `after` ones. Both change in place, so a level must be used before the next
+    one is requested. On exit `until` is the decay from the chunk's start to each token (inclusive), and `after` from
+    each token (exclusive) to the chunk's end.
     """
     groups, chunk, dim = until.shape
     half = 1
@@ -45,18 +46,19 @@ def decay_levels(until: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Te
 
 
 def level_blocks(matrix: Tensor, half: int) -> Tensor:
-    """The entries (row in a block's right half, column in its left half) of `[…, C, C]`: a view `[…, C/2m, m, m]`."""
+    """Entries of `[…, C, C]` with row in a block's right half and column in its left half: a view `[…, C/2m, m, m]`."""
     blocks = matrix.shape[-1] // (2 * half)
     right_left = matrix.unflatten(-1, (blocks, 2, half)).unflatten(-4, (blocks, 2, half))[..., 1, :, :, 0, :]
     return right_left.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def sum_over_spans(d_until: Tensor, d_after: Tensor) -> Tensor:
-    """Gradient of the log decays `[G, C, K]` from those of the log decays over spans within the chunk.
+    """Gradient of the log decays `[G, C, K]` from the gradients of log decays over spans within the chunk.
 
-    `d_until` belongs to the decay from the chunk's start to each token (inclusive), which contains the token's own and
-    all before it; `d_after` to that from each token (exclusive) to the end. A token's sum must leave out its own
-    `d_after`, not add and subtract it: under strong decay that is larger than the result by many orders of magnitude.
+    `d_until` belongs to the decay from the chunk's start to each token (inclusive), which contains the token's own
+    decay and all earlier ones; `d_after` to the decay from each token (exclusive) to the end. A token's sum must
+    exclude its own `d_after` instead of adding and subtracting it: under strong decay it exceeds the result by orders
+    of magnitude.
     """
     total = d_until.sum(1, keepdim=True)
     before = torch.sub(d_until, d_after).cumsum(1)
@@ -64,7 +66,7 @@ def sum_over_spans(d_until: Tensor, d_after: Tensor) -> Tensor:
 
 
 def pairwise_decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Step decays `[G, C, 1]` to Gamma `[G, C, C]` (zero above the diagonal), P and R `[G, C, 1]`; changes `decay`."""
+    """Gamma `[G, C, C]` (zero above the diagonal), P and R `[G, C, 1]` of step decays `[G, C, 1]`; overwrites them."""
     gamma = torch.diag_embed(torch.ones_like(decay[..., 0]))
     after = torch.ones_like(decay)
     for half, rows, columns in decay_levels(decay, after):
@@ -73,15 +75,15 @@ def pairwise_decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def block_groups(x_GCK: Tensor) -> int:
-    """Chunks whose temporaries fit the CPU's cache together; all of them where there is none to keep them in."""
+    """Number of chunks whose temporaries fit into the CPU's cache together; all chunks on other devices."""
     return max(1, block_limit(_BLOCK_ELEMENTS) // x_GCK[0].numel()) if x_GCK.is_cpu else len(x_GCK)
 
 
 def channel_scores(rows: Tensor, columns: Tensor, until: Tensor, after: Tensor, scores: Tensor) -> None:
-    """Write sum_c x_ic columns_jc decay_c(j -> i), for j < i, of each x `[G, C, K]` in `rows` `[G, R, C, K]`.
+    """Write sum_c x_ic columns_jc decay_c(j -> i) for j < i, for each x `[G, C, K]` in `rows` `[G, R, C, K]`.
 
-    `scores` is `[G, R, C, C]`; its other entries stay. Takes `until` and `after` as `decay_levels` does, and leaves
-    them as P and R.
+    `scores` is `[G, R, C, C]`; its other entries are unchanged. Takes `until` and `after` as `decay_levels` does, and
+    leaves them as P and R.
     """
     for half, row_decay, column_decay in decay_levels(until, after):
         left, right = _level_factors(rows, columns, half, row_decay, column_decay)
@@ -98,7 +100,7 @@ def channel_scores_backward(
     d_rows: Tensor,
     d_columns: Tensor,
 ) -> None:
-    """Write the gradients of `rows` and `columns` through `channel_scores`. Leaves `until` and `after` as P and R."""
+    """Write the gradients of `rows` and `columns` of `channel_scores`. Leaves `until` and `after` as P and R."""
     d_rows.zero_()
     d_columns.zero_()
     for half, row_decay, column_decay in decay_levels(until, after):
@@ -113,22 +115,22 @@ def channel_scores_backward(
 def _level_factors(
     rows: Tensor, columns: Tensor, half: int, row_decay: Tensor, column_decay: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Columns and rows on their two sides of the level's splits, decayed to there: `[X, m, K]` and `[X, R * m, K]`."""
+    """The two sides of a level's splits, decayed to the split: columns `[X, m, K]` and rows `[X, R * m, K]`."""
     groups, kinds, _, dim = rows.shape
     left = (_halves(columns, half)[..., 0, :, :] * column_decay).view(-1, half, dim)
-    # One product for all kinds of rows.
+    # A single product for all R kinds of rows.
     right = rows.new_empty(groups, row_decay.shape[1], kinds, half, dim)
     torch.mul(_halves(rows, half)[..., 1, :, :].transpose(1, 2), row_decay[:, :, None], out=right)
     return left, right.view(-1, kinds * half, dim)
 
 
 def _halves(x: Tensor, half: int) -> Tensor:
-    """`[…, C, K]` as `[…, C/2m, 2, m, K]`."""
+    """View `[…, C, K]` as `[…, C/2m, 2, m, K]`."""
     return x.unflatten(-2, (-1, 2, half))
 
 
 def _small_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a `[X, M, N]` @ b `[X, N, K]`; sums of few products torch.bmm's CPU loop adds up to ten times slower."""
+    """Batched a `[X, M, N]` @ b `[X, N, K]`; N <= 2 avoids torch.bmm's CPU loop, which is up to ten times slower."""
     terms = a.shape[-1]
     if terms > 2:
         with through_mkl() if min(terms, a.shape[1], b.shape[2]) <= _TINY else nullcontext():

@@ -1,12 +1,14 @@
-"""Sequences cut over the ranks of a process group: each rank holds consecutive tokens and passes on a state.
+"""Context parallelism for recurrences: each rank holds consecutive tokens and passes on a state.
 
-What a rank does to the state that enters it is affine: S_out = M S_in + C, where C is what its own tokens leave behind
-and M what they do to what was there: the product of their decays, a diagonal, or for the delta rules a K x K matrix.
-All ranks gather every (M, C) at once (LASP-2, arXiv 2502.07563), each folds those before it into its S_in, and then
-runs on its own tokens as on a sequence that begins with S_in. What travels has the size of states, whatever the length.
+A rank's effect on its incoming state is affine: S_out = M S_in + C. C is the contribution of the rank's own tokens, and
+M the transition of the incoming state: the product of the rank's decays (a diagonal), or a K x K matrix for the delta
+rules. All ranks gather all (M, C) at once (LASP-2, arXiv 2502.07563), each folds those of earlier ranks into its S_in,
+and then processes its own tokens as a sequence with initial state S_in. The messages have the size of states,
+independent of the sequence length.
 
-With packed documents the shards are cut from one row, wherever its documents end: only the first piece of a rank can
-have begun elsewhere, and only its last can go on. A piece that began here owes nothing to S_in: its M is zero.
+With packed documents, shards are cut from one row regardless of document bounds: only the first piece of a rank can
+continue an earlier rank's document, and only its last piece can continue on a later rank. A piece that begins on this
+rank does not depend on S_in: its M is zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +23,13 @@ from torch import Tensor
 from kernels.autograd import once_differentiable
 from kernels.documents import Documents, sequences_in, to_device
 
-# What a piece's tokens [B, T, ...] do to a state: (M, C), M a factor of C's shape or a matrix in front of it.
+# Maps a piece's tokens [B, T, ...] to (M, C). M is an elementwise factor broadcastable to C, or a matrix applied from
+# the left.
 Summarize = Callable[..., tuple[Tensor, Tensor]]
 
 
 class _AllGather(torch.autograd.Function):
-    """Every rank's tensor, `[world, ...]`; backward adds up what all ranks want of this one's."""
+    """All-gather to `[world, ...]`; backward sums the gradients that all ranks have for this rank's tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -46,16 +49,16 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's `x` of one shape, `[world, ...]`, differentiable; the loss is the sum of the ranks' losses."""
+    """Differentiable all-gather of same-shaped `x` to `[world, ...]`; the loss is the sum of the ranks' losses."""
     return _AllGather.apply(x, group)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a row of documents that this rank holds.
+    """One rank's shard of a row of documents.
 
-    `pieces` are the local ones, `numbers` holds the number of each one's document among all `num_documents`.
-    The first piece began on an earlier rank if `continues`; the last goes on to a later one if `leaves`.
+    `pieces` are the local document pieces, and `numbers` the index of each piece's document among all `num_documents`.
+    If `continues`, the first piece began on an earlier rank. If `leaves`, the last piece continues on a later rank.
     """
 
     pieces: Documents
@@ -66,7 +69,7 @@ class Shard:
 
 
 def cut_documents(documents: Documents, batch: int, time: int, group: dist.ProcessGroup) -> Shard:
-    """The shard of this rank, which holds `time` tokens as every rank does; ValueError if the documents do not fit."""
+    """The shard of this rank, where every rank holds `time` tokens; ValueError if the documents do not fit."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     return sequences_in(batch, time * world, documents).made(_cut, time, rank)
 
@@ -87,20 +90,21 @@ def run_sharded(
     output_final_state: bool,
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`op` on tokens that are cut over the ranks of `group`.
+    """Run `op` on tokens sharded over the ranks of `group`.
 
     Args:
         op: `(*inputs, initial_state=, output_final_state=, documents=) -> (o, final_state)` on one rank.
         summarize: `(inputs) -> (M, C)`.
-        inputs: this rank's tokens, `[B, T, ...]`, of the same T on every rank if `documents` are given; None for one
-            that `op` does without, but never the first.
-        group: the ranks, in the order of the tokens.
+        inputs: this rank's tokens, `[B, T, ...]`, with the same T on every rank if `documents` are given. An optional
+            input may be None, but never the first.
+        group: the ranks in token order.
         initial_state: of all sequences or documents, the same on every rank; its gradient is this rank's share.
-        output_final_state: whether to return the final states of all of them, on every rank.
-        documents: those of the whole row.
+        output_final_state: whether to return the final states of all sequences or documents, on every rank.
+        documents: documents of the whole row.
     """
     batch, time = inputs[0].shape[:2]
     shard = None if documents is None else cut_documents(documents, batch, time, group)
+    # Only the last piece can affect later ranks.
     last = inputs if shard is None else [None if x is None else x[:, shard.pieces.bounds[-2] :] for x in inputs]
     transition, contribution = summarize(last)
     if begins_here(shard, group):
@@ -117,7 +121,7 @@ def begins_here(shard: Shard | None, group: dist.ProcessGroup) -> bool:
 
 
 def state_of_last(initial_state: Tensor, shard: Shard | None) -> Tensor:
-    """The initial state of the last piece's document, or of all rows."""
+    """The initial state of the last piece's document, or of all rows without documents."""
     return initial_state if shard is None else initial_state[shard.numbers[-1] :][:1]
 
 
@@ -130,7 +134,7 @@ def run_from(
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The second half of `run_sharded`: `op` on this rank's tokens, from the state that enters it."""
+    """The second half of `run_sharded`: run `op` on this rank's tokens from the incoming state."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if shard is None:
         local_state, pieces = entering if rank > 0 or initial_state is None else entering + initial_state, None
@@ -140,6 +144,7 @@ def run_from(
     if final is None:
         return o, None
     if shard is None:
+        # Adding the empty sum keeps `final` in the graph, so that every rank joins the backward exchange.
         ended = final if rank == world - 1 else torch.zeros_like(final) + final[:0].sum(0)
     else:
         count = len(shard.numbers) - shard.leaves
@@ -149,17 +154,17 @@ def run_from(
 
 
 def _apply(transition: Tensor, state: Tensor) -> Tensor:
-    """M S: a product of matrices where M is `[..., K, K]` with K > 1, else of elements."""
+    """M S: a matrix product if M is `[..., K, K]` with K > 1, else elementwise."""
     is_matrix = transition.dim() == state.dim() == 4 and transition.shape[-1] == state.shape[-2] > 1
     return transition @ state if is_matrix else transition * state
 
 
 def _entering(transition: Tensor, contribution: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The state that enters this rank; zeros on the first."""
-    # One message, and one node in the graph: the ranks' backward passes meet in the same order.
+    """The incoming state of this rank; zeros on the first."""
+    # A single message makes a single graph node, so the ranks' backward passes communicate in the same order.
     both = all_gather(torch.cat((transition.flatten(), contribution.flatten())), group)
     sizes = [transition.numel(), contribution.numel()]
-    # A sum over none is zero and hangs in the graph: the first rank, too, must take part in the backward exchange.
+    # An empty sum is zero but part of the graph: the first rank must join the backward exchange as well.
     state = both[:0].sum(0)[sizes[0] :].view_as(contribution)
     for message in both[: dist.get_rank(group)]:
         earlier_transition, earlier = message.split(sizes)
@@ -168,21 +173,21 @@ def _entering(transition: Tensor, contribution: Tensor, group: dist.ProcessGroup
 
 
 def _local_states(shard: Shard, entering: Tensor, initial_state: Tensor | None) -> Tensor:
-    """The state that each local piece begins with."""
+    """The initial state of each local piece."""
     if initial_state is None:
         states = entering.new_zeros(len(shard.numbers), *entering.shape[1:])
     else:
         states = initial_state[shard.numbers[0] : shard.numbers[-1] + 1].to(entering.dtype)
-    # A document that begins here takes none of what enters, but its gradient, zero, is waited for elsewhere.
+    # A document that begins here does not use the incoming state, but other ranks wait for its gradient, which is zero.
     first = entering if shard.continues else states[:1] + entering[:0].sum(0)
     return torch.cat((first, states[1:]))
 
 
 def decays_after(log_decay: Tensor) -> Tensor:
-    """The decay from each token (exclusive) to the end of `[B, T, ...]`, and from the start to it at index 0.
+    """Decay from each token (exclusive) to the end of `[B, T, ...]`, preceded by the decay over all tokens.
 
-    Returns `[B, T + 1, ...]`: index t + 1 is the decay after token t, index 0 that over all of them. Sums of what
-    follows, not differences of sums from the start: nothing cancels.
+    Returns `[B, T + 1, ...]`: index t + 1 is the decay after token t, and index 0 the decay over all tokens. It sums
+    the following log decays instead of subtracting cumulative sums, so nothing cancels.
     """
     nothing = torch.zeros_like(log_decay[:, :1])
     return torch.cat((log_decay, nothing), dim=1).flip(1).cumsum(1).flip(1).exp()

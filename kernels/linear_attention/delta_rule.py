@@ -22,7 +22,7 @@ def delta_rule_reference(
     initial_state: Tensor | None = None,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token; arguments as in `delta_rule`, always returns the final state."""
+    """The recurrence token by token; arguments as in `delta_rule`; always returns the final state."""
     return gated_delta_rule_reference(
         q, k, v, None, beta, scale=scale, initial_state=initial_state, documents=documents
     )
@@ -47,14 +47,14 @@ def delta_rule(
         q, k: `[B, T, H, K]`, used as given (the recurrence is stable for k of norm <= 1). float32, bfloat16 or float64.
         v: `[B, T, H, V]`.
         beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
-        scale, initial_state, output_final_state, documents, group: as in `gated_delta_rule`, numbers of heads too.
-        backend: as in `gated_delta_rule`, by whose name it is logged and set in the environment.
+        scale, initial_state, output_final_state, documents, group: as in `gated_delta_rule`, including head counts.
+        backend: as in `gated_delta_rule`, under whose name it is logged and configured in the environment.
 
     Returns:
         o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` or None.
 
     Raises:
-        ValueError: as `gated_delta_rule`.
+        ValueError: as in `gated_delta_rule`.
     """
     return gated_delta_rule(
         q,

@@ -1,11 +1,12 @@
-"""What every linear attention shares around its recurrence: checks, choice of implementation, chunks, gradients.
+"""Common driver of the linear attentions: checks, dispatch, chunking and gradients.
 
-A recurrence is a `Recurrence`: what its paper gives, as one step from token to token and as what happens to a stretch
-of chunks, forward and backward. `run` does the rest. A new one is one file: that class, and a public function that
-calls `run` with it.
+A `Recurrence` defines the method of its paper: one step from token to token, and the forward and backward of a segment
+of chunks. `run` does everything else. A new method is one file with such a class and a public function that calls
+`run`.
 
-Inputs are `[B, T, H', D]`, or `[B, T, H']` for one number per head; each H' divides the largest, H, and neighbours
-share a head. In chunks they are `[G, C, D]`, G = N * H: N chunks of C tokens, each once for every head.
+Inputs are `[B, T, H', D]`, or `[B, T, H']` for one number per head. Each H' divides the largest one, H, and
+neighbouring heads share an input head. In chunks they are `[G, C, D]` with G = N * H: N chunks of C tokens, for every
+head.
 """
 
 from abc import ABC, abstractmethod
@@ -28,20 +29,20 @@ from kernels.matmul import fastest_products, multiplies_bfloat16, with_fastest_p
 from kernels.triton import LARGEST_KEY
 from kernels.triton import implementations as with_triton
 
-# Tensors; None for one that a recurrence can do without. Typed loosely: which it has, its own file knows.
+# Tensors, or None for an optional input. Typed loosely, because each recurrence has its own inputs.
 Inputs = Sequence[Any]
 Run = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Consecutive chunks of all sequences, as a recurrence sees them: its inputs in chunks, products, and the scan.
+    """Consecutive chunks of all sequences: packs inputs, multiplies, and scans states for a recurrence.
 
     Attributes:
-        layout: where their tokens lie.
+        layout: positions of the tokens.
         heads: H.
-        full: the dtype of states and sums, float32 or float64.
-        operands: the dtype of what is only ever multiplied; bfloat16 where that is faster, else `full`.
+        full: dtype of states and sums, float32 or float64.
+        operands: dtype of pure matrix operands; bfloat16 where that is faster, else `full`.
     """
 
     layout: ChunkLayout
@@ -50,29 +51,31 @@ class Segment:
     operands: torch.dtype
 
     def pack(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """An input as a new `[G, C, D]` (D = 1 of one number per head), or in `out`; what is no token is zero."""
+        """Pack an input to a new `[G, C, D]` (D = 1 for one number per head), or into `out`; padding is zero."""
         return self.layout.pack(_with_axis(x), self.heads, dtype, out)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Batched a @ b with both rounded to `operands`, in `full`."""
+        """Batched a @ b with operands rounded to `operands` and the result in `full`."""
         return torch.bmm(a.to(self.operands), b.to(self.operands)).to(self.full)
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Adds a @ b to `total` in place, a and b rounded to `operands`; the sum keeps the precision of `total`."""
+        """Add a @ b to `total` in place, a and b rounded to `operands`; the sum keeps the precision of `total`."""
         a, b = a.to(self.operands), b.to(self.operands)
         return total.baddbmm_(a, b) if total.dtype == self.operands else total.add_(torch.bmm(a, b))
 
     def scan_states(self, state: Tensor, decay_GK: Tensor, increments: Tensor, reverse: bool = False) -> Tensor:
-        """Runs state = decay * state + increment over the chunk positions, in place.
+        """Run state = decay * state + increment over the chunk positions, in place.
 
-        state `[sequences, H, K, V]`, decay `[G, K]` or `[G, 1]`, increments `[G, K, V]`; returns the state that each
-        chunk met, `[G, K, V]`.
+        state `[sequences, H, K, V]`, decay `[G, K]` or `[G, 1]`, increments `[G, K, V]`. Returns the incoming state of
+        each chunk, `[G, K, V]`.
         """
         decay = decay_GK.view(-1, self.heads, decay_GK.shape[1], 1)
         by_chunk = increments.view(-1, *state.shape[1:])
         met = torch.empty_like(by_chunk)
+        # Sequences are sorted by length, so the first `count` are those that still have a chunk at this position.
         for first, count in reversed(self.layout.spans) if reverse else self.layout.spans:
             chunks, active = slice(first, first + count), state[:count]
+            # Stored before the update, because a chunk reads the state at its start.
             met[chunks] = active
             torch.addcmul(by_chunk[chunks], active, decay[chunks], out=active)
         return met.view(increments.shape)
@@ -80,14 +83,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Recurrence(ABC):
-    """A recurrence with its constants. As it stands, of q, k, v and a state K x V that o_t = scale * S_t^T q_t reads.
+    """A recurrence and its constants. The default methods assume q, k, v and a K x V state read as scale * S_t^T q_t.
 
     Attributes:
-        scale: what multiplies the output.
-        name: that of the public function, by which its implementation is chosen and logged.
-        value: which input the output has its dtype from.
-        unread: which inputs the backward does without; they are not kept for it.
-        segment_factor: how many times the usual number of tokens a segment has.
+        scale: factor of the output.
+        name: name of the public function, used to choose and log the implementation.
+        value: index of the input that determines the output's dtype.
+        unread: indices of inputs that the backward does not need and that are therefore not saved.
+        segment_factor: multiplier of the usual number of tokens in a segment.
     """
 
     scale: float = 1.0
@@ -100,54 +103,54 @@ class Recurrence(ABC):
     def segment_forward(
         self, segment: Segment, state: Tensor, inputs: Inputs
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The outputs of a segment, and what its backward needs.
+        """Compute a segment's outputs, and the tensors to save for its backward.
 
         Args:
             segment: the chunks.
-            state: `[sequences, H, K, V]`, in the order of the layout; is run over the segment in place.
-            inputs: all of them, not yet in chunks.
+            state: `[sequences, H, K, V]` in the layout's order; advanced over the segment in place.
+            inputs: all inputs, not yet packed into chunks.
 
         Returns:
-            o `[G, C, V]`, and a NamedTuple of tensors that says what each is.
+            o `[G, C, V]`, and a NamedTuple of saved tensors.
         """
 
     @abstractmethod
     def segment_backward(
         self, segment: Segment, d_state: Tensor, saved: Any, d_o: Tensor, inputs: Inputs
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of a segment's inputs.
+        """Compute the gradients of a segment's inputs.
 
         Args:
             segment: the chunks.
-            d_state: gradient of the state behind the segment; is run back over it in place.
-            saved: what `segment_forward` returned.
-            d_o: gradient of the outputs, not yet in chunks.
+            d_state: gradient of the state after the segment; moved back over it in place.
+            saved: the NamedTuple from `segment_forward`.
+            d_o: gradient of the outputs, not yet packed into chunks.
             inputs: as in `segment_forward`; None for the `unread` ones.
 
         Returns:
-            One `[G, C, D]` for each input, None for an input that is None.
+            One `[G, C, D]` per input, None for an input that is None.
         """
 
     @abstractmethod
     def summarize(self, one_rank: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """What these tokens do to a state: (M, C) of `_sharded`. `one_rank(*inputs)` runs this recurrence."""
+        """The tokens' affine effect (M, C) on a state, see `_sharded`; `one_rank(*inputs)` runs the recurrence."""
 
     @abstractmethod
     def triton(
         self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
-        """O and the final states by the Triton kernels, which are imported here: not every machine has Triton."""
+        """Outputs and final states by the Triton kernels, imported lazily because not every machine has Triton."""
 
     def step(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
-        """The state after one token, whose inputs behind q are `[B, H, D]` or `[B, H]`; makes the reference."""
+        """The state after one token, whose inputs after q are `[B, H, D]` or `[B, H]`; defines the reference."""
         raise NotImplementedError
 
     def per_head(self, inputs: Inputs) -> dict[str, tuple[Tensor, int | None]]:
-        """The inputs behind q, k and v by name, each with its size behind `[B, T, H]` (None: no such axis)."""
+        """The inputs after q, k and v by name, each with its size after `[B, T, H]` (None: no such axis)."""
         raise NotImplementedError
 
     def check(self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None) -> tuple[int, Documents]:
-        """Raises ValueError for shapes that do not fit together; returns H and the sequences: rows or documents."""
+        """Raise ValueError for inconsistent shapes; returns H, and the sequences (rows or documents)."""
         q, k, v = inputs[:3]
         per_head = self.per_head(inputs)
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -181,17 +184,17 @@ class Recurrence(ABC):
         return heads, sequences
 
     def state_shape(self, heads: int, inputs: Inputs) -> tuple[int, ...]:
-        """Of one sequence's state."""
+        """Shape of one sequence's state."""
         return heads, inputs[0].shape[-1], inputs[2].shape[-1]
 
     def fits_triton(self, inputs: Inputs) -> bool:
-        """Whether the Triton kernels take these sizes."""
+        """Whether the Triton kernels support these sizes."""
         return inputs[0].shape[-1] <= LARGEST_KEY
 
     def reference(
         self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
-        """O `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]`, token by token."""
+        """Token by token: o `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]`."""
         heads, sequences = self.check(inputs, initial_state, documents)
         if documents is None:
             return self._token_by_token(heads, inputs, initial_state)
@@ -204,6 +207,7 @@ class Recurrence(ABC):
 
     def _token_by_token(self, heads: int, inputs: Inputs, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
         dtype, out_dtype = compute_dtype(*inputs, initial_state), inputs[self.value].dtype
+        # Neighbouring heads share an input head, as in grouped-query attention.
         q, *others = (None if x is None else x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in inputs)
         assert q is not None
         shape = (q.shape[0], *self.state_shape(heads, inputs))
@@ -224,7 +228,7 @@ def run(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """`recurrence` over all tokens: what the public functions call, whose docstrings explain the arguments.
+    """Run `recurrence` over all tokens. The public functions call this, and their docstrings explain the arguments.
 
     Returns:
         o `[B, T, H, V]`, and the final states `[N, H, K, V]` in float32 (float64 if any input is) or None.
@@ -233,12 +237,14 @@ def run(
         ValueError: if shapes, heads, `documents` or `backend` do not fit.
     """
     if group is not None:
+        # Each rank runs this same function on its own tokens, without a group.
         one_rank = partial(run, recurrence, backend=backend)
         summarize = partial(recurrence.summarize, one_rank)
         return run_sharded(one_rank, summarize, inputs, group, initial_state, output_final_state, documents)
     heads, sequences = recurrence.check(inputs, initial_state, documents)
     first = inputs[0]
     assert first is not None  # the one that no recurrence does without
+    # Kernels choose their dtypes themselves, so autocast must not change them.
     with torch.autocast(first.device.type, enabled=False), fastest_products(first):
         available = implementations(first.shape[1])
         available = with_triton(available, *inputs, initial_state, fits=recurrence.fits_triton(inputs))
@@ -254,7 +260,7 @@ def run(
 
 
 class _Chunked(torch.autograd.Function):
-    """A recurrence in chunks, segment by segment. Keeps the inputs, and what the recurrence saves of each segment."""
+    """A recurrence in chunks, segment by segment. Saves the inputs, and each segment's saved tensors."""
 
     @staticmethod
     def forward(
@@ -273,6 +279,7 @@ class _Chunked(torch.autograd.Function):
             segment.layout.unpack(o_c, o)
             saved.append(kept)
         read = [None if place in recurrence.unread else x for place, x in enumerate(inputs)]
+        # Only tensors can be saved, so each segment's NamedTuple is flattened here and rebuilt in backward.
         ctx.save_for_backward(initial_state, *read, *chain.from_iterable(saved))
         ctx.recurrence, ctx.layout, ctx.segments, ctx.saved_as = recurrence, layout, segments, type(saved[0])
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
@@ -287,6 +294,7 @@ class _Chunked(torch.autograd.Function):
         saved = [ctx.saved_as(*(next(kept) for _ in ctx.saved_as._fields)) for _ in ctx.segments]
         d_state = ctx.layout.sort_state(d_final, d_final.shape, d_final.new_empty((), dtype=ctx.segments[0].full))
         grads = [None if like is None else d_o.new_empty(like[0], dtype=like[1]) for like in ctx.like]
+        # Segments in reverse, because the gradient of the state flows from the last to the first.
         for segment, of_segment in reversed(list(zip(ctx.segments, saved, strict=True))):
             packed = ctx.recurrence.segment_backward(segment, d_state, of_segment, d_o, inputs)
             for packed_grad, grad in zip(packed, grads, strict=True):
@@ -297,25 +305,26 @@ class _Chunked(torch.autograd.Function):
 
 
 def _with_axis(x: Tensor) -> Tensor:
-    """`[B, T, H]` as `[B, T, H, 1]`."""
+    """View `[B, T, H]` as `[B, T, H, 1]`."""
     return x if x.dim() == 4 else x[..., None]
 
 
 def implementations(time: int) -> tuple[str, ...]:
-    """What can run, the preferred one first: for a single token (decoding) the recurrence, with no chunk to fill."""
+    """Available implementations, preferred first: a single token (decoding) does not fill a chunk, so step directly."""
     return ("reference", "torch") if time == 1 else ("torch", "reference")
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any input is float64, else float32: what states and sums are kept in."""
+    """Dtype of states and sums: float64 if any input is float64, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def operand_dtype(factors: Sequence[Tensor], full: torch.dtype) -> torch.dtype:
-    """What large products round their operands to: bfloat16 if all `factors` are and the device is fast at it.
+    """Operand dtype of large products: bfloat16 if all `factors` are bfloat16 and the device is fast at it, else
+    `full`.
 
-    With AVX512-BF16 a batch of 64 x 64 products takes a third of its float32 time, conversions included; without it,
-    bfloat16 products on a CPU are slower than float32 ones, and `full` is returned.
+    With AVX512-BF16 a batch of 64 x 64 products takes a third of its float32 time, conversions included. Without it,
+    bfloat16 products on a CPU are slower than float32.
     """
     narrow = all(x.dtype == torch.bfloat16 for x in factors)
     return torch.bfloat16 if narrow and (not factors[0].is_cpu or multiplies_bfloat16()) else full

@@ -1,4 +1,4 @@
-"""The gated delta rule: decay the state, then correct its answer to k_t.
+"""The gated delta rule: decay the state, then correct its prediction for k_t.
 
     S  <- Diag(exp(log_decay_t)) S_{t-1}            S in R^{K x V}
     u_t = beta_t (v_t - S^T k_t)
@@ -8,18 +8,19 @@
 One decay per head is Gated DeltaNet (arXiv 2412.06464, eq. 10), one per key channel Kimi Delta Attention (arXiv
 2510.26692, eq. 1).
 
-Chunked form (the UT transform of arXiv 2406.06484, section 3, with decays). With k' = beta k, decay(j -> i) from token
-j (exclusive) to i (inclusive), P_i from the chunk's start to i, R_j from j to its end, S the state at its start:
+Chunked form (the UT transform of arXiv 2406.06484, section 3, with decays). Let k' = beta k, and let decay(j -> i) be
+the decay from token j (exclusive) to i (inclusive), P_i from the chunk's start to i, R_j from j to its end, and S the
+state at its start:
 
     A_k,ij = sum_c k_ic k'_jc decay_c(j -> i) for j < i      A_q,ij the same of q, for j <= i
-    r   = T V - (T P K) S,  T = (I + A_k)^-1           r_i = u_i / beta_i: what the state got wrong at token i
+    r   = T V - (T P K) S,  T = (I + A_k)^-1           r_i = u_i / beta_i: the state's prediction error at token i
     O   = (P Q) S + A_q r
     S'  = P_last S + (R K')^T r
 
-With one decay per head A is a product of matrices times Gamma_ij = decay(j -> i); see `_decays` for one per channel.
-Writing the residual r instead of u puts beta into k' alone, so that no step divides by it. T V and T P K are products
-for many chunks at once, so that the scan over the chunks has two: r, and S'. On a CPU what is computed of a segment of
-chunks stays in its cache until it is used up.
+With one decay per head, A is a matrix product times Gamma_ij = decay(j -> i); see `_decays` for one per channel. Using
+the residual r instead of u moves beta into k' alone, so no step divides by it. T V and T P K are products over many
+chunks at once, which leaves two products per chunk in the scan: r and S'. On a CPU, a segment's temporaries stay in the
+cache until they are consumed.
 """
 
 from typing import NamedTuple
@@ -44,9 +45,9 @@ from kernels.matmul import through_mkl
 
 
 class _Saved(NamedTuple):
-    """Of each chunk (I + A_k)^-1, r, the state at its start and, with one decay per channel, A_q.
+    """For each chunk: (I + A_k)^-1, r, the state at its start and, with one decay per channel, A_q.
 
-    With one per head A_q is one product. The rest is computed again.
+    With one decay per head, A_q is a single product and is recomputed, like everything else.
     """
 
     inverse_GCC: Tensor
@@ -56,7 +57,7 @@ class _Saved(NamedTuple):
 
 
 class _GatedDeltaRule(Recurrence):
-    """The inputs are q, k, v, log_decay `[B, T, H]`, `[B, T, H, K]` or None, and beta `[B, T, H]`."""
+    """Inputs: q, k, v, log_decay (`[B, T, H]`, `[B, T, H, K]` or None) and beta `[B, T, H]`."""
 
     name = "gated_delta_rule"
 
@@ -94,12 +95,13 @@ class _GatedDeltaRule(Recurrence):
             scores_q = scores[:, chunk:]
         else:
             chunks.decays_alone()
-        # The gradient of what is read from the state: of (P K) S above that of (P Q) S.
+        # Gradient of the reads from the state: rows of (P K) S above rows of (P Q) S.
         d_reads = residual.new_empty(residual.shape[0], 2 * chunk, residual.shape[-1])
         d_o_c = segment.pack(d_o, d_reads.dtype, out=d_reads[:, chunk:])
         d_residual = segment.product(scores_q.mT, d_o_c)
         d_after = _scan_backward(chunks, d_state, inverse, d_residual, d_o_c)
         d_v = segment.product(inverse.mT, d_residual)
+        # r = T V - (T P K) S: the reads by k enter with a minus sign.
         d_reads[:, :chunk].copy_(d_v).neg_()
 
         d_scores = segment.product(d_reads, residual.mT)
@@ -107,12 +109,14 @@ class _GatedDeltaRule(Recurrence):
         d_k_written = segment.product(residual, d_after.mT)
         if chunks.per_channel:
             d_kq, d_k_beta, d_log_decay = _channel_decay_gradients(chunks, d_scores, d_kq_decayed, d_k_written)
+            # Add the state's decay over the chunk, which the sums over spans leave out.
             d_total = (d_after * states).sum(2, dtype=segment.full)[:, None]
             d_log_decay.addcmul_(d_total, chunks.until[:, -1:])
         else:
             d_log_decay = None
             if chunks.decay is not None:
                 d_log_decay = _head_decay_gradient(chunks, scores, d_scores, d_kq_decayed, d_k_written)
+                # Add the state's decay over the chunk, which the sums over spans leave out.
                 d_total = (d_after * states).sum((1, 2), dtype=segment.full)[:, None, None]
                 d_log_decay.addcmul_(d_total, chunks.until[:, -1:])
             chunks.mask(d_scores)
@@ -131,10 +135,10 @@ class _GatedDeltaRule(Recurrence):
         return d_q.mul_(self.scale), d_k, d_v, d_log_decay, d_beta
 
     def summarize(self, one_rank: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """A matrix `[B, H, K, K]` and what the tokens leave behind.
+        """The transition matrix `[B, H, K, K]` and the contribution of these tokens.
 
-        The rule acts on each column of the state alone. Columns that begin as the identity and are taught nothing,
-        v = 0, end as the matrix; those that begin as zeros end as what is left behind.
+        The rule acts on each column of the state independently. Columns that start as the identity, with v = 0, end as
+        the transition matrix; columns that start as zeros end as the contribution.
         """
         _, k, v, log_decay, beta = inputs
         heads, dtype = max(x.shape[2] for x in inputs if x is not None), compute_dtype(*inputs)
@@ -156,15 +160,16 @@ class _GatedDeltaRule(Recurrence):
 
 
 def _unit_lower_inverse(strict: Tensor) -> Tensor:
-    """(I + strict)^-1 for strictly lower triangular `[G, C, C]`: 4x4 blocks by a series, then merged in pairs.
+    """(I + strict)^-1 for strictly lower triangular `[G, C, C]`: inverts 4x4 blocks by a series, then merges pairs.
 
-    [[T1, 0], [L, T2]]^-1 = [[T1^-1, 0], [-T2^-1 L T1^-1, T2^-1]]. At size 4 the series ends with the third power; at
-    larger sizes its terms grow and cancel (binomially, for a repeated key), which the merge does not.
+    [[T1, 0], [L, T2]]^-1 = [[T1^-1, 0], [-T2^-1 L T1^-1, T2^-1]]. At size 4 the series ends with the third power. At
+    larger sizes its terms grow and cancel (binomially, for a repeated key), while the merge is stable.
     """
     chunk = strict.shape[-1]
     block = 4
     diagonal = _diagonal_blocks(strict, block).reshape(-1, block, block)
     identity = torch.eye(block, dtype=strict.dtype, device=strict.device)
+    # (I - D)(I + D^2) = I - D + D^2 - D^3, exact because D^4 = 0.
     inverse = torch.baddbmm(identity - diagonal, identity - diagonal, torch.bmm(diagonal, diagonal))
     while block < chunk:
         pairs = inverse.view(-1, 2, block, block)
@@ -185,11 +190,11 @@ def _diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
 
 
 class _Chunks:
-    """What forward and backward both need of the inputs of a segment, as `[G, C, D]`.
+    """Packed inputs of a segment, `[G, C, D]`, that forward and backward share.
 
-    `kq` is k above scale * q `[G, 2C, K]`. What is only ever multiplied is in the dtype `operands`, the rest in `full`.
-    `until` (P) and `after` (R) are `[G, C, 1]`, or `[G, C, K]` with one decay per channel. Without decay, which is one
-    of 1 everywhere, they are not made: nothing is multiplied by them.
+    `kq` is k above scale * q, `[G, 2C, K]`. Pure matrix operands have the dtype `operands`, everything else `full`.
+    `until` (P) and `after` (R) are `[G, C, 1]`, or `[G, C, K]` with one decay per channel. Without decay they would be
+    1 everywhere, and are neither made nor multiplied.
     """
 
     gamma: Tensor
@@ -210,7 +215,7 @@ class _Chunks:
         self.decay = None if log_decay is None else segment.pack(log_decay, full).exp_()
 
     def scores(self) -> Tensor:
-        """A_k above A_q, `[G, 2C, C]`. Makes `until` and `after`, and Gamma where no decay is per channel."""
+        """A_k above A_q, `[G, 2C, C]`. Also makes `until` and `after`, and Gamma unless decays are per channel."""
         if self.per_channel:
             self._begin_decays()
             scores = self.kq.new_zeros(*self.kq.shape[:2], self.k.shape[1])
@@ -234,7 +239,7 @@ class _Chunks:
         return scores
 
     def decays_alone(self) -> None:
-        """Make `until` and `after` without the scores, with one decay per channel."""
+        """Make `until` and `after` without the scores, for one decay per channel."""
         self._begin_decays()
         groups = block_groups(self.k)
         for until, after in zip(self.until.split(groups), self.after.split(groups)):
@@ -247,7 +252,7 @@ class _Chunks:
         self.until, self.after = self.decay.clone(), torch.ones_like(self.decay)
 
     def _apply_decays(self) -> None:
-        # The decay of the state over the chunk: [G, 1, 1] or [G, K, 1].
+        # Decay of the state over the chunk: [G, 1, 1] or [G, K, 1].
         self.state_decay = None
         if self.decay is None:
             self.kq_decayed, self.k_written = self.kq_operand, self.k_beta_operand
@@ -258,17 +263,17 @@ class _Chunks:
         self.state_decay = self.until[:, -1, :, None]
 
     def mask(self, scores: Tensor) -> None:
-        """Multiplies both halves of `[G, 2C, C]` by Gamma and clears the diagonal of the first, in place."""
+        """Multiply both halves of `[G, 2C, C]` by Gamma and clear the diagonal of the first half, in place."""
         pair = _stacked(scores)
         pair *= self.gamma[:, None]
         pair[:, 0].diagonal(dim1=1, dim2=2).zero_()
 
     def forgetting(self, inverse: Tensor) -> Tensor:
-        """-T P K `[G, C, K]`: how the state at a chunk's start enters its residuals."""
+        """-T P K `[G, C, K]`: the effect of the state at a chunk's start on the chunk's residuals."""
         return torch.bmm(inverse, _stacked(self.kq_decayed)[:, 0]).neg_()
 
     def of_position(self, first: int, count: int, state: Tensor) -> tuple[slice, Tensor, Tensor | None]:
-        """Where `count` chunks from `first` on are in `[G, ...]`, the states they continue, and these states' decay."""
+        """Slice in `[G, ...]` of `count` chunks from `first` on, the states they continue, and these states' decay."""
         here = slice(first * self.segment.heads, (first + count) * self.segment.heads)
         return (
             here,
@@ -278,12 +283,12 @@ class _Chunks:
 
 
 def _stacked(x: Tensor) -> Tensor:
-    """`[G, 2C, D]` as `[G, 2, C, D]`."""
+    """View `[G, 2C, D]` as `[G, 2, C, D]`."""
     return x.view(x.shape[0], 2, -1, x.shape[-1])
 
 
 def _scan(chunks: _Chunks, state: Tensor, inverse: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs `state` `[sequences, H, K, V]` over the chunks in place.
+    """Advance `state` `[sequences, H, K, V]` over the chunks in place.
 
     Returns the state at each chunk's start `[G, K, V]` and the residual r `[G, C, V]`.
     """
@@ -292,6 +297,7 @@ def _scan(chunks: _Chunks, state: Tensor, inverse: Tensor, v: Tensor) -> tuple[T
     residual, forgetting = segment.product(inverse, v), chunks.forgetting(inverse)
     for span in segment.layout.spans:
         here, active, decay = chunks.of_position(*span, state)
+        # Rounds to the operands' dtype, so that backward sees the values that the products here read.
         states[here] = active
         r = segment.add_product(residual[here], forgetting[here], states[here])
         if decay is not None:
@@ -301,7 +307,7 @@ def _scan(chunks: _Chunks, state: Tensor, inverse: Tensor, v: Tensor) -> tuple[T
 
 
 def _scan_backward(chunks: _Chunks, d_state: Tensor, inverse: Tensor, d_residual: Tensor, d_o: Tensor) -> Tensor:
-    """Runs `d_state` back over the chunks in place, completing `d_residual`.
+    """Move `d_state` back over the chunks in place, and complete `d_residual`.
 
     Returns the gradient of the state after each chunk `[G, K, V]`.
     """
@@ -323,13 +329,14 @@ def _scan_backward(chunks: _Chunks, d_state: Tensor, inverse: Tensor, d_residual
 def _head_decay_gradient(
     chunks: _Chunks, scores: Tensor, d_scores: Tensor, d_kq_decayed: Tensor, d_k_written: Tensor
 ) -> Tensor:
-    """That of log_decay `[G, C, 1]`, but for the state's decay over the chunk. Uses up `scores`."""
-    # The scores times their gradients are the gradient of log Gamma.
+    """Gradient of log_decay `[G, C, 1]`, without the state's decay over the chunk. Overwrites `scores`."""
+    # Scores times their gradients are the gradient of log Gamma.
     d_log_gamma = _stacked(scores.mul_(d_scores)).sum(1)
-    # The decay from a token to itself is 1 at any log_decay; the sums below would cancel it, but only up to rounding.
+    # A token's decay to itself is always 1. The sums below would cancel these entries, but only up to rounding.
     d_log_gamma.diagonal(dim1=1, dim2=2).zero_()
     d_until = _stacked((d_kq_decayed * chunks.kq_decayed).sum(-1, keepdim=True)).sum(1)
     d_after = (d_k_written * chunks.k_written).sum(-1, keepdim=True)
+    # Entry (i, j) of log Gamma contains the log decays of j + 1 … i: + on its row, - on its column.
     d_cumulative = d_log_gamma.sum(2, keepdim=True) - d_log_gamma.sum(1)[..., None] + d_until
     return sum_over_spans(d_cumulative, d_after)
 
@@ -337,9 +344,9 @@ def _head_decay_gradient(
 def _channel_decay_gradients(
     chunks: _Chunks, d_scores: Tensor, d_kq_decayed: Tensor, d_k_written: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of kq and k' through the scores, and of log_decay `[G, C, K]` but for the state's over the chunk.
+    """Gradients of kq and k' through the scores, and of log_decay `[G, C, K]` without the state's decay over the chunk.
 
-    Uses up `chunks.decay`.
+    Overwrites `chunks.decay`.
     """
     assert chunks.decay is not None
     d_kq, d_k_beta, d_log_decay = (torch.empty_like(x) for x in (chunks.kq, chunks.k_beta, chunks.decay))
@@ -364,13 +371,13 @@ def _channel_decay_gradients_of_block(
     d_k_beta: Tensor,
     d_log_decay: Tensor,
 ) -> None:
-    """Write the last three."""
+    """Write the gradients into the last three arguments."""
     channel_scores_backward(
         _stacked(kq), k_beta, decay, torch.ones_like(decay), _stacked(d_scores), _stacked(d_kq), d_k_beta
     )
     (k, q), pair, d_pair = (_stacked(x).unbind(1) for x in (kq, d_kq, d_scores))
-    # Each score moves log_decay between its two tokens: + from the row on, - from the column on. One on the diagonal
-    # moves none, and joins after this.
+    # Each score depends on the log decays between its two tokens: + from its row on, - from its column on. Scores on
+    # the diagonal depend on none, so they are added only after this.
     d_cumulative = (k * pair[0]).addcmul_(q, pair[1]).addcmul_(k_beta, d_k_beta, value=-1)
     for d_read, read in zip(_stacked(d_kq_decayed).unbind(1), _stacked(kq_decayed).unbind(1)):
         d_cumulative.addcmul_(d_read, read.to(d_read.dtype))
@@ -391,7 +398,7 @@ def gated_delta_rule_reference(
     initial_state: Tensor | None = None,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token; arguments as in `gated_delta_rule`, always returns the final state."""
+    """The recurrence token by token; arguments as in `gated_delta_rule`; always returns the final state."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _GatedDeltaRule(scale).reference((q, k, v, log_decay, beta), initial_state, documents)
 
@@ -413,26 +420,26 @@ def gated_delta_rule(
     """The gated delta rule: S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
 
     Args:
-        q, k: `[B, T, H, K]`, used as given (the recurrence is stable for k of norm <= 1). float32, bfloat16 or float64.
+        q, k: `[B, T, H, K]`, used as given (stable for k of norm <= 1). float32, bfloat16 or float64.
         v: `[B, T, H, V]`.
-        log_decay: `[B, T, H]`, or `[B, T, H, K]` for one per key channel (Kimi Delta Attention); natural logarithm,
-            <= 0; float32 is advised beside bfloat16 inputs. None for none: the delta rule.
-        beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
+        log_decay: `[B, T, H]`, or `[B, T, H, K]` for one per key channel (Kimi Delta Attention); natural logarithm, <=
+            0. Use float32 even if the other inputs are bfloat16. None means no decay: the delta rule.
+        beta: `[B, T, H]`, in [0, 1] (up to 2 for negative eigenvalues).
         scale: multiplies the output; K^-1/2 by default.
-        initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
+        initial_state: `[B, H, K, V]`, float32 (float64 with float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         documents: the N documents packed into B = 1; states are then `[N, H, K, V]`.
-        group: the ranks that hold consecutive, equal parts of the sequence; `documents` and states are then those of
-            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
+        group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
+            sequence and are the same on every rank; the gradient of initial_state is this rank's share.
         backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
-    Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
+    Each tensor's number of heads must divide the largest one, H; neighbouring heads share an input head.
 
     Returns:
         o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` in float32 (float64 if any input is) or None.
 
     Raises:
-        ValueError: if shapes, heads, `documents` or `backend` are not as above.
+        ValueError: if shapes, heads, `documents` or `backend` are invalid.
     """
     return run(
         _GatedDeltaRule(q.shape[-1] ** -0.5 if scale is None else scale),

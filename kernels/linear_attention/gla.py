@@ -1,18 +1,18 @@
-"""Gated linear attention (GLA, arXiv 2312.06635, eq. 3): a decay for every key channel.
+"""Gated linear attention (GLA, arXiv 2312.06635, eq. 3): one decay per key channel.
 
     S_t = Diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T        S in R^{K x V}
     o_t = scale * S_t^T q_t
 
-Chunked form (section 4), with P_i the product of the decays from the chunk's start to token i, R_j from after j to its
-end, and S the state at its start:
+Chunked form (section 4). Let P_i be the product of the decays from the chunk's start to token i, R_j from after token j
+to its end, and S the state at its start:
 
     O  = (Q * P) S + A V,    A_ij = sum_c q_ic k_jc decay_c(j -> i)  for j <= i
     S' = Diag(P_last) S + (K * R)^T V
 
 The paper evaluates A with sub-chunk reference points. Here the reference points are the splits of a binary tree over
-the chunk (`decay_levels`): every pair j < i meets at one split s, where decay(j -> i) = decay(s -> i) * decay(j -> s),
-both factors <= 1, and a level of the tree is one batched matrix product. The decays of each level follow from the level
-below by one multiplication, so the whole chunk needs one exp per element and nothing can overflow at any decay.
+the chunk (`decay_levels`): every pair j < i meets at one split s, where decay(j -> i) = decay(s -> i) * decay(j -> s)
+with both factors <= 1, and each level of the tree is one batched matrix product. The decays of a level follow from the
+level below by one multiplication, so the whole chunk needs one exp per element and no decay can overflow.
 """
 
 from typing import NamedTuple
@@ -28,14 +28,14 @@ from kernels.linear_attention.driver import Inputs, Recurrence, Run, Segment, co
 
 
 class _Saved(NamedTuple):
-    """A, and the state at each chunk's start. The rest is computed again."""
+    """A, and the state at each chunk's start. Everything else is recomputed."""
 
     scores_GCC: Tensor
     states_GKV: Tensor
 
 
 class _GLA(Recurrence):
-    """The inputs are q, k, v and log_decay `[B, T, H, K]`."""
+    """Inputs: q, k, v and log_decay `[B, T, H, K]`."""
 
     name = "gla"
 
@@ -50,6 +50,7 @@ class _GLA(Recurrence):
     def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
         q, k, v, until, after = self._packed(segment, inputs)
         scores = _scores(q, k, until, after).to(segment.operands)
+        # In place, because the packed tensors belong to this segment alone.
         increments = segment.product(k.mul_(after).mT, v)
         states = segment.scan_states(state, until[:, -1], increments).to(segment.operands)
         o = segment.add_product(segment.product(scores, v), q.mul_(until), states)
@@ -67,8 +68,8 @@ class _GLA(Recurrence):
             *(x.split(groups) for x in (q, k, until, after, d_scores, d_q, d_k))
         ):
             channel_scores_backward(q_b[:, None], k_b, until_b, after_b, d_scores_b[:, None], d_q_b[:, None], d_k_b)
-        # Each score moves log_decay between its two tokens: + from the row on, - from the column on. A score on the
-        # diagonal moves none, so the diagonal joins after this; it would cancel, but only up to rounding.
+        # Each score depends on the log decays between its two tokens: + from its row on, - from its column on. Scores
+        # on the diagonal depend on none, so they are added only after this: they would cancel, but only up to rounding.
         d_cumulative = (q * d_q).addcmul_(k, d_k, value=-1)
         diagonal = d_scores.diagonal(dim1=1, dim2=2)[..., None]
         d_q.addcmul_(diagonal, k)
@@ -77,18 +78,19 @@ class _GLA(Recurrence):
         decay = until[:, -1]
         reads = segment.product((q * until).mT, d_o)
         d_after = segment.scan_states(d_state, decay, reads, reverse=True)
+        # The state's decay over the chunk, which `sum_over_spans` leaves out.
         d_total = (d_after * states).sum(-1).mul_(decay)
         d_after = d_after.to(segment.operands)
         d_v = segment.add_product(segment.product(saved.scores_GCC.mT, d_o), k * after, d_after)
         d_q_inter = segment.product(d_o, states.mT).mul_(until)
         d_k_inter = segment.product(v, d_after.mT).mul_(after)
-        # The state read at i has seen the decays up to i; what j writes into the state sees those after j.
+        # A read at i has passed the decays up to i; a write at j passes those after j.
         d_cumulative.addcmul_(q, d_q_inter)
         d_log_decay = sum_over_spans(d_cumulative, k * d_k_inter).add_(d_total[:, None])
         return d_q.add_(d_q_inter).mul_(self.scale), d_k.add_(d_k_inter), d_v, d_log_decay
 
     def _packed(self, segment: Segment, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Scale * q, k, v (in the operands' dtype), the decays, and ones like them: `[G, C, D]`."""
+        """Scale * q, k, v (in the operands' dtype), the decays, and ones of the same shape: `[G, C, D]`."""
         q, k, v, log_decay = inputs
         q, k = segment.pack(q, segment.full).mul_(self.scale), segment.pack(k, segment.full)
         decay = segment.pack(log_decay, segment.full).exp_()
@@ -117,7 +119,7 @@ def _scores(q: Tensor, k: Tensor, until: Tensor, after: Tensor) -> Tensor:
 
 
 def summarize_decayed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """What these tokens do to a state (see `_sharded`): decays `[B, H, K, 1]` and sum_j decay_j k_j v_j^T."""
+    """The tokens' affine effect on a state (see `_sharded`): decays `[B, H, K, 1]` and sum_j decay_j k_j v_j^T."""
     dtype, heads = compute_dtype(q, k, v, log_decay), max(x.shape[2] for x in (q, k, v, log_decay))
     k, v, log_decay = (x.to(dtype).repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v, log_decay))
     decays = decays_after(log_decay)
@@ -134,7 +136,7 @@ def gla_reference(
     initial_state: Tensor | None = None,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token; arguments as in `gla`, always returns the final state."""
+    """The recurrence token by token; arguments as in `gla`; always returns the final state."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _GLA(scale).reference((q, k, v, log_decay), initial_state, documents)
 
@@ -157,22 +159,22 @@ def gla(
     Args:
         q, k: `[B, T, H, K]`, used as given. float32, bfloat16 or float64.
         v: `[B, T, H, V]`.
-        log_decay: `[B, T, H, K]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
+        log_decay: `[B, T, H, K]`, natural logarithm, <= 0. Use float32 even if the other inputs are bfloat16.
         scale: multiplies the output; K^-1/2 by default.
-        initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
+        initial_state: `[B, H, K, V]`, float32 (float64 with float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         documents: the N documents packed into B = 1; states are then `[N, H, K, V]`.
-        group: the ranks that hold consecutive, equal parts of the sequence; `documents` and states are then those of
-            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
+        group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
+            sequence and are the same on every rank; the gradient of initial_state is this rank's share.
         backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
-    Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
+    Each tensor's number of heads must divide the largest one, H; neighbouring heads share an input head.
 
     Returns:
         o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` in float32 (float64 if any input is) or None.
 
     Raises:
-        ValueError: if shapes, heads, `documents` or `backend` are not as above.
+        ValueError: if shapes, heads, `documents` or `backend` are invalid.
     """
     return run(
         _GLA(q.shape[-1] ** -0.5 if scale is None else scale),

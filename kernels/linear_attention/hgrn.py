@@ -1,10 +1,10 @@
-"""HGRN (Qin et al. 2023, arXiv 2311.04823, eq. 5): a gated recurrence of vectors, every channel for itself.
+"""HGRN (Qin et al. 2023, arXiv 2311.04823, eq. 5): an elementwise gated recurrence of vectors.
 
     h_t = exp(log_decay_t) h_{t-1} + x_t
 
-Chunked form: all chunks of all sequences run from zero at once, one token of each at a time, and so do the products P
-of their decays; then the state is carried from chunk to chunk, and what it adds to a token, P_i times the state at the
-chunk's start, is added everywhere at once. Products of numbers <= 1 only, so nothing overflows.
+Chunked form: all chunks of all sequences start from zero and advance together, one token at a time, and so do the
+products P of their decays. Then the state is carried from chunk to chunk. Its contribution to a token, P_i times the
+state at the chunk's start, is added everywhere at once. All products are of numbers <= 1, so nothing overflows.
 """
 
 from itertools import pairwise
@@ -21,19 +21,19 @@ from kernels.linear_attention.driver import Inputs, Recurrence, Run, Segment, co
 
 
 class _Saved(NamedTuple):
-    """H, and the state that each chunk met."""
+    """Outputs h, and the incoming state of each chunk."""
 
     h_NCD: Tensor
     met_ND: Tensor
 
 
 class _HGRN(Recurrence):
-    """One head of vectors: x and log_decay `[B, T, 1, D]`, states `[N, 1, D]`, which are the outputs as they are."""
+    """Inputs as one head of vectors: x and log_decay `[B, T, 1, D]`. States `[N, 1, D]` are the outputs themselves."""
 
     name = "hgrn"
     value = 0
     unread = (0,)
-    # Its work is a step for every slot of a chunk, and small steps are all overhead.
+    # Each slot of a chunk is one small step, and small steps are dominated by overhead, hence longer segments.
     segment_factor = 4
 
     def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
@@ -47,6 +47,7 @@ class _HGRN(Recurrence):
         decay_NCD = segment.pack(inputs[1], segment.full).exp_()
         d_h_NCD = segment.pack(d_o, segment.full)
         d_x_NCD, _ = _scan(segment.layout, d_h_NCD, decay_NCD, d_state[:, 0], reverse=True)
+        # h_{i-1} of each token; for a chunk's first token the incoming state.
         before_NCD = torch.cat((saved.met_ND[:, None], saved.h_NCD[:, :-1]), dim=1)
         return d_x_NCD, before_NCD.mul_(decay_NCD).mul_(d_x_NCD)
 
@@ -91,6 +92,7 @@ class _HGRN(Recurrence):
     ) -> tuple[Tensor, Tensor]:
         from kernels.triton.hgrn import scan_hgrn
 
+        # The kernel has no head axis.
         state = None if initial_state is None else initial_state.flatten(1)
         x, log_decay = inputs
         h, final = scan_hgrn(x.flatten(2), log_decay.flatten(2), state, documents)
@@ -100,10 +102,10 @@ class _HGRN(Recurrence):
 def _scan(
     layout: ChunkLayout, x_NCD: Tensor, decay_NCD: Tensor, state: Tensor, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """h_i = decay_i h_{i-1} + x_i from `state` `[N_sequences, D]` on, which becomes the final state in place.
+    """h_i = decay_i h_{i-1} + x_i, starting from `state` `[N_sequences, D]`, which becomes the final state in place.
 
-    In reverse, h_i = x_i + decay_{i+1} h_{i+1}, and the state is decay_i h_i of a chunk's first token: what reaches the
-    token before it. Returns h `[N, C, D]` and the state that each chunk met `[N, D]`.
+    In reverse, h_i = x_i + decay_{i+1} h_{i+1}, and the state is decay_i h_i of a chunk's first token, which is passed
+    to the preceding token. Returns h `[N, C, D]` and the incoming state of each chunk `[N, D]`.
     """
     slots = range(x_NCD.shape[1])[:: -1 if reverse else 1]
     h_NCD, products = torch.empty_like(x_NCD), torch.empty_like(x_NCD)
@@ -123,7 +125,7 @@ def _scan(
 
 
 def _one_head(x: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> tuple[Inputs, Tensor | None]:
-    """The inputs `[B, T, D]` and states `[N, D]` as those of one head; ValueError if the inputs do not fit."""
+    """View inputs `[B, T, D]` and states `[N, D]` as one head; ValueError if the inputs are invalid."""
     if x.dim() != 3 or not x.is_floating_point() or x.numel() == 0:
         raise ValueError(
             f"x must be a floating-point tensor [B, T, D] that is not empty, got {tuple(x.shape)} {x.dtype}"
@@ -139,7 +141,7 @@ def _one_head(x: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> tup
 def hgrn_reference(
     x: Tensor, log_decay: Tensor, *, initial_state: Tensor | None = None, documents: Documents | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token; arguments as in `hgrn`, always returns the final state."""
+    """The recurrence token by token; arguments as in `hgrn`; always returns the final state."""
     inputs, initial_state = _one_head(x, log_decay, initial_state)
     h, state = _HGRN().reference(inputs, initial_state, documents)
     return h.flatten(2), state.flatten(1)
@@ -159,19 +161,19 @@ def hgrn(
 
     Args:
         x: `[B, T, D]`, float32, bfloat16 or float64.
-        log_decay: `[B, T, D]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
-        initial_state: `[B, D]`, float32 (float64 beside float64 inputs); zeros by default.
+        log_decay: `[B, T, D]`, natural logarithm, <= 0. Use float32 even if x is bfloat16.
+        initial_state: `[B, D]`, float32 (float64 with float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         documents: the N documents packed into B = 1; states are then `[N, D]`.
-        group: the ranks that hold consecutive, equal parts of the sequence; `documents` and states are then those of
-            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
+        group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
+            sequence and are the same on every rank; the gradient of initial_state is this rank's share.
         backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
     Returns:
         h `[B, T, D]` in x's dtype, and the final state `[B, D]` in float32 (float64 if any input is) or None.
 
     Raises:
-        ValueError: if shapes, `documents` or `backend` are not as above.
+        ValueError: if shapes, `documents` or `backend` are invalid.
     """
     inputs, initial_state = _one_head(x, log_decay, initial_state)
     h, state = run(

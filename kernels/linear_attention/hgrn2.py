@@ -1,4 +1,4 @@
-"""HGRN2 (Qin et al. 2024, arXiv 2404.07904, eq. 7): gated linear attention whose key is what its decay forgets.
+"""HGRN2 (Qin et al. 2024, arXiv 2404.07904, eq. 7): gated linear attention with the key tied to the decay, k = 1 - a.
 
 S_t = Diag(a_t) S_{t-1} + (1 - a_t) v_t^T       a_t = exp(log_decay_t), S in R^{K x V}
 o_t = scale * S_t^T q_t
@@ -21,7 +21,7 @@ def hgrn2_reference(
     initial_state: Tensor | None = None,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token; arguments as in `hgrn2`, always returns the final state."""
+    """The recurrence token by token; arguments as in `hgrn2`; always returns the final state."""
     k = 1 - log_decay.exp()
     return gla_reference(q, k, v, log_decay, scale=scale, initial_state=initial_state, documents=documents)
 
@@ -38,20 +38,20 @@ def hgrn2(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """`gla` with k = 1 - exp(log_decay), at no loss of precision where the decay is near 1.
+    """`gla` with k = 1 - exp(log_decay), computed without loss of precision near a decay of 1.
 
     Args:
         q: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
-        log_decay: `[B, T, H, K]`, natural logarithm, <= 0; float32 is advised beside bfloat16 inputs.
-        scale, initial_state, output_final_state, documents, group: as in `gla`, numbers of heads too.
-        backend: as in `gla`, by whose name it is logged and set in the environment.
+        log_decay: `[B, T, H, K]`, natural logarithm, <= 0. Use float32 even if the other inputs are bfloat16.
+        scale, initial_state, output_final_state, documents, group: as in `gla`, including head counts.
+        backend: as in `gla`, under whose name it is logged and configured in the environment.
 
     Returns:
         o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` or None.
 
     Raises:
-        ValueError: as `gla`.
+        ValueError: as in `gla`.
     """
     return gla(
         q,

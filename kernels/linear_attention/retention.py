@@ -3,13 +3,13 @@
     S_t = exp(log_decay) S_{t-1} + k_t v_t^T        S in R^{K x V}
     o_t = scale * S_t^T q_t
 
-Chunked form (eq. 7), with Gamma_ij the decay from token j (exclusive) to i (inclusive), P_i from the chunk's start to
-i, R_j from j to its end, S the state at its start:
+Chunked form (eq. 7). Let Gamma_ij be the decay from token j (exclusive) to i (inclusive), P_i from the chunk's start to
+i, R_j from j to its end, and S the state at its start:
 
     O  = (P Q) S + (Q K^T * Gamma) V
     S' = P_last S + (R K)^T V
 
-In chunks there is a decay for every token, [B, T, H], which knows nothing of where a sequence ends within a chunk.
+In chunks the fixed decay is expanded to [B, T, H]; sequences may end anywhere within a chunk.
 """
 
 from typing import NamedTuple
@@ -25,13 +25,13 @@ from kernels.linear_attention.gla import summarize_decayed
 
 
 class _Saved(NamedTuple):
-    """The state at each chunk's start. The rest is computed again."""
+    """The state at each chunk's start. Everything else is recomputed."""
 
     states_GKV: Tensor
 
 
 class _Retention(Recurrence):
-    """The inputs are q, k, v and log_decay `[B, T, H]`."""
+    """Inputs: q, k, v and log_decay `[B, T, H]`."""
 
     name = "retention"
 
@@ -57,18 +57,20 @@ class _Retention(Recurrence):
         decay = until[:, -1:]
         reads = segment.product((q * until).mT, d_o)
         d_after = segment.scan_states(d_state, decay[:, 0], reads, reverse=True)
+        # The state's decay over the chunk, which `sum_over_spans` leaves out.
         d_total = (d_after * states).sum((1, 2), dtype=segment.full)[:, None, None] * decay
         d_after = d_after.to(segment.operands)
 
         scores = segment.product(q, k.mT).mul_(gamma)
         d_scores = segment.product(d_o, v.mT)
         d_log_gamma = scores * d_scores
-        # The decay from a token to itself is always 1; the sums below would cancel it, but only up to rounding.
+        # A token's decay to itself is always 1. The sums below would cancel these entries, but only up to rounding.
         d_log_gamma.diagonal(dim1=1, dim2=2).zero_()
         d_scores.mul_(gamma)
         d_v = segment.add_product(segment.product(scores.mT, d_o), k * after, d_after)
         d_q_inter = segment.product(d_o, states.mT).mul_(until)
         d_k_inter = segment.product(v, d_after.mT).mul_(after)
+        # Entry (i, j) of log Gamma contains the log decays of j + 1 … i: + on its row, - on its column.
         d_cumulative = d_log_gamma.sum(2) - d_log_gamma.sum(1) + torch.linalg.vecdot(d_q_inter, q.to(segment.full))
         d_written = torch.linalg.vecdot(d_k_inter, k.to(segment.full))
         d_log_decay = sum_over_spans(d_cumulative[..., None], d_written[..., None]).add_(d_total)
@@ -94,7 +96,7 @@ class _Retention(Recurrence):
 
 
 def _every_token(q: Tensor, log_decay: Tensor) -> Tensor:
-    """`[H]` as `[B, T, H]`, without copying."""
+    """Expand `[H]` to `[B, T, H]` without copying."""
     if log_decay.dim() != 1:
         raise ValueError(f"log_decay must be [H], one fixed decay per head, got shape {tuple(log_decay.shape)}")
     return log_decay.expand(*q.shape[:2], -1)
@@ -110,7 +112,7 @@ def retention_reference(
     initial_state: Tensor | None = None,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token; arguments as in `retention`, always returns the final state."""
+    """The recurrence token by token; arguments as in `retention`; always returns the final state."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _Retention(scale).reference((q, k, v, _every_token(q, log_decay)), initial_state, documents)
 
@@ -133,22 +135,22 @@ def retention(
     Args:
         q, k: `[B, T, H, K]`, used as given. float32, bfloat16 or float64.
         v: `[B, T, H, V]`.
-        log_decay: `[H]`, natural logarithm, <= 0; log(1 - 2^(-5 - h)) in the paper. It has a gradient.
+        log_decay: `[H]`, natural logarithm, <= 0; log(1 - 2^(-5 - h)) in the paper. It receives a gradient.
         scale: multiplies the output; K^-1/2 by default.
-        initial_state: `[B, H, K, V]`, float32 (float64 beside float64 inputs); zeros by default.
+        initial_state: `[B, H, K, V]`, float32 (float64 with float64 inputs); zeros by default.
         output_final_state: whether to return the final state, else None.
         documents: the N documents packed into B = 1; states are then `[N, H, K, V]`.
-        group: the ranks that hold consecutive, equal parts of the sequence; `documents` and states are then those of
-            the whole, the same on every rank, and the gradient of initial_state is this rank's share of it.
+        group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
+            sequence and are the same on every rank; the gradient of initial_state is this rank's share.
         backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
 
-    Each tensor's number of heads must divide the largest one, H; heads are repeated to H, neighbours sharing one.
+    Each tensor's number of heads must divide the largest one, H; neighbouring heads share an input head.
 
     Returns:
         o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` in float32 (float64 if any input is) or None.
 
     Raises:
-        ValueError: if shapes, heads, `documents` or `backend` are not as above.
+        ValueError: if shapes, heads, `documents` or `backend` are invalid.
     """
     return run(
         _Retention(q.shape[-1] ** -0.5 if scale is None else scale),

@@ -1,36 +1,36 @@
-"""Gated linear attention and the delta rules in Triton: chunked, forward and backward, by one set of kernels.
+"""Gated linear attention and the delta rules in Triton: chunked forward and backward with one set of kernels.
 
     S  <- Diag(decay_t) S_{t-1},   S_t = S + k_t beta_t r_t^T,   o_t = scale S_t^T q_t
-    r_t = v_t, beta_t = 1 (GLA and what it contains)   or   r_t = v_t - S^T k_t (the delta rules)
+    r_t = v_t, beta_t = 1 (GLA and its special cases)   or   r_t = v_t - S^T k_t (the delta rules)
 
-A chunk is C tokens of one sequence. All kernels but the scan over the states are parallel over chunks and heads, and
-none but `prepare_kernel` and its backward knows the decays:
+A chunk is C tokens of one sequence. All kernels except the scan over states are parallel over chunks and heads, and
+only `prepare_kernel` and its backward handle decays:
 
     P_i   the decay from the chunk's start to token i        R_j   from after token j to the chunk's end
     q_decayed = P scale q      k_written = R k beta      k_decayed = P k      total = the whole chunk's decay
     scores A_ij = sum_c scale q_ic decay_c(j -> i) k_jc beta_j   for j <= i
     inverse     = (I + stril(sum_c k_ic decay_c(j -> i) k_jc beta_j))^-1           (delta rule alone; else beta = 1)
 
-No exponent is the difference of two cumulative sums, which overflows, and after a strong decay loses the digits of a
-weak one. Spans are summed from their own tokens: with the levels of a binary tree over the chunk, every pair j < i
-meets at one split s, where decay(j -> i) = decay(s -> i) decay(j -> s), both at most 1. At a level each token has one
-factor, to or from its block's split, so that a level costs one exponential an element; its logarithm is a 0/1 matrix
-times the log decays.
+No exponent is a difference of cumulative sums, which would overflow and, after a strong decay, lose the digits of a
+weak one. Spans are summed from their own tokens. In the levels of a binary tree over the chunk, every pair j < i meets
+at one split s, where decay(j -> i) = decay(s -> i) decay(j -> s) with both factors at most 1. At each level a token has
+a single factor, to or from its block's split. A level therefore costs one exponential per element, whose logarithm is a
+0/1 matrix times the log decays.
 
-The rest is products of matrices, for each chunk with S the state at its start:
+The rest is matrix products, for each chunk with S the state at its start:
 
     r = inverse (v - k_decayed S), or v     o = q_decayed S + scores r     S <- total S + k_written^T r
 
-and backwards, with dS the gradient of the state at the chunk's end:
+and backward, with dS the gradient of the state at the chunk's end:
 
     dr = scores^T do + k_written dS         dv = inverse^T dr, or dr
     dS <- total dS + q_decayed^T do - k_decayed^T dv
     dscores = do r^T     d(stril) = -dv r^T     dq_decayed = do S^T     dk_decayed = -dv S^T     dk_written = r dS^T
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN201, ANN202
-# A tuple of tiles that grows is beyond mypy as well.
+# mypy cannot type a growing tuple of tiles either.
 # mypy: disable-error-code="no-untyped-def, import-untyped, assignment, var-annotated, index, misc"
 
 import triton
@@ -42,13 +42,13 @@ from kernels.triton.sequences import chunk_tokens, load_rows, state_block, store
 NO_DECAY, PER_HEAD, PER_CHANNEL = 0, 1, 2
 _PER_HEAD, _PER_CHANNEL = tl.constexpr(PER_HEAD), tl.constexpr(PER_CHANNEL)
 
-# exp of this is 0 in float32; a finite bound, since the 0/1 matrices would make NaN of 0 times -inf.
+# exp of this is 0 in float32. It is finite, because a 0/1 matrix times -inf would give NaN.
 _STRONGEST = tl.constexpr(-200.0)
 
 
 @triton.jit
 def _bounded(log_decay):
-    """Log decays not below `_STRONGEST`; NaN stays, for which tl.maximum would take the bound."""
+    """Clamp log decays from below to `_STRONGEST`; keeps NaN, which tl.maximum would replace by the bound."""
     return tl.where(log_decay < _STRONGEST, _STRONGEST, log_decay)
 
 
@@ -56,11 +56,12 @@ def _bounded(log_decay):
 def _spans(rows, columns, half):
     """Whether the decay of token `columns` lies between token `rows` and the split of its block of `2 * half`.
 
-    Everything here and in `_pairs` depends on `half`, lest a loop over levels keep whole matrices of it in registers.
+    Everything here and in `_pairs` depends on `half`: otherwise a loop over levels would keep whole matrices in
+    registers.
     """
     split = rows // (2 * half) * (2 * half) + half
     row, column = rows - split, columns - split
-    # Right of the split: 0 <= column <= row; left of it: row < column < 0.
+    # Right of the split: 0 <= column <= row; left of the split: row < column < 0.
     return (column >= 0) == (column <= row)
 
 
@@ -74,16 +75,17 @@ def _pairs(rows, columns, half):
 
 @triton.jit
 def _load_pairs(x, tokens, valid, head, heads, pairs, CHUNK: tl.constexpr):
-    """The rows `[C, C]` of `[T, heads, C]` where `pairs`, else zero."""
+    """Load the rows `[C, C]` of `[T, heads, C]` where `pairs` holds, zero elsewhere."""
     address = x + (tokens[:, None] * heads + head) * CHUNK + tl.arange(0, CHUNK)[None, :]
     return tl.load(address, mask=valid[:, None] & pairs, other=0.0)
 
 
 @triton.jit
 def _sums(chosen, x):
-    """The 0/1 matrix `chosen` `[C, C]` times `x` `[C, BLOCK]` to 16 bits: with 0 and 1 exact, two narrow products do.
+    """The 0/1 matrix `chosen` `[C, C]` times `x` `[C, BLOCK]` to 16 bits, enough for gradients.
 
-    A float32 product would take more work, and registers, on NVIDIA's matrix units. Enough for gradients.
+    0 and 1 are exact in bfloat16, so two bfloat16 products suffice. A float32 product would take more work and
+    registers on NVIDIA's tensor cores.
     """
     chosen = chosen.to(tl.float32).to(tl.bfloat16)
     high = x.to(tl.bfloat16)
@@ -93,7 +95,7 @@ def _sums(chosen, x):
 
 @triton.jit
 def _exact_sums(chosen, x):
-    """As `_sums` to float32's 24 bits, for logarithms: exp makes a relative error of their absolute one."""
+    """Like `_sums`, to float32's 24 bits, for logarithms: exp turns their absolute error into a relative one."""
     high = x.to(tl.bfloat16).to(tl.float32)
     return dot(chosen.to(tl.float32).to(tl.bfloat16), high.to(tl.bfloat16), "ieee") + _sums(chosen, x - high)
 
@@ -126,7 +128,7 @@ def prepare_kernel(
     SCORES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The module's list, for one chunk of one head; without SCORES all but the last two."""
+    """Compute the module docstring's list for one chunk of one head; without SCORES all but the last two."""
     chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
     rows, columns = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
@@ -138,6 +140,7 @@ def prepare_kernel(
     if DECAY == _PER_HEAD:
         decay_C = tl.load(log_decay + tokens * decay_heads + decay_head, mask=valid, other=0.0).to(tl.float32)
         decay_C = _bounded(decay_C)
+        # Masked sums instead of differences of cumulative sums, see the module's docstring.
         until_C = tl.exp(tl.sum(tl.where(columns <= rows, decay_C[None, :], 0.0), axis=1))
         after_C = tl.exp(tl.sum(tl.where(columns > rows, decay_C[None, :], 0.0), axis=1))
         whole = tl.exp(tl.sum(decay_C, axis=0))
@@ -166,6 +169,7 @@ def prepare_kernel(
         if DELTA:
             store_rows(k_decayed, k_out, tokens, valid, head, heads, KEY, first, BLOCK_K)
         column = first + tl.arange(0, BLOCK_K)
+        # int64, because offsets may exceed 2^31.
         tl.store(total + tl.program_id(0).to(tl.int64) * KEY + column, whole_K, mask=column < KEY)
         if SCORES:
             if DECAY == _PER_CHANNEL:
@@ -197,7 +201,8 @@ def prepare_kernel(
         queries_CC = tl.where(columns <= rows, queries_CC, 0.0)
         store_rows(scores, queries_CC, tokens, valid, head, heads, CHUNK, 0, CHUNK)
         if DELTA:
-            # Halves of blocks merge: [[T1, 0], [L, T2]]^-1 = [[T1, 0], [-T2 L T1, T2]], with T1 and T2 inverted before.
+            # Merge block halves: [[T1, 0], [L, T2]]^-1 = [[T1, 0], [-T2 L T1, T2]], where T1 and T2 are already
+            # inverted.
             inverse_CC = (rows == columns).to(tl.float32)
             half = 1
             for _ in range(levels):
@@ -238,7 +243,7 @@ def prepare_backward_per_head_kernel(
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """From the gradients of what `prepare_kernel` makes, those of q, k, beta and log_decay: one a head, or none."""
+    """Backward of `prepare_kernel` with one decay per head or none: gradients of q, k, beta and log_decay."""
     chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
     rows, columns = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
@@ -257,7 +262,7 @@ def prepare_backward_per_head_kernel(
         decay_C = _bounded(decay_C)
         until_C = tl.exp(tl.sum(tl.where(columns <= rows, decay_C[None, :], 0.0), axis=1))
         after_C = tl.exp(tl.sum(tl.where(columns > rows, decay_C[None, :], 0.0), axis=1))
-        # First the scores times their gradients, all but Gamma, which is the gradient of log Gamma but for it.
+        # First the scores without Gamma times their gradients; times Gamma this is the gradient of log Gamma.
         queries_CC = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
         keys_CC = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)
         for first in range(0, KEY, BLOCK_K):
@@ -271,6 +276,7 @@ def prepare_backward_per_head_kernel(
         product_CC = queries_CC * d_queries_CC
         if DELTA:
             product_CC += keys_CC * d_keys_CC
+        # Gamma again, and on the way the gradients of the log decays, level by level.
         gamma_CC = (rows == columns).to(tl.float32)
         d_decay_C = tl.zeros([CHUNK], dtype=tl.float32)
         half = 1
@@ -324,6 +330,7 @@ def prepare_backward_per_head_kernel(
     if DELTA:
         tl.store(d_beta + tokens * heads + head, d_beta_C, mask=valid)
     if DECAY == _PER_HEAD:
+        # A token's decay is part of P at this and later tokens, and of R at earlier ones.
         d_decay_C += tl.sum(tl.where(columns <= rows, d_until_C[:, None], 0.0), axis=0)
         d_decay_C += tl.sum(tl.where(columns > rows, d_after_C[:, None], 0.0), axis=0) + d_whole
         tl.store(d_log_decay + tokens * heads + head, d_decay_C, mask=valid)
@@ -360,7 +367,7 @@ def prepare_backward_per_channel_kernel(
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """As `prepare_backward_per_head_kernel`, for a decay per channel: a block of channels, with its part of d_beta."""
+    """As `prepare_backward_per_head_kernel`, one decay per channel: a block of channels and its share of d_beta."""
     chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
     rows, columns = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
@@ -390,7 +397,7 @@ def prepare_backward_per_channel_kernel(
     column = first + tl.arange(0, BLOCK_K)
     address = d_total + tl.program_id(0).to(tl.int64) * KEY + column
     d_decay_CK = tl.load(address, mask=column < KEY, other=0.0)[None, :]
-    # A token's decay is in what the tokens from it on read, and in what those before it write.
+    # A token's decay affects reads from this token on, and writes before it.
     d_decay_CK += _sums(columns >= rows, d_until_CK)
     d_decay_CK += _sums(columns < rows, d_key_CK * key_CK)
 
@@ -400,7 +407,7 @@ def prepare_backward_per_channel_kernel(
         factor_CK = tl.exp(_exact_sums(spans_CC, decay_CK))
         pairs = _pairs(rows, columns, half)
         d_queries_CC = _load_pairs(d_scores, tokens, valid, head, heads, pairs, CHUNK).to(operand)
-        # In this order, or sm_90 spills.
+        # This order avoids register spills on sm_90.
         d_key_level = dot(tl.trans(d_queries_CC), (q_CK * factor_CK).to(operand), PRECISION)
         left_CK = (key_CK * factor_CK).to(operand)
         d_q_level = dot(d_queries_CC, left_CK, PRECISION) * factor_CK
@@ -458,11 +465,11 @@ def scan_kernel(
     INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S <- total S + k_written^T r over one sequence's chunks; keeps the S before each, and r."""
+    """S <- total S + k_written^T r over one sequence's chunks; stores S before each chunk, and r."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first_value = tl.program_id(1) * BLOCK_V
     whole = tl.program_id(0).to(tl.int64) * KEY * VALUE
-    # The state as pieces of its key dimension: a product over the whole of it at once would hold it in registers.
+    # The state is held as tiles along its key dimension: one product over all of it would need too many registers.
     state = ()
     for piece in tl.static_range(PIECES):
         offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
@@ -483,6 +490,7 @@ def scan_kernel(
                 k_CK = load_rows(k_decayed, tokens, valid, head, heads, KEY, piece * BLOCK_K, BLOCK_K)
                 error_CV -= dot(k_CK, narrow_KV, PRECISION)
         if DELTA:
+            # The state at the chunk's start is known now, so the error v - k_decayed S gives the residual r.
             inverse_CC = load_rows(inverse, tokens, valid, head, heads, CHUNK, 0, CHUNK)
             r_CV = dot(inverse_CC, error_CV.to(v.dtype.element_ty), PRECISION).to(v.dtype.element_ty)
             store_rows(residual, r_CV, tokens, valid, head, heads, VALUE, first_value, BLOCK_V)
@@ -515,7 +523,7 @@ def outputs_kernel(
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """O = q_decayed S + scores r, for one chunk of one head."""
+    """Compute o = q_decayed S + scores r, for one chunk of one head."""
     chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first_value = tl.program_id(1) * BLOCK_V
     tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
@@ -556,7 +564,7 @@ def scan_backward_kernel(
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The scan's backward: keeps the gradient of the state after each chunk, and makes that of v and of the first."""
+    """Backward of the scan: stores the gradient of the state after each chunk, and computes d_v and d_initial."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first_value = tl.program_id(1) * BLOCK_V
     whole = tl.program_id(0).to(tl.int64) * KEY * VALUE
@@ -566,6 +574,7 @@ def scan_backward_kernel(
         offsets, inside = state_block(piece * BLOCK_K, first_value, KEY, VALUE, BLOCK_K, BLOCK_V)
         d_state += (tl.load(d_final + whole + offsets, mask=inside, other=0.0),)
     first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
+    # Chunks in reverse: the gradient of the state flows from the last to the first.
     for index in range(end - first):
         chunk = end - 1 - index
         tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
@@ -615,7 +624,7 @@ def scores_backward_kernel(
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of the scores, d_o r^T, and of the matrix that is inverted, -d_v r^T; neither is masked."""
+    """Gradients of the scores, d_o r^T, and of the matrix before inversion, -d_v r^T; neither is masked."""
     chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     tokens, valid = chunk_tokens(chunks, chunk, CHUNK)
     residual_head = head * residual_heads // heads
@@ -628,6 +637,7 @@ def scores_backward_kernel(
         if DELTA:
             d_v_CV = load_rows(d_v, tokens, valid, head, heads, VALUE, first, BLOCK_V)
             d_strict_CC -= dot(d_v_CV, tl.trans(r_CV), PRECISION)
+    # The readers mask: `prepare_backward_*` use only the entries on and below the diagonal.
     store_rows(d_scores, d_scores_CC, tokens, valid, head, heads, CHUNK, 0, CHUNK)
     if DELTA:
         store_rows(d_strict, d_strict_CC, tokens, valid, head, heads, CHUNK, 0, CHUNK)
@@ -656,7 +666,7 @@ def reads_backward_kernel(
     DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of what is read from and written to the state, and of the logarithm of the state's own decay."""
+    """Gradients of the reads from and writes to the state, and of the logarithm of the state's own decay."""
     chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     first_key = tl.program_id(1) * BLOCK_K
     tokens, valid = chunk_tokens(chunks, chunk, CHUNK)

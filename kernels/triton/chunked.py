@@ -1,4 +1,4 @@
-"""Gated linear attention and the delta rules in Triton: blocks, launches and gradients; see `chunk_kernels`."""
+"""Gated linear attention and the delta rules in Triton: block sizes, launches and gradients; see `chunk_kernels`."""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -30,6 +30,7 @@ from kernels.triton.launch import KernelSpec, dot_precision, log_known_faults, n
 from kernels.triton.sequences import ChunkTable, Launcher, chunk_table
 
 PLAN_VARIABLE = "SPIKETRAIN_TRITON_PLAN"
+# Permitted values of SPIKETRAIN_TRITON_PLAN, see `plan_switches`.
 _SWITCHES = {
     "chunk": (16, 32, 64),
     "block_key": (16, 32, 64, 128),
@@ -40,10 +41,10 @@ _SWITCHES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """One problem's sizes, and the blocks that it is cut into.
+    """Sizes of one problem, and its block sizes.
 
-    The scan holds the whole key dimension of the state, as pieces of `scan_key`, times `scan_value` values of it; the
-    other kernels, which are parallel over chunks, work by `block_key` and `block_value`.
+    The scan holds the whole key dimension of the state, as tiles of `scan_key`, for `scan_value` values. The other
+    kernels are parallel over chunks and use `block_key` and `block_value`.
     """
 
     heads: int
@@ -65,31 +66,31 @@ class Plan:
 
     @property
     def levels(self) -> int:
-        """Of the binary tree over a chunk."""
+        """Number of levels of the binary tree over a chunk."""
         return self.chunk.bit_length() - 1
 
 
 def make_plan(
     heads: int, dims: tuple[int, int], log_decay: Tensor | None, delta: bool, operand: torch.dtype, target: str
 ) -> Plan:
-    """The blocks for the sizes `dims` (K, V) and products of `operand` on `target`; ValueError if K is too large.
+    """Block sizes for `dims` (K, V) with products of dtype `operand` on `target`; ValueError if K is too large.
 
-    They were chosen with `python -m kernels.compile` and Triton 3.9, for no spilled registers.
+    They were chosen with `python -m kernels.compile` and Triton 3.9 so that no registers spill.
     """
     key_dim, value_dim = dims
     if key_dim > LARGEST_KEY:
         raise ValueError(f"the Triton kernels take key dimensions up to {LARGEST_KEY}, got {key_dim}")
     decay = NO_DECAY if log_decay is None else PER_HEAD if log_decay.dim() == 3 else PER_CHANNEL
     amd, wide, long = target.startswith("gfx"), operand == torch.float32, key_dim > 128
-    # NVIDIA's threads have 255 registers, AMD's 512 in programs of four warps; float32 products take three times the
-    # operands on NVIDIA.
+    # Threads have 255 registers on NVIDIA, and 512 on AMD in programs of four warps. float32 products take three times
+    # the operands on NVIDIA.
     blackwell, synchronous = target in ("sm_100", "sm_103"), target not in ("sm_90", "sm_100", "sm_103")
     small = not amd and (decay == PER_CHANNEL or wide or synchronous)
     largest_value = 16 if wide and not amd else 32 if blackwell else 64
-    # The backward scan of Blackwell spills at 32, where others' does not; half the chunk is twice the states saved.
+    # On Blackwell the backward scan spills at 32, unlike elsewhere. Halving the chunk doubles the saved states.
     chunk = 16 if wide and blackwell and key_dim > 64 else 32 if small or long else 64
     block_value = min(max(16, next_power(value_dim)), largest_value)
-    # On Hopper fla-core 0.6 leaves out 4 warps with blocks of 32 keys, for wrong results, and keeps those with 64.
+    # On Hopper, fla-core 0.6 excludes 4 warps with blocks of 32 keys because of wrong results, and keeps them with 64.
     plan = Plan(
         heads,
         key_dim,
@@ -112,15 +113,15 @@ def make_plan(
 
 
 def plan_switches() -> dict[str, int]:
-    """What SPIKETRAIN_TRITON_PLAN asks for, "scan_warps=2,chunk=32": ways around faults of a compiler.
+    """Overrides from SPIKETRAIN_TRITON_PLAN, such as "scan_warps=2,chunk=32": workarounds for compiler faults.
 
     chunk       tokens of a chunk
-    block_key   of the kernels that are parallel over chunks, if K is so large
-    num_warps   at most so many in each program, but for the scans; 2 use no warp-group instruction of NVIDIA's
-    scan_warps  the same for the scans over the states
+    block_key   key block of the kernels that are parallel over chunks, if K is that large
+    num_warps   maximum warps of every program except the scans; 2 avoid NVIDIA's warp-group instructions
+    scan_warps  the same for the scans over states
 
     Raises:
-        ValueError: a switch or a value that does not exist.
+        ValueError: unknown switch or value.
     """
     found = {}
     for entry in filter(None, (part.strip() for part in os.environ.get(PLAN_VARIABLE, "").split(","))):
@@ -146,12 +147,12 @@ def _switched(plan: Plan) -> Plan:
 
 
 def _operand(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """What products take: both their operands have one dtype, and unequal ones meet in float32."""
+    """Dtype of the products: both operands have the same dtype, and differing dtypes are promoted to float32."""
     return q.dtype if q.dtype == k.dtype == v.dtype else torch.float32
 
 
 class _Prepared(NamedTuple):
-    """What `prepare_kernel` makes, `[T, H, K]` in the operands' dtype, but for total, `[N, H, K]` float32."""
+    """Outputs of `prepare_kernel`, `[T, H, K]` in the operands' dtype; total is `[N, H, K]` float32."""
 
     q_decayed: Tensor
     k_decayed: Tensor | None
@@ -160,7 +161,7 @@ class _Prepared(NamedTuple):
 
 
 class _Problem:
-    """The inputs of one call as rows of tokens, and the launches that they go through."""
+    """The inputs of one call as rows of tokens, and its kernel launches."""
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class _Problem:
         return self.q.new_empty(count, self.plan.heads, self.plan.key_dim, self.plan.value_dim, dtype=dtype)
 
     def _flops(self, *products: int) -> float:
-        """Of products of `[C, a] [a, b]` in every chunk, each given as a * b."""
+        """FLOPs of products of `[C, a] [a, b]` in every chunk, each given as a * b."""
         return 2.0 * self.groups * self.plan.chunk * sum(products)
 
     def _decay_arguments(self) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class _Problem:
         return self._flops(levels * (1 + plan.delta) * plan.chunk * plan.key_dim)
 
     def prepare(self, *, scores: bool) -> tuple[_Prepared, Tensor | None, Tensor | None]:
-        """What is read from and written to the states; with `scores` also these and the delta rule's inverse."""
+        """Compute the operands of the scan; with `scores` also the scores and the delta rule's inverse."""
         plan, key = self.plan, self.plan.key_dim
         prepared = _Prepared(
             self._rows(key, self.operand),
@@ -279,7 +280,7 @@ class _Problem:
         return states, self.v if residual is None else residual, final
 
     def outputs(self, prepared: _Prepared, scores: Tensor, residual: Tensor, states: Tensor) -> Tensor:
-        """O `[T, H, V]`."""
+        """Compute o `[T, H, V]`."""
         plan = self.plan
         o = self._rows(plan.value_dim, self.operand)
         self.launch(
@@ -306,7 +307,7 @@ class _Problem:
     def scan_backward(
         self, d_o: Tensor, prepared: _Prepared, scores: Tensor, inverse: Tensor | None, d_final: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the state after each chunk, of v for every head, and of the initial states."""
+        """Gradients of the state after each chunk, of v per output head, and of the initial states."""
         plan, table = self.plan, self.table
         d_states = self._states(table.num_chunks, self.operand)
         d_v = self._rows(plan.value_dim, self.operand)
@@ -336,7 +337,7 @@ class _Problem:
         return d_states, d_v, d_initial
 
     def scores_backward(self, d_o: Tensor, d_v: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the scores and of what is inverted, above the diagonal too."""
+        """Gradients of the scores and of the matrix before inversion, including above the diagonal."""
         plan = self.plan
         d_scores = self._rows(plan.chunk, torch.float32)
         d_strict = torch.empty_like(d_scores) if plan.delta else None
@@ -362,7 +363,7 @@ class _Problem:
     def reads_backward(
         self, d_o: Tensor, d_v: Tensor, residual: Tensor, states: Tensor, d_states: Tensor, total: Tensor
     ) -> dict[str, Any]:
-        """Gradients of what `prepare` makes for the states, in float32, by the names of its backward's arguments."""
+        """Gradients of the scan operands, in float32, by argument name of the backward kernels of `prepare`."""
         plan = self.plan
         gradients: dict[str, Any] = {
             "d_q_decayed": self._rows(plan.key_dim, torch.float32),
@@ -395,10 +396,10 @@ class _Problem:
     def prepare_backward(
         self, reads: dict[str, Any], d_scores: Tensor, d_strict: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Gradients of q, k, log_decay and beta for every head, in float32."""
+        """Gradients of q, k, log_decay and beta per output head, in float32."""
         plan = self.plan
         d_q, d_k = self._rows(plan.key_dim, torch.float32), self._rows(plan.key_dim, torch.float32)
-        # A decay per channel leaves the blocks of channels independent but for beta, whose parts are summed here.
+        # With one decay per channel, blocks of channels are independent except for beta, whose shares are summed here.
         blocks = triton.cdiv(plan.key_dim, plan.prepare_key) if plan.decay == PER_CHANNEL else 1
         d_beta = None if self.beta is None else d_q.new_empty(*d_q.shape[:2], blocks)
         d_log_decay = None
@@ -422,7 +423,7 @@ class _Problem:
         return d_q, d_k, d_log_decay, None if d_beta is None else d_beta.sum(2)
 
     def forward(self, initial: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """O `[T, H, V]`, the final states, and what `backward` needs."""
+        """Compute o `[T, H, V]`, the final states, and the tensors that `backward` needs."""
         prepared, scores, inverse = self.prepare(scores=True)
         states, residual, final = self.scan(prepared, inverse, initial)
         assert scores is not None
@@ -432,11 +433,12 @@ class _Problem:
     def backward(
         self, d_o: Tensor, d_final: Tensor, saved: tuple[Tensor | None, ...]
     ) -> tuple[list[Tensor | None], Tensor]:
-        """Gradients of q, k, v, log_decay and beta for every head, and of the initial states; `saved` by `forward`."""
+        """Gradients of q, k, v, log_decay, beta (per output head) and the initial states; `saved` is by `forward`."""
         scores, inverse, states, residual = saved
         assert scores is not None
         assert states is not None
         residual = self.v if residual is None else residual
+        # Recomputed, because saving them would keep up to three more tensors of q's size.
         prepared, _, _ = self.prepare(scores=False)
         d_states, d_v, d_initial = self.scan_backward(d_o, prepared, scores, inverse, d_final)
         reads = self.reads_backward(d_o, d_v, residual, states, d_states, prepared.total)
@@ -445,17 +447,18 @@ class _Problem:
 
 
 def _like(gradient_TH: Tensor | None, x: Tensor | None) -> Tensor | None:
-    """The gradient for every head as that of `x` `[B, T, H', …]`, with repeated heads summed."""
+    """Reduce a gradient per output head to that of `x` `[B, T, H', …]` by summing repeated heads."""
     if gradient_TH is None or x is None:
         return None
     own_heads = x.shape[2]
     if gradient_TH.shape[1] != own_heads:
+        # Summed in float32, because many heads may share one.
         gradient_TH = gradient_TH.unflatten(1, (own_heads, -1)).sum(2, dtype=torch.float32)
     return gradient_TH.view(x.shape).to(x.dtype)
 
 
 class _Chunked(torch.autograd.Function):
-    """Saves the inputs, the scores, the inverse, r and the state at each chunk's start; computes the rest again."""
+    """Saves the inputs, the scores, the inverse, r and the state at each chunk's start; recomputes everything else."""
 
     @staticmethod
     def forward(
@@ -506,21 +509,22 @@ def chunked(
         v: `[B, T, H', V]`.
         log_decay: None, `[B, T, H']` or `[B, T, H', K]`, natural logarithm, <= 0.
         beta: `[B, T, H']` or None.
-        initial_state: `[N, H, K, V]` or None, zeros.
-        scale: multiplies the output.
+        initial_state: `[N, H, K, V]`; None for zeros.
+        scale: factor of the output.
         documents: the N documents packed into B = 1, or None.
 
-    Each H' divides the largest one, H; neighbours share a head.
+    Each H' divides the largest one, H; neighbouring heads share an input head.
 
     Returns:
         o `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]` in float32.
 
     Raises:
-        ValueError: if K is larger than 256, or `documents` are not those of one row.
+        ValueError: if K is larger than 256, or `documents` do not cover one row.
     """
     heads = max(x.shape[2] for x in (q, k, v, log_decay, beta) if x is not None)
     dims, operand = (q.shape[-1], v.shape[-1]), _operand(q, k, v)
     target = target_name(q.device)
+    # On a CPU the interpreter runs the kernels, which compiler faults do not affect.
     if q.is_cuda:
         log_known_faults(target)
     plan = make_plan(heads, dims, log_decay, beta is not None, operand, target)
@@ -529,12 +533,13 @@ def chunked(
 
 
 def chunked_specs(target: str, head_dim: int, dtype: str, decays: tuple[int, ...], delta: bool) -> list[KernelSpec]:
-    """The kernels of forward and backward for 8192 tokens of 16 heads, K = V = `head_dim`, under each of `decays`.
+    """Kernels of forward and backward for 8192 tokens of 16 heads, K = V = `head_dim`, for each entry of `decays`.
 
-    `decays` holds the number of axes of log_decay, or 0 for none.
+    `decays` holds the number of axes of log_decay, or 0 for no decay.
     """
     tokens, heads = 8192, 16
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    # Meta tensors, because specs need shapes and dtypes, but neither values nor a GPU.
     qkv = torch.empty(1, tokens, heads, head_dim, dtype=operand, device="meta")
     specs = []
     for axes in decays:

@@ -1,6 +1,6 @@
-"""The shape of a model, as nested dataclasses that validate themselves.
+"""Model configuration: nested dataclasses that validate themselves.
 
-Nothing here imports torch: a bad configuration must be reported before torch is loaded.
+Nothing here imports torch, so that an invalid configuration is reported before torch is loaded.
 """
 
 from models.config.experts import DenseToSparseConfig as DenseToSparseConfig

@@ -1,8 +1,8 @@
-"""What configurations say of values that they refuse."""
+"""Checks that configurations share."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuse with one line what does not hold.
+    """Raise a one-line error unless `condition` holds.
 
     Raises:
         ValueError: with the message.
@@ -12,10 +12,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(prefix: str, owner: object, *names: str) -> None:
-    """Refuse values of `owner` that are not positive; `prefix` is its key.
+    """Require that the named attributes of `owner` are positive; `prefix` is the configuration key of `owner`.
 
     Raises:
-        ValueError: one is not.
+        ValueError: one is not positive.
     """
     for name in names:
         value = getattr(owner, name)

@@ -1,6 +1,6 @@
-"""Mixtures of experts: the experts, their router, its losses and its schedules.
+"""Configuration of mixtures of experts: the experts, their router, its losses and its schedules.
 
-Nothing here imports torch, as in all of models.config.
+Imports no torch, like all of models.config.
 """
 
 import math
@@ -9,31 +9,34 @@ from typing import Literal
 
 from models.config.checks import require, require_positive
 
-# Where an activation is positively homogeneous, scaling the router and the temperature alike changes nothing.
+# For a positively homogeneous activation, scaling the router and the temperature together changes nothing, so the
+# temperature cannot be identified (arXiv 2401.13875).
 _HOMOGENEOUS_ACTIVATIONS = ("none", "relu")
 
 
 @dataclass
 class DenseToSparseConfig:
-    """The dense-to-sparse gate (EvoMoE, arXiv 2112.14397), with an activation (arXiv 2401.13875).
+    """The dense-to-sparse gate (EvoMoE, arXiv 2112.14397) with an activation (arXiv 2401.13875).
 
-    It starts with every expert and ends with few: p = softmax((activation(W x) + noise) / temperature), of which a
-    token keeps the largest, and those that reach the threshold, up to a number that shrinks. Temperature and number
-    follow one schedule in the training step: a plateau, then a decay; past it they stay.
+    The gate starts with all experts and ends with few. It computes p = softmax((activation(W x) + noise) /
+    temperature). Each token keeps its largest expert and those whose p reaches the threshold, up to a maximum number
+    that shrinks. Temperature and maximum follow one schedule over training steps: a plateau, then a decay, then
+    constant.
 
     Attributes:
-        activation: Between the router's product and the softmax. A learned temperature can be told from the router's
-            weights only with sigmoid, tanh, gelu or silu.
-        gumbel_noise: Add Gumbel noise in training; the same for the same seed, layer, step and token.
-        schedule: The course of the decay; learned makes the temperature a parameter that starts at temperature_start.
+        activation: Activation between router product and softmax. Only with sigmoid, tanh, gelu or silu can a learned
+            temperature be told from the scale of the router weights.
+        gumbel_noise: Add Gumbel noise in training; it depends only on seed, layer, step and token.
+        schedule: Shape of the decay; learned makes the temperature a parameter that starts at temperature_start.
         temperature_start: Temperature on the plateau.
         temperature_end: Temperature after the decay.
         plateau_steps: Steps before the decay.
         decay_steps: Steps of the decay.
-        threshold: A token keeps the experts whose p reaches this, and always that of the largest.
-        max_experts_start: Experts that a token keeps at most, on the plateau; null for all.
-        max_experts_end: The same after the decay, linear in the step between; null takes the router's top_k.
-        hard_top_k_after: From this step on a token keeps the router's top_k, whatever the threshold; null for never.
+        threshold: A token keeps the experts whose p reaches this, and always the one with the largest p.
+        max_experts_start: Maximum number of experts per token on the plateau; null means all.
+        max_experts_end: Maximum after the decay, linear in the step in between; null takes the router's top_k.
+        hard_top_k_after: From this step on every token keeps the router's top_k experts regardless of the threshold;
+            null means never.
     """
 
     activation: Literal["none", "relu", "sigmoid", "tanh", "gelu", "silu"] = "tanh"
@@ -60,7 +63,7 @@ class DenseToSparseConfig:
             require(value is None or value >= 1, f"{prefix}.{name} is {value}: it must be at least 1")
 
     def warning(self) -> str | None:
-        """What to think twice about, if anything."""
+        """A warning about a setting that is legal but likely a mistake; None if there is none."""
         if self.schedule != "learned" or self.activation not in _HOMOGENEOUS_ACTIVATIONS:
             return None
         return (
@@ -69,7 +72,7 @@ class DenseToSparseConfig:
         )
 
     def temperature(self, step: int | None) -> float:
-        """Temperature at a training step, by schedule; None for after the decay."""
+        """Temperature at a training step; None means after the decay."""
         start, end, done = self.temperature_start, self.temperature_end, self._decayed(step)
         match self.schedule:
             case "exponential":
@@ -79,34 +82,34 @@ class DenseToSparseConfig:
         return start + (end - start) * done
 
     def max_experts(self, step: int | None, num_experts: int, top_k: int) -> int:
-        """Experts that a token keeps at most at a training step; None for after the decay."""
+        """Maximum number of experts per token at a training step; None means after the decay."""
         start = min(self.max_experts_start or num_experts, num_experts)
         end = min(self.max_experts_end or top_k, num_experts)
         return round(start + (end - start) * self._decayed(step))
 
     def is_hard(self, step: int | None) -> bool:
-        """Whether a token keeps exactly top_k experts at a training step; None for after all of them."""
+        """Whether tokens keep exactly top_k experts at a training step; None means after the last step."""
         return self.hard_top_k_after is not None and (step is None or step >= self.hard_top_k_after)
 
     def _decayed(self, step: int | None) -> float:
-        """The part of the decay that lies behind, in [0, 1]."""
+        """Fraction of the decay that has passed, in [0, 1]."""
         return 1.0 if step is None else min(max((step - self.plateau_steps) / self.decay_steps, 0.0), 1.0)
 
 
 @dataclass
 class RouterConfig:
-    """Which experts a token goes to, and with what weight. The router computes in float32.
+    """Expert selection and gate weights. The router computes in float32.
 
     Attributes:
-        gate: top_k takes the k largest scores; dense_to_sparse a number that varies from token to token.
-        score: How top_k makes scores of the router's product.
-        top_k: Experts of a token; for dense_to_sparse those of its end, see there.
-        normalize: before makes the scores of all experts add up to one (softmax has it so), after those of the chosen
-            ones, none leaves them.
-        num_groups: Groups of consecutive experts, of which top_k first takes the best (DeepSeek-V3, arXiv 2412.19437).
-        group_top_k: Groups that it takes, by the sum of the top_k / group_top_k largest scores in each.
-        bias_update_rate: After each step, add this to the selection bias of the experts with less than the mean load,
-            and take it from those with more (arXiv 2408.15664); top_k only; 0 for no bias.
+        gate: top_k takes the k largest scores; dense_to_sparse takes a number that varies by token.
+        score: Activation that turns router logits into scores; top_k only.
+        top_k: Experts per token; for dense_to_sparse the number at the end of its schedule.
+        normalize: before normalises the scores of all experts to sum to one (as softmax does), after those of the
+            chosen experts, none leaves them unchanged.
+        num_groups: Groups of consecutive experts; top_k first selects groups (DeepSeek-V3, arXiv 2412.19437).
+        group_top_k: Number of selected groups, by the sum of the top_k / group_top_k largest scores in each.
+        bias_update_rate: After each step, add this to the selection bias of experts below the mean load and subtract it
+            above (arXiv 2408.15664); top_k only; 0 means no bias.
         dense_to_sparse: The dense-to-sparse gate.
     """
 
@@ -128,6 +131,7 @@ class RouterConfig:
             f"{prefix}.group_top_k={self.group_top_k} must be at most num_groups={self.num_groups}, and divide "
             f"top_k={self.top_k}",
         )
+        # These settings act on top_k only, so with another gate they would silently do nothing.
         for name, unused in (("bias_update_rate", 0.0), ("num_groups", 1), ("score", "softmax")):
             require(
                 self.gate == "top_k" or getattr(self, name) == unused,
@@ -137,14 +141,15 @@ class RouterConfig:
 
 @dataclass
 class RouterLossConfig:
-    """What is added to the gradient of the router, per token; the reported loss is that of the language model alone.
+    """Auxiliary router losses, per token. They affect only the gradient; the reported loss is the language model's.
 
     Attributes:
-        balance: Coefficient of E sum_e p_e f_e, with p_e a token's probability of expert e of E, and f_e the expert's
-            share of the load (arXiv 2101.03961; a share of what was kept, however many experts a token keeps).
-        scope: Whose load: that of the micro-batch, of each sequence, or of the whole batch (global; arXiv 2501.11873).
-            The last is that of the step before, so that it is the same however the batch is cut up.
-        z: Coefficient of the squared log-sum-exp of the router's product (arXiv 2202.08906).
+        balance: Coefficient of E sum_e p_e f_e, where p_e is a token's probability of expert e of E, and f_e the
+            expert's share of the load (arXiv 2101.03961; a share of the kept assignments, however many experts a token
+            keeps).
+        scope: Scope of the load: micro_batch, sequence, or global for the whole batch (arXiv 2501.11873). global uses
+            the previous step's load, so that it does not depend on how the batch is divided.
+        z: Coefficient of the squared log-sum-exp of the router logits (arXiv 2202.08906).
     """
 
     balance: float = 0.01
@@ -159,29 +164,30 @@ class RouterLossConfig:
 
 @dataclass
 class MoEConfig:
-    """Mixture of experts in place of the feed-forward.
+    """A mixture of experts in place of the feed-forward.
 
     Attributes:
-        num_experts: Routed experts of a layer; 0 for dense feed-forwards everywhere.
-        shared_experts: Experts that every token goes to, beside the routed ones.
+        num_experts: Routed experts per layer; 0 means dense feed-forwards everywhere.
+        shared_experts: Experts that process every token, in addition to the routed ones.
         expert_hidden_size: Inner width of an expert; null takes model.ffn_hidden_size.
-        dense_layers: Layers, from 0, that keep a dense feed-forward.
-        activation: Of the experts; those that end in glu have a gate.
-        capacity_factor: Drop, in training, what goes to an expert beyond this times the mean, the least probable first
-            (on each rank, of its own tokens); null drops nothing.
-        pad_to_capacity: Fill up the experts' rows to the capacity, so that all shapes stay the same.
-        recompute_above: An expert that gets more than this times the mean of a micro-batch, over a rank's own experts,
-            computes its activations again in backward in place of keeping them; null keeps those of all.
-        replicated_experts: Where ranks share the experts, copy at most so many of them, the busiest, to every rank in a
-            step; their tokens then stay on their ranks. 0 copies none.
-        replicate_above: Copy an expert only while it got more than this times the mean load in the step before.
-        spawn_step: Until this training step every token goes to the first expert alone. Then the others start as copies
-            of it, and the gate with them: its schedules count from there (EvoMoE, arXiv 2112.14397). null starts all
-            experts at once.
-        spawn_diversify: Share of the weights of each spawned expert that is set to zero, another for each; the others
-            grow by 1 / (1 - share), as in dropout.
-        router: Which experts a token goes to.
-        losses: What balances the experts.
+        dense_layers: Indices, from 0, of layers that keep a dense feed-forward.
+        activation: Activation of the experts; those that end in glu have a gate.
+        capacity_factor: In training, drop assignments beyond this factor times the mean load of an expert, least
+            probable first (each rank for its own tokens); null drops nothing.
+        pad_to_capacity: Pad the experts' rows to the capacity, so that shapes are static.
+        recompute_above: Backward recomputes the activations of an expert whose rows exceed this factor times the mean
+            of the rank's experts in a micro-batch; null keeps all activations.
+        replicated_experts: With expert parallelism, replicate at most this many of the busiest experts to every rank in
+            a step, so that their tokens stay local; 0 replicates none.
+        replicate_above: Replicate an expert only if it got more than this factor times the mean load in the previous
+            step.
+        spawn_step: Before this training step every token uses only the first expert. At this step the others are
+            created as copies of it, and the gate's schedules start (EvoMoE, arXiv 2112.14397). null starts with all
+            experts.
+        spawn_diversify: Fraction of the weights of each spawned expert that is set to zero, drawn for each; the rest is
+            scaled by 1 / (1 - fraction), as in dropout.
+        router: Expert selection and gate weights.
+        losses: Auxiliary router losses.
     """
 
     num_experts: int = 0
@@ -220,6 +226,7 @@ class MoEConfig:
         require(
             0 <= self.spawn_diversify < 1, f"model.moe.spawn_diversify is {self.spawn_diversify}: it must be in [0, 1)"
         )
+        # A dense model ignores the remaining settings, so their combination does not matter.
         if self.num_experts == 0:
             return
         router = self.router
@@ -231,6 +238,7 @@ class MoEConfig:
             self.replicated_experts <= self.num_experts,
             f"model.moe.replicated_experts={self.replicated_experts} exceeds model.moe.num_experts={self.num_experts}",
         )
+        # The selected groups must contain enough experts for top_k.
         require(
             self.num_experts % router.num_groups == 0
             and router.top_k <= router.group_top_k * (self.num_experts // router.num_groups),
@@ -239,7 +247,7 @@ class MoEConfig:
         )
 
     def experts_at(self, step: int | None) -> int:
-        """Routed experts that a token keeps at most at a training step; None for the end of all schedules."""
+        """Maximum number of routed experts per token at a training step; None means after all schedules."""
         if not self.is_spawned(step):
             return 1
         router, step = self.router, self.gate_step(step)
@@ -248,13 +256,13 @@ class MoEConfig:
         return router.dense_to_sparse.max_experts(step, self.num_experts, router.top_k)
 
     def is_spawned(self, step: int | None) -> bool:
-        """Whether there is more than the first expert at a training step; None for after all of them."""
+        """Whether the experts beyond the first exist at a training step; None means after the last step."""
         return self.spawn_step is None or step is None or step >= self.spawn_step
 
     def spawns_at(self, step: int) -> bool:
-        """Whether the others are spawned before a training step."""
+        """Whether the other experts are spawned just before a training step."""
         return self.num_experts > 0 and self.spawn_step == step
 
     def gate_step(self, step: int | None) -> int | None:
-        """Steps since the gate began, before a training step."""
+        """Steps since the gate started, before a training step."""
         return step if step is None else step - (self.spawn_step or 0)

@@ -1,6 +1,6 @@
-"""The mixers: what each reads, what the code asks of each, and which layer has which.
+"""Configuration of the mixers: their settings, their properties, and their assignment to layers.
 
-Nothing here imports torch, as in all of models.config.
+Imports no torch, like all of models.config.
 """
 
 import re
@@ -28,11 +28,11 @@ class AttentionConfig:
     Attributes:
         num_heads: Query heads.
         num_kv_heads: Key and value heads; a divisor of num_heads (grouped-query attention).
-        head_dim: Size of a head; hidden_size / num_heads when null.
+        head_dim: Head size; null takes hidden_size / num_heads.
         rope_theta: Base of the rotary embedding; null for no positional encoding (NoPE).
         qk_norm: RMS-normalise queries and keys per head before the rotation.
         qkv_bias: Biases on the query, key and value projections.
-        window: Keys that a query of a sliding-window layer sees, its own included.
+        window: Number of keys that a query of a sliding-window layer sees, including its own.
     """
 
     num_heads: int = 4
@@ -60,7 +60,7 @@ class AttentionConfig:
 
 @dataclass
 class _GroupedDeltaConfig:
-    """What delta-rule mixers share whose value heads are a multiple of their query and key heads."""
+    """Settings of delta-rule mixers whose value heads are a multiple of their query and key heads."""
 
     num_heads: int = 4
     num_v_heads: int | None = None
@@ -71,6 +71,7 @@ class _GroupedDeltaConfig:
 
     def _check_heads(self, prefix: str) -> None:
         require_positive(prefix, self, "num_heads", "head_dim", "expand_v", "conv_size")
+        # Each query and key head serves a whole number of value heads.
         require(
             self.value_heads > 0 and self.value_heads % self.num_heads == 0,
             f"{prefix}.num_v_heads={self.value_heads} must be a multiple of num_heads={self.num_heads}",
@@ -79,17 +80,17 @@ class _GroupedDeltaConfig:
 
     @property
     def value_heads(self) -> int:
-        """Value heads, the default resolved."""
+        """Number of value heads, with the default resolved."""
         return self.num_heads if self.num_v_heads is None else self.num_v_heads
 
     @property
     def head_v_dim(self) -> int:
-        """Value size of a head."""
+        """Value size per head."""
         return int(self.head_dim * self.expand_v)
 
     @property
     def state(self) -> tuple[int, int, int]:
-        """Heads, key size and value size of the state."""
+        """Heads, key size and value size of the recurrent state."""
         return self.value_heads, self.head_dim, self.head_v_dim
 
 
@@ -158,7 +159,7 @@ class HGRN2Config:
     """HGRN2 (arXiv 2404.07904).
 
     Attributes:
-        head_dim: Size of a head, of its keys and of its values: the factor by which the state outgrows HGRN's.
+        head_dim: Key and value size per head, which is the factor by which the state is larger than HGRN's.
     """
 
     head_dim: int = 128
@@ -193,7 +194,7 @@ class DeltaNetConfig:
 
     @property
     def head_v_dim(self) -> int:
-        """Value size of a head."""
+        """Value size per head."""
         return int(self.head_dim * self.expand_v)
 
 
@@ -208,8 +209,8 @@ class KimiDeltaAttentionConfig(_GroupedDeltaConfig):
         expand_v: Value size of a head over its key size.
         conv_size: Width of the causal short convolution on q, k and v.
         allow_negative_eigenvalues: Double beta, so that the transition's eigenvalues reach -1.
-        gate: How the decay is made: "softplus" is unbounded, "bounded" keeps its logarithm above min_log_decay.
-        min_log_decay: Log decay of one token that the bounded gate cannot reach.
+        gate: Form of the decay: "softplus" is unbounded, "bounded" keeps the log decay above min_log_decay.
+        min_log_decay: Infimum of the bounded gate's log decay per token.
     """
 
     gate: Literal["softplus", "bounded"] = "softplus"
@@ -231,8 +232,8 @@ class SpikingBrainGLAConfig:
         num_kv_heads: Key and value heads; a divisor of num_heads (grouped-query attention).
         head_dim: Size of a head.
         qkv_bias: Biases on the query, key and value projections.
-        gate_low_rank: Rank of the projection that makes the per-channel decay; the tied gate has none.
-        gate_normalizer: The decay is sigmoid(a) ** (1 / gate_normalizer); not so for the tied gate.
+        gate_low_rank: Rank of the projection that makes the per-channel decay; not used by the tied gate.
+        gate_normalizer: The decay is sigmoid(a) ** (1 / gate_normalizer); not used by the tied gate.
     """
 
     num_heads: int = 4
@@ -257,18 +258,19 @@ State = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class MixerType:
-    """What is known of a kind of mixer without building one.
+    """Properties of a kind of mixer that are known without building one.
 
     Attributes:
-        implementation: Its class, by module and name; imported when a model is built.
-        section: The part of the model's configuration that it reads; None for none.
-        state: The state that it carries, by the model's configuration; None for softmax attention, which keeps keys.
-        state_products: Products with the state for each token: it is written, and read for q; the delta rule reads it
-            for k, too. A vector is only updated, what follows being elementwise.
-        rotary: (head size, base) of the rotary embedding that it applies, None for none; by the configuration.
-        shared: What tensor-parallel ranks share evenly, by its key; None: the heads that the section counts.
-        lower_bounded: Its decays are bounded from below, more so the higher the layer (models.mixers.hgrn).
-        check: Refuses a model's configuration, by a ValueError.
+        implementation: Module and name of its class, which is imported when a model is built.
+        section: Section of the model's configuration that it reads; None if it reads none.
+        state: Shape of its recurrent state, given the model's configuration; None for softmax attention, which caches
+            keys.
+        state_products: Products with the state per token: it is written, and read for q; the delta rule also reads it
+            for k. A vector state is only updated, and the rest is elementwise.
+        rotary: (head size, base) of its rotary embedding, given the configuration; None if it applies none.
+        shared: Sizes, by key, that must divide over tensor-parallel ranks; None means the head counts of the section.
+        lower_bounded: Whether its decays have a lower bound that grows with the layer (models.mixers.hgrn).
+        check: Raises ValueError if the model's configuration does not suit it.
     """
 
     implementation: str
@@ -281,7 +283,7 @@ class MixerType:
     check: "Callable[[ModelConfig], None] | None" = None
 
     def shared_sizes(self, model: "ModelConfig") -> dict[str, int]:
-        """What tensor-parallel ranks share evenly, by its key in the model's section."""
+        """Sizes that must divide over tensor-parallel ranks, by their key in the model's section."""
         if self.shared is not None:
             return self.shared(model)
         assert self.section is not None, "a mixer without a section says what ranks share"
@@ -356,7 +358,7 @@ def _softmax(implementation: str) -> MixerType:
     return MixerType(name, "attention", rotary=_attention_rotary, check=_check_attention)
 
 
-# A new mixer: its row here, its section above and among the fields of ModelConfig, its class in models/mixers/.
+# To add a mixer: a row here, a section above and its field in ModelConfig, a class in models/mixers/.
 MIXERS: dict[str, MixerType] = {
     "full_attention": _softmax("FullAttention"),
     "sliding_window_attention": _softmax("SlidingWindowAttention"),
@@ -410,25 +412,27 @@ MIXERS: dict[str, MixerType] = {
     "spikingbrain_gla": _spikingbrain("SpikingBrainGLA"),
     "spikingbrain_tied_gla": _spikingbrain("SpikingBrainTiedGLA"),
 }
+# Softmax attention is the kind without a recurrent state.
 SOFTMAX_MIXERS = tuple(name for name, mixer in MIXERS.items() if mixer.state is None)
 LINEAR_MIXERS = tuple(name for name in MIXERS if name not in SOFTMAX_MIXERS)
 
 
 def branches(layer: str) -> list[str]:
-    """The mixers of a layer: its name, or those that it runs side by side, written `NAME + NAME`."""
+    """The mixers of a layer: a single name, or several that run in parallel, written `NAME + NAME`."""
     return layer.split(" + ")
 
 
 def parse_pattern(pattern: str, prefix: str = "model.mixers.pattern") -> list[str]:
-    """Expand `gated_delta_net*3, full_attention` into one layer's name per layer of the period.
+    """Expand `gated_delta_net*3, full_attention` into one name per layer of the period.
 
-    `gated_delta_net + full_attention` is the name of one layer (see `branches`), which a count repeats as a whole.
+    `gated_delta_net + full_attention` names a single layer (see `branches`); a count repeats it as a whole.
 
     Raises:
         ValueError: an entry is not `LAYER` or `LAYER*COUNT`, or a name is not a mixer.
     """
     expanded: list[str] = []
     for entry in pattern.split(","):
+        # NAME, or NAME + NAME, optionally followed by * COUNT.
         match = re.fullmatch(r"([a-z_0-9]+(?:\s*\+\s*[a-z_0-9]+)*)(?:\s*\*\s*([0-9]+))?", entry.strip())
         require(
             match is not None,
@@ -446,15 +450,15 @@ def parse_pattern(pattern: str, prefix: str = "model.mixers.pattern") -> list[st
 
 @dataclass
 class MixerLayoutConfig:
-    """Which mixer each layer has: a pattern repeated over the layers, or a ratio. Set exactly one.
+    """Assignment of mixers to layers: a repeated pattern, or a ratio. At most one may be set.
 
     Attributes:
-        pattern: One period, such as "gated_delta_net*3, full_attention", repeated until every layer has a mixer. A
-            layer "hgrn2 + full_attention" has both, side by side; a count after it repeats the layer.
-        linear_per_full: r linear layers, then one softmax layer, repeated.
+        pattern: One period, such as "gated_delta_net*3, full_attention", repeated over all layers. A layer "hgrn2 +
+            full_attention" runs both in parallel; a count after it repeats that layer.
+        linear_per_full: Repeat r linear layers followed by one softmax layer.
         full_attention_every: Every N-th layer, the last of each group of N, is a softmax layer.
-        linear: The linear mixer that the two ratios use.
-        softmax: The softmax mixer that the two ratios use.
+        linear: Linear mixer that the two ratios use.
+        softmax: Softmax mixer that the two ratios use.
     """
 
     pattern: str | None = None
@@ -481,11 +485,12 @@ class MixerLayoutConfig:
             require(value is None or value >= 1, f"model.mixers.{name} is {value}: it must be at least 1")
 
     def period(self) -> list[str]:
-        """One period of layers' names; full attention everywhere when nothing was asked for."""
+        """The layer names of one period; a single full_attention by default."""
         if self.pattern is not None:
             return parse_pattern(self.pattern)
         if self.linear_per_full is not None:
             return [self.linear] * self.linear_per_full + [self.softmax]
         if self.full_attention_every is not None:
+            # N counts the softmax layer, while `linear_per_full` counts only the linear layers.
             return [self.linear] * (self.full_attention_every - 1) + [self.softmax]
         return ["full_attention"]

@@ -1,4 +1,4 @@
-"""The shape of a whole model."""
+"""Configuration of a whole model."""
 
 from dataclasses import dataclass, field
 
@@ -26,21 +26,21 @@ class ModelConfig:
     """A decoder: embedding, pre-norm blocks of a mixer and a SwiGLU feed-forward, final norm, head.
 
     Attributes:
-        num_layers: Blocks.
+        num_layers: Number of blocks.
         hidden_size: Width of the residual stream.
         ffn_hidden_size: Inner width of the SwiGLU feed-forward.
         vocab_size: Rows of the embedding; null takes the tokenizer's size, rounded up to vocab_multiple.
-        vocab_multiple: The embedding's rows are rounded up to a multiple of this.
+        vocab_multiple: The number of embedding rows is rounded up to a multiple of this.
         tie_embeddings: Share the embedding with the output head.
         norm_eps: Epsilon of every RMSNorm.
         init_std: Standard deviation of the normal initialisation of matrices.
         scale_residual_init: Divide init_std of the projections into the residual stream by sqrt(2 * num_layers).
-        mixers: Which mixer each layer has.
+        mixers: Assignment of mixers to layers.
         attention: Softmax attention.
         gated_delta_net: Gated delta net.
         gated_linear_attention: Gated linear attention.
         retention: Retention.
-        hgrn2: HGRN2; HGRN has nothing to set.
+        hgrn2: HGRN2; HGRN has no settings.
         delta_net: Delta net.
         kimi_delta_attention: Kimi delta attention.
         spikingbrain_gla: SpikingBrain's linear attention, with its own gate or the tied one.
@@ -71,10 +71,12 @@ class ModelConfig:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_multiple", "norm_eps", "init_std")
         require_positive("model", self, *names)
         require(self.vocab_size is None or self.vocab_size > 0, f"model.vocab_size={self.vocab_size} must be positive")
+        # Sections of unused mixers are not checked: they need not fit this model.
         for mixer in self.used_mixers():
             if (check := MIXERS[mixer].check) is not None:
                 check(self)
         for layer in self.layer_mixers():
+            # Branches of a layer share one table of cosines and sines.
             rotations = {rotary for mixer in branches(layer) if (rotary := self.rotary(mixer)) is not None}
             require(
                 len(rotations) <= 1,
@@ -83,42 +85,43 @@ class ModelConfig:
             )
         if self.moe.num_experts:
             dense = self.moe.dense_layers
+            # A strict subset, because a model with only dense layers should have num_experts=0.
             require(
                 set(dense) < set(range(self.num_layers)),
                 f"model.moe.dense_layers={dense} must be some, not all, of the layers 0 to {self.num_layers - 1}",
             )
 
     def layer_mixers(self) -> list[str]:
-        """Each layer's name: its mixer's, or its branches' (see `branches`)."""
+        """The name of each layer: its mixer, or its parallel branches (see `branches`)."""
         period = self.mixers.period()
         return [period[i % len(period)] for i in range(self.num_layers)]
 
     def used_mixers(self) -> list[str]:
-        """The mixers that any layer has, each once, in the order of the layers."""
+        """All mixers in use, without repetition, in layer order."""
         return list(dict.fromkeys(mixer for layer in self.layer_mixers() for mixer in branches(layer)))
 
     def bounded_layers(self) -> list[int]:
-        """The layers whose decays have a lower bound: those of HGRN and HGRN2, but for the first layer."""
+        """Layers whose decays have a learned lower bound: those with HGRN or HGRN2, except layer 0 (bound 0)."""
         layers = self.layer_mixers()
         return [i for i in range(1, self.num_layers) if any(MIXERS[name].lower_bounded for name in branches(layers[i]))]
 
     def rotary(self, mixer: str) -> tuple[int, float] | None:
-        """(head size, base) of the rotary embedding that a mixer applies; None where it applies none."""
+        """(head size, base) of a mixer's rotary embedding; None if it has none."""
         rotary = MIXERS[mixer].rotary
         return None if rotary is None else rotary(self)
 
     def moe_layers(self) -> list[int]:
-        """The layers, from 0, whose feed-forward is a mixture of experts."""
+        """Indices, from 0, of the layers whose feed-forward is a mixture of experts."""
         layers = range(self.num_layers) if self.moe.num_experts else ()
         return [layer for layer in layers if layer not in self.moe.dense_layers]
 
     @property
     def expert_hidden_size(self) -> int:
-        """Inner width of an expert, the default resolved."""
+        """Inner width of an expert, with the default resolved."""
         return self.moe.expert_hidden_size or self.ffn_hidden_size
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        """What tensor-parallel ranks share evenly, by its key: heads, channels and rows of the embedding."""
+        """Sizes that must divide over tensor-parallel ranks, by key: heads, channels and embedding rows."""
         sizes = {"vocab_multiple": self.vocab_multiple}
         if len(self.moe_layers()) < self.num_layers:
             sizes["ffn_hidden_size"] = self.ffn_hidden_size
@@ -129,7 +132,7 @@ class ModelConfig:
         return {f"model.{name}": size for name, size in sizes.items()}
 
     def state_shape(self, mixer: str) -> State:
-        """(heads, key size, value size) of the state that a linear mixer carries; HGRN's is a vector, (1, 1, size)."""
+        """(heads, key size, value size) of a linear mixer's state; (1, 1, size) for HGRN's vector."""
         state = MIXERS[mixer].state
         require(state is not None, f"{mixer!r} carries no state; choose from {', '.join(LINEAR_MIXERS)}")
         assert state is not None
@@ -137,11 +140,11 @@ class ModelConfig:
 
     @property
     def attention_head_dim(self) -> int:
-        """Head size of the softmax mixers, the default resolved."""
+        """Head size of the softmax mixers, with the default resolved."""
         return self.attention.head_dim or self.hidden_size // self.attention.num_heads
 
     def padded_vocab_size(self, tokenizer_vocab_size: int) -> int:
-        """Rows of the embedding for a tokenizer.
+        """Number of embedding rows for a tokenizer.
 
         Raises:
             ValueError: model.vocab_size is smaller than the tokenizer's vocabulary.

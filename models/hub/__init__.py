@@ -1,1 +1,1 @@
-"""Layouts of Hugging Face: configurations and parameters' names there, and ours. One file per architecture."""
+"""Hugging Face layouts: mappings of configurations and parameter names, one file per architecture."""

@@ -1,7 +1,8 @@
-"""Llama, Qwen2 and Qwen3: dense decoders whose parameters differ from ours in name alone. Imports no torch.
+"""Llama, Qwen2 and Qwen3: dense decoders that differ from ours only in parameter names. Imports no torch.
 
-Every key of a config.json is one of four: it is a number of our model (`from_hub`), it asks for another function and is
-refused (`_WITHOUT`, the rotary keys), it changes nothing (`_HARMLESS`), or it is told of as left out (`left_out`).
+Every key of a config.json falls into one of four classes: a number of our model (`from_hub`); a request for a different
+function, which is refused (`_WITHOUT`, the rotary keys); no effect on the function (`_HARMLESS`); or unknown, and
+reported as left out (`left_out`).
 """
 
 import math
@@ -9,7 +10,7 @@ from typing import Any
 
 from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig
 
-# By (biases on queries, keys and values; norms on queries and keys).
+# Keys: (biases on queries, keys and values; norms on queries and keys).
 _TYPES = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _OUTER = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
@@ -21,7 +22,7 @@ _INNER = {
 }
 _DEFAULT_THETA = 10000.0
 
-# Numbers of the model, read by `from_hub`.
+# Keys with a counterpart in ModelConfig, read by `from_hub`.
 _REPRESENTED = (
     "model_type",
     "vocab_size",
@@ -37,8 +38,9 @@ _REPRESENTED = (
     "rope_parameters",
     "rope_scaling",
 )
-# What these configurations can ask for and a model here cannot do, and the values that ask for nothing. Those that
-# transformers itself does not read for these types are read by other programs, or stand in copies of other models.
+# Features that these configurations can request and models here lack, with the values that request nothing.
+# transformers itself ignores some of these keys for these types, but other programs read them, and copies of other
+# models contain them.
 _WITHOUT: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -64,12 +66,12 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
     "compression_config": (None,),
-    # Code of its own, which may compute anything.
+    # Custom code, which may compute anything.
     "auto_map": (None, {}),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
-# What changes nothing in what the model computes, or is in other files, with the tokens that end and begin a text.
+# Keys that do not affect the computed function, or that other files hold, such as special token ids.
 _HARMLESS = (
     "architectures",
     "bos_token_id",
@@ -83,7 +85,7 @@ _HARMLESS = (
     "sliding_window",
     "original_max_position_embeddings",
     "initializer_range",
-    # Slices of the products, which add up to the same.
+    # Computes the products in slices, with the same sum.
     "pretraining_tp",
     "use_cache",
     "chunk_size_feed_forward",
@@ -95,12 +97,12 @@ _HARMLESS = (
     "label2id",
     "problem_type",
 )
-# They matter in training alone, where models here have none.
+# Matter only in training; models here have no dropout.
 _IN_TRAINING = {"attention_dropout": (0, None)}
 
 
 def hub_name(name: str) -> str:
-    """The name there of a parameter of Decoder."""
+    """Hugging Face's name of a parameter of Decoder."""
     module, _, rest = name.partition(".")
     if module != "layers":
         return f"{_OUTER[module]}.{rest}"
@@ -109,18 +111,18 @@ def hub_name(name: str) -> str:
 
 
 def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) -> dict[str, Any]:
-    """The config.json of a model, which does not say what ends and begins a text.
+    """The config.json of a model, without special token ids.
 
-    Those keys are there with null: without them transformers takes 2 and 1.
+    Their keys are present with null: if they were missing, transformers would assume 2 and 1.
 
     Args:
-        model: Its shape.
+        model: The model's configuration.
         vocab_size: Rows of its embedding.
-        dtype: As torch names it.
-        max_positions: Tokens of the longest sequence it was trained on.
+        dtype: Dtype as named by torch.
+        max_positions: Length of the longest sequence in training, in tokens.
 
     Raises:
-        ValueError: no architecture here computes what it does.
+        ValueError: no supported architecture computes this model.
     """
     attention = model.attention
     kind = _require_layout(model)
@@ -140,7 +142,7 @@ def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) 
         "tie_word_embeddings": model.tie_embeddings,
         "max_position_embeddings": max_positions,
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
-        # What transformers read before rope_parameters.
+        # Read by versions of transformers that predate rope_parameters.
         "rope_theta": attention.rope_theta,
         "bos_token_id": None,
         "eos_token_id": None,
@@ -149,10 +151,10 @@ def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) 
 
 
 def _require_layout(model: ModelConfig) -> str:
-    """The architecture that computes what a model does.
+    """The architecture that computes this model.
 
     Raises:
-        ValueError: none here does.
+        ValueError: there is none.
     """
     attention = model.attention
     other = sorted(set(model.layer_mixers()) - {"full_attention"})
@@ -174,18 +176,18 @@ def _require_layout(model: ModelConfig) -> str:
 
 
 def from_hub(config: dict[str, Any]) -> ModelConfig:
-    """The shape of a model from its config.json. Keys that are left out stand at transformers' defaults.
+    """Convert a config.json into a ModelConfig. Missing keys take transformers' defaults.
 
     Raises:
-        ValueError: it is of another architecture, or asks for something that a model here cannot do.
-        KeyError: it lacks a number that has no default here.
+        ValueError: the architecture is unsupported, or the model needs an unsupported feature.
+        KeyError: a number without a default is missing.
     """
     kind = config.get("model_type")
     if kind not in _ARCHITECTURES:
         raise ValueError(f"model_type={kind!r} is not known here; {', '.join(_ARCHITECTURES)} are")
     _refuse_other_functions(config, kind)
     heads, width, vocab_size = (_whole(config, name) for name in ("num_attention_heads", "hidden_size", "vocab_size"))
-    # Where a key is missing, not null, Qwen's classes have numbers of their own.
+    # If the key is missing (not null), Qwen's classes have their own defaults.
     kv_heads = _whole(config, "num_key_value_heads", heads if kind == "llama" else 32) or heads
     head_dim = _whole(config, "head_dim", 128 if kind == "qwen3" else None) or width // heads
     biased, normed = next(key for key, value in _TYPES.items() if value == kind)
@@ -194,6 +196,7 @@ def from_hub(config: dict[str, Any]) -> ModelConfig:
         hidden_size=width,
         ffn_hidden_size=_whole(config, "intermediate_size"),
         vocab_size=vocab_size,
+        # Whole multiples of 64 keep tensor parallelism possible; otherwise the rows must not be padded.
         vocab_multiple=64 if vocab_size % 64 == 0 else 1,
         tie_embeddings=_flag(config, "tie_word_embeddings"),
         norm_eps=_positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
@@ -210,7 +213,7 @@ def from_hub(config: dict[str, Any]) -> ModelConfig:
 
 
 def left_out(config: dict[str, Any]) -> list[str]:
-    """Keys of a config.json that nothing here has, or that matter in training alone, as `key=value`."""
+    """Keys of a config.json that have no counterpart here, or that matter only in training, as `key=value`."""
     known = {*_REPRESENTED, *_WITHOUT, *_HARMLESS, *_IN_TRAINING}
     unknown = [key for key in config if key not in known and not key.startswith("_")]
     dropped = [key for key, values in _IN_TRAINING.items() if key in config and config[key] not in values]
@@ -219,15 +222,15 @@ def left_out(config: dict[str, Any]) -> list[str]:
 
 def _refuse_other_functions(config: dict[str, Any], kind: str) -> None:
     for name, values in _WITHOUT.items():
-        # The softmax mixers of all layers, where they are given one by one.
+        # layer_types lists the attention kind of each layer; all full attention is supported.
         value = None if name == "layer_types" and _all_full(config.get(name)) else config.get(name, values[0])
         if value not in values:
             raise ValueError(f"{name}={value!r} is not supported; {kind} with {name}={values[0]!r} is")
-    # Qwen's classes read it with use_sliding_window alone; for Llama other programs do without.
+    # Qwen's classes use it only with use_sliding_window; for Llama some other programs use it regardless.
     if kind == "llama" and config.get("sliding_window") is not None:
         raise ValueError(f"sliding_window={config['sliding_window']!r} is not supported; llama with null is")
     named, wanted = config.get("architectures"), _ARCHITECTURES[kind]
-    # LLaMAForCausalLM is how the first conversions wrote it.
+    # The earliest conversions spelled it LLaMAForCausalLM.
     if named and [str(name).lower() for name in named] != [wanted.lower()]:
         raise ValueError(f"architectures={named!r} is not supported; {kind} with architectures={[wanted]!r} is")
 
@@ -237,10 +240,10 @@ def _all_full(layer_types: Any) -> bool:
 
 
 def _rope_theta(config: dict[str, Any]) -> float:
-    """The base of the rotation, in whichever of its places it stands.
+    """Base of the rotary embedding, from any of the places where it may be given.
 
     Raises:
-        ValueError: the rotation is another than by rope_theta alone, or two places differ.
+        ValueError: the rotation has parameters besides rope_theta, or two places disagree.
     """
     neutral = {"rope_type": ("default", None), "type": ("default", None), "partial_rotary_factor": (1.0, None)}
     thetas = {"rope_theta": config.get("rope_theta")}
@@ -256,17 +259,18 @@ def _rope_theta(config: dict[str, Any]) -> float:
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     given = {name: _positive(name, theta) for name, theta in thetas.items() if theta is not None}
     if len(set(given.values())) > 1:
-        # Which of them is read depends on the version of transformers.
+        # Versions of transformers differ in which of them they read.
         values = ", ".join(f"{name}={theta:g}" for name, theta in given.items())
         raise ValueError(f"the rotary base is given differently ({values}); keep the right one")
     return next(iter(given.values()), _DEFAULT_THETA)
 
 
 def _whole(config: dict[str, Any], name: str, default: Any = ...) -> Any:
-    """A positive whole number; `default`, or None, where the key is missing or null and a default is given."""
+    """A positive integer. If the key is missing or null and a default is given: the default, or None."""
     value = config[name] if default is ... else config.get(name, default)
     if value is None and default is not ...:
         return None
+    # bool is a subclass of int.
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name}={value!r} is not a positive whole number; correct it")
     return value

@@ -8,7 +8,7 @@ from models.mixers.parallel_branches import ParallelBranches
 
 
 def build_mixer(layer: str, config: ModelConfig) -> Mixer:
-    """The mixer of one layer, by one of the names that ModelConfig.layer_mixers gives."""
+    """Build the mixer of one layer from a name in ModelConfig.layer_mixers."""
     mixers = [_build(name, config) for name in branches(layer)]
     return mixers[0] if len(mixers) == 1 else ParallelBranches(mixers, config)
 

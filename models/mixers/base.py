@@ -1,4 +1,4 @@
-"""What every token mixer takes and gives, and the steps that several of them share."""
+"""Interface of the token mixers, and the steps that several of them share."""
 
 import math
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from models.parameters import Drawing, Groups, Init, Module, Placement
 
 @dataclass(frozen=True)
 class SequenceInfo:
-    """What a layer needs to know of a micro-batch beside its activations.
+    """Per-micro-batch information that layers need besides activations.
 
     Attributes:
-        cos: Rotary cosines, one row per token; None where the layer does not rotate.
+        cos: Rotary cosines, one row per token; None if the layer has no rotary embedding.
         sin: Rotary sines.
-        documents: Those packed into the row; None where every row is one sequence.
-        lower_bound: Bound of the layer's decays from below, float32 [D] in (0, 1); None for 0.
-        group: Ranks that hold consecutive parts of the sequence; None where this one has the whole. documents are
-            then those of the whole, the rest belongs to this rank's tokens.
-        token_keys: What tells tokens apart, for the noise of routers, int64 [T, B] as the residual stream is cut; None
-            without noise.
+        documents: Documents packed into the row; None if every row is one sequence.
+        lower_bound: Lower bound of the layer's decays, float32 [D] in (0, 1); None for 0.
+        group: Context-parallel ranks, which hold consecutive shards of the sequence; None if this rank has all of it.
+            documents then cover the whole sequence, while all other fields cover this rank's tokens.
+        token_keys: Unique keys of the tokens for the routers' noise, int64 [T, B], sharded like the residual stream;
+            None without noise.
     """
 
     cos: Tensor | None = None
@@ -40,30 +40,30 @@ class SequenceInfo:
 
 @dataclass
 class LayerCache:
-    """What one layer carries from token to token in generation; each mixer keeps its own entries.
+    """State that one layer carries from token to token in generation; each mixer defines its own entries.
 
     Attributes:
-        tensors: The entries of a mixer.
-        branches: The caches of the mixers that run side by side.
+        tensors: Entries of a mixer.
+        branches: Caches of the mixers of parallel branches.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     branches: dict[int, "LayerCache"] = field(default_factory=dict)
 
     def keep(self, name: str, state: Tensor | None) -> None:
-        """Remember what a kernel returned as its final state."""
+        """Store a kernel's final state."""
         assert state is not None, "kernels return a final state when they are asked for one"
         self.tensors[name] = state
 
 
 class Mixer(Module):
-    """A token mixer: `forward(x [T, B, D], info, cache=None) -> [T, B, D]`, causal, documents kept apart.
+    """A token mixer: `forward(x [T, B, D], info, cache=None) -> [T, B, D]`, causal, without mixing documents.
 
-    With a cache, x continues the sequences whose state the cache holds, and the cache is brought up to date.
+    With a cache, x continues the sequences whose state it holds, and the cache is updated.
 
     Attributes:
-        rotary: (head size, base) of the rotary embedding whose cosines and sines `info` shall hold; None for none.
-        head_counts: The attributes that count heads, of which a tensor-parallel rank has its share.
+        rotary: (head size, base) of the rotary embedding whose cosines and sines `info` must provide; None for none.
+        head_counts: Names of the attributes that count heads, which are divided among tensor-parallel ranks.
     """
 
     head_counts: ClassVar[tuple[str, ...]] = ()
@@ -71,7 +71,7 @@ class Mixer(Module):
     rotary: tuple[int, float] | None = None
 
     def set_groups(self, groups: Groups) -> None:
-        """Keep the number of this rank's heads."""
+        """Divide the head counts by the number of tensor-parallel ranks."""
         super().set_groups(groups)
         if groups.tensor is not None:
             for name in self.head_counts:
@@ -79,12 +79,12 @@ class Mixer(Module):
 
 
 def split_heads(x_TBD: Tensor, num_heads: int) -> Tensor:
-    """[T, B, H*K] as the [B, T, H, K] view that the kernels take."""
+    """View [T, B, H*K] as [B, T, H, K], the layout of the kernels."""
     return x_TBD.unflatten(-1, (num_heads, -1)).transpose(0, 1)
 
 
 def merge_heads(x_BTHK: Tensor) -> Tensor:
-    """[B, T, H, K] as [T, B, H*K], for the projection back into the residual stream."""
+    """Reshape [B, T, H, K] to [T, B, H*K] for the output projection."""
     return x_BTHK.transpose(0, 1).flatten(-2)
 
 
@@ -94,7 +94,7 @@ def run_recurrence(
     info: SequenceInfo,
     cache: LayerCache | None,
 ) -> Tensor:
-    """The output of a linear-attention kernel whose state, if there is a cache, comes from it and goes back to it."""
+    """Run a linear-attention kernel. A cache provides the initial state and receives the final one."""
     o, state = kernel(
         *inputs,
         initial_state=None if cache is None else cache.tensors.get("state"),
@@ -108,7 +108,7 @@ def run_recurrence(
 
 
 def run_convolution(x_TBD: Tensor, weight: Tensor, name: str, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
-    """Pass x [T, B, D] through a short convolution with SiLU; the cache keeps its last inputs as `name`."""
+    """Apply a short convolution with SiLU to x [T, B, D]; the cache keeps its last inputs under `name`."""
     y, state = causal_conv1d(
         x_TBD.transpose(0, 1),
         weight,
@@ -123,17 +123,20 @@ def run_convolution(x_TBD: Tensor, weight: Tensor, name: str, info: SequenceInfo
 
 
 def draw_dt_bias(size: int, generator: torch.Generator) -> Tensor:
-    """Inverse softplus of steps dt, log-uniform in [1e-3, 1e-1]: float32 [size] (Mamba's start, arXiv 2312.00752)."""
+    """Inverse softplus of steps dt, log-uniform in [1e-3, 1e-1]: float32 [size] (as in Mamba, arXiv 2312.00752)."""
     low, high = math.log(1e-3), math.log(1e-1)
+    # The lower bound is dt_init_floor of Mamba's code.
     dt = torch.empty(size).uniform_(low, high, generator=generator).exp_().clamp_(min=1e-4)
+    # softplus^-1(dt) = log(e^dt - 1) = dt + log(1 - e^-dt), which keeps its digits at small dt.
     return dt + torch.log(-torch.expm1(-dt))
 
 
 def decay_placements(draw: Callable[[Drawing], tuple[Tensor, Tensor]]) -> dict[str, Placement]:
-    """Of A_log and dt_bias, both sharded with the heads; `draw` gives both, for they come from one stream."""
+    """Placements of A_log and dt_bias, both sharded with the heads; `draw` returns both, from one random stream."""
 
     def part(number: int) -> Init:
         def copy(block: Tensor, drawing: Drawing) -> None:
+            # A_log and dt_bias come from the same stream, so each call draws both and keeps one.
             block.copy_(draw(drawing)[number])
 
         return copy

@@ -1,4 +1,4 @@
-"""Delta net (Yang et al. 2024, arXiv 2406.06484), and the projections that the mixers with a delta rule share."""
+"""Delta net (Yang et al. 2024, arXiv 2406.06484), and the projections that all delta-rule mixers share."""
 
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from models.parallel import ColumnLinear, RowLinear
 
 
 class DeltaRuleMixer(Mixer):
-    """q, k, v = SiLU(conv(W x)), q and k L2-normalised per head; the strength of a write b_t = sigmoid(W_b x_t)."""
+    """q, k, v = SiLU(conv(W x)) with q and k L2-normalised per head; write strength b_t = sigmoid(W_b x_t)."""
 
     head_counts: ClassVar = ("num_heads", "num_v_heads")
 
@@ -33,6 +33,7 @@ class DeltaRuleMixer(Mixer):
     ) -> None:
         super().__init__()
         self.num_heads, self.num_v_heads = config.num_heads, num_v_heads
+        # The transition I - b k k^T has the eigenvalue 1 - b: with b up to 2 it reaches -1 (arXiv 2411.12537).
         self.beta_scale = 2.0 if config.allow_negative_eigenvalues else 1.0
         key_size, value_size = config.num_heads * config.head_dim, num_v_heads * config.head_v_dim
         self.q_proj = ColumnLinear(d_model, key_size, bias=False)
@@ -47,7 +48,7 @@ class DeltaRuleMixer(Mixer):
     def queries_keys_values(
         self, x: Tensor, info: SequenceInfo, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """From x [T, B, D]: q and k [B, T, H, K] of norm 1, v [B, T, HV, V]."""
+        """Compute from x [T, B, D]: q and k [B, T, H, K] of norm 1, v [B, T, HV, V]."""
         q = run_convolution(self.q_proj(x), self.q_conv1d.weight, "q_conv", info, cache)
         k = run_convolution(self.k_proj(x), self.k_conv1d.weight, "k_conv", info, cache)
         v = run_convolution(self.v_proj(x), self.v_conv1d.weight, "v_conv", info, cache)
@@ -55,14 +56,14 @@ class DeltaRuleMixer(Mixer):
         return q, k, split_heads(v, self.num_v_heads)
 
     def beta(self, x: Tensor) -> Tensor:
-        """b_t, float32 [B, T, HV]; doubled where negative eigenvalues are allowed."""
+        """b_t, float32 [B, T, HV]; doubled if negative eigenvalues are allowed."""
         return self.beta_scale * self.b_proj(x).float().sigmoid().transpose(0, 1)
 
 
 class DeltaNet(DeltaRuleMixer):
     """S_t = S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T,  o_t = S_t q_t / sqrt(K)   (S is stored transposed, K x V).
 
-    The output is RMS-normalised per head, and gated by silu(W_g x) where the configuration asks for it.
+    The output is RMS-normalised per head, and gated by silu(W_g x) if the configuration says so.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -24,8 +24,9 @@ from models.parameters import Drawing
 
 
 def _draw_decay(drawing: Drawing) -> tuple[Tensor, Tensor]:
-    """A ~ U(0, 16); dt log-uniform in [1e-3, 1e-1], dt_bias its inverse softplus (as the authors' code)."""
+    """A ~ U(0, 16); dt log-uniform in [1e-3, 1e-1] and dt_bias its inverse softplus (as in the authors' code)."""
     heads = drawing.config.gated_delta_net.value_heads
+    # The clamp keeps log A finite.
     a = torch.empty(heads).uniform_(0, 16, generator=drawing.generator).clamp_(min=1e-3)
     return a.log(), draw_dt_bias(heads, drawing.generator)
 
@@ -33,8 +34,8 @@ def _draw_decay(drawing: Drawing) -> tuple[Tensor, Tensor]:
 class GatedDeltaNet(DeltaRuleMixer):
     """S_t = a_t S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T,  o_t = S_t q_t   (eq. 10; S is stored transposed, K x V).
 
-    a_t = exp(-exp(A_log) softplus(W_a x_t + dt_bias)) per value head, b_t = sigmoid(W_b x_t);
-    q, k, v pass a short convolution with SiLU, q and k are L2-normalised, the output is RMS-normalised and gated.
+    a_t = exp(-exp(A_log) softplus(W_a x_t + dt_bias)) per value head, and b_t = sigmoid(W_b x_t). q, k, v pass a short
+    convolution with SiLU, q and k are L2-normalised, and the output is RMS-normalised and gated.
     """
 
     placements: ClassVar = decay_placements(_draw_decay)
@@ -51,6 +52,7 @@ class GatedDeltaNet(DeltaRuleMixer):
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
         q, k, v = self.queries_keys_values(x, info, cache)
+        # float32: decays near 1 lose their digits in bfloat16.
         log_decay = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         inputs = q, k, v, log_decay.transpose(0, 1), self.beta(x)
         o = run_recurrence(gated_delta_rule, *inputs, info=info, cache=cache)

@@ -15,7 +15,7 @@ from models.parallel import ColumnLinear, Linear, RowLinear
 class GatedLinearAttention(Mixer):
     """S_t = Diag(a_t) S_(t-1) + k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)   (eq. 3).
 
-    a_t = sigmoid(W_2 W_1 x_t + b) ** (1/16) per key channel, W_1 and W_2 of low rank; the output is RMS-normalised
+    a_t = sigmoid(W_2 W_1 x_t + b) ** (1/16) per key channel, with W_1 and W_2 of low rank. The output is RMS-normalised
     per head and gated.
     """
 
@@ -31,7 +31,7 @@ class GatedLinearAttention(Mixer):
         self.k_proj = ColumnLinear(d_model, key_size, bias=False)
         self.v_proj = ColumnLinear(d_model, value_size, bias=False)
         self.g_proj = ColumnLinear(d_model, value_size, bias=False)
-        # The bottleneck is whole on every tensor-parallel rank; the expansion is sharded with the heads.
+        # The low-rank bottleneck is replicated on every tensor-parallel rank; the expansion is sharded with the heads.
         rank = gla_config.gate_low_rank
         self.gk_proj = nn.Sequential(Linear(d_model, rank, bias=False), ColumnLinear(rank, key_size))
         self.g_norm = GatedRMSNorm(value_size // self.num_heads, config.norm_eps)

@@ -4,8 +4,8 @@ The decay of layer l (0 .. L-1) lies between a learned bound and 1, per channel 
 
     a_t = lb_l + (1 - lb_l) sigmoid(W_f x_t)        lb_l = sum over 1 <= i <= l of softmax(B)_i,  B in R^(L x D)
 
-The bounds grow with the layer, so that higher layers remember for longer; the first has none. B belongs to the model,
-not to its layers: the softmax goes over all of them.
+The bounds grow with the layer, so that higher layers remember for longer; layer 0 has none. B belongs to the model
+rather than to a layer, because the softmax runs over all layers.
 """
 
 from typing import ClassVar
@@ -23,24 +23,25 @@ from models.parameters import local_part
 
 
 def layer_bounds(weights_LD: Tensor) -> list[Tensor | None]:
-    """lb_l of each layer, float32 [D], from B [L, D]; None for the first layer, whose bound is 0."""
+    """lb_l of each layer, float32 [D], from B [L, D]; None for layer 0, whose bound is 0."""
     shares_LD = weights_LD.float().softmax(0)
     return [None, *shares_LD[1:].cumsum(0).unbind()]
 
 
 def bounded_log_decay(f: Tensor, lower_bound_D: Tensor | None) -> Tensor:
-    """The log a_t of W_f x_t [..., D], in float32: without a loss of digits at decays near 0 and near the bound."""
+    """The log decay log a_t from W_f x_t [..., D], in float32 and without cancellation near 0 or near the bound."""
     log_sigmoid = F.logsigmoid(f.float())
     if lower_bound_D is None:
         return log_sigmoid
+    # log(lb + (1 - lb) sigmoid(f)) as a log-sum-exp.
     return torch.logaddexp(lower_bound_D.log(), torch.log1p(-lower_bound_D) + log_sigmoid)
 
 
 class LowerBoundedMixer(Mixer):
-    """A mixer whose decays have a lower bound, learned for all layers together."""
+    """A mixer whose decays have a lower bound, learned jointly for all layers."""
 
     def lower_bound(self, info: SequenceInfo) -> Tensor | None:
-        """The bounds of the channels that this rank has."""
+        """The bounds of this rank's channels."""
         return None if info.lower_bound is None else local_part(info.lower_bound, self.groups.tensor)
 
 
@@ -62,7 +63,7 @@ class HGRN(LowerBoundedMixer):
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
         log_decay = bounded_log_decay(self.f_proj(x), self.lower_bound(info))
-        # 1 - a without the cancellation of subtracting: the input matters most where the decay is next to 1.
+        # expm1 gives 1 - a without cancellation: the input matters most when the decay is close to 1.
         entering = (F.silu(self.i_proj(x)) * -torch.expm1(log_decay)).to(x.dtype)
         h = run_recurrence(hgrn, entering.transpose(0, 1), log_decay.transpose(0, 1), info=info, cache=cache)
         return self.o_proj(self.g_norm(h.transpose(0, 1), self.g_proj(x)))
@@ -71,8 +72,8 @@ class HGRN(LowerBoundedMixer):
 class HGRN2(LowerBoundedMixer):
     """S_t = Diag(a_t) S_(t-1) + (1 - a_t) v_t^T,  o_t = S_t^T silu(W_q x_t) / sqrt(K)   (2404.07904).
 
-    v_t = W_i x_t. The state of a head is K x K: HGRN's, expanded by an outer product with no further parameters. The
-    norm of the output spans the full width, all heads together; there is no output gate.
+    v_t = W_i x_t. The state of a head is K x K: HGRN's state, expanded by an outer product without further parameters.
+    The output norm spans the full width, over all heads; there is no output gate.
     """
 
     head_counts: ClassVar = ("num_heads",)

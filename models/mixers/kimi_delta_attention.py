@@ -1,4 +1,4 @@
-"""Kimi delta attention (Kimi team 2025, arXiv 2510.26692): the gated delta net with a decay for every key channel."""
+"""Kimi delta attention (Kimi team 2025, arXiv 2510.26692): the gated delta net with one decay per key channel."""
 
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ from models.parameters import Drawing
 def _draw_decay(drawing: Drawing) -> tuple[Tensor, Tensor]:
     """A ~ U(1, 16), or 1 for the bounded gate; dt log-uniform in [1e-3, 1e-1], dt_bias its inverse softplus.
 
-    No source gives dt_bias for the bounded gate; this one starts it at decays of about exp(-5 dt).
+    No source specifies dt_bias for the bounded gate. This initialisation starts it at decays of about exp(-5 dt).
     """
     kda = drawing.config.kimi_delta_attention
     a = torch.ones(kda.value_heads)
@@ -38,14 +38,14 @@ def _draw_decay(drawing: Drawing) -> tuple[Tensor, Tensor]:
 class KimiDeltaAttention(DeltaRuleMixer):
     """S_t = (I - b_t k_t k_t^T) Diag(a_t) S_(t-1) + b_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K),  S in R^(K x V).
 
-    a_t per value head and key channel, from f_t = W_2 W_1 x_t of low rank, is one of
+    a_t, per value head and key channel, is computed from the low-rank f_t = W_2 W_1 x_t in one of two ways:
 
         softplus:  log a_t = -exp(A_log) softplus(f_t + dt_bias)                       Kimi Linear's
         bounded:   log a_t = min_log_decay sigmoid(exp(A_log) (f_t + dt_bias))         Kimi K3's
 
-    with one A_log for a head and one dt_bias for a channel. The bounded form keeps the decay over 16 tokens within
-    what bfloat16 products can hold. q, k, v pass a short convolution with SiLU, q and k are L2-normalised; the output
-    is RMS-normalised per head and gated by a sigmoid of a low-rank projection.
+    with one A_log per head and one dt_bias per channel. The bounded form keeps the decay over 16 tokens within the
+    range of bfloat16 products. q, k, v pass a short convolution with SiLU, and q and k are L2-normalised. The output is
+    RMS-normalised per head and gated by a sigmoid of a low-rank projection.
     """
 
     placements: ClassVar = decay_placements(_draw_decay)
@@ -54,7 +54,8 @@ class KimiDeltaAttention(DeltaRuleMixer):
         kda, d_model = config.kimi_delta_attention, config.hidden_size
         super().__init__(d_model, kda, kda.value_heads)
         self.gate, self.min_log_decay = kda.gate, kda.min_log_decay
-        # The bottlenecks are whole on every tensor-parallel rank; the expansions are sharded with the heads.
+        # The low-rank bottlenecks are replicated on every tensor-parallel rank; the expansions are sharded with the
+        # heads.
         rank, decays = kda.head_v_dim, self.num_v_heads * kda.head_dim
         self.f_proj = nn.Sequential(Linear(d_model, rank, bias=False), ColumnLinear(rank, decays, bias=False))
         self.g_proj = nn.Sequential(
@@ -73,7 +74,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         return self.o_proj(merge_heads(self.o_norm(o, gate)))
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        """The log a_t, float32 [B, T, HV, K]."""
+        """The log decay log a_t, float32 [B, T, HV, K]."""
         steps = split_heads(self.f_proj(x).float() + self.dt_bias.float(), self.num_v_heads)
         rate_H1 = self.A_log.float().exp()[:, None]
         if self.gate == "bounded":

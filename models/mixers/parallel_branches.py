@@ -1,4 +1,4 @@
-"""Mixers side by side in one layer, as in the 76B model of SpikingBrain (Pan et al. 2025, arXiv 2509.05276)."""
+"""Several mixers in parallel in one layer, as in SpikingBrain-76B (Pan et al. 2025, arXiv 2509.05276)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,14 +15,14 @@ from models.parameters import Drawing, Module, Placement
 
 
 def _mean(block: Tensor, drawing: Drawing) -> None:
-    """Begin as the mean of the normalised outputs."""
+    """Initialise to the mean of the normalised outputs."""
     block.fill_(1 / drawing.shape[0])
 
 
 class WeightedSum(Module):
-    """o = sum over i of w_i RMSNorm_i(o_i)   (eq. 6), each norm with its own weight.
+    """o = sum over i of w_i RMSNorm_i(o_i)   (eq. 6), where each norm has its own weight.
 
-    It takes the residual stream that the branches' output projections leave, not what is inside their regions.
+    It operates on the residual stream, after the branches' output projections, and so outside tensor-parallel regions.
     """
 
     in_region: ClassVar = False
@@ -34,30 +34,31 @@ class WeightedSum(Module):
         self.weight = nn.Parameter(torch.empty(terms))
 
     def forward(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Add up the branches' outputs, each [..., size]."""
+        """Sum the branches' outputs, each [..., size]."""
         terms = zip(self.weight.unbind(), self.norms, outputs, strict=True)
         return reduce(torch.add, (w * norm(o) for w, norm, o in terms))
 
 
 class ParallelBranches(Mixer):
-    """Mixers that read the same x; their outputs are normalised and added up by learned weights.
+    """Mixers that read the same x, whose normalised outputs are added with learned weights.
 
-    The report gives eq. 6 and that both outputs are normalised. Unverified, for neither code nor weights of the 76B
-    model are public: that the weights are learned scalars that start at 1/2, that the norms are over the full width
-    and stand behind the output projections, and that branches share no parameters.
+    The report gives eq. 6 and states that both outputs are normalised. Neither code nor weights of the 76B model are
+    public, so three choices are unverified: the weights are learned scalars initialised to 1/2; the norms span the full
+    width and follow the output projections; branches share no parameters.
     """
 
     def __init__(self, mixers: Sequence[Mixer], config: ModelConfig) -> None:
         super().__init__()
         self.branches = nn.ModuleList(mixers)
         self.merge = WeightedSum(len(mixers), config.hidden_size, config.norm_eps)
-        # Those that rotate do it alike, which the configuration has checked.
+        # The configuration has checked that all rotating branches use the same rotary embedding.
         self.rotary = next((mixer.rotary for mixer in mixers if mixer.rotary is not None), None)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
         outputs = []
         for i, branch in enumerate(self.branches):
+            # Mixers decide by `cos` whether to rotate, so branches without rotary embedding must not see it.
             own_info = info if branch.rotary is not None else replace(info, cos=None, sin=None)
             own_cache = None if cache is None else cache.branches.setdefault(i, LayerCache())
             outputs.append(branch(x, own_info, own_cache))

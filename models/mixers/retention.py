@@ -18,7 +18,7 @@ from models.parameters import local_part
 class Retention(Mixer):
     """S_t = g_h S_(t-1) + k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)   (eq. 6), with g_h = 1 - 2^(-5-h) fixed (eq. 8).
 
-    q and k are rotated (arXiv 2104.09864); the output is RMS-normalised per head and gated by silu(W_g x).
+    q and k are rotated (arXiv 2104.09864). The output is RMS-normalised per head and gated by silu(W_g x).
     """
 
     head_counts: ClassVar = ("num_heads",)
@@ -27,6 +27,7 @@ class Retention(Mixer):
         super().__init__()
         d_model = config.hidden_size
         self.num_heads, head_k_dim, head_v_dim = config.state_shape("retention")
+        # Kept because `set_groups` divides num_heads, while the decays depend on the head's global index.
         self.all_heads = self.num_heads
         self.rotary = config.rotary("retention")
         key_size, value_size = self.num_heads * head_k_dim, self.num_heads * head_v_dim
@@ -48,10 +49,11 @@ class Retention(Mixer):
         return self.o_proj(merge_heads(self.g_norm(o, gate)))
 
     def log_decay(self, device: torch.device) -> Tensor:
-        """The log g_h of this rank's heads, float32 [H].
+        """The log decay log g_h of this rank's heads, float32 [H].
 
-        Computed at each call: as a buffer it would be lost where a model is built on the meta device.
+        Computed in every call: a buffer would lose its values when a model is built on the meta device.
         """
         head_H = torch.arange(self.all_heads, dtype=torch.float32, device=device)
         head_H = local_part(head_H, self.groups.tensor)
+        # log1p, because 1 - 2^(-5-h) would round in float32.
         return torch.log1p(-torch.exp(-math.log(2) * (5 + head_H)))

@@ -37,6 +37,7 @@ class FullAttention(Mixer):
         k = split_heads(self.k_proj(x), self.num_kv_heads)
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
+            # QK norm precedes the rotation, as in Qwen3.
             q, k = self.q_norm(q), self.k_norm(k)
         if info.cos is not None and info.sin is not None:
             q, k = apply_rotary(q, info.cos, info.sin), apply_rotary(k, info.cos, info.sin)
@@ -48,6 +49,7 @@ class FullAttention(Mixer):
     def _extend(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if "k" in cache.tensors:
             k, v = torch.cat((cache.tensors["k"], k), 1), torch.cat((cache.tensors["v"], v), 1)
+        # A sliding window needs only its last window - 1 keys besides the new one.
         kept = k.shape[1] if self.window is None else self.window - 1
         first = max(k.shape[1] - kept, 0)
         cache.tensors |= {"k": k[:, first:], "v": v[:, first:]}
@@ -55,7 +57,7 @@ class FullAttention(Mixer):
 
 
 class SlidingWindowAttention(FullAttention):
-    """Softmax attention over the last `window` tokens, the query's own included; cost O(T * window)."""
+    """Softmax attention over the last `window` tokens, including the query's own; cost O(T * window)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
 """SpikingBrain's linear attention (Pan et al. 2025, arXiv 2509.05276): grouped-query GLA with non-negative q and k.
 
-Converted from softmax attention: projections with biases and grouped queries are the base model's, and a norm of the
-output takes the place of the softmax's denominator. No rotary embedding, no convolution, no output gate.
+Meant for models converted from softmax attention. Biases and grouped queries of the projections come from the base
+model, and an output norm replaces the softmax denominator. There is no rotary embedding, convolution or output gate.
 """
 
 import math
@@ -19,7 +19,7 @@ from models.parameters import Drawing, Placement
 
 
 class _ConvertedAttention(Mixer):
-    """The projections of the attention that was converted, and the norm that is put behind them."""
+    """The projections of the converted attention, and the added output norm."""
 
     head_counts: ClassVar = ("num_heads", "num_kv_heads")
 
@@ -36,7 +36,7 @@ class _ConvertedAttention(Mixer):
 
 
 def _xavier(block: Tensor, drawing: Drawing) -> None:
-    """Xavier-uniform with gain 2^-2.5, as the authors' code has it for what conversion adds."""
+    """Xavier-uniform with gain 2^-2.5, as the authors' code initialises the parameters that conversion adds."""
     bound = 2**-2.5 * math.sqrt(6 / sum(drawing.shape))
     block.uniform_(-bound, bound, generator=drawing.generator)
 
@@ -50,16 +50,16 @@ class _GateColumnLinear(ColumnLinear):
 
 
 class SpikingBrainGLA(_ConvertedAttention):
-    """S_t = Diag(a_t) S_(t-1) + relu(k_t) v_t^T,  o_t = RMSNorm(S_t^T relu(q_t) / sqrt(K)) per head: the 7B model's.
+    """S_t = Diag(a_t) S_(t-1) + relu(k_t) v_t^T,  o_t = RMSNorm(S_t^T relu(q_t) / sqrt(K)) per head (7B model).
 
-    a_t = sigmoid(W_2 W_1 x_t + b) ** (1/16) per key and value head and channel; query heads share it in groups.
+    a_t = sigmoid(W_2 W_1 x_t + b) ** (1/16) per key-value head and channel; groups of query heads share it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         spiking = config.spikingbrain_gla
         self.gate_normalizer = spiking.gate_normalizer
-        # The bottleneck is whole on every tensor-parallel rank; the expansion is sharded with the heads.
+        # The low-rank bottleneck is replicated on every tensor-parallel rank; the expansion is sharded with the heads.
         rank, key_size = spiking.gate_low_rank, spiking.num_kv_heads * spiking.head_dim
         down = _GateLinear(config.hidden_size, rank, bias=False)
         self.gk_proj = nn.Sequential(down, _GateColumnLinear(rank, key_size))
@@ -75,18 +75,18 @@ class SpikingBrainGLA(_ConvertedAttention):
 
 
 class SpikingBrainTiedGLA(_ConvertedAttention):
-    """S_t = Diag(1 - k_t) S_(t-1) + k_t v_t^T,  o_t = RMSNorm(S_t^T q_t / sqrt(K)) per head: the 76B model's.
+    """S_t = Diag(1 - k_t) S_(t-1) + k_t v_t^T,  o_t = RMSNorm(S_t^T q_t / sqrt(K)) per head (76B model).
 
-    q_t = sigmoid(W_q x_t + b), k_t = sigmoid(W_k x_t + b): the key is what the decay makes room for, so the gate needs
-    no parameters. The report gives the tied gate, the sigmoids and a norm of the output; that biases, groups, scale
-    and the norm per head are the 7B model's is unverified, for neither code nor weights of the 76B model are public.
+    q_t = sigmoid(W_q x_t + b), k_t = sigmoid(W_k x_t + b). The key equals the fraction that the decay removes, so the
+    gate needs no parameters. The report gives the tied gate, the sigmoids and an output norm. Neither code nor weights
+    of the 76B model are public, so biases, groups, scale and per-head norm follow the 7B model and are unverified.
     """
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
         q = split_heads(self.q_proj(x).sigmoid(), self.num_heads)
         v = split_heads(self.v_proj(x), self.num_kv_heads)
-        # log(1 - sigmoid(k)), without the rounding of 1 - k.
+        # log(1 - sigmoid(k)) = logsigmoid(-k), without the rounding of 1 - k.
         log_decay = split_heads(F.logsigmoid(-self.k_proj(x).float()), self.num_kv_heads)
         o = run_recurrence(hgrn2, q, v, log_decay, info=info, cache=cache)
         return self.o_proj(merge_heads(self.g_norm(o)))

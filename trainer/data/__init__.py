@@ -1,6 +1,5 @@
-"""Data: preparing token files, and reading them as batches that depend on nothing but (seed, step).
+"""Data: preparation of token files, and batches that are a pure function of (seed, step).
 
-`layout` (file names, prefixes) and `prepare_config` need only the standard library, so that a wrong setting is
-reported before anything heavy is imported. `prepare` writes, `dataset` reads, `batch` holds what a training step
-receives.
+`layout` (file names, prefixes) and `prepare_config` need only the standard library, so that invalid settings are
+reported before any slow import. `prepare` writes, `dataset` reads, and `batch` defines the input of a training step.
 """

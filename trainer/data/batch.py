@@ -1,9 +1,9 @@
-"""What a training step receives: tokens, labels, loss mask, positions and document borders.
+"""The input of a training step: tokens, labels, loss mask, positions and document bounds.
 
 A sample is a row of T + 1 consecutive tokens of a stream; its first T are inputs and its last T are labels. With
-document masks a micro-batch of B rows is packed into one row of B * T tokens, and `documents` holds the borders,
-which attention and recurrences must not look across. Labels do look across: the label of an end-of-document token is
-the first token of the next document.
+document masks, a micro-batch of B rows is packed into one row of B * T tokens, and `documents` holds the bounds that
+attention and recurrences must not cross. Labels do cross them: the label of an end-of-document token is the first token
+of the next document.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from trainer.data.layout import NO_END
 
 @dataclass(slots=True)
 class Batch:
-    """One micro-batch. Packed, the shapes below have B = 1 and T = rows * seq_len.
+    """One micro-batch. Packed batches have B = 1 and T = rows * seq_len in the shapes below.
 
     Attributes:
         tokens: int64 `[B, T]`.
-        labels: int64 `[B, T]`, the token after each of `tokens` in its stream.
-        loss_mask: float32 `[B, T]`, 1 where the label counts. Padding and repeated context have 0.
+        labels: int64 `[B, T]`, the next token in the stream for each of `tokens`.
+        loss_mask: float32 `[B, T]`, 1 where the label counts; 0 for padding and repeated context.
         positions: int64 `[B, T]`, from 0 in each document (packed) or in each row.
-        documents: those of the row, on the host; None where rows are not packed.
-        extra: what an objective needs beside, by name: each `[B, T]`, in the order of `labels`.
+        documents: Bounds of the row's documents, on the host; None if rows are not packed.
+        extra: Further inputs of an objective by name, each `[B, T]` and aligned with `labels`.
     """
 
     tokens: torch.Tensor
@@ -38,7 +38,7 @@ class Batch:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def part(self, rank: int, ranks: int) -> Batch:
-        """The consecutive tokens of every row that the `rank`-th of `ranks` has; `documents` stay the whole's."""
+        """The contiguous tokens of every row that context rank `rank` of `ranks` computes; `documents` stay whole."""
         size = self.tokens.shape[1] // ranks
         own = slice(rank * size, (rank + 1) * size)
         return replace(
@@ -51,7 +51,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on `device`."""
+        """Copy the batch to `device`; the document bounds stay on the host."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
@@ -67,7 +67,8 @@ class Batch:
 
 
 def document_borders(tokens: np.ndarray, eod_id: int) -> np.ndarray:
-    """The borders of packed rows: a document ends after its end-of-document token, and at the end of its row.
+    """Bounds of the documents in packed rows: a document ends after its end-of-document token, and at the end of its
+    row.
 
     Args:
         tokens: integers `[B, T]`.
@@ -80,6 +81,7 @@ def document_borders(tokens: np.ndarray, eod_id: int) -> np.ndarray:
     flat = tokens.reshape(-1)
     starts = np.zeros(flat.size + 1, dtype=bool)
     starts[1:] = flat == eod_id
+    # A document never continues into the next row, which is another sample. This also marks the end of the last row.
     starts[::length] = True
     assert starts.size == rows * length + 1
     return np.flatnonzero(starts).astype(np.int32)
@@ -88,25 +90,27 @@ def document_borders(tokens: np.ndarray, eod_id: int) -> np.ndarray:
 def make_batch(
     samples: np.ndarray, eod_id: int | None, document_mask: bool = True, loss_mask: np.ndarray | None = None
 ) -> Batch:
-    """Turn samples into a micro-batch.
+    """Build a micro-batch from samples.
 
     Args:
         samples: integers `[B, T + 1]`.
-        eod_id: the end-of-document token; needed with `document_mask`.
-        document_mask: pack the rows and mark the borders of documents.
-        loss_mask: float32 `[B, T]`; all ones if left out.
+        eod_id: the end-of-document token; required with `document_mask`.
+        document_mask: pack the rows and record the document bounds.
+        loss_mask: float32 `[B, T]`; all ones by default.
 
     Raises:
-        ValueError: if `document_mask` is on without an `eod_id`.
+        ValueError: if `document_mask` is set without an `eod_id`.
     """
     if document_mask and eod_id is None:
         raise ValueError(NO_END)
+    # Token files hold uint16 or int32; batches are int64, which torch's index operations expect.
     samples = np.asarray(samples, dtype=np.int64)
     rows, length = samples.shape[0], samples.shape[1] - 1
     tokens = np.ascontiguousarray(samples[:, :-1])
     labels = np.ascontiguousarray(samples[:, 1:])
     mask = np.ones((rows, length), np.float32) if loss_mask is None else np.ascontiguousarray(loss_mask, np.float32)
     if not document_mask:
+        # Copied, because broadcast_to gives a read-only view, which torch.from_numpy warns about.
         positions = np.broadcast_to(np.arange(length), (rows, length)).copy()
         return _batch((tokens, labels, mask, positions), None)
     assert eod_id is not None

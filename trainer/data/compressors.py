@@ -1,4 +1,4 @@
-"""What general-purpose compressors make of a text: the measure that a language model has to beat."""
+"""Compression baselines for bits per byte: a language model should do better than general-purpose compressors."""
 
 import gzip
 import lzma

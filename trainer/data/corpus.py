@@ -1,12 +1,11 @@
-"""Where documents come from: the standard library's source, text files, JSON, parquet and Hugging Face datasets.
+"""Document sources: the standard library's source code, text files, JSON, parquet and Hugging Face datasets.
 
-A source is cut into shards of a few megabytes, in an order and at places that follow from the input alone. A shard
-can be read by itself in another process, so that tokenising is parallel and a killed run continues behind its last
-finished shard; the split of a document follows from a hash of its name, so that neither machine nor worker count
-moves it.
+A source is divided into shards of a few megabytes, whose order and boundaries depend only on the input. Another process
+can read a shard by itself, so tokenisation runs in parallel and a killed run continues after its last finished shard. A
+document's split follows from a hash of its name, so it depends on neither the machine nor the number of workers.
 
-What is read is whole: text is decoded as UTF-8 and not changed otherwise, line ends and byte-order marks included.
-What cannot be read as a document is a `LeftOut`, which preparation counts.
+Text is decoded as UTF-8 and otherwise unchanged, including line ends and byte-order marks. Input that is not a readable
+document becomes a `LeftOut`, which preparation counts.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from typing import Any
 from trainer.data.files import COMPRESSED, EMPTY_FILES, DamagedFile, LeftOut, find_files, reading, stamp
 from trainer.errors import ConfigError
 
-# Small inputs are cut finely, to keep all workers busy; large ones coarsely, since each shard is two files until the
-# end.
+# Small inputs are divided finely, to keep all workers busy. Large inputs are divided coarsely, because each shard
+# occupies two files until the end.
 _SMALLEST_SHARD = 1 << 20
 _LARGEST_SHARD = 1 << 26
 _STREAM_SHARD = 1 << 23
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__"}
 _LINES = (".jsonl", ".ndjson")
-# How much of a .json file is looked at to tell records from a text, and how many rows of a stream may be without text.
+# Bytes of a .json file that are examined to tell records from text, and rows of a stream that may lack text.
 _HEAD = 1 << 24
 _ROWS_WITHOUT_TEXT = 1000
 
@@ -42,20 +41,21 @@ NOT_COMPRESSED = "files that cannot be decompressed"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the name that decides its split: a relative path, or file and row."""
+    """A text, and the name whose hash decides its split: a relative path, or file and row."""
 
     name: str
     text: str
 
 
 def hash_unit(name: str, salt: str = "") -> float:
-    """A number in [0, 1) that depends on `name` and `salt` alone."""
+    """A number in [0, 1) that depends only on `name` and `salt`."""
+    # hash() is salted per process, and so would give another split on every run.
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, salt=salt.encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def split_of(name: str, validation_share: float, test_share: float) -> str:
-    """The split of a document: stable under added documents, other machines and other orders."""
+    """The split of a document. Adding documents, changing the machine or the order does not move it."""
     place = hash_unit(name)
     if place < validation_share:
         return "validation"
@@ -63,7 +63,7 @@ def split_of(name: str, validation_share: float, test_share: float) -> str:
 
 
 def valid_text(text: str) -> str:
-    """`text` without lone surrogates, which JSON escapes can hold and UTF-8 cannot."""
+    """`text` with lone surrogates replaced: JSON escapes can express them, UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -72,39 +72,39 @@ def valid_text(text: str) -> str:
 
 
 class Shard(ABC):
-    """A part of a source that can be read by itself, in any process.
+    """A part of a source that any process can read by itself.
 
     Attributes:
-        size: about how many bytes it holds, for progress and sampling.
+        size: approximate number of bytes, for progress and sampling.
     """
 
     size: int
 
     @abstractmethod
     def records(self) -> Iterator[Document | LeftOut]:
-        """The documents, in order, and between them what is left out.
+        """Yield the documents in order, and a `LeftOut` in place of each skipped one.
 
         Raises:
-            ConfigError: if the input is damaged, or holds no text at all.
+            ConfigError: if the input is damaged, or contains no text at all.
         """
 
     def documents(self) -> Iterator[Document]:
-        """The documents, in order."""
+        """Yield the documents in order."""
         return (record for record in self.records() if isinstance(record, Document))
 
     @abstractmethod
     def identity(self) -> str:
-        """What would change if the input had changed since the shards were cut."""
+        """A string that changes when the input has changed since it was divided into shards."""
 
 
 @dataclass
 class Rows:
-    """The one rule for rows of every kind of source: a string, or bytes of UTF-8, is a document; else it is left out.
+    """The rule for rows of all kinds of sources: a string, or UTF-8 bytes, is a document; anything else is left out.
 
     Attributes:
-        source: for messages.
-        text_key: the key or column of the text.
-        texts: how many rows were documents.
+        source: name for messages.
+        text_key: key or column of the text.
+        texts: number of rows that were documents.
     """
 
     source: str
@@ -113,7 +113,7 @@ class Rows:
     _unfit: str | None = field(default=None, init=False)
 
     def take(self, name: str, row: Any) -> Document | LeftOut:
-        """The document of a row called `name`, or why there is none."""
+        """The document in the row called `name`, or the reason why there is none."""
         missing = not isinstance(row, Mapping) or self.text_key not in row
         text = None if missing else row[self.text_key]
         if isinstance(text, bytes):
@@ -133,10 +133,11 @@ class Rows:
         return LeftOut(name, MISSING if missing else NOT_TEXT)
 
     def require_text(self) -> None:
-        """Refuse a source whose text lies elsewhere. Rows that are null say nothing of where it lies.
+        """Refuse a source whose text is under another key. Null rows do not count, because they do not show where the
+        text is.
 
         Raises:
-            ConfigError: if no row so far held text, and some had other content.
+            ConfigError: if no row so far contained text, and some contained something else.
         """
         if not self.texts and self._unfit is not None:
             raise ConfigError(f"{self.source}: no row holds text: {self._unfit}")
@@ -144,7 +145,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class TextShard(Shard):
-    """Text files, one document each, named by their path below `root`."""
+    """Text files, one document per file, named by their path relative to `root`."""
 
     root: str
     paths: tuple[str, ...]
@@ -156,7 +157,7 @@ class TextShard(Shard):
         for path in self.paths:
             try:
                 with reading(os.path.join(self.root, path)) as file:
-                    # Not in text mode, which would turn \r into \n: a model of text should see what is in the file.
+                    # Binary mode: text mode would turn \r into \n, and the model should see the file's own bytes.
                     text = file.read().decode("utf-8")
             except UnicodeDecodeError:
                 yield LeftOut(path, FILE_NOT_UTF8)
@@ -172,7 +173,7 @@ class TextShard(Shard):
 
 @dataclass(frozen=True, slots=True)
 class JsonlShard(Shard):
-    """The lines of a jsonl file that begin in bytes `start` to `stop`, named by file and place; compressed, all."""
+    """The lines of a jsonl file that begin in bytes `start` to `stop`, named by file and offset; all if compressed."""
 
     path: str
     start: int
@@ -187,15 +188,16 @@ class JsonlShard(Shard):
         with reading(self.path) as file:
             place = self.start
             if place:
-                # A line belongs to the shard that its first byte lies in: step back one byte, to see whether one
-                # begins here.
+                # A line belongs to the shard that contains its first byte. Start one byte early: if that byte ends a
+                # line, a new line begins here.
                 file.seek(place - 1)
                 place += len(file.readline()) - 1
             while place < self.stop and (line := file.readline()):
                 if line.strip():
                     yield self._take(rows, line, place)
                 place += len(line)
-        # Whether text_key is wrong is decided by the file's beginning, so that it does not depend on where it is cut.
+        # Only the beginning of the file decides whether text_key is wrong, so the result does not depend on shard
+        # bounds.
         if self.start == 0:
             rows.require_text()
 
@@ -217,7 +219,7 @@ class JsonlShard(Shard):
 
 @dataclass(frozen=True, slots=True)
 class JsonArrayShard(Shard):
-    """A .json file that is an array of rows, or one row, named by file and number. It is held in memory."""
+    """A .json file that is an array of rows, or a single row, named by file and index. It is read into memory whole."""
 
     path: str
     size: int
@@ -264,7 +266,7 @@ class ParquetShard(Shard):
                 try:
                     texts = column.to_pylist()
                 except UnicodeDecodeError:
-                    # As bytes, which rows are documents is decided one by one.
+                    # As bytes, so that each row is decoded, or left out, by itself.
                     texts = column.cast(pyarrow.large_binary()).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise ConfigError(
@@ -280,7 +282,7 @@ class ParquetShard(Shard):
 
 @dataclass(frozen=True, slots=True)
 class MemoryShard(Shard):
-    """Records that are there already: those that a stream gave, and files that are left out."""
+    """Records that are already in memory: rows of a stream, or files that were left out."""
 
     held: tuple[Document | LeftOut, ...]
     size: int
@@ -298,26 +300,27 @@ class MemoryShard(Shard):
 
 
 def stdlib_root() -> str:
-    """The directory of this Python's standard library."""
+    """Directory of this Python's standard library."""
     return sysconfig.get_path("stdlib")
 
 
 def stdlib_paths(root: str) -> list[str]:
-    """Every .py file of the standard library, relative to `root`, sorted."""
+    """All .py files of the standard library, relative to `root`, sorted."""
     found = []
     for directory, names, files in os.walk(root):
+        # Assigning to the slice makes os.walk skip the directories.
         names[:] = [name for name in names if name not in _SKIPPED_DIRECTORIES]
         found += [os.path.relpath(os.path.join(directory, file), root) for file in files if file.endswith(".py")]
     return sorted(path.replace(os.sep, "/") for path in found)
 
 
 def shard_bytes(total: int) -> int:
-    """How large the shards of an input of `total` bytes are."""
+    """Shard size in bytes for an input of `total` bytes."""
     return min(max(total >> 10, _SMALLEST_SHARD), _LARGEST_SHARD)
 
 
 def text_shards(root: str, paths: Sequence[str]) -> Iterator[TextShard]:
-    """Group files, in the given order, into shards."""
+    """Group files into shards, in the given order."""
     sizes = [os.path.getsize(os.path.join(root, path)) for path in paths]
     enough = shard_bytes(sum(sizes))
     group: list[str] = []
@@ -337,7 +340,7 @@ def text_shards(root: str, paths: Sequence[str]) -> Iterator[TextShard]:
 
 
 def jsonl_shards(path: str, text_key: str) -> Iterator[JsonlShard]:
-    """Cut a jsonl file by bytes; a compressed file is one shard, since it can only be read from its beginning."""
+    """Divide a jsonl file by bytes. A compressed file is one shard, because it can only be read from its beginning."""
     size, mark = os.path.getsize(path), stamp([path])
     if path.lower().endswith(COMPRESSED):
         yield JsonlShard(path, 0, 1 << 62, size, text_key, mark)
@@ -348,10 +351,10 @@ def jsonl_shards(path: str, text_key: str) -> Iterator[JsonlShard]:
 
 
 def parquet_shards(path: str, text_key: str) -> Iterator[ParquetShard]:
-    """Cut a parquet file into its row groups.
+    """Divide a parquet file into its row groups.
 
     Raises:
-        ConfigError: if the file cannot be read, or has no such column of text.
+        ConfigError: if the file is unreadable, or has no text column of that name.
     """
     import pyarrow
     import pyarrow.parquet as parquet
@@ -366,6 +369,7 @@ def parquet_shards(path: str, text_key: str) -> Iterator[ParquetShard]:
     texts = ", ".join(column.name for column in schema if _holds_text(column.type))
     way_out = f"set text_key to one of: {texts}" if texts else "none of its columns does: write one of strings"
     if text_key not in schema.names:
+        # A column of nulls has no type: it may hold text in other files of the source.
         raise ConfigError(f"{path} has no column {text_key!r} that holds text; {way_out}")
     kind = schema.field(schema.names.index(text_key)).type
     if not _holds_text(kind) and not pyarrow.types.is_null(kind):
@@ -378,7 +382,7 @@ def parquet_shards(path: str, text_key: str) -> Iterator[ParquetShard]:
 
 
 def _holds_text(kind: Any) -> bool:
-    """Whether an Arrow type is strings, or bytes, which are read as UTF-8."""
+    """Whether an Arrow type holds strings, or bytes, which are decoded as UTF-8."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -388,7 +392,7 @@ def _holds_text(kind: Any) -> bool:
 
 
 def _json_kind(path: str, text_key: str) -> str:
-    """How a .json file is read: rows as `lines`, rows of an `array` (or a single one), or as a `text`."""
+    """How to read a .json file: rows as `lines`, an `array` of rows (or a single row), or as one `text`."""
     try:
         with reading(path) as file:
             head = file.read(_HEAD).decode("utf-8", "ignore").removeprefix("\ufeff").lstrip()
@@ -403,7 +407,7 @@ def _json_kind(path: str, text_key: str) -> str:
     if not isinstance(row, dict):
         return "text"
     in_a_line = "\n" not in head[:end]
-    # One object alone may be anything; several are rows, whose text lies elsewhere if it is not under the key.
+    # A single object may be any document. Several objects are rows, even if their text is under another key.
     several = array or (in_a_line and head[end:].lstrip().startswith("{"))
     if text_key not in row and not several:
         return "text"
@@ -411,7 +415,7 @@ def _json_kind(path: str, text_key: str) -> str:
 
 
 def _records_kind(path: str, text_key: str) -> str:
-    """What a file is by its name and, for .json, its beginning."""
+    """The kind of a file, by its name and, for .json, its beginning."""
     name = whole = path.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
@@ -423,7 +427,7 @@ def _records_kind(path: str, text_key: str) -> str:
 
 
 def path_shards(source: str, text_key: str) -> Iterator[Shard]:
-    """The shards of a file, a directory or a glob, files in sorted order.
+    """Yield the shards of a file, a directory or a glob, files in sorted order.
 
     Raises:
         ConfigError: if there are no files.
@@ -449,13 +453,13 @@ def path_shards(source: str, text_key: str) -> Iterator[Shard]:
 
 
 def open_hub(name: str) -> Any:
-    """Stream a Hugging Face dataset from the hub or from this disk.
+    """Stream a Hugging Face dataset from the hub or from the local disk.
 
     Args:
-        name: `NAME[:CONFIG][@SPLIT]`; NAME may be a directory, a file, or a directory that `save_to_disk` wrote.
+        name: `NAME[:CONFIG][@SPLIT]`; NAME may also be a directory, a file, or a directory written by `save_to_disk`.
 
     Raises:
-        ConfigError: if there is no such dataset, or the hub cannot be reached.
+        ConfigError: if there is no such dataset, or the hub is unreachable.
     """
     import datasets
 
@@ -480,10 +484,10 @@ def open_hub(name: str) -> Any:
 
 
 def hub_shards(name: str, text_key: str) -> Iterator[MemoryShard]:
-    """Read a Hugging Face dataset as a stream of shards; documents are named by their row.
+    """Yield shards of a Hugging Face dataset as it is streamed; documents are named by their row.
 
     Raises:
-        ConfigError: as `open_hub`; or if its rows have no text under `text_key`, or the stream breaks.
+        ConfigError: as in `open_hub`; or if its rows have no text under `text_key`, or the stream breaks.
     """
     group: list[Document | LeftOut] = []
     rows = Rows(f"hf:{name}", text_key)
@@ -507,7 +511,7 @@ def _hub_rows(name: str) -> Iterator[dict[str, Any]]:
         yield from open_hub(name)
     except ConfigError:
         raise
-    except Exception as error:  # what a broken connection or file raises depends on the layer it breaks in
+    except Exception as error:  # the exception of a broken connection or file depends on the layer that broke
         reason = (str(error).splitlines() or [""])[0][:300]
         raise ConfigError(
             f"hf:{name} broke off ({type(error).__name__}: {reason}); "

@@ -1,7 +1,7 @@
-"""Reading token files: shuffled, blended training samples, and whole splits for evaluation.
+"""Token file readers: shuffled, blended training samples, and whole splits for evaluation.
 
-Everything a training batch holds follows from (seed, step, global_batch_size, seq_len, data), by arithmetic: there is
-no iterator whose state could be lost. The chain is
+A training batch is a pure function of (seed, step, global_batch_size, seq_len, data). No iterator has state that could
+be lost. The chain is
 
     step, row j     ->  g = step * global_batch_size + j    sample of the run
     g               ->  (source, i)                         `blend`: exact shares, O(sources)
@@ -9,8 +9,8 @@ no iterator whose state could be lost. The chain is
     p               ->  tokens p*T ... p*T + T              T + 1 of them: the last is only a label
     token position  ->  (epoch, offset), document, file     documents shuffled by (seed, source, epoch)
 
-The stream of a source never ends: epoch 1's documents follow epoch 0's, in another order, so no tail is dropped and a
-source may be shorter than a sample.
+The stream of a source is endless: the documents of epoch 1 follow those of epoch 0 in another order. No tail is
+dropped, and a source may be shorter than a sample.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from trainer.errors import ConfigError
 
 
 def check_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
-    """Refuse ids without a row in the embedding. Before a run those of large files are only looked at in a sample.
+    """Refuse token ids that have no row in the embedding. Before a run, large files are only sampled.
 
     Args:
-        ids: what was read.
-        vocab_size: rows of the embedding; None, where it is not known, refuses nothing.
-        name: of the file, for the message.
+        ids: the token ids.
+        vocab_size: rows of the embedding; None (unknown) accepts everything.
+        name: name of the file, for messages.
 
     Raises:
-        ConfigError: naming the file and the first of the worst ids.
+        ConfigError: names the file and the most extreme id.
     """
     if vocab_size is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         wrong = ids.max() if ids.max() >= vocab_size else ids.min()
@@ -48,29 +48,29 @@ def check_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
 
 
 class TokenSource:
-    """One token file as an endless stream of samples, its documents shuffled anew in every epoch.
+    """One token file as an endless stream of samples; its documents are reshuffled in every epoch.
 
     Args:
         file: the tokens.
-        seed: of the run.
-        number: the source's place among the run's sources, which keeps their orders apart.
+        seed: seed of the run.
+        number: index of the source in the run, so that each source has its own order.
     """
 
     def __init__(self, file: TokenArray, seed: int, number: int = 0) -> None:
         self.file = file
         self._key = (seed, number)
-        # A batch reads one epoch, or two around its border; the cache is per source, and an order costs two integers
-        # a document.
+        # A batch reads one epoch, or two at an epoch boundary. The cache is per source, because an order takes two
+        # integers per document.
         self._order = lru_cache(maxsize=2)(self._compute_order)
         self._places = lru_cache(maxsize=2)(self._compute_places)
 
     def __len__(self) -> int:
-        """Tokens in an epoch."""
+        """Number of tokens in an epoch."""
         return len(self.file.tokens)
 
     def _shuffled(self, count: int, *key: int) -> np.ndarray:
-        # Sorting raw 64-bit draws: NumPy promises that the bit generators' streams stay, but not that `permutation`
-        # does.
+        # Sort raw 64-bit draws: NumPy guarantees the streams of its bit generators, but not the result of
+        # `permutation`.
         keys = np.random.Philox(np.random.SeedSequence([*self._key, *key])).random_raw(count)
         return np.argsort(keys, kind="stable")
 
@@ -82,11 +82,11 @@ class TokenSource:
         return block * count + self._shuffled(count, block, 1)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The documents of `epoch`, in the order in which they are read."""
+        """The documents of `epoch`, in reading order."""
         return self._order(epoch)[0]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start` to `start + count` of the endless stream, as int64."""
+        """Read tokens `start` to `start + count` of the endless stream, as int64."""
         pieces = []
         while count:
             epoch, offset = divmod(start, len(self))
@@ -99,16 +99,16 @@ class TokenSource:
         order, ends = self._order(epoch)
         first, last = np.searchsorted(ends, (offset, offset + count - 1), side="right")
         documents, ends = order[first : last + 1], ends[first : last + 1]
-        # The distance from a token's place in the stream to its place in the file is the same throughout a document.
+        # Within a document, the distance between a token's position in the stream and in the file is constant.
         shifts = self.file.borders[documents + 1] - ends
         lengths = np.diff(np.minimum(ends, offset + count), prepend=offset)
         return self.file.tokens[np.repeat(shifts, lengths) + np.arange(offset, offset + count)].astype(np.int64)
 
     def sample(self, index: int, seq_len: int) -> np.ndarray:
-        """Sample `index`: int64 `[seq_len + 1]`, cut across documents.
+        """Read sample `index`: int64 `[seq_len + 1]`, regardless of document bounds.
 
-        The samples of each block, as many as an epoch has, come in a shuffled order: neighbours in the stream are
-        parts of one document, and a batch of them would be one long sample.
+        Samples are shuffled within blocks of one epoch's length. Neighbours in the stream often belong to one document,
+        and a batch of neighbours would be one long sample.
         """
         count = max(len(self) // seq_len, 1)
         block, row = divmod(index, count)
@@ -116,22 +116,23 @@ class TokenSource:
 
 
 def split_ratios(weights: Sequence[float]) -> tuple[Fraction, ...]:
-    """The share of each source among the samples that no earlier source took; the last is 1."""
+    """Share of each source among the samples that no earlier source took; the last share is 1."""
+    # Fractions, because `_share` has to be exact however long the run.
     exact = [Fraction(weight).limit_denominator(10**6) or Fraction(weight) for weight in weights]
     return tuple(weight / sum(exact[place:]) for place, weight in enumerate(exact))
 
 
 def _share(samples: int, ratio: Fraction) -> int:
-    """round(samples * ratio), halves up, exactly."""
+    """round(samples * ratio), with halves rounded up, in exact arithmetic."""
     return (2 * samples * ratio.numerator + ratio.denominator) // (2 * ratio.denominator)
 
 
 def blend(sample: int, ratios: Sequence[Fraction]) -> tuple[int, int]:
-    """Which source gives sample `sample` of the run, and which of its samples that is.
+    """The source of sample number `sample` of the run, and the index of the sample within that source.
 
-    Of the first g samples, source 0 gets round(g * share), at evenly spaced places; the others share what is left in
-    the same way. So counts are exact at any point (within one sample per source before it), nothing is drawn, and no
-    history is needed.
+    Of the first g samples, source 0 gets round(g * share), evenly spaced; the remaining sources share the rest in the
+    same way. Counts are therefore exact at any point (within one sample per preceding source), nothing is drawn at
+    random, and no history is needed.
 
     Args:
         sample: number of the sample in the run, from 0.
@@ -151,17 +152,17 @@ def blend(sample: int, ratios: Sequence[Fraction]) -> tuple[int, int]:
 class Sampler:
     """The training batches of a run, as a function of the step.
 
-    Nothing here depends on how many steps there will be, on the number of ranks, or on the micro-batch size: ranks
-    take contiguous parts of the same global batch.
+    They do not depend on the number of steps, the number of ranks or the micro-batch size: ranks take contiguous slices
+    of the same global batch.
 
     Args:
-        sources: where samples come from.
-        weights: the share of samples of each source.
+        sources: the token sources.
+        weights: share of samples of each source.
         seq_len: tokens in a sample, T.
         global_batch_size: samples in a step.
-        eod_id: the end-of-document token; needed for document masks.
-        document_mask: pack micro-batches and mark document borders.
-        vocab_size: ids at or above it are refused as they are read; None where it is not known.
+        eod_id: the end-of-document token; required for document masks.
+        document_mask: pack micro-batches and record document bounds.
+        vocab_size: token ids at or above it are refused when read; None if unknown.
     """
 
     def __init__(
@@ -187,12 +188,12 @@ class Sampler:
                 source.file.check_ends(eod_id)
 
     def sample_indices(self, step: int) -> list[tuple[int, int]]:
-        """(source, index within the source) of every sample of `step`, counted from 0."""
+        """(source, index within the source) of every sample of `step`, which counts from 0."""
         first = step * self.global_batch_size
         return [blend(sample, self.ratios) for sample in range(first, first + self.global_batch_size)]
 
     def samples(self, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Samples `start` to `stop` of the global batch of `step`: int64 `[stop - start, T + 1]`."""
+        """Read samples `start` to `stop` of the global batch of `step`: int64 `[stop - start, T + 1]`."""
         first = step * self.global_batch_size
         places = range(first, first + self.global_batch_size)[start:stop]
         picks = (blend(sample, self.ratios) for sample in places)
@@ -204,7 +205,7 @@ class Sampler:
     def micro_batches(self, step: int, micro_batch_size: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
         """The micro-batches of data-parallel rank `rank` of `world` in `step`, in order.
 
-        Rank r gets samples `[r * G / R, (r + 1) * G / R)` of the global batch.
+        Of R ranks, rank r gets samples `[r * G / R, (r + 1) * G / R)` of a global batch of G.
 
         Raises:
             ValueError: if `micro_batch_size * world` does not divide the global batch size.
@@ -220,7 +221,7 @@ class Sampler:
         return [make_batch(cut, self.eod_id, self.document_mask) for cut in cuts]
 
     def epochs(self, step: int) -> list[float]:
-        """How many epochs of each source the steps before `step` have read."""
+        """Number of epochs of each source that the steps before `step` have read."""
         counts, left = [], step * self.global_batch_size
         for ratio in self.ratios:
             counts.append(_share(left, ratio))
@@ -241,16 +242,16 @@ def open_training_data(
     """Open prepared directories or Megatron prefixes for training.
 
     Args:
-        paths: one directory or prefix, or several with the share of samples each gives.
-        seed: of the run.
+        paths: a directory or prefix, or several with their shares of the samples.
+        seed: seed of the run.
         seq_len: tokens in a sample.
         global_batch_size: samples in a step.
-        eod_id: the end-of-document token where no `dataset.json` says.
-        document_mask: pack micro-batches and mark document borders.
-        vocab_size: ids at or above it are refused as they are read; None where it is not known.
+        eod_id: the end-of-document token if no `dataset.json` names it.
+        document_mask: pack micro-batches and record document bounds.
+        vocab_size: token ids at or above it are refused when read; None if unknown.
 
     Raises:
-        ConfigError: if data is missing, damaged, or does not fit together.
+        ConfigError: if data is missing, damaged or inconsistent.
     """
     corpora = find_corpora(paths, "train", eod_id)
     sources = [
@@ -270,25 +271,25 @@ def open_training_data(
 class EvaluationStream:
     """A whole split, once, in file order: every token is the counted label of exactly one position.
 
-    Window k reads the T inputs from k * stride on. An end-of-document token stands before the first, so that it, too,
-    is predicted. With `stride` < T windows overlap: only the last `stride` labels of a window count (all of the first
-    window's), which gives each counted token at least T - stride tokens of context. All ranks get equally many
-    micro-batches of equal shape; what is short is padded with `loss_mask` 0.
+    Window k reads T inputs starting at k * stride. An end-of-document token precedes the first token, so that it is
+    predicted too. With `stride` < T windows overlap, and only the last `stride` labels of a window count (all labels of
+    the first window); each counted token then has at least T - stride tokens of context. All ranks get the same number
+    of micro-batches of the same shape, padded with `loss_mask` 0.
 
-    So the bits per byte of a split are sum(nll * loss_mask) / ln 2 / sum(token_bytes[labels] * loss_mask).
+    The bits per byte of a split are thus sum(nll * loss_mask) / ln 2 / sum(token_bytes[labels] * loss_mask).
 
     Args:
         path: a prepared directory, the prefix of a pair, or tokens in memory.
         seq_len: inputs in a window, T.
         micro_batch_size: windows in a micro-batch.
-        split: which split of a prepared directory.
-        eod_id: the end-of-document token where no `dataset.json` says.
-        stride: counted labels in a window; `seq_len` if left out.
-        document_mask: pack micro-batches and mark document borders.
-        limit: read only this many windows, evenly spread over the split.
-        rank: of the data-parallel ranks.
+        split: the split of a prepared directory.
+        eod_id: the end-of-document token if no `dataset.json` names it.
+        stride: counted labels in a window; `seq_len` by default.
+        document_mask: pack micro-batches and record document bounds.
+        limit: read only this many windows, evenly spaced over the split.
+        rank: this data-parallel rank.
         world: number of data-parallel ranks.
-        vocab_size: ids at or above it are refused as they are read; None where it is not known.
+        vocab_size: token ids at or above it are refused when read; None if unknown.
     """
 
     def __init__(
@@ -321,27 +322,28 @@ class EvaluationStream:
         if document_mask:
             self.file.check_ends(self.eod_id)
         self.micro_batch_size = micro_batch_size
+        # The first window counts seq_len labels, each later one `stride`.
         windows = 1 + max(0, -(-(len(self.file.tokens) - seq_len) // self.stride))
         chosen = windows if limit is None else min(limit, windows)
         self._windows = np.arange(chosen) * windows // chosen
         self._rank, self._world = rank, world
 
     def __len__(self) -> int:
-        """Micro-batches on each rank."""
+        """Number of micro-batches on each rank."""
         return -(-len(self._windows) // (self.micro_batch_size * self._world))
 
     def __iter__(self) -> Iterator[Batch]:
-        """The micro-batches of this rank, in order."""
+        """Yield the micro-batches of this rank in order."""
         first = self._rank * len(self) * self.micro_batch_size
         for start in range(first, first + len(self) * self.micro_batch_size, self.micro_batch_size):
             yield self._read(self._windows[start : start + self.micro_batch_size])
 
     def _read(self, windows: np.ndarray) -> Batch:
-        # Padding is a token that ends no document, so that it adds one document and not one a token.
+        # The padding token must not end a document, so that padding adds a single document instead of one per token.
         rows = np.full((self.micro_batch_size, self.seq_len + 1), 1 if self.eod_id == 0 else 0, np.int64)
         mask = np.zeros((self.micro_batch_size, self.seq_len), np.float32)
         for row, window in enumerate(windows):
-            # The stream is the leading end-of-document token and the file: label t of a window is the file's token
+            # The stream is one end-of-document token followed by the file, so label t of a window is the file's token
             # start + t.
             start = int(window) * self.stride
             labels = self.file.tokens[start : start + self.seq_len]

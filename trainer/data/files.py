@@ -1,4 +1,4 @@
-"""The files of a source: which there are, which are left out and why, and their bytes, decompressed by suffix."""
+"""Source files: finding them, excluding unreadable ones with a reason, and decompressing by suffix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 from trainer.errors import ConfigError
 
 COMPRESSED = (".gz", ".zst")
-# Read as text they would be documents of headers and NULs, or of nothing that can be decoded.
+# Read as text, an archive would be a document of headers and NULs, or undecodable.
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 _CHUNK = 1 << 16
 
@@ -31,23 +31,23 @@ EMPTY_FILES = "empty files"
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Something of a source that becomes no document: what it is called, and why."""
+    """An item of a source that yields no document: its name and the reason."""
 
     name: str
     reason: str
 
 
 def stamp(paths: Sequence[str]) -> str:
-    """What changes when files are written to: a hash of their sizes and times."""
+    """A hash of the files' sizes and modification times, which changes when they are written to."""
     facts = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths)]
     return hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
 
 
 def find_files(source: str) -> tuple[list[str], list[LeftOut]]:
-    """The files that a file, a directory (searched whole) or a glob means, sorted; and what is left out of them.
+    """Sorted files of a file, a directory (recursively) or a glob, and the items that were left out.
 
     Raises:
-        ConfigError: if there are none.
+        ConfigError: if there are no files.
     """
     source = os.path.abspath(os.path.expanduser(source))
     matches = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
@@ -72,7 +72,7 @@ def find_files(source: str) -> tuple[list[str], list[LeftOut]]:
 
 
 def _walk(root: str, leave_out: Callable[[str, str], None]) -> Iterator[str]:
-    """The files below a directory; directories that are not searched are told to `leave_out`."""
+    """Yield the files below a directory; reports skipped directories to `leave_out`."""
 
     def unreadable(error: OSError) -> None:
         leave_out(str(error.filename), UNREADABLE)
@@ -83,7 +83,7 @@ def _walk(root: str, leave_out: Callable[[str, str], None]) -> Iterator[str]:
             if name.startswith("."):
                 leave_out(path, HIDDEN)
             elif os.path.islink(path):
-                # A link can lead back to where it lies; who wants what is behind it can name it as a source.
+                # A link may form a cycle. To read its target, name that as the source.
                 leave_out(path, LINKED)
             else:
                 continue
@@ -105,12 +105,13 @@ def _reason_against(path: str) -> str | None:
 
 
 class _ZstandardReader(io.RawIOBase):
-    """A `.zst` file of one or more frames. The library's own reader takes a file that is cut short for whole."""
+    """A `.zst` file of one or more frames. Unlike the library's own reader it detects truncation."""
 
     def __init__(self, path: str) -> None:
         import zstandard
 
         self._file = open(path, "rb")  # noqa: SIM115 - closed with this object
+        # 2^31: `zstd --ultra --long=31` writes windows of this size, which the library refuses by default.
         self._library = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame = self._library.decompressobj()
         self._begun = False
@@ -122,6 +123,7 @@ class _ZstandardReader(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._ready:
             data = b""
+            # A file may be several frames in a row (pzstd); bytes behind a frame belong to the next one.
             if self._frame.eof:
                 data = self._frame.unused_data
                 self._frame, self._begun = self._library.decompressobj(), False
@@ -143,10 +145,10 @@ class _ZstandardReader(io.RawIOBase):
 
 @contextmanager
 def reading(path: str) -> Iterator[BinaryIO]:
-    """A file open for reading; what ends in .gz or .zst, in small letters or capitals, is decompressed.
+    """Open a file for reading. Files that end in .gz or .zst, in either case, are decompressed.
 
     Raises:
-        ConfigError: if it cannot be decompressed.
+        ConfigError: if decompression fails.
     """
     with _open(path) as file:
         try:
@@ -160,7 +162,7 @@ def reading(path: str) -> Iterator[BinaryIO]:
 
 
 class DamagedFile(ConfigError):
-    """A file whose bytes are not what its suffix says."""
+    """A file whose content does not match its suffix."""
 
 
 def _open(path: str) -> BinaryIO:
@@ -172,6 +174,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _zstandard_error(path: str) -> type[Exception]:
+    # EOFError is caught anyway: a stand-in, so that zstandard is imported only for .zst files.
     if not path.lower().endswith(".zst"):
         return EOFError
     import zstandard

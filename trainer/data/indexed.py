@@ -1,9 +1,8 @@
-"""Megatron's indexed format, and whether files of it are whole.
+"""Megatron's indexed dataset format, and integrity checks of its files.
 
-A `.bin` file holds tokens and nothing else. Its `.idx` holds a header, the length and byte offset of every sequence,
-and the numbers of the sequences that begin the documents. Training reads through mcore's IndexedDataset; preparation
-and evaluation, which must not need megatron (its import alone takes 5 s), through the few lines here. The tests hold
-the two against each other.
+A `.bin` file holds only tokens. Its `.idx` holds a header, the length and byte offset of every sequence, and the index
+of each document's first sequence. Training reads through mcore's IndexedDataset. Preparation and evaluation must not
+need megatron (its import alone takes 5 s), and read through the code here. Tests compare the two.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from trainer.errors import ConfigError
 _MAGIC = b"MMIDIDX\x00\x00"
 # Magic, version, dtype code, number of sequences, number of documents + 1.
 _HEADER = struct.Struct("<9sQBQQ")
+# Megatron's DType codes. 6 and 7 are floats.
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _DTYPE_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
-# How much of a file is looked at before a run; above, a sample is. Reading so much takes a fraction of a second.
+# Limits of the checks before a run: larger files are sampled. Checking this much takes a fraction of a second.
 CHECKED_BYTES = 1 << 26
 CHECKED_ENTRIES = 1 << 22
 CHECKED_DOCUMENTS = 512
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype that Megatron's `DType.optimal_dtype` chooses."""
+    """The dtype that Megatron's `DType.optimal_dtype` chooses for a vocabulary."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -42,8 +42,8 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
 
     Args:
         path: the file.
-        lengths: tokens of each document.
-        dtype: of the tokens in the `.bin` file.
+        lengths: tokens per document.
+        dtype: dtype of the tokens in the `.bin` file.
     """
     if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
         raise ConfigError(f"{path}: a document of {lengths.max():,} tokens; the format holds 2,147,483,647: cut it")
@@ -56,14 +56,14 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
 
 @dataclass(frozen=True)
 class Index:
-    """What an `.idx` holds, mapped and not read.
+    """The contents of an `.idx` file, memory-mapped.
 
     Attributes:
-        prefix: of the pair.
-        dtype: of the tokens.
-        lengths: int32 `[sequences]`, the tokens of each.
-        offsets: int64 `[sequences]`, the byte at which each begins in the `.bin`.
-        borders: int64 `[documents + 1]`; document d is the sequences from entry d to entry d + 1.
+        prefix: prefix of the pair.
+        dtype: dtype of the tokens.
+        lengths: int32 `[sequences]`, tokens per sequence.
+        offsets: int64 `[sequences]`, byte offset of each sequence in the `.bin`.
+        borders: int64 `[documents + 1]`; document d consists of sequences `borders[d]` to `borders[d + 1]`.
     """
 
     prefix: str
@@ -74,25 +74,25 @@ class Index:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the pair holds."""
+        """Number of tokens in the pair."""
         end = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if len(self.lengths) else 0
         return end // self.dtype.itemsize
 
     @property
     def documents(self) -> int:
-        """How many documents the pair holds."""
+        """Number of documents in the pair."""
         return len(self.borders) - 1
 
     def check(self, sampled: bool = False) -> None:
-        """Hold lengths, offsets, documents and the size of the `.bin` against each other.
+        """Check lengths, offsets, documents and the size of the `.bin` against each other.
 
-        Tokens are read as one array, so every sequence must begin where the one before it ends.
+        Tokens are read as one array, so every sequence must begin where the previous one ends.
 
         Args:
-            sampled: look at no more than `CHECKED_ENTRIES` of each, spread over the file.
+            sampled: check at most `CHECKED_ENTRIES` of each, spread over the file.
 
         Raises:
-            ConfigError: naming what is wrong.
+            ConfigError: names the inconsistency.
         """
         for part in parts(len(self.lengths), 1, CHECKED_ENTRIES if sampled else None):
             lengths, offsets = self.lengths[part], self.offsets[part]
@@ -100,6 +100,7 @@ class Index:
             if negative.size:
                 number = part.start + int(negative[0])
                 raise self._damaged(f"sequence {number:,} has {lengths[negative[0]]} tokens")
+            # int64: the byte length of a long sequence exceeds int32.
             wrong = np.flatnonzero(np.diff(offsets) != lengths[:-1].astype(np.int64) * self.dtype.itemsize)
             if wrong.size or (part.start == 0 and len(offsets) and offsets[0] != 0):
                 number = part.start + int(wrong[0]) + 1 if wrong.size else 0
@@ -139,9 +140,9 @@ class Index:
 
 
 def parts(count: int, overlap: int, limit: int | None = None) -> list[slice]:
-    """Parts of `count` entries: all of them, or about `limit` of them, the first, the last and some chosen by lot.
+    """Slices of `count` entries: all of them, or about `limit`: the first, the last and a random selection.
 
-    Neighbouring parts share `overlap` entries. The lot is the same each time.
+    Neighbouring slices share `overlap` entries. The selection is the same on every call.
     """
     size = 1 << 20
     if limit is not None and count > limit:
@@ -153,10 +154,10 @@ def parts(count: int, overlap: int, limit: int | None = None) -> list[slice]:
 
 
 def read_index(prefix: str | Path) -> Index:
-    """Open the `.idx` of a pair; what it says is not checked yet.
+    """Map the `.idx` of a pair without checking its content.
 
     Raises:
-        ConfigError: if the file is missing, cut or of another format.
+        ConfigError: if the file is missing, truncated or in another format.
     """
     path = Path(f"{prefix}.idx")
     try:
@@ -165,7 +166,7 @@ def read_index(prefix: str | Path) -> Index:
         if magic != _MAGIC or version != 1 or code not in _DTYPES:
             raise ValueError(f"header {magic!r}, version {version}, dtype code {code}")
         size, wanted = path.stat().st_size, _HEADER.size + 12 * sequences + 8 * documents
-        # Megatron's multimodal files have a byte more for every sequence.
+        # Megatron's multimodal files have one extra byte per sequence.
         if size not in (wanted, wanted + sequences) or not documents:
             raise ValueError(f"{size:,} bytes for {sequences:,} sequences and {documents - 1:,} documents")
         content = np.memmap(path, mode="r")
@@ -180,12 +181,12 @@ def read_index(prefix: str | Path) -> Index:
 
 
 class TokenArray:
-    """Tokens as a flat array, with the borders of their documents.
+    """Tokens as a flat array, with the bounds of their documents.
 
     Args:
-        tokens: integers, all documents one after the other.
+        tokens: integers, all documents concatenated.
         borders: int64 `[documents + 1]`; document d is `tokens[borders[d]:borders[d + 1]]`.
-        name: where they came from, for messages.
+        name: their origin, for messages.
     """
 
     def __init__(self, tokens: np.ndarray, borders: np.ndarray, name: str) -> None:
@@ -193,10 +194,10 @@ class TokenArray:
 
     @staticmethod
     def from_documents(documents: Sequence[Sequence[int]], name: str) -> TokenArray:
-        """Tokens in memory.
+        """Build an array from documents in memory.
 
         Raises:
-            ConfigError: if there are none.
+            ConfigError: if there are no tokens.
         """
         borders = np.cumsum([0, *(len(document) for document in documents)])
         if borders[-1] == 0:
@@ -204,14 +205,13 @@ class TokenArray:
         return TokenArray(np.concatenate([np.asarray(document, np.int64) for document in documents]), borders, name)
 
     def check_ends(self, eod_id: int) -> None:
-        """Refuse data whose documents do not end with `eod_id`: document masks would silently find no borders.
+        """Refuse data whose documents do not end with `eod_id`: document masks would silently find no bounds.
 
-        Of files up to `CHECKED_BYTES` every document is looked at. Of larger ones it is a sample: the first, the last
-        and others chosen by a lot that is the same each time, `CHECKED_DOCUMENTS` in all. Documents without tokens
-        have no end.
+        In files up to `CHECKED_BYTES` every document is checked. In larger files a fixed random sample of
+        `CHECKED_DOCUMENTS` is, including the first and the last. Documents without tokens are skipped.
 
         Raises:
-            ConfigError: naming the first document looked at that ends otherwise.
+            ConfigError: names the first checked document that ends with another token.
         """
         limit = None if self.tokens.nbytes <= CHECKED_BYTES else CHECKED_DOCUMENTS
         for part in parts(len(self.borders) - 1, 0, limit):
@@ -227,9 +227,9 @@ class TokenArray:
                 )
 
     def id_range(self) -> tuple[int, int, bool]:
-        """The smallest and the largest token id, and whether that is of all tokens or of a sample.
+        """The smallest and largest token id, and whether all tokens were read rather than a sample.
 
-        Files up to `CHECKED_BYTES` are read whole; of larger ones as many bytes, the first, the last and others.
+        Files up to `CHECKED_BYTES` are read whole; of larger files that many bytes are sampled, including both ends.
         """
         limit = CHECKED_BYTES // self.tokens.itemsize
         whole = len(self.tokens) <= limit
@@ -238,11 +238,11 @@ class TokenArray:
 
 
 class TokenFile(TokenArray):
-    """A `.bin`/`.idx` pair, mapped into memory, its index checked.
+    """A memory-mapped `.bin`/`.idx` pair with a checked index.
 
     Args:
-        prefix: path without `.bin` and `.idx`. Documents may have several sequences; any integer dtype will do.
-        sampled: check no more than a sample of a large index.
+        prefix: path without `.bin` and `.idx`. Documents may have several sequences, and tokens any integer dtype.
+        sampled: check only a sample of a large index.
 
     Raises:
         ConfigError: if the pair is damaged.
@@ -252,7 +252,7 @@ class TokenFile(TokenArray):
         index = read_index(prefix)
         index.check(sampled)
         tokens = np.asarray(np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r", shape=(index.tokens,)))
-        # The offset of a sequence, in tokens, is where its document may begin.
+        # Offset of each sequence in tokens: a document begins at one of these.
         starts = np.append(index.offsets // index.dtype.itemsize, index.tokens)
         super().__init__(tokens, starts[index.borders], str(prefix))
 
@@ -260,11 +260,11 @@ class TokenFile(TokenArray):
 def open_through_megatron(prefix: str | Path) -> TokenArray:
     """Open a pair for training, with mcore's IndexedDataset as the reader.
 
-    Our own reader goes first: it says in one line what is wrong with a damaged pair.
+    Our own reader opens it first, because it describes damage in one line.
     """
     checked = TokenFile(prefix)
     with warnings.catch_warnings():
-        # mcore warns that TransformerEngine and Apex are absent; reading a file needs neither.
+        # mcore warns that TransformerEngine and Apex are missing; reading needs neither.
         warnings.simplefilter("ignore", UserWarning)
         from megatron.core.datasets.indexed_dataset import IndexedDataset
     dataset = IndexedDataset(str(prefix), mmap=True)
@@ -272,6 +272,6 @@ def open_through_megatron(prefix: str | Path) -> TokenArray:
     np.cumsum(dataset.sequence_lengths, out=starts[1:])
     tokens = dataset.bin_reader.read(dtype=dataset.index.dtype, count=int(starts[-1]), offset=0)
     array = TokenArray(tokens, starts[dataset.document_indices], checked.name)
-    # The dataset closes its mapping when it goes, under whoever still reads `tokens`.
+    # Keeps the dataset alive: it closes its mapping when collected, even while `tokens` still uses it.
     array.owner = dataset  # type: ignore[attr-defined]
     return array

@@ -1,4 +1,4 @@
-"""Where token files lie and what describes them. Standard library only, to check settings before torch is imported."""
+"""Location and description of token files. Standard library only, to check settings before torch is imported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NO_END = (
 
 
 def read_info(directory: str | Path) -> dict[str, Any] | None:
-    """The `dataset.json` that preparation wrote into `directory`, or None (Megatron's own files have none).
+    """Read the `dataset.json` that preparation wrote into `directory`; None if absent (Megatron's own files have none).
 
     Raises:
-        ConfigError: if the file is there but is not a JSON object.
+        ConfigError: if the file exists but is not a JSON object.
     """
     path = Path(directory) / INFO_NAME
     try:
@@ -33,7 +33,7 @@ def read_info(directory: str | Path) -> dict[str, Any] | None:
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The model file that a tokenizer's path means: itself, or the one in a directory.
+    """Resolve a tokenizer path to its model file: the path itself, or the file in that directory.
 
     Raises:
         ConfigError: if there is none.
@@ -48,13 +48,13 @@ def tokenizer_file(path: str | Path) -> Path:
 
 
 def tokenizer_sha256(path: str | Path) -> str:
-    """The hash of a tokenizer's model file, as `dataset.json` holds it: equal hashes, equal ids.
+    """Hash of a tokenizer's model file, as stored in `dataset.json`: equal hashes mean equal token ids.
 
     Args:
         path: tokenizer.json, a SentencePiece .model, or a directory with one of them.
 
     Raises:
-        ConfigError: if there is none, or it cannot be read.
+        ConfigError: if there is none, or it is unreadable.
     """
     file = tokenizer_file(path)
     try:
@@ -64,17 +64,17 @@ def tokenizer_sha256(path: str | Path) -> str:
 
 
 def info_of_prefix(prefix: str | Path) -> dict[str, Any] | None:
-    """The `dataset.json` beside the files of `prefix`, or None."""
+    """Read the `dataset.json` beside the files of `prefix`; None if absent."""
     return read_info(Path(prefix).parent)
 
 
 def resolve_prefix(path: str | Path, split: str = "train") -> Path:
-    """Find the `.bin`/`.idx` pair that `path` means.
+    """Resolve `path` to a `.bin`/`.idx` pair.
 
     Args:
-        path: a directory that preparation wrote (the pair is `path/SPLIT.bin`), or the prefix of a pair, with or
-            without its suffix, as Megatron's own tools write it.
-        split: which split of a directory; a prefix already is one split.
+        path: a directory written by preparation (the pair is `path/SPLIT.bin`), or the prefix of a pair, with or
+            without suffix, as Megatron's own tools write it.
+        split: the split of a directory; a prefix already denotes one split.
 
     Returns:
         The prefix: the path without `.bin` and `.idx`.
@@ -83,6 +83,7 @@ def resolve_prefix(path: str | Path, split: str = "train") -> Path:
         ConfigError: if there is no such pair.
     """
     path = Path(path).expanduser()
+    # Only these suffixes: a prefix may contain dots itself, as in corpus_v1.5.
     if path.suffix in (".bin", ".idx"):
         path = path.with_suffix("")
     prefix = path / split if path.is_dir() else path
@@ -98,13 +99,13 @@ def resolve_prefix(path: str | Path, split: str = "train") -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Corpora:
-    """What a run knows about its data before it opens it.
+    """Facts about a run's data that are known before it is opened.
 
     Attributes:
         prefixes: one `.bin`/`.idx` prefix per source.
-        weights: the share of samples each source gives; they need not sum to 1.
-        eod_id: the end-of-document token, or None where nothing says.
-        vocab_size: of the tokenizer that made the data, or None where nothing says.
+        weights: share of samples of each source; they need not sum to 1.
+        eod_id: the end-of-document token; None if unknown.
+        vocab_size: vocabulary size of the tokenizer that made the data; None if unknown.
     """
 
     prefixes: tuple[Path, ...]
@@ -114,12 +115,12 @@ class Corpora:
 
 
 def find_corpora(paths: str | Path | Mapping[str, float], split: str = "train", eod_id: int | None = None) -> Corpora:
-    """Resolve and check the sources of a run, from file names and `dataset.json` alone.
+    """Resolve and check the sources of a run, using only file names and `dataset.json`.
 
     Args:
-        paths: one directory or prefix, or several with the share of samples each gives.
-        split: which split of prepared directories.
-        eod_id: the end-of-document token where `dataset.json` does not say, as with Megatron's own files.
+        paths: a directory or prefix, or several with their shares of the samples.
+        split: the split of prepared directories.
+        eod_id: the end-of-document token if `dataset.json` does not name it, as with Megatron's own files.
 
     Raises:
         ConfigError: if files are missing, a share is not positive, or sources were made with different tokenizers.
@@ -133,6 +134,7 @@ def find_corpora(paths: str | Path | Mapping[str, float], split: str = "train", 
                 f"data.path gives {path} the weight {weight}: weights are positive numbers; drop the source instead"
             )
     prefixes = tuple(resolve_prefix(path, split) for path in shares)
+    # Sources without dataset.json contribute nothing here, so Megatron's files can be blended with prepared ones.
     known: dict[str, set[Any]] = {"eod_id": {eod_id} - {None}, "vocab_size": set(), "tokenizer_sha256": set()}
     for prefix in prefixes:
         info = info_of_prefix(prefix) or {}

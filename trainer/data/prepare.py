@@ -1,8 +1,8 @@
-"""Documents to token files: learn a tokenizer, tokenize shards in parallel, join them. Imports no torch.
+"""From documents to token files: learns a tokenizer, tokenizes shards in parallel, joins them. Imports no torch.
 
-Until it is finished an output directory holds `.partial/`: the settings, the tokenizer, and two files for every
-finished shard. A run that was killed continues from them. `dataset.json` is written last, and its presence says that
-the output is complete. It says, too, what was left out and why.
+An unfinished output directory contains `.partial/`: the settings, the tokenizer, and two files per finished shard. A
+run that was killed continues from them. `dataset.json` is written last, so its presence marks the output as complete.
+It also records how many documents were left out, and why.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from trainer.durable import flush_to_disk, write_atomically
 from trainer.errors import ConfigError
 from trainer.json_files import read_object
 
+# Default size of the sample that a tokenizer is learned from, in megabytes. unigram takes longer per byte.
 _SAMPLE_MB = {"bpe": 16.0, "unigram": 2.0}
 _SECONDS_BETWEEN_LINES = 30.0
-# A tokenizer learns from the beginning of a longer document, so that no single one makes up the sample.
+# A tokenizer learns only from the beginning of longer documents, so that none of them dominates the sample.
 _LONGEST_SAMPLE = 1 << 18
 
 EMPTY = "empty documents"
@@ -48,7 +49,7 @@ _SURROGATES = "documents with lone surrogates, which became question marks"
 
 @dataclass(frozen=True, slots=True)
 class SplitRule:
-    """Which split a document goes to: a fixed one, or the one its name hashes to."""
+    """Maps a document to its split: a fixed one, or the one that its name hashes to."""
 
     fixed: str | None
     validation_share: float
@@ -60,7 +61,7 @@ class SplitRule:
 
 
 def planned_shards(config: PrepareConfig) -> Iterator[tuple[Shard, SplitRule]]:
-    """Every shard of every source, with where its documents go."""
+    """Yield every shard of every source with its split rule."""
     shares = (
         config.validation_share if config.validation is None else 0.0,
         config.test_share if config.test is None else 0.0,
@@ -68,6 +69,7 @@ def planned_shards(config: PrepareConfig) -> Iterator[tuple[Shard, SplitRule]]:
     for key, source in config.sources():
         taken = 0
         for shard in shards(source, config.text_key):
+            # max_mb is for quick trials and limits the source only, never explicit validation or test sources.
             if key == "source" and config.max_mb is not None and taken >= config.max_mb * 1e6:
                 break
             taken += shard.size
@@ -75,9 +77,9 @@ def planned_shards(config: PrepareConfig) -> Iterator[tuple[Shard, SplitRule]]:
 
 
 def sample_texts(config: PrepareConfig) -> Iterator[str]:
-    """A bounded, reproducible sample of the train split.
+    """Yield a bounded, reproducible sample of the train split.
 
-    Of large inputs some shards are read, and some documents of those taken, both by hash; of a stream, its beginning.
+    For large inputs, hashes select some of the shards and some of their documents. For a stream it is the beginning.
     """
     budget = (config.tokenizer.sample_mb or _SAMPLE_MB[config.tokenizer.kind]) * 1e6
     plan: Iterable[tuple[Shard, SplitRule]] = planned_shards(config)
@@ -86,6 +88,7 @@ def sample_texts(config: PrepareConfig) -> Iterator[str]:
         every = [(shard, rule) for shard, rule in plan if rule.fixed is None]
         total, chosen = 0, []
         for place in sorted(range(len(every)), key=lambda place: hash_unit(f"shard:{place}")):
+            # Reading 8 times the budget spreads the sample over many shards without reading the whole input.
             if total < 8 * budget:
                 chosen.append(place)
                 total += every[place][0].size
@@ -93,6 +96,7 @@ def sample_texts(config: PrepareConfig) -> Iterator[str]:
     taken = 0
     for shard, rule in plan:
         for document in shard.documents():
+            # A quarter of slack: sampling by hash hits the budget only on average.
             if taken >= 1.25 * budget or rule.fixed is not None:
                 return
             if document.text and rule(document.name) == "train" and hash_unit(document.name, "sample") < share:
@@ -101,24 +105,24 @@ def sample_texts(config: PrepareConfig) -> Iterator[str]:
 
 
 class Tally:
-    """Counts by reason, with the name of the first thing counted: what parts and `dataset.json` hold."""
+    """Counts by reason, with the name of the first item; stored in the parts and in `dataset.json`."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, Any]] = {}
 
     def count(self, reason: str, name: str) -> None:
-        """One more."""
+        """Count one item."""
         self.add({reason: {"count": 1, "first": name}})
 
     def add(self, counts: dict[str, dict[str, Any]]) -> None:
-        """What another tally counted, of what comes after."""
+        """Add the counts of another tally, whose items come later."""
         for reason, facts in counts.items():
             mine = self.counts.setdefault(reason, {"count": 0, "first": facts["first"]})
             mine["count"] += facts["count"]
 
 
 def tokenize_shard(shard: Shard, rule: SplitRule, tokenizer: Tokenizer, stem: Path) -> dict[str, Any]:
-    """Tokenize a shard into `stem.bin` (train, then validation, then test) and `stem.json`, which marks it as done."""
+    """Tokenize a shard into `stem.bin` (train, validation, test in turn), then `stem.json`, which marks it as done."""
     dtype = token_dtype(tokenizer.vocab_size)
     tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
@@ -152,7 +156,7 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer_path: str, eod: str | None) -> None:
-    # Ctrl-C reaches every process of a terminal; the parent decides what it means.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker_tokenizer
@@ -160,7 +164,7 @@ def _start_worker(tokenizer_path: str, eod: str | None) -> None:
 
 
 def _end_with_parent() -> None:
-    # A pool's workers hold both ends of its queue, so they would outlive a killed parent, waiting.
+    # A pool's workers hold both ends of its queue, so they would wait forever after the parent is killed.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -172,13 +176,13 @@ def _tokenize_in_worker(shard: Shard, rule: SplitRule, stem: Path) -> dict[str, 
 
 
 def finished_part(stem: Path, shard: Shard, dtype: np.dtype) -> dict[str, Any] | None:
-    """What `tokenize_shard` returned for this very shard in an earlier run, if it did and its file is whole."""
+    """The result of `tokenize_shard` for this shard in an earlier run, if it finished and its file is complete."""
     try:
         part = json.loads(stem.with_suffix(".json").read_bytes())
         size = stem.with_suffix(".bin").stat().st_size
     except (FileNotFoundError, ValueError):
         return None
-    # Parts that an earlier version wrote say less.
+    # Earlier versions wrote fewer keys.
     known = {"identity", "lengths", "bytes", "max_id", "left_out", "changed"}
     if not isinstance(part, dict) or not known <= part.keys():
         return None
@@ -189,13 +193,14 @@ def finished_part(stem: Path, shard: Shard, dtype: np.dtype) -> dict[str, Any] |
 def tokenize_all(
     config: PrepareConfig, tokenizer: Tokenizer, tokenizer_path: Path, directory: Path
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Tokenize what is not yet done, in parallel; yields (number, part) of every shard, as they finish."""
+    """Tokenize unfinished shards in parallel; yields (number, part) for all shards in order of completion."""
     workers, dtype = config.workers or os.cpu_count() or 1, token_dtype(tokenizer.vocab_size)
     if workers == 1:
         for number, (shard, rule) in enumerate(planned_shards(config)):
             stem = directory / f"{number:08}"
             yield number, finished_part(stem, shard, dtype) or tokenize_shard(shard, rule, tokenizer, stem)
         return
+    # "spawn": forking a process that has threads (rich, SentencePiece) may deadlock.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (str(tokenizer_path), config.tokenizer.eod)
     )
@@ -207,7 +212,7 @@ def tokenize_all(
                 yield number, part
                 continue
             pending[pool.submit(_tokenize_in_worker, shard, rule, stem)] = number
-            # Streams hand over their documents, so only a few shards may wait.
+            # Queued shards of a stream carry their documents, so the queue is short.
             if len(pending) >= 2 * workers:
                 yield from _collect(pending)
         while pending:
@@ -229,7 +234,7 @@ def _collect(pending: dict[Future[dict[str, Any]], int]) -> Iterator[tuple[int, 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock; the system gives it back when the process ends, however it ends."""
+    """Hold the directory's lock. The kernel releases it when the process ends, in whatever way."""
     with (directory / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -240,13 +245,13 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Prepare the data unless it is there; several processes may ask at once, and one does it.
+    """Prepare the data unless it is complete. If several processes call this at once, one does the work.
 
     Returns:
         The output directory.
 
     Raises:
-        ConfigError: if the input is wrong, the output holds something else, or files cannot be read or written.
+        ConfigError: if the input is invalid, the output contains other data, or files cannot be read or written.
     """
     output, settings = Path(config.output).expanduser(), config.settings()
     if finished(output, settings):
@@ -257,10 +262,11 @@ def prepare(config: PrepareConfig) -> Path:
         raise ConfigError(f"output: {output} cannot be created ({error.strerror}); choose another --output") from error
     try:
         with locked(output):
+            # Another process may have finished while this one waited for the lock.
             if not finished(output, settings):
                 _prepare_locked(config, output, settings)
     except OSError as error:
-        # A disk that is full, a file that went away, a mount that broke: none is mended by a traceback.
+        # A full disk, a vanished file, a broken mount: a traceback would not help.
         where = f"{error.filename}: " if error.filename is not None else ""
         raise ConfigError(
             f"preparing {output} stopped ({where}{error.strerror or error}); mend that, and the same command continues"
@@ -283,7 +289,7 @@ def _prepare_locked(config: PrepareConfig, output: Path, settings: dict[str, Any
         changed.add(part["changed"])
     if "train" not in splits:
         if not splits:
-            # Nothing is lost, and a corrected text_key must not meet shards that were made with another.
+            # No finished document is lost, and shards made with a wrong text_key must not block the corrected one.
             shutil.rmtree(partial)
         raise ConfigError(
             f"{config.source} gave no documents for the train split{_because(left_out)}; check the source, text_key "
@@ -310,17 +316,17 @@ def _prepare_locked(config: PrepareConfig, output: Path, settings: dict[str, Any
         flush_to_disk(path)
         flush_to_disk(path.parent)
     write_atomically(output / INFO_NAME, (json.dumps(info, indent=2) + "\n").encode())
-    # Until its name is on the disk, too, what it was made from is needed.
+    # The parts are needed until the new directory entry is durable.
     flush_to_disk(output)
     shutil.rmtree(partial)
     _report(output, info, seconds)
 
 
 def _open_partial(output: Path, settings: dict[str, Any]) -> Path:
-    """The directory of what is done so far; a new one where no shard was finished with other settings.
+    """Open the directory of unfinished work, or start a new one if no shard was finished with other settings.
 
     Raises:
-        ConfigError: if the output holds token files of others, or shards made with other settings.
+        ConfigError: if the output contains foreign token files, or shards made with other settings.
     """
     partial = output / ".partial"
     manifest = partial / "manifest.json"
@@ -329,7 +335,7 @@ def _open_partial(output: Path, settings: dict[str, Any]) -> Path:
     elif not manifest.exists() and any((output / f"{split}.bin").exists() for split in SPLITS):
         raise ConfigError(f"{output} holds token files that this command did not write; choose another --output")
     elif manifest.exists() and manifest.read_bytes() != json.dumps(settings).encode():
-        # A first try that came no further, with a vocabulary too large or another text_key, is in nobody's way.
+        # An earlier attempt finished no shard, for example because of a too large vocabulary: nothing is worth keeping.
         shutil.rmtree(partial)
     (partial / "parts").mkdir(parents=True, exist_ok=True)
     write_atomically(manifest, json.dumps(settings).encode())
@@ -337,7 +343,7 @@ def _open_partial(output: Path, settings: dict[str, Any]) -> Path:
 
 
 def _tokenizer(config: PrepareConfig, partial: Path) -> tuple[Tokenizer, Path]:
-    """The existing tokenizer, or the one learned here; with the path that workers load it from."""
+    """The existing tokenizer, or the one learned here, with the path from which workers load it."""
     settings = config.tokenizer
     if settings.path is not None:
         tokenizer = Tokenizer.load(settings.path, settings.eod)
@@ -345,7 +351,7 @@ def _tokenizer(config: PrepareConfig, partial: Path) -> tuple[Tokenizer, Path]:
     model, learned_from = partial / "tokenizer.model", partial / "learned_from"
     text = _training_text(config)
     if not model.exists() or not learned_from.exists() or learned_from.read_text() != text:
-        # Shards first: without a model, nothing would say that another made them.
+        # Delete the shards first: without the model, nothing would show that another one made them.
         shutil.rmtree(partial / "parts")
         (partial / "parts").mkdir()
         model.unlink(missing_ok=True)
@@ -368,14 +374,14 @@ def _tokenizer(config: PrepareConfig, partial: Path) -> tuple[Tokenizer, Path]:
 
 
 def _training_text(config: PrepareConfig) -> str:
-    """What changes with the text that a tokenizer is learned from: a hash of its shards; of a stream, its name."""
+    """A fingerprint of the text that the tokenizer is learned from: a hash of its shards; for a stream, its name."""
     if config.source.startswith("hf:"):
         return config.source
     digest = hashlib.sha256()
     for shard, rule in planned_shards(config):
         if rule.fixed is not None:
             break
-        # Of files, one in memory holds what is left out.
+        # Among files, in-memory shards contain only left-out items.
         if not isinstance(shard, MemoryShard):
             digest.update(f"{shard.identity()}\n".encode())
     return digest.hexdigest()
@@ -394,7 +400,7 @@ def _tokenize_with_progress(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    # How much a stream holds is only known at its end.
+    # The size of a stream is unknown until its end.
     streamed = any(source.startswith("hf:") for _, source in config.sources())
     total = None if streamed else sum(shard.size for shard, _ in planned_shards(config))
     parts: dict[int, dict[str, Any]] = {}
@@ -406,7 +412,7 @@ def _tokenize_with_progress(
             parts[number] = part
             done += sum(part["bytes"].values())
             progress.update(bar, completed=done)
-            # A batch job's log gets lines in place of the bar.
+            # In a batch job's log, lines replace the progress bar.
             if not console.is_terminal and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 _say(f"tokenized {done / 1e6:,.0f} MB" + (f" of about {total / 1e6:,.0f}" if total else ""))
@@ -414,7 +420,7 @@ def _tokenize_with_progress(
 
 
 def _join(output: Path, directory: Path, parts: list[dict[str, Any]], split: str, dtype: np.dtype) -> dict[str, int]:
-    """Write one split's files from the parts, in their order; nothing if it has no documents."""
+    """Write one split's files from the parts, in order; writes nothing if the split has no documents."""
     lengths = np.array([length for part in parts for length in part["lengths"][split]], np.int64)
     facts = {
         "documents": len(lengths),
@@ -439,7 +445,7 @@ def _join(output: Path, directory: Path, parts: list[dict[str, Any]], split: str
 
 
 def _without_text(config: PrepareConfig) -> Tally:
-    """Why a source has no text; only asked where it has none, so that it is read quickly."""
+    """Why a source has no text. Called only if it has none, so reading it is fast."""
     tally = Tally()
     for shard, _ in planned_shards(config):
         for record in shard.records():
@@ -452,7 +458,7 @@ def _because(left_out: Tally) -> str:
 
 
 def _listed(counts: dict[str, dict[str, Any]]) -> str:
-    """As in `rows whose text is null: 3 (first data.jsonl:120)`."""
+    """Format counts as `rows whose text is null: 3 (first data.jsonl:120)`."""
     return "; ".join(f"{reason}: {facts['count']:,} (first {facts['first']})" for reason, facts in counts.items())
 
 
@@ -480,13 +486,13 @@ def _say(line: str) -> None:
 def prepare_stdlib(
     cache_dir: str | Path, vocab_size: int = 4096, kind: Literal["bpe", "unigram"] = "bpe", workers: int = 0
 ) -> Path:
-    """Prepare the standard library's source for `data.path: stdlib`, once; every rank may call this.
+    """Prepare the standard library's source code for `data.path: stdlib`, once; every rank may call this.
 
     Args:
         cache_dir: the output is `cache_dir/stdlib-KINDVOCAB`.
-        vocab_size: of the SentencePiece model that is learned.
-        kind: of the SentencePiece model.
-        workers: processes; 0 is one a core.
+        vocab_size: vocabulary size of the SentencePiece model to learn.
+        kind: kind of the SentencePiece model.
+        workers: number of processes; 0 means one per core.
 
     Returns:
         The directory with train, validation and test.

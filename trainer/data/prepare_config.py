@@ -1,4 +1,4 @@
-"""Settings of data preparation, and what can be said against them before anything is read. Standard library only."""
+"""Settings of data preparation, and their validation before any data is read. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from typing import Any, Literal
 from trainer.data.layout import read_info, tokenizer_sha256
 from trainer.errors import ConfigError
 
-# 256 byte pieces and the two special ones. The characters of the sample come on top; learning says how many these are.
+# 256 byte pieces and 2 special ones. Characters of the sample add to this; learning reports how many.
 _SMALLEST_VOCAB = 258
 _LARGEST_VOCAB = 1 << 20
 
 
 @dataclass
 class TokenizerConfig:
-    """How text becomes tokens: a SentencePiece model learned from the train split, or an existing tokenizer.
+    """How to tokenize: with a SentencePiece model learned from the train split, or with an existing tokenizer.
 
     Attributes:
-        kind: Which SentencePiece model to learn.
-        vocab_size: Its number of tokens, the 256 bytes and 2 special ones included.
-        sample_mb: Megabytes of the train split that it is learned from; null is 16 for bpe and 2 for the slower
-            unigram.
-        path: An existing tokenizer.json, SentencePiece .model, or a directory with one; takes the place of the three
+        kind: Kind of SentencePiece model to learn.
+        vocab_size: Its vocabulary size, including 256 bytes and 2 special tokens.
+        sample_mb: Megabytes of the train split to learn from; null means 16 for bpe and 2 for the slower unigram.
+        path: An existing tokenizer.json, SentencePiece .model, or a directory with one; replaces the three settings
             above.
-        eod: The end-of-document token of an existing tokenizer, such as <|endoftext|>; null looks for a known one.
+        eod: End-of-document token of an existing tokenizer, such as <|endoftext|>; null looks for a known one.
     """
 
     kind: Literal["bpe", "unigram"] = "bpe"
@@ -60,18 +59,17 @@ class PrepareConfig:
     """Turn documents into token files that training reads.
 
     Attributes:
-        source: stdlib; a file, directory or glob with .jsonl, .json, .parquet or text files (one document a file),
-            all but parquet also as .gz or .zst; or hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset on the hub or on
-            this disk.
+        source: stdlib; a file, directory or glob of .jsonl, .json, .parquet or text files (one document per file), all
+            but parquet also as .gz or .zst; or hf:NAME[:CONFIG][@SPLIT], a Hugging Face dataset on the hub or on the
+            local disk.
         output: Directory to write.
         validation: A source for the validation split; null takes a share of the documents of source.
         test: A source for the test split; null takes a share of the documents of source.
-        validation_share: Share of the documents of source that become validation, chosen by a hash of their path or
-            row.
+        validation_share: Share of the documents of source for validation, chosen by a hash of their path or row.
         test_share: The same for test.
-        text_key: Key or column that holds the text in jsonl, parquet and Hugging Face data.
-        max_mb: Take only about this many megabytes from the beginning of source, for try-outs; null takes all.
-        workers: Processes that tokenize; 0 is one for each core.
+        text_key: Key or column of the text in jsonl, parquet and Hugging Face data.
+        max_mb: Read only about this many megabytes from the beginning of source, for trials; null reads all.
+        workers: Number of tokenizing processes; 0 means one per core.
         tokenizer: The tokenizer.
     """
 
@@ -101,17 +99,17 @@ class PrepareConfig:
             check_source(key, source)
 
     def sources(self) -> Iterator[tuple[str, str]]:
-        """(key, source) of every source that is given."""
+        """Yield (key, source) for every source that is set."""
         for key in ("source", "validation", "test"):
             source = getattr(self, key)
             if source is not None:
                 yield key, source
 
     def settings(self) -> dict[str, Any]:
-        """What the output depends on, flat: not where it is written, nor by how many workers.
+        """All settings that affect the output, flattened; excludes the output path and the number of workers.
 
         Raises:
-            ConfigError: an existing tokenizer cannot be read, or has no end-of-document token.
+            ConfigError: an existing tokenizer is unreadable, or has no end-of-document token.
         """
         values = asdict(self)
         tokenizer = values.pop("tokenizer")
@@ -122,7 +120,7 @@ class PrepareConfig:
         if self.tokenizer.path is not None:
             from trainer.data.tokenizer import Tokenizer
 
-            # Which token ends a document may be said by files beside the model, of which its hash knows nothing.
+            # Files beside the model may name the end-of-document token, and the model's hash does not cover them.
             eod_id = Tokenizer.load(self.tokenizer.path, self.tokenizer.eod).eod_id
             sha256 = tokenizer_sha256(self.tokenizer.path)
             tokenizer = {"sha256": sha256, "eod": self.tokenizer.eod, "eod_id": eod_id}
@@ -130,20 +128,20 @@ class PrepareConfig:
 
 
 def is_named(source: str) -> bool:
-    """Whether a source is a name and not a path."""
+    """Whether a source is a name rather than a path."""
     return source == "stdlib" or source.startswith("hf:")
 
 
 def check_source(key: str, source: str) -> None:
-    """Refuse a source that names nothing.
+    """Refuse a source that does not exist.
 
     Raises:
-        ConfigError: saying what is missing.
+        ConfigError: says which source is missing.
     """
     if source == "hf:":
         raise ConfigError(f"{key}: hf: names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME@SPLIT")
     path = os.path.expanduser(source)
-    # As `find_files`: a name with brackets is that of a file first.
+    # Same rule as `find_files`: an existing file wins over a glob, because its name may contain brackets.
     if not is_named(source) and not os.path.exists(path) and not glob.glob(path, recursive=True):
         raise ConfigError(
             f"{key}: no file matches {source}; give an existing file, directory or glob, stdlib, or hf:NAME"
@@ -151,17 +149,17 @@ def check_source(key: str, source: str) -> None:
 
 
 def finished(output: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The `dataset.json` of a complete output that was made with these settings; None where nothing is finished.
+    """The `dataset.json` of a complete output made with these settings; None if it is not complete.
 
     Raises:
-        ConfigError: if the output was made with other settings, naming them, or if its files are gone.
+        ConfigError: if the output was made with other settings (they are named), or if its files are missing.
     """
     info = read_info(output)
     if info is None:
         return None
     had = info.get("settings", {})
     if "tokenizer.sha256" in had:
-        # Earlier versions wrote it beside the settings alone.
+        # Earlier versions stored eod_id only beside the settings.
         had = {"tokenizer.eod_id": info.get("eod_id")} | had
     refuse_other_settings(output, had, settings)
     for split in info.get("splits", {}):
@@ -177,7 +175,7 @@ def refuse_other_settings(output: str | Path, had: dict[str, Any], wanted: dict[
     """Refuse to mix data made with different settings.
 
     Raises:
-        ConfigError: naming the differing keys with both values.
+        ConfigError: names the differing keys with both values.
     """
     differing = sorted(key for key in had.keys() | wanted.keys() if had.get(key) != wanted.get(key))
     if differing:
@@ -190,7 +188,7 @@ def refuse_other_settings(output: str | Path, had: dict[str, Any], wanted: dict[
 def stdlib_config(
     cache_dir: str | Path, vocab_size: int = 4096, kind: Literal["bpe", "unigram"] = "bpe", workers: int = 0
 ) -> PrepareConfig:
-    """How `data.path: stdlib` is prepared, see `prepare.prepare_stdlib`."""
+    """The settings that prepare `data.path: stdlib`; see `prepare.prepare_stdlib`."""
     output = Path(cache_dir) / f"stdlib-{kind}{vocab_size}"
     tokenizer = TokenizerConfig(kind=kind, vocab_size=vocab_size)
     return PrepareConfig(output=str(output), workers=workers, tokenizer=tokenizer)

@@ -1,6 +1,6 @@
-"""From the `data` section of a configuration to tokenizer, training batches and validation files.
+"""Resolves the `data` section of a configuration into tokenizer, training batches and validation files.
 
-Imports torch only as batches are opened, so that what a run would read can be checked without it.
+Imports torch only when batches are opened, so that a run's sources can be checked without it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSources:
-    """What a run reads.
+    """The resolved inputs of a run.
 
     Attributes:
-        paths: Prepared directories or prefixes, with the share of samples each gives.
-        validation: Directory or prefix for validation, None without one.
-        tokenizer: None where the data is bare and none was named.
-        tokenizer_path: Where it was read from.
-        eod_id: The end-of-document token, None where nothing says.
-        vocab_size: Token ids, before padding.
-        unprepared: Directories of `paths` that are not there yet, and are made when the run starts.
+        paths: Prepared directories or prefixes, with their shares of the samples.
+        validation: Directory or prefix for validation; None if there is none.
+        tokenizer: None if neither the configuration nor the data names one.
+        tokenizer_path: Path from which it was loaded.
+        eod_id: The end-of-document token; None if unknown.
+        vocab_size: Number of token ids, before padding.
+        unprepared: Those of `paths` that do not exist yet and are prepared when the run starts.
     """
 
     paths: dict[str, float]
@@ -44,7 +44,7 @@ class DataSources:
     unprepared: tuple[str, ...] = ()
 
     def open_training(self, config: PretrainConfig) -> Sampler:
-        """The training batches."""
+        """Open the training batches."""
         from trainer.data.dataset import open_training_data
 
         return open_training_data(
@@ -59,14 +59,14 @@ class DataSources:
 
 
 def find_sources(config: PretrainConfig, prepare: bool = True) -> DataSources:
-    """Prepare `stdlib` if it is asked for, find the tokenizer and the validation split.
+    """Prepare `stdlib` if requested, and find the tokenizer and the validation split.
 
     Args:
         config: The run.
-        prepare: Otherwise what is not prepared is named in `DataSources.unprepared`.
+        prepare: If false, unprepared sources are only listed in `DataSources.unprepared`.
 
     Raises:
-        ConfigError: the sources do not fit together, or the vocabulary's size is not known from anywhere.
+        ConfigError: the sources are inconsistent, or nothing determines the vocabulary size.
     """
     data = config.data
     located = [(*_locate(config, source, prepare), share) for source, share in data.shares().items()]
@@ -77,8 +77,10 @@ def find_sources(config: PretrainConfig, prepare: bool = True) -> DataSources:
     there = {path: share for path, share in paths.items() if path not in unprepared}
     tokenizer_path = _tokenizer_path(data.tokenizer, there)
     tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path else None
+    # Unprepared sources have no files to inspect yet.
     corpora = find_corpora(there) if there else Corpora((), (), None, None)
     learned = data.vocab_size if unprepared else None
+    # In order of authority: the tokenizer, prepared data, the vocabulary that will be learned, the model's setting.
     vocab_size = tokenizer.vocab_size if tokenizer else corpora.vocab_size or learned or config.model.vocab_size
     if vocab_size is None:
         raise ConfigError(
@@ -95,7 +97,7 @@ def find_sources(config: PretrainConfig, prepare: bool = True) -> DataSources:
 
 
 def _locate(config: PretrainConfig, source: str, prepare: bool) -> tuple[str, bool]:
-    """The path that a source means, and whether its data is there."""
+    """The path of a source, and whether its data exists."""
     if source != "stdlib":
         return os.path.expanduser(source), True
     wanted = stdlib_config(config.data.cache_dir, config.data.vocab_size)
@@ -108,11 +110,12 @@ def _locate(config: PretrainConfig, source: str, prepare: bool) -> tuple[str, bo
 
 
 def _tokenizer_path(named: str | None, paths: Mapping[str, float]) -> Path | None:
-    """The tokenizer that is named, or the one beside the first prepared data that has one."""
+    """The configured tokenizer, or the one beside the first prepared data that has one."""
     if named is not None:
         return tokenizer_file(named)
     for path in paths:
         prefix = resolve_prefix(path)
+        # Only beside prepared data: a tokenizer beside bare Megatron files may belong to something else.
         prepared = os.path.isdir(path) or info_of_prefix(prefix) is not None
         if prepared and any(prefix.parent.glob("tokenizer.*")):
             return tokenizer_file(prefix.parent)
@@ -120,10 +123,10 @@ def _tokenizer_path(named: str | None, paths: Mapping[str, float]) -> Path | Non
 
 
 def _agreed_end(named: dict[str, int | None]) -> int | None:
-    """The end-of-document token, of all that name one.
+    """The end-of-document token on which all sources of information agree; None if nothing names it.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: they disagree.
     """
     known = {name: token for name, token in named.items() if token is not None}
     if len(set(known.values())) > 1:

@@ -1,4 +1,4 @@
-"""Text files, read to the last byte. Standard library only."""
+"""Text files, read byte for byte. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from trainer.errors import ConfigError
 
 
 def read_utf8(key: str, path: Path) -> str:
-    """The text of a file as its bytes have it: line ends, byte-order marks and NULs stay.
+    """Read a UTF-8 file unchanged: line ends, byte-order marks and NULs are kept.
 
     Args:
-        key: the option that named it, for messages.
+        key: option that named the file, for messages.
         path: the file.
 
     Raises:
-        ConfigError: it cannot be read, or is not UTF-8; naming the first wrong byte.
+        ConfigError: the file is unreadable or not UTF-8; names the first invalid byte.
     """
+    # Not read_text, which would turn \r\n into \n.
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:

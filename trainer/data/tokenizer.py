@@ -1,9 +1,8 @@
 """Tokenizers: SentencePiece models learned here, and existing SentencePiece or Hugging Face ones, behind one class.
 
-A model learned here is lossless: every text comes back from its tokens byte for byte, and the bytes that its tokens
-stand for add up to the text's. That is what makes bits per byte comparable between vocabularies. Pieces may cross
-spaces and newlines ("):\\n" with the next line's indentation is one token), which saves a fifth of the tokens of
-Python source.
+A model learned here is lossless: decoding returns every text byte for byte, and the byte lengths of its tokens sum to
+the length of the text. This makes bits per byte comparable between vocabularies. Pieces may cross spaces and newlines
+("):\\n" with the next line's indentation is one token), which saves a fifth of the tokens of Python source.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from trainer.errors import ConfigError
 from trainer.json_files import parse_object
 
 EOD_PIECE = "<|endoftext|>"
-# SentencePiece writes a space as U+2581, so a U+2581 of the text itself must take another way: through its three bytes.
+# SentencePiece writes a space as U+2581, so a U+2581 in the text itself is encoded as its three bytes.
 _SPACE = "\u2581"
-# A line with the spaces that begin the next one, which a piece may then hold.
+# A line together with the indentation of the next one, so that a piece may contain both.
 _LINES = re.compile(r"[^\n]*\n+ *|[^\n]+$")
-# End-of-document tokens of published tokenizers, the most specific first.
+# End-of-document tokens of published tokenizers, most specific first.
 _KNOWN_EODS = (
     EOD_PIECE,
     "<|end_of_text|>",
@@ -40,7 +39,7 @@ _KNOWN_EODS = (
     "<|im_end|>",
     "[SEP]",
 )
-# What Hugging Face keeps beside a tokenizer's model: its special tokens, its chat template, how to generate with it.
+# Files that Hugging Face stores beside a tokenizer's model: special tokens, chat template, generation settings.
 _COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -53,20 +52,21 @@ _COMPANIONS = (
     "generation_config.json",
 )
 _CONFIG_NAME = "tokenizer_config.json"
-# The end-of-document token where it is another than eos_token, that of chats.
+# Names the end-of-document token if it differs from eos_token, which chat models use for the end of a turn.
 _EOD_KEY = "spiketrain_eod"
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a directory that make up a tokenizer, its models among them, with what Hugging Face keeps beside."""
+    """All tokenizer files in a directory: models, and the files that Hugging Face stores beside them."""
     names = ("tokenizer.model", "tokenizer.json", *_COMPANIONS)
     return [path for name in names for path in sorted(directory.glob(name)) if path.is_file()]
 
 
 def _read_beside(file: Path) -> dict[str, bytes]:
-    """By their names, the files that belong to a tokenizer's model, to be written again by `save`.
+    """The files that accompany a tokenizer's model, by name, so that `save` can write them again.
 
-    A `tokenizer.json` beside a `tokenizer.model` does, which `tokenizer_file` takes first; not the other way round.
+    A `tokenizer.json` beside a `tokenizer.model` is a companion, because `tokenizer_file` prefers the latter. The
+    reverse does not hold.
     """
     found = {path.relative_to(file.parent).as_posix(): path for path in tokenizer_files(file.parent) if path != file}
     found.pop("tokenizer.model", None)
@@ -76,10 +76,10 @@ def _read_beside(file: Path) -> dict[str, bytes]:
 
 
 def token_config(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What a tokenizer's configuration among its files says, or that of an older one, its map of special tokens.
+    """The tokenizer's configuration merged over its older special_tokens_map.json.
 
     Raises:
-        ConfigError: it is not a JSON object.
+        ConfigError: a file is not a JSON object.
     """
     values: dict[str, Any] = {}
     for name in ("special_tokens_map.json", _CONFIG_NAME):
@@ -96,15 +96,15 @@ def named_token(config: Mapping[str, Any], key: str) -> str | None:
 
 
 class Tokenizer(ABC):
-    """Text to tokens and back, one token of which ends a document.
+    """Converts text to tokens and back. One token ends documents.
 
     Attributes:
-        vocab_size: number of token ids, gaps included.
-        eod_id: the end-of-document token; `encode` never gives it, preparation appends it.
+        vocab_size: number of token ids, including gaps.
+        eod_id: the end-of-document token; `encode` never returns it, preparation appends it.
         eod: its name.
-        model: the content of the model file.
-        model_name: its name where `save` writes it.
-        files: by name, what lay beside the model file and belongs to it (special tokens, chat template and so on).
+        model: content of the model file.
+        model_name: file name that `save` gives the model.
+        files: files that accompany the model (special tokens, chat template and so on), by name.
     """
 
     model_name: ClassVar[str]
@@ -117,38 +117,38 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, without special ones: what looks like a special token in the text is text."""
+        """Tokenize `text` without special tokens: text that looks like one is encoded as text."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
+        """Decode `ids`; special tokens are omitted, and invalid UTF-8 becomes U+FFFD."""
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """int64 `[vocab_size]`: how many bytes of UTF-8 text each token stands for; 0 for special tokens.
+        """int64 `[vocab_size]`: number of UTF-8 bytes of text that each token represents; 0 for special tokens.
 
         Exact for models learned here and for byte-level BPE. Tokenizers that normalise text (lower-casing, dropping
-        spaces) stand for slightly other text than they were given; there it is the length of the piece.
+        spaces) represent a slightly different text than they were given; for these it is the length of the piece.
         """
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name; None where there is none."""
+        """Id of the token with this name; None if there is none."""
 
     @abstractmethod
     def save(self, directory: str | Path) -> Path:
-        """Write the model file and `files`, from which `load` gives this tokenizer again; returns the model's path."""
+        """Write the model file and `files`, from which `load` restores this tokenizer; returns the model's path."""
 
     @staticmethod
     def load(path: str | Path, eod: str | None = None) -> Tokenizer:
-        """Open `tokenizer.json`, a SentencePiece `.model`, or a directory with one.
+        """Load `tokenizer.json`, a SentencePiece `.model`, or a directory with one.
 
         Args:
             path: the file or directory.
-            eod: the end-of-document token; looked for if left out.
+            eod: the end-of-document token; by default it is looked up.
 
         Raises:
-            ConfigError: if there is none, it cannot be read, or no end-of-document token is known.
+            ConfigError: if there is no tokenizer, it is unreadable, or its end-of-document token is unknown.
         """
         file = tokenizer_file(path)
         try:
@@ -170,7 +170,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         model: the serialized model.
-        eod: the end-of-document piece; if left out the one that `files` name, or else its `</s>`.
+        eod: the end-of-document piece; defaults to the one named in `files`, then to the model's `</s>`.
         files: see `Tokenizer`.
     """
 
@@ -193,7 +193,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._eod_is_named = eod == named or (named is None and self.eod_id == self._processor.eos_id())
         byte = self._processor.piece_to_id("<0x00>")
         first = self._processor.encode("a", out_type=str)
-        # Without byte pieces or with a prefixed space a model is not lossless, and is left to its library's own rules.
+        # Without byte pieces, or with a prefixed space, the model is not lossless: the library's own decoding applies.
         self._lossless = self._processor.is_byte(byte) and not first[0].startswith(_SPACE)
         self._space = (
             [self._processor.piece_to_id(f"<0x{value:02X}>") for value in _SPACE.encode()] if self._lossless else []
@@ -218,7 +218,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def _texts(self) -> list[bytes]:
-        """The bytes of text that each token stands for."""
+        """The bytes of text that each token represents."""
         processor, texts = self._processor, []
         for token in range(self.vocab_size):
             piece = processor.id_to_piece(token)
@@ -233,6 +233,7 @@ class SentencePieceTokenizer(Tokenizer):
     def token_id(self, token: str) -> int | None:
         """See `Tokenizer.token_id`."""
         found = self._processor.piece_to_id(token)
+        # piece_to_id returns the unknown token for unknown pieces, hence the check.
         return None if self._processor.id_to_piece(found) != token else int(found)
 
     def save(self, directory: str | Path) -> Path:
@@ -248,7 +249,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Args:
         file: the JSON file; a `tokenizer_config.json` beside it names the end-of-document token.
-        eod: the end-of-document token, if it is another.
+        eod: overrides the end-of-document token.
     """
 
     model_name = "tokenizer.json"
@@ -261,7 +262,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = Backend.from_buffer(self.model)
         self._backend.no_padding()
         self._backend.no_truncation()
-        # A document about tokenizers must not be able to write control tokens.
+        # Text in a document must never become a control token, even in a document about tokenizers.
         self._backend.encode_special_tokens = True
         self._vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values()) + 1
@@ -296,7 +297,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_bytes(self) -> np.ndarray:
         """See `Tokenizer.token_bytes`."""
         added = {token["id"]: token for token in self._json.get("added_tokens", [])}
-        # In byte-level vocabularies each character of a piece stands for one byte.
+        # In byte-level vocabularies each character of a piece represents one byte.
         byte_level = '"ByteLevel"' in json.dumps([self._json.get("pre_tokenizer"), self._json.get("decoder")])
         lengths = np.zeros(self.vocab_size, np.int64)
         for piece, token in self._vocab.items():
@@ -305,6 +306,7 @@ class HuggingFaceTokenizer(Tokenizer):
             elif byte_level or re.fullmatch("<0x[0-9A-F]{2}>", piece):
                 lengths[token] = len(piece) if byte_level else 1
             else:
+                # "##" marks a word's continuation in WordPiece and is no text.
                 lengths[token] = len(piece.replace(_SPACE, " ").removeprefix("##").encode())
         lengths[self.eod_id] = 0
         return lengths
@@ -322,7 +324,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _naming_eod(files: Mapping[str, bytes], eod: str) -> dict[str, bytes]:
-    """A tokenizer's files whose configuration says which token ends a document; what else it says stays."""
+    """The tokenizer's files with the end-of-document token added to the configuration; other settings are kept."""
     config = json.loads(files.get(_CONFIG_NAME, b"{}"))
     if named_token(token_config(files), "eos_token") is None:
         config["eos_token"] = eod
@@ -339,16 +341,16 @@ def _write_files(files: Mapping[str, bytes], directory: Path) -> None:
 def learn_sentencepiece(
     texts: Iterable[str], kind: Literal["bpe", "unigram"], vocab_size: int
 ) -> SentencePieceTokenizer:
-    """Learn a lossless model from `texts`; the same texts give the same model.
+    """Learn a lossless model from `texts`; deterministic.
 
     Raises:
-        ConfigError: if the texts do not hold that many pieces.
+        ConfigError: if the texts do not contain that many pieces.
     """
     from sentencepiece import SentencePieceTrainer
 
     if kind == "unigram":
-        # Its training starts from all frequent substrings and runs over every sentence often: whole files take
-        # minutes, and give worse pieces than lines (3.15 bytes a token against 3.32).
+        # Unigram training starts from all frequent substrings and iterates over every sentence. Whole files take
+        # minutes, and give worse pieces than lines (3.15 bytes per token against 3.32).
         texts = (line for text in texts for line in _LINES.findall(text))
     model = io.BytesIO()
     try:
@@ -362,7 +364,7 @@ def learn_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            # Let pieces cross spaces, scripts and newlines: 3.93 bytes a token instead of 3.26 (stdlib, BPE, 4,096
+            # Pieces may cross spaces, scripts and newlines: 3.93 bytes per token instead of 3.26 (stdlib, BPE, 4,096
             # pieces).
             split_by_whitespace=False,
             split_by_unicode_script=False,
@@ -384,7 +386,7 @@ def learn_sentencepiece(
 
 
 def _vocabulary_fault(reason: str) -> str:
-    """What SentencePiece has against a vocabulary's size, with a size that it takes."""
+    """Rephrase SentencePiece's complaint about the vocabulary size, with a size that it accepts."""
     if most := re.search(r"Vocabulary size too high .*value <= (\d+)", reason):
         return (
             f"is more than the sample gives: choose at most {most[1]} (--tokenizer.vocab_size {most[1]}), give more "
