@@ -1,4 +1,4 @@
-"""The decoder: embedding, a stack of pre-norm blocks, final norm, head. Plain PyTorch."""
+"""The decoder: embedding, pre-norm blocks, final norm and head, in plain PyTorch."""
 
 import math
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ class Block(Module):
     """x = x + mixer(norm(x)); x = x + ffn(norm(x)).
 
     Attributes:
-        recompute: What runs again in backward in place of being kept: mixer, ffn, or the whole block; of a mixture of
-            experts moe_activation or moe_experts (models.moe.layer.MoELayer).
+        recompute: Regions that backward recomputes: mixer, ffn or the whole block. For a mixture of experts also
+            moe_activation or moe_experts (models.moe.layer.MoELayer).
     """
 
     recompute: frozenset[str] = frozenset()
@@ -75,15 +75,15 @@ class Block(Module):
 
 
 class Decoder(Module):
-    """A language model over a vocabulary of `vocab_size` rows, or consecutive layers of one: a pipeline stage.
+    """A language model over a vocabulary of `vocab_size` rows, or a pipeline stage of its consecutive layers.
 
     Args:
-        config: The shape of the whole.
-        vocab_size: Rows of the embedding, padding included.
-        layers: The layers to build, a range of all; the first brings the embedding, the last the norm and the head.
+        config: Configuration of the whole model.
+        vocab_size: Rows of the embedding, including padding.
+        layers: The layers to build, a range of all. The first one brings the embedding, the last the norm and the head.
     """
 
-    # Every rank has the bounds of all channels, and reads those of its own.
+    # Every rank holds the bounds of all channels and reads those of its own, so their gradients are partial.
     placements: ClassVar = {"lower_bounds": Placement(zeros, in_region=True, float32=True, decayed=False)}
 
     def __init__(self, config: ModelConfig, vocab_size: int, layers: range | None = None) -> None:
@@ -93,6 +93,7 @@ class Decoder(Module):
         self.vocab_size = vocab_size
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
         self.embedding: VocabEmbedding | None = None
+        # A tied head needs the embedding on the last stage too.
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
         mixers = config.layer_mixers()
@@ -104,18 +105,18 @@ class Decoder(Module):
         self.lm_head: ColumnLinear | None = None
         if self.is_last and not config.tie_embeddings:
             self.lm_head = ColumnLinear(config.hidden_size, vocab_size, bias=False)
-        # One parameter for all layers, of every kind: their bounds come from a softmax over the depth. The first layer
-        # has no bound.
+        # One parameter for all layers of any kind, because the bounds are a softmax over depth. The first layer has no
+        # bound.
         bounded = config.bounded_layers()
         bounds = torch.empty(config.num_layers, config.hidden_size) if set(bounded) & set(layers) else None
         self.lower_bounds: nn.Parameter | None
         self.register_parameter("lower_bounds", None if bounds is None else nn.Parameter(bounds))
         self._first_bounded = bounded[0] if bounded else None
-        # Now, and not when a rank misses what it should have summed.
+        # Check here, before a rank can silently skip a reduction.
         check_declarations(self)
 
     def rotate_by(self, config: ModelConfig) -> None:
-        """Use the rotary embeddings of another configuration of this model, which differs in their base alone."""
+        """Switch to the rotary embeddings of another configuration, which may differ in their base only."""
         names = config.layer_mixers()
         for place, layer in enumerate(self.layers):
             own = (config.rotary(mixer) for mixer in branches(names[int(layer)]))
@@ -123,18 +124,18 @@ class Decoder(Module):
 
     @property
     def is_whole(self) -> bool:
-        """Whether this rank can run the model alone."""
+        """Whether this rank can run the model by itself."""
         return self.is_first and self.is_last and self.groups == WHOLE
 
     def recompute(self, parts: frozenset[str]) -> None:
-        """Have every block run `parts` of it again in backward (see Block)."""
+        """Make backward recompute `parts` of every block (see Block)."""
         for block in self.layers.values():
             vars(block)["recompute"] = parts
             if isinstance(block.ffn, MoELayer):
                 vars(block.ffn)["recompute"] = parts
 
     def copies(self) -> frozenset[str]:
-        """The parameters that an earlier stage has, too: a tied head, and lower bounds."""
+        """Return the parameters that an earlier stage holds too: a tied head, and lower bounds."""
         names = set()
         if self.embedding is not None and not self.is_first:
             names.add("embedding.weight")
@@ -143,14 +144,14 @@ class Decoder(Module):
         return frozenset(names)
 
     def summed_over_stages(self) -> frozenset[str]:
-        """The parameters whose gradients pipeline stages sum: a tied embedding, and lower bounds."""
+        """Return the parameters whose gradients are summed over pipeline stages: a tied embedding, and lower bounds."""
         tied = self.embedding is not None and self.model_config.tie_embeddings
         bounded = self.lower_bounds is not None
         return frozenset({"embedding.weight"} if tied else ()) | frozenset({"lower_bounds"} if bounded else ())
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection [V, D]."""
+        """Return the output projection [V, D]."""
         head = self.embedding if self.lm_head is None else self.lm_head
         assert head is not None and self.is_last, "the last stage has a head"
         return head.weight
@@ -163,14 +164,15 @@ class Decoder(Module):
         caches: list[LayerCache] | None = None,
         entering: Tensor | None = None,
     ) -> Tensor:
-        """Run embedding, blocks and final norm, as far as this stage has them.
+        """Run the embedding, blocks and final norm that this stage holds.
 
         Args:
-            tokens: Token ids, int64 [B, T]; read by the first stage. With context parallelism T is this rank's part.
+            tokens: Token ids, int64 [B, T]. Only the first stage reads them. With context parallelism, T is this rank's
+                share.
             positions: Position of each token in its document, int64 [B, T].
-            documents: Those packed into the row, with B = 1; of the whole row.
+            documents: The documents packed into the whole row. Requires B = 1.
             caches: One cache per layer, to continue sequences.
-            entering: What the stage before gives, for any stage but the first.
+            entering: The previous stage's output, for any stage but the first.
 
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
@@ -195,10 +197,10 @@ class Decoder(Module):
         loss_mask: Tensor | None = None,
         entering: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, T, V], or with labels (int64 [B, T]) what `vocabulary_loss` gives: (sum in nats, per token [B*T]).
+        """Return logits [B, T, V], or with labels (int64 [B, T]) `vocabulary_loss`: (sum in nats, per token [B*T]).
 
-        loss_mask is float32 [B, T], all ones when left out. Per-token values are in the order of labels.flatten().
-        A stage but the last gives what the next takes, as `hidden_states`.
+        loss_mask is float32 [B, T] and defaults to ones. Per-token values are in the order of labels.flatten(). Every
+        stage but the last returns the next one's input, like `hidden_states`.
         """
         hidden_TBD = self.hidden_states(tokens, positions, documents, entering=entering)
         if not self.is_last:
@@ -213,12 +215,13 @@ class Decoder(Module):
     def _layer_infos(
         self, positions: Tensor, documents: Documents | None, tokens: Tensor | None = None
     ) -> list[SequenceInfo]:
-        """What each layer is told of the micro-batch; layers that rotate alike share their tables."""
+        """Build each layer's information on the micro-batch. Layers with equal rotary settings share their tables."""
         tables = {rotary: rotary_tables(positions, *rotary) for rotary in set(self._rotary) if rotary is not None}
         bounds = {} if self.lower_bounds is None else dict(enumerate(layer_bounds(self.lower_bounds)))
         keys = None
         if tokens is not None and self.model_config.moe.router.dense_to_sparse.gumbel_noise:
             keys = token_keys(tokens, positions).transpose(0, 1)
+            # With sequence parallelism each rank routes its own tokens.
             keys = local_part(keys, self.groups.tensor if self.groups.sequence else None)
         infos = []
         for layer, rotary in zip(self.layers, self._rotary, strict=True):
@@ -228,7 +231,7 @@ class Decoder(Module):
 
 
 def shapes(config: ModelConfig, vocab_size: int) -> Decoder:
-    """The whole model without memory for its parameters (on the meta device): to count with."""
+    """Build the whole model on the meta device, without memory for its parameters, for counting."""
     with torch.device("meta"):
         return Decoder(config, vocab_size)
 
@@ -242,10 +245,11 @@ def build(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Build this rank's shard of a model, or of consecutive layers of it, in memory that is not yet written.
+    """Build this rank's shard of a model, or of consecutive layers of it, in uninitialised memory.
 
-    Nothing larger than the shard is ever allocated. What fills it: `initialize`, trainer.weights, or a checkpoint.
+    Never allocates more than the shard. `initialize`, trainer.weights or a checkpoint fills it.
     """
+    # Shard on the meta device first, so that the whole model is never in memory.
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size, layers)
     shard(decoder, groups)
@@ -254,22 +258,22 @@ def build(
 
 
 def initialize(model: Decoder, seed: int) -> None:
-    """Draw what this rank has of every parameter, as its module declares; see models.parameters.draw."""
+    """Initialise this rank's shard of every parameter as its module declares; see models.parameters.draw."""
     draw(model, model.model_config, seed, model.groups)
     seed_routers(model, seed)
 
 
 def seed_routers(model: Decoder, seed: int) -> None:
-    """Have every router draw its noise by (seed, name), which no parameter holds."""
+    """Seed every router's noise by (seed, name). No parameter holds this seed."""
     for path, module in model.named_modules():
         if isinstance(module, Router):
             module.seed = seed_of(seed, f"{path}.noise")
 
 
 def matmul_parameters(model: Decoder) -> Iterator[Tensor]:
-    """The weights that every token is multiplied with: all matrices but lower bounds and a lookup-only embedding.
+    """Yield the weights that every token is multiplied with: all matrices but lower bounds and a lookup-only embedding.
 
-    Routed experts, of which a token has some, are not matrices but stacks of them.
+    Routed experts, of which a token uses only some, are stacks of matrices and not included.
     """
     for name, parameter in model.named_parameters():
         lookup = name == "lower_bounds" or (name == "embedding.weight" and model.lm_head is not None)
@@ -278,13 +282,14 @@ def matmul_parameters(model: Decoder) -> Iterator[Tensor]:
 
 
 def flops_per_token(model: Decoder, seq_len: int, experts_per_token: float | None = None) -> float:
-    """Floating-point operations of one training token, forward and backward, recomputation not counted.
+    """Count the floating-point operations of a training token, forward and backward, without recomputation.
 
-    6 per weight of a matrix, of routed experts those of `experts_per_token` of them (None: as many as the gates end
-    with), plus the mixers' own: softmax attention over the (causal, windowed) keys, linear attention's products with
-    the K x V state. PaLM's convention (arXiv 2204.02311, appendix B). Those of the layers that `model` has.
+    6 per matrix weight. Routed experts count `experts_per_token` times (None: the gate's final number). Added to that
+    are the mixers' own products: softmax attention with its (causal, windowed) keys, linear attention with the K x V
+    state. This is PaLM's convention (arXiv 2204.02311, appendix B). Only the layers that `model` holds are counted.
     """
     config = model.model_config
+    # 2 FLOPs per weight and token in forward, 4 in backward.
     total = 6.0 * sum(weight.numel() for weight in matmul_parameters(model))
     active = config.moe.experts_at(None) if experts_per_token is None else experts_per_token
     total += 6.0 * active * sum(weight[0].numel() for weight in expert_parameters(model))
@@ -292,8 +297,9 @@ def flops_per_token(model: Decoder, seq_len: int, experts_per_token: float | Non
     for mixer in (mixer for layer in model.layers for mixer in branches(mixers[int(layer)])):
         if mixer in SOFTMAX_MIXERS:
             keys = seq_len if mixer == "full_attention" else min(config.attention.window, seq_len)
-            # Full attention sees (T + 1) / 2 keys on average; a window of w costs w less its start, w^2 / 2T.
+            # Full attention sees (T + 1) / 2 keys on average. A window of w sees w, less w^2 / 2T at the start.
             seen = keys - keys * (keys - 1) / (2 * seq_len)
+            # Two products, with keys and with values, of 6 FLOPs each per element.
             total += 12.0 * config.attention.num_heads * config.attention_head_dim * seen
         else:
             total += 6.0 * MIXERS[mixer].state_products * math.prod(config.state_shape(mixer))

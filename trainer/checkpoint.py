@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or not there: a temporary directory, checksums of every file, one rename.
+"""Atomic checkpoints: a temporary directory, checksums of every file, then one rename.
 
     checkpoints/step_00000100/
         state/            parameters, optimizer and RNG state (trainer.engines.pieces)
         config.yaml       the resolved configuration
         progress.json     step and tokens
-        callbacks.json    the state of each callback that has one, by its name, with its version
-        tokenizer/        the tokenizer that the data was made with
-        checksums.json    SHA-256 of every other file; a checkpoint without it was never finished
+        callbacks.json    state and version of each stateful callback, by name
+        tokenizer/        the tokenizer of the training data
+        checksums.json    SHA-256 of every other file; a checkpoint without this file is incomplete
 
-Every rank flushes and hashes the files that it has written; before a run goes on, every rank looks at a share of them.
-A checkpoint that a run went back past, since it is damaged, is kept beside the others as `damaged_step_00000100`.
+Every rank flushes and hashes the files that it writes. Before a run resumes, the ranks verify the files, each a share.
+If a run goes back past a damaged checkpoint, it renames that one to `damaged_step_00000100`.
 """
 
 import json
@@ -38,19 +38,19 @@ from trainer.run_directory import step_of as step_of
 _LOGGER = logging.getLogger("spiketrain")
 _CALLBACKS = "callbacks.json"
 _SECONDS_BETWEEN_LOOKS = 0.05
-# What becomes of a checkpoint: it is written, it is about to be removed, it was found damaged.
+# Prefixes of checkpoints that are being written, are about to be removed, or were found damaged.
 _SAVING, _REMOVING, _DAMAGED = ".saving_", ".removing_", "damaged_"
 _IS_DAMAGED = " is damaged and passed over: "
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """The position of a run.
 
     Attributes:
-        step: Optimizer steps taken; the data's position and the schedule follow from it.
+        step: Optimizer steps taken. The data position and the schedule follow from it.
         tokens: Tokens trained on.
-        skipped: Steps skipped for a non-finite loss or gradient.
+        skipped: Steps skipped because of a non-finite loss or gradient.
     """
 
     step: int = 0
@@ -60,12 +60,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds of a run beside the engine's state, as it is at the moment of the save.
+    """The run's state that a checkpoint stores beside the engine's state, captured when the save starts.
 
     Attributes:
-        progress: How far it has come.
+        progress: The position of the run.
         config_yaml: The resolved configuration.
-        tokenizer: The one that the data was made with; None where it is not known.
+        tokenizer: The tokenizer of the training data. None if unknown.
         callbacks: States by name, each {"version", "state"} (trainer.callbacks.base.Callback).
     """
 
@@ -76,7 +76,7 @@ class RunState:
 
     @staticmethod
     def of_callbacks(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
-        """The states of those that have one, for `callbacks`."""
+        """Collect the states of stateful callbacks, for `callbacks`."""
         return {
             callback.state_name: {"version": callback.state_version, "state": callback.state_dict()}
             for callback in callbacks
@@ -84,7 +84,7 @@ class RunState:
         }
 
     def write(self, directory: Path) -> None:
-        """Write it into a checkpoint's directory."""
+        """Write this state into a checkpoint's directory."""
         (directory / "config.yaml").write_text(self.config_yaml)
         if self.tokenizer is not None:
             (directory / "tokenizer").mkdir()
@@ -95,11 +95,11 @@ class RunState:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints of a run stay when there is a new one.
+    """The checkpoints that a run keeps after a new save.
 
     Attributes:
-        newest: So many of the newest; 0 all.
-        steps: Those of the multiples of so many steps, too; 0 none.
+        newest: Number of newest checkpoints to keep. 0 keeps all.
+        steps: Also keep checkpoints at multiples of this step. 0 keeps none of them.
     """
 
     newest: int = 0
@@ -107,12 +107,12 @@ class Retention:
 
     @staticmethod
     def of(config: CheckpointConfig) -> "Retention":
-        """What a configuration asks for."""
+        """Derive the retention from a configuration."""
         return Retention(config.keep, config.every * config.keep_every)
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as it was written; one process reads them all."""
+    """Describe the damage of a checkpoint, or return None if all files match. A single process reads them all."""
     try:
         listed = _listed(path)
     except ValueError as error:
@@ -121,12 +121,13 @@ def damage(path: Path) -> str | None:
 
 
 def _listed(path: Path) -> dict[str, str]:
-    """The digests of a checkpoint's files, among which are all that its parameters lie in.
+    """Return the digests of a checkpoint's files, which include every file with parameters.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the checkpoint is damaged; the message describes the damage.
     """
     listed = checksums.read(path)
+    # Verify the metadata first: it names the files that hold the parameters.
     if wrong := checksums.wrong_files(path, listed, [checksums.METADATA]):
         raise ValueError(_mismatch(wrong))
     for name in sorted(pieces.files_of(path / "state")):
@@ -140,12 +141,12 @@ def _mismatch(wrong: list[str]) -> str | None:
 
 
 def _damage_over_ranks(engine: Engine, path: Path) -> str | None:
-    """As `damage`, each rank reading a share of the files. Every rank calls it."""
+    """Like `damage`, but each rank reads a share of the files. Every rank calls this."""
     found: tuple[dict[str, str], list[str]] | str = ""
     if engine.rank == 0:
         try:
             listed = _listed(path)
-            # Dealt out like cards, so that the large ones are spread.
+            # Sorted by size and dealt round-robin, which spreads the large files over the ranks.
             found = listed, sorted(listed, key=lambda name: -(path / name).stat().st_size)
         except (ValueError, OSError) as error:
             found = str(error)
@@ -159,12 +160,13 @@ def _damage_over_ranks(engine: Engine, path: Path) -> str | None:
 
 
 def find_latest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and one line for each that was passed over, half-written ones included."""
+    """Return the newest whole checkpoint, and a line about each skipped one, including unfinished ones."""
     return _newest_whole(run_dir, list_checkpoints(run_dir), damage)
 
 
 def find_latest_over_ranks(engine: Engine, run_dir: Path) -> tuple[Path | None, list[str]]:
-    """As `find_latest`; every rank calls it, and all get the same."""
+    """Like `find_latest`. Every rank calls this and gets the same result."""
+    # The list comes from rank 0: on a shared filesystem the ranks may see different directory contents.
     paths = engine.collectives.broadcast(list_checkpoints(run_dir) if engine.rank == 0 else None)
     found = _newest_whole(run_dir, paths, partial(_damage_over_ranks, engine))
     return engine.collectives.broadcast(found)
@@ -173,6 +175,7 @@ def find_latest_over_ranks(engine: Engine, run_dir: Path) -> tuple[Path | None, 
 def _newest_whole(
     run_dir: Path, paths: list[Path], damage_of: Callable[[Path], str | None]
 ) -> tuple[Path | None, list[str]]:
+    # A crash during a save leaves such directories.
     unfinished = sorted((run_dir / "checkpoints").glob(f"{_SAVING}*"))
     complaints = [f"{path} was not finished and is passed over" for path in unfinished]
     for path in reversed(paths):
@@ -184,14 +187,14 @@ def _newest_whole(
 
 
 def damaged_ones(complaints: list[str]) -> list[str]:
-    """Of the lines that `find_latest` gives those about damaged checkpoints, the newest first."""
+    """Select from `find_latest`'s lines those about damaged checkpoints, newest first."""
     return [line for line in complaints if _IS_DAMAGED in line]
 
 
 def set_damaged_aside(run_dir: Path, newest_whole: Path) -> list[Path]:
-    """Give the checkpoints that a run goes back past other names; where they are now.
+    """Rename the checkpoints that a run goes back past, and return their new paths.
 
-    Under their own they would count as newer than what the run saves next.
+    Under their old names they would count as newer than the run's next save.
     """
     return [_set_aside(path) for path in list_checkpoints(run_dir) if step_of(path) > step_of(newest_whole)]
 
@@ -205,10 +208,10 @@ def _set_aside(path: Path) -> Path:
 
 
 def require_whole(engine: Engine, path: Path) -> None:
-    """Look at a checkpoint that was named. Every rank calls it.
+    """Verify a checkpoint that the configuration names. Every rank calls this.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the checkpoint is damaged.
     """
     reason = _damage_over_ranks(engine, path)
     if reason:
@@ -216,15 +219,15 @@ def require_whole(engine: Engine, path: Path) -> None:
 
 
 def read_progress(path: Path) -> Progress:
-    """The progress that a checkpoint holds."""
+    """Read a checkpoint's progress."""
     return Progress(**json.loads((path / "progress.json").read_text()))
 
 
 def read_callbacks(path: Path, callbacks: Iterable[Callback]) -> list[tuple[Callback, dict[str, Any], int]]:
-    """The states that a checkpoint has of these callbacks, each with its version; a callback without one begins anew.
+    """Read a checkpoint's states of these callbacks, with their versions. Callbacks without one there start fresh.
 
     Raises:
-        ConfigError: a state is of a later version than its callback's.
+        ConfigError: a state has a later version than its callback.
     """
     file = path / _CALLBACKS
     saved = json.loads(file.read_text()) if file.is_file() else {}
@@ -242,27 +245,28 @@ def read_callbacks(path: Path, callbacks: Iterable[Callback]) -> list[tuple[Call
 
 
 def save(engine: Engine, run_dir: Path, state: RunState, keep: Retention) -> Path:
-    """Save, then remove the checkpoints that need not stay. Every rank calls it.
+    """Save, then remove the checkpoints that need not be kept. Every rank calls this.
 
-    A crash at any point leaves the earlier checkpoints as they were, and at most a `.saving_` directory.
+    A crash at any point leaves the earlier checkpoints intact, and at most one `.saving_` directory.
     """
     target = checkpoint_path(run_dir, state.progress.step)
     _open(engine, target, state)
     digests = engine.save(_unfinished(target) / "state")
     if engine.rank == 0:
         _publish(run_dir, target, keep, digests)
+    # On return the checkpoint is published, for every rank.
     engine.collectives.barrier()
     return target
 
 
 class BackgroundSave:
-    """A save of the state as it is now, written by threads while training goes on. Arguments as `save`.
+    """A save of the current state, written by threads while training continues. Takes the arguments of `save`.
 
-    Every rank makes one and advances it between steps, where the ranks agree how far they are: all write, then rank 0
-    seals and publishes. Till then there is a `.saving_` directory at most, and the earlier checkpoints stay.
+    Every rank creates one and calls `advance` between steps, where the ranks agree on its state. First all ranks write,
+    then rank 0 seals and publishes. Until then at most a `.saving_` directory exists, and the earlier checkpoints stay.
 
     Attributes:
-        path: Where the checkpoint will lie.
+        path: Path of the finished checkpoint.
     """
 
     def __init__(self, engine: Engine, run_dir: Path, state: RunState, keep: Retention) -> None:
@@ -274,14 +278,14 @@ class BackgroundSave:
         self._work = _Work(engine.begin_save(_unfinished(self.path) / "state").write)
 
     def advance(self, wait: bool = False) -> bool:
-        """Whether the checkpoint is published; with `wait`, once it is. Every rank calls it.
+        """Return whether the checkpoint is published. With `wait`, block until it is. Every rank calls this.
 
         Raises:
-            Exception: what a write raised, on its rank; on the others that it failed.
+            Exception: this rank's write failed. If another rank's failed, a RuntimeError that says so.
         """
         while True:
             if wait:
-                # Not for ever: a rank whose write waits for that of a rank that failed has to hear of it.
+                # With a timeout: a rank may wait for the write of a failed rank, and must learn of that failure.
                 self._work.join(_SECONDS_BETWEEN_LOOKS)
             if not self._agreed_that_all_have_ended():
                 if wait:
@@ -289,6 +293,7 @@ class BackgroundSave:
                 return False
             if self._written:
                 return True
+            # All ranks have written. Only rank 0 has work left; the others run an empty function.
             self._written = True
             self._work = _Work(partial(self._publish, self._work.result) if self._engine.rank == 0 else dict)
 
@@ -303,10 +308,10 @@ class BackgroundSave:
 
 
 class _Work(threading.Thread):
-    """A function that runs in a thread from now on; what it gave is its `result`, what it raised its `error`."""
+    """A function that runs in a thread from construction on. Stores its `result`, or the `error` that it raised."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        # A daemon, for a run that fails must not wait for a write that may never end.
+        # A daemon thread, because a failing run must not wait for a write that may never end.
         super().__init__(name="checkpoint", daemon=True)
         self.result: Any = None
         self.error: BaseException | None = None
@@ -321,14 +326,15 @@ class _Work(threading.Thread):
 
 
 def _unfinished(target: Path) -> Path:
-    """Where a checkpoint lies until it is whole."""
+    """Path of a checkpoint until it is complete."""
     return target.with_name(f"{_SAVING}{target.name}")
 
 
 def _open(engine: Engine, target: Path, state: RunState) -> None:
-    """Make the unfinished checkpoint with all but the engine's part. Every rank calls it."""
+    """Create the unfinished checkpoint with everything except the engine's state. Every rank calls this."""
     if engine.rank == 0:
         directory = _unfinished(target)
+        # An earlier save of this step may have been interrupted.
         shutil.rmtree(directory, ignore_errors=True)
         (directory / "state").mkdir(parents=True)
         state.write(directory)
@@ -336,23 +342,24 @@ def _open(engine: Engine, target: Path, state: RunState) -> None:
 
 
 def _publish(run_dir: Path, target: Path, keep: Retention, digests: dict[str, str]) -> None:
-    """Give a written checkpoint its checksums and its name, then remove those that need not stay.
+    """Seal a written checkpoint and rename it into place, then remove those that need not be kept.
 
-    `digests` are those of the files in `state`, which their writers have flushed to the disk.
+    `digests` covers the files in `state`, which their writers have flushed to disk.
     """
     _seal(_unfinished(target), digests)
     if target.exists():
-        # Only a damaged checkpoint can stand here: a run continues from its newest whole one.
+        # This can only be a damaged checkpoint, because a run continues from its newest whole one.
         _set_aside(target)
     os.replace(_unfinished(target), target)
+    # A rename is durable only after its directories are flushed.
     for path in (target.parent, run_dir):
         flush_to_disk(path)
     _prune(run_dir, keep, target)
 
 
 def _seal(directory: Path, digests: dict[str, str]) -> None:
-    """Write the checksums last, everything flushed to the disk before the rename that publishes it."""
-    # The state's files are known from those who wrote them: a listing may miss what another host has written.
+    """Write the checksums last. Flush everything to disk before the rename publishes it."""
+    # The writers report the state's files, because a directory listing may miss files from another host.
     own = sorted(path for path in directory.rglob("*") if path.is_file() and directory / "state" not in path.parents)
     listed = {str(path.relative_to(directory)): checksums.digest(path) for path in own}
     for path in own:
@@ -365,18 +372,18 @@ def _seal(directory: Path, digests: dict[str, str]) -> None:
 
 
 def _prune(run_dir: Path, keep: Retention, newest: Path) -> None:
-    """Remove what failed removals and saves have left, and the checkpoints before `newest` that need not stay."""
+    """Remove leftovers of failed removals and saves, and the checkpoints before `newest` that need not be kept."""
     for path in (*newest.parent.glob(f"{_REMOVING}*"), *newest.parent.glob(f"{_SAVING}*")):
         _remove(path)
     if keep.newest:
-        # What lies after it, if anything does, is none of this run's.
+        # Later checkpoints, if any, do not belong to this run.
         for path in [path for path in list_checkpoints(run_dir) if step_of(path) <= step_of(newest)][: -keep.newest]:
             if not keep.steps or step_of(path) % keep.steps:
                 _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, which first loses its name. Training goes on where that fails; the next save tries again."""
+    """Rename a checkpoint, then delete it. On failure training continues, and the next save tries again."""
     try:
         if not path.name.startswith("."):
             path = path.rename(path.with_name(f"{_REMOVING}{path.name}"))

@@ -1,4 +1,4 @@
-"""Which features of a run go together: one table that refuses a run, writes docs/parallelism.md and selects tests.
+"""Which features of a run can be combined. This table refuses runs, fills docs/parallelism.md and selects tests.
 
 python -m trainer.combinations docs/parallelism.md
 """
@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    # That module imports this one.
     from trainer.config import PretrainConfig
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Something a configuration can ask for.
+    """A feature that a configuration can request.
 
     Attributes:
-        name: As users write it.
-        asked: Whether a configuration asks for it.
-        missing: Why it cannot be had at all; empty where it can.
+        name: Its name for users.
+        asked: Whether a configuration requests it.
+        missing: Why it is not supported at all. Empty if it is.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Feature:
     missing: str = ""
 
 
+# In the order of the rows in docs/parallelism.md.
 FEATURES = (
     Feature("engine.name=megatron", lambda c: c.engine.name == "megatron"),
     Feature("engine.name=deepspeed", lambda c: c.engine.name == "deepspeed"),
@@ -51,7 +53,7 @@ FEATURES = (
     Feature("train.precision=bf16", lambda c: c.train.precision == "bf16"),
 )
 
-# Pairs that exist on their own but not together, with the reason.
+# Pairs of supported features that cannot be combined, with the reason.
 _MEGATRON_STAGE = "its distributed optimizer is ZeRO 1; use engine.zero_stage=1, or engine.name=deepspeed"
 _MEGATRON_OFFLOAD = "it keeps everything on the device; use engine.offload=none, or engine.name=deepspeed"
 _NOTHING_TO_OFFLOAD = "ZeRO offloads what it shards; use engine.zero_stage=1 or more, or engine.offload=none"
@@ -85,15 +87,16 @@ CONFLICTS: dict[tuple[str, str], str] = {
 
 
 def refuse_unsupported(config: PretrainConfig) -> None:
-    """Raise for the first thing asked for that cannot be had, alone or beside another.
+    """Raise for the first requested feature that is unsupported, alone or in combination.
 
     Raises:
-        ValueError: with the reason and what to use in its place.
+        ValueError: the message gives the reason and an alternative.
     """
     asked = [feature for feature in FEATURES if feature.asked(config)]
     for feature in asked:
         if feature.missing:
             raise ValueError(f"{feature.name} is not supported: {feature.missing}")
+    # CONFLICTS holds each pair in one order only.
     for i, first in enumerate(asked):
         for second in asked[i + 1 :]:
             reason = CONFLICTS.get((first.name, second.name)) or CONFLICTS.get((second.name, first.name))
@@ -102,7 +105,7 @@ def refuse_unsupported(config: PretrainConfig) -> None:
 
 
 def as_markdown() -> str:
-    """The table of docs/parallelism.md."""
+    """Format the table of docs/parallelism.md."""
     lines = ["| feature | supported | why not, and what to use |", "|---|---|---|"]
     for feature in FEATURES:
         lines.append(f"| `{feature.name}` | {'no' if feature.missing else 'yes'} | {feature.missing} |")
@@ -115,7 +118,7 @@ TABLE_BEGIN, TABLE_END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 
 
 def rewrite(page: str) -> str:
-    """The page with the table between its two markers brought up to date."""
+    """Return a page with the table between its two markers updated."""
     before, _, rest = page.partition(TABLE_BEGIN)
     _, _, after = rest.partition(TABLE_END)
     assert rest and page.count(TABLE_BEGIN) == page.count(TABLE_END) == 1, "the page needs both markers, once each"

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends, counted where torch.distributed hands them to a process group."""
+"""Counts the bytes that a rank sends, where torch.distributed hands tensors to a process group."""
 
 from collections import Counter
 from typing import Any
@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class SentBytes(TorchDispatchMode):
-    """Count what this rank sends while the mode is on, as by ring algorithms on P ranks.
+    """Counts the bytes that this rank sends while the mode is active, as ring algorithms on P ranks would send them.
 
-    all_gather (P - 1) m of a rank's own m bytes, reduce_scatter (P - 1) / P m of the whole m, all_reduce twice that,
-    all-to-all what goes to others, a message to one rank m.
+    all_gather: (P - 1) m for a rank's own m bytes. reduce_scatter: (P - 1) / P m for the whole m bytes. all_reduce:
+    twice that. all-to-all: the bytes for other ranks. Point-to-point: m.
 
     Attributes:
-        by_group: The bytes by the group's name (`group.group_name`) and the collective's.
+        by_group: Bytes, keyed by (`group.group_name`, collective).
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,12 @@ class SentBytes(TorchDispatchMode):
         self.by_group: Counter[tuple[str, str]] = Counter()
 
     def total(self, group: dist.ProcessGroup) -> int:
-        """Bytes sent within a group."""
+        """Return the bytes sent within a group."""
         return sum(size for (name, _), size in self.by_group.items() if name == group.group_name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count a collective, and run it."""
+        """Count a collective and run it."""
+        # Collectives are dispatched as operators of the namespace c10d, whichever function called them.
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::").strip("_")
             group = next(dist.ProcessGroup.unbox(arg) for arg in args if _is_group(arg))
@@ -40,6 +41,7 @@ def _is_group(value: Any) -> bool:
 
 
 def _sent(name: str, args: Any, group: dist.ProcessGroup) -> int:
+    # Argument positions follow the schemas of the c10d operators.
     ranks = group.size()
     match name:
         case "allgather":
@@ -73,4 +75,5 @@ def _sent(name: str, args: Any, group: dist.ProcessGroup) -> int:
             return (ranks - 1) * sum(x.nbytes for x in args[0]) // ranks
         case "recv" | "barrier":
             return 0
+    # An unknown collective must not silently count as 0 bytes.
     raise RuntimeError(f"{name} is not counted")

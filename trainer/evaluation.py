@@ -1,7 +1,7 @@
-"""The mathematics of an evaluation, whether a run validates or `spiketrain evaluate` reads a checkpoint.
+"""The formulas of an evaluation, for validation during a run and for `spiketrain evaluate` on a checkpoint.
 
-Over the micro-batches of a trainer.data.dataset.EvaluationStream, with labels y_t, their loss mask m_t, the model's
-p(y_t) and the bytes of UTF-8 text b(y_t) that a token stands for:
+The sums run over the micro-batches of a trainer.data.dataset.EvaluationStream, with labels y_t, loss mask m_t, the
+model's p(y_t), and the number b(y_t) of bytes of UTF-8 text that a token stands for:
 
     loss          = −sum_t m_t log p(y_t) / sum_t m_t                 nats per token
     bits per byte = −sum_t m_t log p(y_t) / ln 2 / sum_t m_t b(y_t)
@@ -19,12 +19,12 @@ from trainer.data.batch import Batch
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """What has been evaluated so far.
+    """The sums of an evaluation so far.
 
     Attributes:
         nll: Negative log-likelihood, nats.
-        tokens: Labels that count.
-        text_bytes: Bytes of text that these stand for; 0 where no tokenizer is known.
+        tokens: Labels in the loss mask.
+        text_bytes: Bytes of text of these labels. 0 if no tokenizer is known.
     """
 
     nll: float = 0.0
@@ -33,16 +33,17 @@ class EvaluationSums:
 
     @classmethod
     def of(cls, batches: Iterable[Batch], nll: float, token_bytes: np.ndarray | None) -> "EvaluationSums":
-        """Of micro-batches and what a model makes of them.
+        """Compute the sums of micro-batches.
 
         Args:
-            batches: On the CPU.
-            nll: Their negative log-likelihood, nats.
-            token_bytes: int64 [V], the bytes of text of each token (Tokenizer.token_bytes); None if not known.
+            batches: Micro-batches on the CPU.
+            nll: The model's negative log-likelihood on them, nats.
+            token_bytes: int64 [V], bytes of text per token (Tokenizer.token_bytes). None if unknown.
         """
         sums = cls(nll)
         for batch in batches:
             mask = batch.loss_mask.numpy()
+            # A weight in the mask multiplies a label's bytes as it multiplies its loss.
             text_bytes = 0.0 if token_bytes is None else float((token_bytes[batch.labels.numpy()] * mask).sum())
             sums += cls(0.0, float(mask.sum()), text_bytes)
         return sums
@@ -53,16 +54,17 @@ class EvaluationSums:
     @property
     def loss(self) -> float:
         """Nats per token."""
+        # An empty split has no tokens.
         return self.nll / max(self.tokens, 1.0)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """None where the bytes are not known."""
+        """Bits per byte of text. None if the number of bytes is unknown."""
         return self.nll / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
 def chunks(stream: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """The micro-batches, `size` at a time."""
+    """Group a stream of micro-batches into lists of `size`. The last may be shorter."""
     batches = iter(stream)
     while chunk := list(islice(batches, size)):
         yield chunk

@@ -1,4 +1,4 @@
-"""Open a checkpoint for generation and evaluation. Imports neither megatron nor deepspeed."""
+"""Opens checkpoints for generation and evaluation. Imports neither megatron nor deepspeed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ from trainer.run_directory import settings_in_phase
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for use.
+    """A model that is ready to use.
 
     Attributes:
-        model: Parameters as they were trained, in evaluation mode.
-        tokenizer: The checkpoint's; None where the run had none.
-        path: The checkpoint.
-        settings: The run's configuration as plain values, as it was in the checkpoint's last step.
+        model: The trained parameters, in evaluation mode.
+        tokenizer: The checkpoint's tokenizer. None if the run had none.
+        path: Path of the checkpoint.
+        settings: The run's configuration as plain values, in the phase of the checkpoint's last step.
     """
 
     model: Decoder
@@ -37,10 +37,10 @@ class LoadedModel:
     settings: dict[str, Any]
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Return the tokenizer.
 
         Raises:
-            ConfigError: the run had none.
+            ConfigError: the run had no tokenizer.
         """
         if self.tokenizer is None:
             raise ConfigError(f"{self.path} was trained without a tokenizer; name one with --tokenizer")
@@ -48,12 +48,13 @@ class LoadedModel:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The newest whole checkpoint of a run directory, or the checkpoint that `path` itself is.
+    """Return the newest whole checkpoint of a run directory, or `path` itself if it is a checkpoint.
 
     Raises:
-        ConfigError: there is none, or the one named is damaged.
+        ConfigError: there is none, or the given one is damaged.
     """
     path = Path(path)
+    # Checkpoints have a state directory, run directories do not.
     if (path / "state").is_dir():
         reason = checkpoint.damage(path)
         if reason:
@@ -68,15 +69,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint whose parameters can be read, in one process.
+    """A checkpoint whose parameters can be read, in a single process.
 
     Attributes:
-        path: The checkpoint.
-        settings: The run's configuration as plain values, as it was in the checkpoint's last step.
-        model: The shape of the model.
+        path: Path of the checkpoint.
+        settings: The run's configuration as plain values, in the phase of the checkpoint's last step.
+        model: Configuration of the model.
         vocab_size: Rows of its embedding.
-        dtype: Of its parameters, but those that models.parameters.Placement.float32 names.
-        tokenizer: The directory of the checkpoint's tokenizer, None where the run had none.
+        dtype: Data type of its parameters, except those with models.parameters.Placement.float32.
+        tokenizer: Directory of the checkpoint's tokenizer. None if the run had none.
     """
 
     path: Path
@@ -87,14 +88,14 @@ class StoredModel:
     tokenizer: Path | None
 
     def read(self, parameters: dict[str, Tensor], main: bool = False) -> None:
-        """Fill parameters, given by name, from the checkpoint; with `main` from the optimizer's float32 copies."""
+        """Fill parameters, given by name, from the checkpoint. With `main`, from the optimizer's main parameters."""
         reader = Reader(self.path / "state")
         reader.read(
             {reader.main_name(name) if main else MODEL + name: Piece.of(into) for name, into in parameters.items()}
         )
 
     def fill(self, decoder: Decoder) -> None:
-        """Fill this shard of a model or stage; schedules then stand as in the validation after the last step."""
+        """Fill this shard of a model or stage. Set schedules to their state in the validation after the last step."""
         pieces = {
             MODEL + row.name: Piece(Shard.of(row.tensor, *row.place(decoder.groups)), 0, row.tensor.detach().view(-1))
             for row in declared(decoder).values()
@@ -104,14 +105,15 @@ class StoredModel:
 
 
 def open_checkpoint(path: str | Path) -> StoredModel:
-    """What a run directory's newest checkpoint, or a checkpoint itself, holds.
+    """Open a checkpoint, or a run directory's newest one.
 
     Raises:
-        ConfigError: no usable checkpoint there.
+        ConfigError: the path holds no usable checkpoint.
     """
     found = find_checkpoint(path)
     settings = yaml.safe_load((found / "config.yaml").read_text())
     settings = settings_in_phase(settings, max(checkpoint.read_progress(found).step - 1, 0))
+    # Stored with the vocabulary's padding, which the configuration alone does not determine.
     embedding = Reader(found / "state").stored[f"{MODEL}embedding.weight"]
     dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32
     tokenizer = found / "tokenizer"
@@ -126,21 +128,22 @@ def open_checkpoint(path: str | Path) -> StoredModel:
 
 
 def load_model(path: str | Path, device: torch.device, tokenizer: str | None = None) -> LoadedModel:
-    """Load the parameters of a checkpoint, in one process.
+    """Load a checkpoint's parameters, in a single process.
 
     Args:
         path: A run directory, or one of its checkpoints.
-        device: Where the model goes.
-        tokenizer: Use this one in place of the checkpoint's.
+        device: Device of the returned model.
+        tokenizer: Path of a tokenizer to use instead of the checkpoint's.
 
     Raises:
-        ConfigError: no usable checkpoint there, or a tokenizer with more ids than the model has.
+        ConfigError: the path holds no usable checkpoint, or the tokenizer has more ids than the model.
     """
     stored = open_checkpoint(path)
     decoder = build(stored.model, stored.vocab_size, dtype=stored.dtype)
     stored.fill(decoder)
     chosen = tokenizer or stored.tokenizer
     loaded = Tokenizer.load(chosen) if chosen else None
+    # A smaller tokenizer is fine: padding rows have no token.
     if loaded is not None and loaded.vocab_size > stored.vocab_size:
         raise ConfigError(
             f"tokenizer: {chosen} has {loaded.vocab_size} ids and the model of {stored.path} {stored.vocab_size}; "

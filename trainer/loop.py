@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps through the engine, callbacks around them."""
+"""The training loop: batches, engine steps, and callbacks around them."""
 
 import logging
 import time
@@ -36,30 +36,30 @@ class Outcome(Enum):
 
 
 class Trainer:
-    """State of a run that callbacks see.
+    """The state of a run, as callbacks see it.
 
     Args:
-        config: The run.
-        config_yaml: The same, as it is written down.
-        engine: Steps.
-        sampler: Batches as a function of the step.
-        tokenizer: For text samples and checkpoints; None where the data came without one.
-        callbacks: In the order in which they are called.
-        progress: Where to continue; step 0 for a new run.
-        peak_flops: Matrix-multiplication peak of all ranks together, None if unknown.
-        watchdog: Told how far this rank has come; None where nobody watches.
-        events: What happens is written there; None to write nothing.
-        objective: What is minimised; None for the next token's negative log-likelihood.
+        config: The run's configuration.
+        config_yaml: The same as YAML text.
+        engine: Takes the steps.
+        sampler: Returns batches as a function of the step.
+        tokenizer: For text samples and checkpoints. None if the data came without one.
+        callbacks: Callbacks, in calling order.
+        progress: The position to continue from. Step 0 for a new run.
+        peak_flops: Peak matrix-multiplication FLOP/s of all ranks together, None if unknown.
+        watchdog: Receives this rank's position. None for an unwatched run.
+        events: The log of events. None writes none.
+        objective: The objective to minimise. None for next-token negative log-likelihood.
 
     Attributes:
-        stop_requested: Set by anyone, on any rank, to stop after the current step.
-        stop_reason: Why, in a few words, by whoever set it.
-        save_requested: Likewise, to save after the step.
-        agreed_to_save: Whether a save was asked for before this step, on any rank.
-        seconds_in_checkpoints: That training has waited for saves since the last step.
-        cut_short: Set on all ranks by a callback that a stop kept from finishing its work of the last step.
+        stop_requested: Set it on any rank to stop after the current step.
+        stop_reason: A few words on the reason, set together with stop_requested.
+        save_requested: Set it on any rank to save after the current step.
+        agreed_to_save: Whether any rank requested a save before this step.
+        seconds_in_checkpoints: Time that training has waited for saves since the last step.
+        cut_short: A callback sets it on all ranks if a stop interrupted its work after the last step.
         samples: The newest text samples.
-        phases: Of the run, in order; one where the configuration has none.
+        phases: The phases of the run, in order. A run without configured phases has one.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Trainer:
         self._watchdog, self._events = watchdog, events
         self._stops = False
         self.seconds_in_checkpoints = 0.0
-        # Kernels are compiled and buffers allocated in the first step.
+        # The first step is slower: it compiles kernels and allocates buffers.
         self._phase_of_step = "start"
         self.phases = expand(config)
         self._count_flops(phase_at(self.phases, progress.step).config)
@@ -99,6 +99,7 @@ class Trainer:
     def _count_flops(self, config: PretrainConfig) -> None:
         whole = shapes(config.model, self.engine.model.vocab_size)
         self._flops_per_token = flops_per_token(whole, config.train.seq_len)
+        # Early in a dense-to-sparse schedule a token activates more experts. FLOPs are linear in their number.
         self._flops_per_expert = 0.0
         if config.model.moe.num_experts:
             more = config.model.moe.experts_at(None) + 1
@@ -106,11 +107,11 @@ class Trainer:
 
     @property
     def phase(self) -> Phase:
-        """That of the last step taken, before the first step that of it."""
+        """The phase of the last step taken. Before the first step, the phase of the next."""
         return phase_at(self.phases, max(self.progress.step - 1, 0))
 
     def state(self) -> RunState:
-        """What a checkpoint holds of the run beside the engine's state, as it is now."""
+        """Return the run's current state that a checkpoint stores beside the engine's state."""
         return RunState(self.progress, self.config_yaml, self.tokenizer, RunState.of_callbacks(self.callbacks))
 
     @property
@@ -119,18 +120,19 @@ class Trainer:
         return self.progress.step >= self.config.train.steps
 
     def fit(self) -> Outcome:
-        """Train to the last step, or until a stop is asked for."""
+        """Train to the last step, or until a stop is requested."""
         self._call("on_start")
         try:
             outcome = self._take_steps()
         except BaseException as error:
             if isinstance(error, TrainingDiverged):
-                # On all ranks alike: what they have begun together they can finish.
+                # All ranks raise this together, so they can still finish collective work that they have started.
                 self.enter("save")
                 self._call_after_failure("on_give_up")
             self._call_after_failure("on_end")
             raise
         self.enter("end")
+        # Torn down in reverse order of setup.
         for callback in reversed(self.callbacks):
             callback.on_end(self)
         return outcome
@@ -143,6 +145,7 @@ class Trainer:
             if self.agreed_to_stop():
                 self._call("on_stop")
                 return Outcome.STOPPED
+            # Also when a run resumes exactly at the boundary: `self.phase` is still that of its last step.
             if self.progress.step in {phase.first for phase in self.phases[1:]}:
                 self._begin_phase(phase_at(self.phases, self.progress.step))
             self.enter(self._phase_of_step)
@@ -152,7 +155,7 @@ class Trainer:
         return Outcome.STOPPED if self.cut_short else Outcome.DONE
 
     def _begin_phase(self, phase: Phase) -> None:
-        """Other shapes are to be compiled and allocated anew."""
+        """Start a phase. Its new shapes cause compilation and allocation, as the first step does."""
         self._phase_of_step = "start"
         self._count_flops(phase.config)
         self.engine.begin_phase(phase.config.model, phase.config.train.trainable)
@@ -161,7 +164,10 @@ class Trainer:
             _LOGGER.info("%s", phase)
 
     def _call_after_failure(self, hook: str) -> None:
-        """What fails there must not hide what failed before (files on a full disk cannot be closed)."""
+        """Call a hook of every callback after a failure. Later errors are logged only and must not hide the first.
+
+        For example, files on a full disk cannot be closed.
+        """
         for callback in reversed(self.callbacks):
             try:
                 getattr(callback, hook)(self)
@@ -174,27 +180,29 @@ class Trainer:
             getattr(callback, hook)(self, *arguments)
 
     def enter(self, phase: str) -> None:
-        """Note that this rank has come this far: `start`, `train`, `validate`, `save` or `end`.
+        """Tell the watchdog that this rank has entered a phase: `start`, `train`, `validate`, `save` or `end`.
 
-        Every rank calls it as often as the others.
+        Every rank must call this equally often.
         """
         if self._watchdog is not None:
             self._watchdog.enter(phase, self.progress.step)
 
     def record(self, kind: str, **fields: Any) -> None:
-        """Write an event of now to events.jsonl, on rank 0."""
+        """Append an event with the current time to events.jsonl, on rank 0."""
         if self._events is not None and self.engine.rank == 0:
             self._events.record(kind, self.progress.step, **fields)
 
     def agreed_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; every rank calls it. Requests to save go into `agreed_to_save`."""
+        """Return whether any rank was asked to stop. Every rank calls this. Save requests set `agreed_to_save`."""
         collectives = self.engine.collectives
+        # Reset before the collective: a signal that arrives during it counts for the next step.
         asked, self.save_requested = self.save_requested, False
         stop, save = collectives.any_rank([self.stop_requested, asked])
         self.agreed_to_save |= save
         if stop and not self._stops:
+            # Recorded once, although the loop and validations ask repeatedly.
             self._stops = True
-            # The rank that was asked need not be the one that writes.
+            # Rank 0 writes the event, but another rank may have received the request.
             reasons = filter(None, collectives.gather(self.stop_reason))
             self.record("stop", why=next(reasons, "asked to"))
         return stop
@@ -214,6 +222,7 @@ class Trainer:
         data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, step, config.train.steps)
         result = self.engine.train_step(batches, self.objective, lr, step)
+        # The engine has synchronised the device, so this covers the whole step.
         seconds = time.perf_counter() - start
         checkpoint_seconds, self.seconds_in_checkpoints = self.seconds_in_checkpoints, 0.0
         self.progress = replace(
@@ -222,7 +231,7 @@ class Trainer:
             tokens=self.progress.tokens + result.tokens,
             skipped=self.progress.skipped + result.skipped,
         )
-        # Before the gates are sparse a token goes to more experts than in the end.
+        # During a dense-to-sparse schedule a token activates more experts than at its end.
         nominal = config.model.moe.experts_at(None)
         more = result.metrics.get("moe/experts_per_token", nominal) - nominal
         flops = (self._flops_per_token + more * self._flops_per_expert) * result.tokens / seconds
@@ -245,7 +254,7 @@ class Trainer:
         }
 
     def _utilization(self, flops: float) -> float | None:
-        """Share of the peak; a step that exceeds it is the peak from then on, for then it was measured too low."""
+        """Return the utilisation of the peak. A faster step raises the peak, because the measured one was too low."""
         if self._peak_flops is None:
             return None
         if flops > self._peak_flops:
@@ -260,14 +269,14 @@ class Trainer:
         return flops / self._peak_flops
 
     def report_evaluation(self, split: str, sums: EvaluationSums, seconds: float) -> None:
-        """Tell the callbacks of a validation, by its sums over all ranks and how long it took."""
+        """Report a validation to the callbacks, with its sums over all ranks and its duration in seconds."""
         step = self.progress.step
         metrics = {"step": step, "split": split, "loss": sums.loss, "bits_per_byte": sums.bits_per_byte}
         self._call("on_evaluation", metrics)
         self.record("evaluation", split=split, loss=sums.loss, bits_per_byte=sums.bits_per_byte, seconds=seconds)
 
     def hyper_parameters(self) -> dict[str, bool | int | float | str]:
-        """The configuration, flat, for TensorBoard."""
+        """Return the configuration, flattened, for TensorBoard."""
         flat: dict[str, bool | int | float | str] = {}
 
         def visit(prefix: str, values: dict[str, Any]) -> None:
@@ -275,6 +284,7 @@ class Trainer:
                 if isinstance(value, dict):
                     visit(f"{prefix}{name}.", value)
                 else:
+                    # TensorBoard accepts only these types.
                     flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
 
         visit(

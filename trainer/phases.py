@@ -1,4 +1,4 @@
-"""Phases of one run: from a step on other lengths, data, batches, learning rates or rotary bases. Imports no torch.
+"""Phases of a run: changes of length, data, batch, learning rate or rotary base from a step on. Imports no torch.
 
     phases:
       - from_step: 10000
@@ -7,17 +7,17 @@
         optim: {lr: 1.0e-4}
         model: {rope_theta: 500000}
 
-Design. A phase is the whole configuration with some of its values replaced: those that an entry names, the others as in
-the phase before. So what reads a configuration reads a phase: its layout is validated, its data are looked at and its
-step is planned like those of a run of its own, before a model is built.
+Design. A phase is the whole configuration with some values replaced. An entry names the changed values; the others are
+those of the previous phase. Code that reads a configuration therefore reads a phase. Each phase's layout is validated,
+its data are checked and its step is planned as for a separate run, before a model is built.
 
-The step counts through the whole run, and nothing else is kept: a batch is a function of (seed, step) and the phase's
-length, batch size and data, a learning rate one of the step, the phase's schedule and `train.steps`, which stays the
-whole. From this follows what a change of phase means: the run goes on as one would that has the phase's values from its
-beginning, and the parameters, the optimizer's state and the step of this one. It equals two runs, the second of which
-goes on from the first one's checkpoint (`checkpoint.resume`), and a resumed run needs to know only its step. It also
-follows that a phase does not know which documents earlier ones have read: one with the same data in another length or
-batch size reads them in an order of its own.
+The step counts through the whole run, and there is no other state. A batch is a function of (seed, step) and the
+phase's length, batch size and data. A learning rate is a function of the step, the phase's schedule and `train.steps`,
+the length of the whole run. Three facts follow. A new phase continues like a run that had the phase's values from its
+beginning and has this run's parameters, optimizer state and step. The result equals that of two runs, the second of
+which resumes from the first one's checkpoint (`checkpoint.resume`), and a resumed run needs only its step. A phase does
+not know which documents earlier phases have read: the same data in another length or batch size come in an order of
+their own.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ T = TypeVar("T")
 
 @dataclass
 class TrainChanges:
-    """See trainer.config.TrainConfig; null keeps what the phase before has.
+    """Changes of trainer.config.TrainConfig. null keeps the previous phase's value.
 
     Attributes:
-        seq_len: Tokens in a sample.
-        micro_batch_size: Samples that one rank computes at a time.
-        global_batch_size: Samples in an optimizer step.
-        trainable: Patterns of the names of the parameters that are trained; the others rest. Not with DeepSpeed.
+        seq_len: Tokens per sample.
+        micro_batch_size: Samples that a rank computes at a time.
+        global_batch_size: Samples per optimizer step.
+        trainable: Name patterns of the parameters to train; the others keep their values. Not with DeepSpeed.
     """
 
     seq_len: int | None = None
@@ -53,10 +53,10 @@ class TrainChanges:
 
 @dataclass
 class DataChanges:
-    """See trainer.config.DataConfig; null keeps what the phase before has.
+    """Changes of trainer.config.DataConfig. null keeps the previous phase's value.
 
     Attributes:
-        path: A single source, in place of the phase before's path or blend.
+        path: A single source. Replaces the previous phase's path or blend.
         blend: Several sources with their weights.
     """
 
@@ -66,14 +66,14 @@ class DataChanges:
 
 @dataclass
 class OptimChanges:
-    """See trainer.config.OptimConfig; null keeps what the phase before has. Schedules are over the whole run.
+    """Changes of trainer.config.OptimConfig. null keeps the previous phase's value. Schedules span the whole run.
 
     Attributes:
         lr: Peak learning rate.
         min_lr_ratio: The schedule ends at lr times this.
         schedule: cosine or wsd.
         warmup_steps: Steps of linear warm-up, from the beginning of the run.
-        decay_fraction: The decaying part of wsd.
+        decay_fraction: The fraction of wsd that decays.
     """
 
     lr: float | None = None
@@ -85,10 +85,10 @@ class OptimChanges:
 
 @dataclass
 class ModelChanges:
-    """See models.config.AttentionConfig; null keeps what the phase before has. No parameter depends on it.
+    """Changes of models.config.AttentionConfig. null keeps the previous phase's value. No parameter depends on them.
 
     Attributes:
-        rope_theta: Base of the rotary embedding of attention.
+        rope_theta: Base of the attention's rotary embedding.
     """
 
     rope_theta: float | None = None
@@ -96,15 +96,15 @@ class ModelChanges:
 
 @dataclass
 class PhaseConfig:
-    """What changes, and when.
+    """The start of a phase and its changes.
 
     Attributes:
-        from_step: Steps taken before the phase begins.
-        from_tokens: In its place, tokens read: it begins with the first step that has as many before it.
-        train: Length and batch.
-        data: What is read.
-        optim: The learning rate.
-        model: The rotary embedding.
+        from_step: Number of steps taken before the phase begins.
+        from_tokens: Alternatively, tokens read before the phase begins. It begins with the first step that meets this.
+        train: Changes of length and batch.
+        data: Changes of the data.
+        optim: Changes of the learning rate.
+        model: Changes of the rotary embedding.
     """
 
     from_step: int | None = None
@@ -120,13 +120,13 @@ Changes: TypeAlias = TrainChanges | DataChanges | OptimChanges | ModelChanges
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run.
+    """A phase of a run.
 
     Attributes:
-        number: Which, from 0.
-        first: Steps before it.
-        last: Steps after its last one.
-        config: The run's configuration as it is in this phase, of a run that has no phases.
+        number: Its index, from 0.
+        first: Number of steps before it.
+        last: Number of steps at its end.
+        config: The run's configuration in this phase, as that of a run without phases.
     """
 
     number: int
@@ -139,12 +139,13 @@ class Phase:
 
 
 def expand(config: PretrainConfig) -> list[Phase]:
-    """The phases of a run, the first of which is the configuration's own.
+    """List the phases of a run. The first has the configuration's own values.
 
     Raises:
-        ValueError: an entry does not say when it begins, begins at a step that has passed, or changes nothing or to
-            what cannot be.
+        ValueError: an entry has no start, starts at or before the previous phase or after the run, changes nothing, or
+            sets an invalid value.
     """
+    # A phase's configuration has no phases of its own, so it validates like a separate run.
     starts, configs = first_steps(config.train, config.phases), [replace(config, phases=[])]
     for number, entry in enumerate(config.phases, 1):
         if starts[number] >= config.train.steps:
@@ -158,10 +159,10 @@ def expand(config: PretrainConfig) -> list[Phase]:
 
 
 def first_steps(train: TrainConfig, entries: Sequence[PhaseConfig]) -> list[int]:
-    """Steps before each phase, the run's own among them.
+    """Return the number of steps before each phase, phase 0 included.
 
     Raises:
-        ValueError: an entry does not say when it begins, or not later than the one before.
+        ValueError: an entry has no start, or does not start after the previous phase.
     """
     starts, tokens = [0], 0
     for number, entry in enumerate(entries, 1):
@@ -170,6 +171,7 @@ def first_steps(train: TrainConfig, entries: Sequence[PhaseConfig]) -> list[int]
         per_step = train.global_batch_size * train.seq_len
         first = entry.from_step
         if entry.from_tokens is not None:
+            # Rounds up to whole steps, at the previous phase's tokens per step.
             first = starts[-1] - (tokens - entry.from_tokens) // per_step
         if first is None or first <= starts[-1]:
             raise ValueError(
@@ -178,6 +180,7 @@ def first_steps(train: TrainConfig, entries: Sequence[PhaseConfig]) -> list[int]
             )
         tokens += (first - starts[-1]) * per_step
         starts.append(first)
+        # Starts in tokens of later entries count with this phase's tokens per step.
         train = _replaced(train, entry.train, number)
     return starts
 
@@ -185,7 +188,7 @@ def first_steps(train: TrainConfig, entries: Sequence[PhaseConfig]) -> list[int]
 def _changed(before: PretrainConfig, entry: PhaseConfig, number: int) -> PretrainConfig:
     if not (given(entry.train) or given(entry.data) or given(entry.optim) or given(entry.model)):
         raise ValueError(f"phases: phase {number} changes nothing; name what changes, or leave it out")
-    # A path takes the place of the blend before.
+    # A path replaces the previous blend.
     data = replace(before.data, blend={}) if entry.data.path is not None else before.data
     attention = before.model.attention
     if given(entry.model) and attention.rope_theta is None:
@@ -208,33 +211,33 @@ def _replaced(values: T, changes: Changes, number: int) -> T:
 
 
 def given(changes: Changes) -> dict[str, Any]:
-    """What changes, by the keys of the section."""
+    """Return the changed values of a section by key."""
     values = {item.name: getattr(changes, item.name) for item in fields(changes)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
-    """The phase of a training step (steps taken before it)."""
+    """Return the phase of a training step (steps taken before it)."""
     return next(phase for phase in reversed(phases) if phase.first <= step)
 
 
 def trained_in_any(config: PretrainConfig) -> list[str]:
-    """The patterns of the parameters that any phase trains: those for which an engine keeps state throughout."""
+    """Return the patterns of the parameters that any phase trains. The engine keeps their state throughout."""
     return list(dict.fromkeys(pattern for phase in expand(config) for pattern in phase.config.train.trainable))
 
 
 def to_plan(config: PretrainConfig) -> list[PretrainConfig]:
-    """The configuration of each phase as memory has it, with the state of all that any phase trains."""
+    """Return each phase's configuration for memory planning, with the optimizer state of all that any phase trains."""
     trained = trained_in_any(config)
     return [replace(phase.config, train=replace(phase.config.train, trainable=trained)) for phase in expand(config)]
 
 
 class PhasedSampler:
-    """The batches of a run in phases, as a function of the step.
+    """Returns the batches of a run in phases, as a function of the step.
 
     Args:
-        phases: Of the run.
-        samplers: Of each phase.
+        phases: The phases of the run.
+        samplers: The sampler of each phase.
     """
 
     def __init__(self, phases: Sequence[Phase], samplers: Sequence[Sampler]) -> None:
@@ -242,5 +245,6 @@ class PhasedSampler:
 
     def micro_batches(self, step: int, micro_batch_size: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
         """See trainer.data.dataset.Sampler.micro_batches."""
+        # Each phase's sampler counts the run's steps, not the phase's.
         sampler = self._samplers[phase_at(self._phases, step).number]
         return sampler.micro_batches(step, micro_batch_size, rank=rank, world=world)

@@ -1,8 +1,8 @@
-"""What is known of a run from its files, before a model is built: by `--check`, and by the start through the same code.
+"""Checks a run's files before a model is built. `--check` and every start run this code.
 
-Imports neither torch nor megatron. Index files are held against token files, documents against their end-of-document
-token, ids against the vocabulary, and tokenizers against each other; of large files a sample, which is said
-(`trainer.data.indexed`).
+Imports neither torch nor megatron. The checks compare index files with token files, documents with their
+end-of-document token, ids with the vocabulary, and tokenizers with each other. Of large files they read a sample, and
+say so (`trainer.data.indexed`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from trainer.optim import learning_rate
 from trainer.phases import Phase, expand
 from trainer.run_directory import checkpoint_steps, starts_anew
 
-# Up to about four, further epochs are worth nearly as much as new text (Muennighoff et al., 2023, arXiv:2305.16264).
+# Up to about four epochs, repeated text is worth nearly as much as new (Muennighoff et al. 2023, arXiv:2305.16264).
 _MANY_EPOCHS = 4.0
 
 
 @dataclass
 class Findings:
-    """What is worth knowing before a run.
+    """Results of the checks that do not stop a run.
 
     Attributes:
-        notes: One line each.
-        warnings: Of what is accepted and seldom meant.
+        notes: Facts, one line each.
+        warnings: Settings that are accepted but seldom intended, one line each.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -39,14 +39,14 @@ class Findings:
 
 
 def check(config: PretrainConfig, sources: Sequence[DataSources] | None = None) -> Findings:
-    """Hold a run's data, tokenizers and vocabulary against each other.
+    """Check a run's data, tokenizers and vocabulary against each other.
 
     Args:
-        config: The run.
-        sources: What each phase reads, where that is known; otherwise it is looked for, and nothing is prepared.
+        config: The run's configuration.
+        sources: The data sources of each phase, if already known. Otherwise they are located, without preparing any.
 
     Raises:
-        ConfigError: the run could not be, or would not be what it seems.
+        ConfigError: the run cannot start, or would differ from its configuration.
     """
     phases = expand(config)
     sources = sources or [find_sources(phase.config, prepare=False) for phase in phases]
@@ -66,7 +66,7 @@ def check(config: PretrainConfig, sources: Sequence[DataSources] | None = None) 
 
 
 def _describe(phase: Phase, before: Phase) -> str:
-    """What of a phase is not a matter of data, in a line."""
+    """Describe in a line how a phase differs from the previous one, apart from its data."""
     train, steps = phase.config.train, phase.config.train.steps
     last = learning_rate(before.config.optim, phase.first - 1, steps)
     following = learning_rate(phase.config.optim, phase.first, steps)
@@ -77,9 +77,10 @@ def _describe(phase: Phase, before: Phase) -> str:
 
 
 def _check_same_tokens(phase: Phase, own: DataSources, first: DataSources) -> None:
-    """Refuse data of a phase whose ids are others than those that the run begins with."""
+    """Refuse a phase whose data have other token ids than those of the run's first phase."""
     paths = [sources.tokenizer_path for sources in (first, own)]
     digests = [None if path is None else tokenizer_sha256(path) for path in paths]
+    # Without tokenizers, vocabulary size and end-of-document token have to do.
     if own.vocab_size != first.vocab_size or own.eod_id != first.eod_id or digests[0] != digests[1]:
         raise ConfigError(
             f"phases: the data of phase {phase.number} ({', '.join(own.paths)}) have another tokenizer than those that "
@@ -91,7 +92,7 @@ def _check_phase(phase: Phase, sources: DataSources, findings: Findings) -> None
     config = phase.config
     _check_tokenizers(config, sources)
     _check_vocabulary(config, sources)
-    # What is not prepared yet will bring an end-of-document token.
+    # Preparation will add an end-of-document token.
     known = sources.eod_id is not None or bool(sources.unprepared)
     if config.data.document_mask and not known:
         raise ConfigError(NO_END)
@@ -101,7 +102,7 @@ def _check_phase(phase: Phase, sources: DataSources, findings: Findings) -> None
 
 
 def _check_tokenizers(config: PretrainConfig, sources: DataSources) -> None:
-    """Refuse different tokenizers: the ids of one mean other text, or nothing, to another."""
+    """Refuse different tokenizers. An id means other text, or nothing, to another tokenizer."""
     first: tuple[str, str] | None = None
     for name, digest in _tokenizers(config, sources):
         first = first or (name, digest)
@@ -114,7 +115,7 @@ def _check_tokenizers(config: PretrainConfig, sources: DataSources) -> None:
 
 
 def _tokenizers(config: PretrainConfig, sources: DataSources) -> Iterator[tuple[str, str]]:
-    """(where it is from, its hash) of every tokenizer that a run has to do with."""
+    """Yield (origin, SHA-256) of every tokenizer that a run involves."""
     prefixes = [("the training data", path, "train") for path in sources.paths if path not in sources.unprepared]
     if sources.validation is not None:
         prefixes.append(("the validation data", sources.validation, "validation"))
@@ -131,9 +132,10 @@ def _tokenizers(config: PretrainConfig, sources: DataSources) -> Iterator[tuple[
 
 
 def _tokenizer_of_checkpoint(config: PretrainConfig) -> Path | None:
-    """The directory with the tokenizer of what a run goes on or starts from, None where it has none."""
+    """Find the tokenizer directory of the checkpoint or weights that a run starts from. None if there is none."""
     checkpoint, run_dir = config.checkpoint, Path(config.run.dir)
     if not starts_anew(config):
+        # The newest checkpoint that has a tokenizer.
         steps = [f"checkpoints/step_{step:08d}" for step in reversed(checkpoint_steps(run_dir))]
         named = checkpoint.resume not in ("auto", "never")
         places = [Path(checkpoint.resume)] if named else [run_dir / step for step in steps]
@@ -158,11 +160,12 @@ def _check_vocabulary(config: PretrainConfig, sources: DataSources) -> None:
 
 
 def _open(config: PretrainConfig, sources: DataSources, prefix: Path, findings: Findings) -> TokenFile:
-    """A pair whose index, ends and ids are as they should be, as far as they were looked at."""
+    """Open a pair of token and index files, and check its index, document ends and ids, at least in a sample."""
     file = TokenFile(prefix, sampled=True)
     if config.data.document_mask:
         assert sources.eod_id is not None
         file.check_ends(sources.eod_id)
+    # The preparation records the largest id, which saves reading the file.
     recorded = (info_of_prefix(prefix) or {}).get("max_id")
     low, high, whole = file.id_range() if recorded is None else (0, recorded, True)
     if low < 0 or high >= sources.vocab_size:
@@ -190,6 +193,7 @@ def _check_training(phase: Phase, sources: DataSources, findings: Findings) -> N
             continue
         file = _open(config, sources, resolve_prefix(path), findings)
         tokens, documents = len(file.tokens), len(file.borders) - 1
+        # A blend reads each source in proportion to its share.
         of_it = read * share / shares
         epochs = of_it / tokens
         name = f"data: {path}" + (f" (share {share / shares:.3g})" if len(sources.paths) > 1 else "")
@@ -210,6 +214,7 @@ def _check_training(phase: Phase, sources: DataSources, findings: Findings) -> N
 
 def _check_validation(config: PretrainConfig, sources: DataSources, findings: Findings) -> None:
     if sources.validation is None:
+        # Data that are not prepared yet may still bring a split.
         if not sources.unprepared:
             findings.notes.append("validation: none, for no validation split is there; data.validation_path names one")
         return

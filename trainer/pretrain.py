@@ -1,4 +1,4 @@
-"""One pre-training run: data, model, engine and callbacks, put together and run."""
+"""Builds a pretraining run from data, model, engine and callbacks, and runs it."""
 
 import logging
 import os
@@ -39,13 +39,18 @@ _LOGGER = logging.getLogger("spiketrain")
 
 
 def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None) -> int:
-    """Train; return the exit code: 0 done, 75 stopped on request. `peers` where the process made one before.
+    """Train and return the exit code: 0 done, 75 stopped on request.
+
+    Args:
+        config: The run's configuration.
+        config_yaml: The same as YAML text.
+        peers: The process's watch over its peers, if it already exists.
 
     Raises:
-        ConfigError: an input turned out to be unusable, or another process has the run directory.
+        ConfigError: an input is unusable, or another process holds the run directory.
     """
     run_dir = Path(config.run.dir)
-    # Until there is something to save; left alone it would end the process.
+    # Ignored until there is something to save. Its default action would end the process.
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with _signals_given_back(), run_lock.owned(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,7 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
             write_status(run_dir, "failed", 1, str(error))
             _LOGGER.error("%s", error)
             if rank() == 0:
-                # On all ranks alike.
+                # All ranks diverge together, so rank 0 reports for all of them.
                 peers.record_failure(list(range(int(os.environ.get("WORLD_SIZE", "1")))), str(error))
             return 1
         except BaseException as error:
@@ -84,9 +89,9 @@ def _signals_given_back() -> Iterator[None]:
 
 
 def _ignore_stops() -> None:
-    """The run has ended: a request to stop must not change how, nor keep it from being written down."""
+    """Ignore further stop requests. The run has ended, and a stop must not change or hide its recorded outcome."""
     for number in STOPS:
-        # By a handler that does nothing: of a signal that is ignored outright the peer watch would not hear either.
+        # Uses an empty handler, not SIG_IGN: the peer watch would not receive an ignored signal either.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)
 
@@ -100,11 +105,13 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     weights.check_trainable(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
+    # Resolves `train.precision: auto` from the continued run, or from the device.
     config, config_yaml = precision.settle(config, config_yaml, device)
     threads = configure_threads(config.run.threads)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     phases = expand(config)
+    # Every phase is checked before a model is built, so that a late phase cannot fail after days.
     all_sources = [find_sources(phase.config) for phase in phases]
     findings, sources = preflight.check(config, all_sources), all_sources[0]
     vocab_size = config.model.padded_vocab_size(sources.vocab_size)
@@ -133,7 +140,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     _ignore_stops()
     if outcome is Outcome.DONE:
         trainer.record("done")
-    # Before any rank leaves, which the launcher takes for a failure if it was stopped, and ends the others.
+    # Write before any rank exits: after a stop the launcher takes an exit for a failure and kills the other ranks.
     write_status(config.run.dir, outcome.value, _exit_code(outcome))
     engine.collectives.barrier()
     engine.close()
@@ -141,8 +148,9 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
 
 
 def _write_configuration(config: PretrainConfig, config_yaml: str, progress: Progress) -> None:
-    """Write config.yaml, and say what of the schedule is not as it was for the steps taken so far."""
+    """Write config.yaml, and warn if the schedule differs from that of the steps taken so far."""
     run_dir = Path(config.run.dir)
+    # The checkpoint has the settings of the steps taken; the directory's file may be from a later start.
     saved = checkpoint.checkpoint_path(run_dir, progress.step)
     change = run_directory.change_of_schedule(saved if saved.is_dir() else run_dir, config, progress.step)
     if change is not None:
@@ -151,7 +159,7 @@ def _write_configuration(config: PretrainConfig, config_yaml: str, progress: Pro
 
 
 def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) -> Engine:
-    """The engine that engine.name asks for; it is imported here, so that the other one need not be installed."""
+    """Build the engine that engine.name selects. The import is local, so the other engine need not be installed."""
     spec = EngineSpec.of(config, vocab_size)
     if config.engine.name == "deepspeed":
         from trainer.engines.deepspeed import DeepSpeedEngine
@@ -163,8 +171,10 @@ def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) 
 
 
 def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callback]:
-    """In order: what reports a step comes before what saves it, as does what may end the run; validation takes long, so
-    the step is saved before it.
+    """Build the callbacks in calling order.
+
+    Callbacks that report a step, or may end the run, precede the one that saves it. Validation comes last: it takes
+    long, so the step is saved first.
     """
     run_dir, reporting = Path(config.run.dir), config.logging
     callbacks: list[Callback] = [StopOnSignal(), MetricsFile(run_dir / "metrics.jsonl", reporting.every)]
@@ -185,18 +195,19 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
 def _resume(
     config: PretrainConfig, engine: Engine, callbacks: Sequence[Callback], events: EventLog, resumes: bool
 ) -> Progress:
-    """Load the checkpoint that checkpoint.resume means, and say which were passed over.
+    """Load the checkpoint that checkpoint.resume selects, and log the skipped ones.
 
-    An engine that `resumes` has parameters that were neither drawn nor read.
+    If the engine `resumes`, its parameters are uninitialised, so there must be a checkpoint.
 
     Raises:
-        ConfigError: there are checkpoints, of which none can be read, or the one that was named is damaged, of another
-            model or of a later version; nothing has been changed.
+            ConfigError: no checkpoint is readable, or the named one is damaged, of another model or of a later version.
+                Nothing has been changed then.
     """
     path = _checkpoint_to_load(config, engine)
     if path is None and resumes:
         raise ConfigError(f"{config.run.dir} lost its checkpoints while this start began; see to them, and start again")
     if engine.rank == 0:
+        # Before the first event of this start is appended.
         events.cut_torn_line()
     if path is None:
         if engine.rank == 0:
@@ -204,6 +215,7 @@ def _resume(
             if config.checkpoint.init is not None:
                 _LOGGER.info("started from %s", config.checkpoint.init)
         return Progress()
+    # Read first, because it may refuse the checkpoint, and nothing may have changed by then.
     states = checkpoint.read_callbacks(path, callbacks)
     engine.load(path / "state")
     for callback, state, version in states:
@@ -220,6 +232,7 @@ def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:
     if resume == "never":
         if engine.rank == 0 and (moved := run_directory.set_aside(run_dir)):
             _LOGGER.info("checkpoint.resume=never: what was there is now %s", ", ".join(map(str, moved)))
+        # No rank may write into the directory before its old files have been renamed.
         engine.collectives.barrier()
         return None
     if resume != "auto":
@@ -228,7 +241,7 @@ def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:
     path, complaints = checkpoint.find_latest_over_ranks(engine, run_dir)
     for complaint in complaints if engine.rank == 0 else ():
         _LOGGER.warning("%s", complaint)
-    # By what all ranks have been told: each one's own view of the directory may differ.
+    # Decide from the broadcast result: each rank may see the directory differently.
     if path is None and (damaged := checkpoint.damaged_ones(complaints)):
         raise run_directory.nothing_whole(run_dir, damaged[0])
     if path is not None and engine.rank == 0:
@@ -271,7 +284,7 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: pr
 
 
 def _about_experts(config: PretrainConfig) -> list[str]:
-    """What to know of a mixture of experts before it trains."""
+    """Describe a mixture of experts, for the log at the start."""
     moe, parallel = config.model.moe, config.parallel
     if not moe.num_experts:
         return []
@@ -291,8 +304,9 @@ def _about_experts(config: PretrainConfig) -> list[str]:
 
 
 def _total_peak_flops(config: PretrainConfig, engine: Engine) -> float | None:
-    """Matrix-multiplication peak of all ranks, measured at the same time where it is measured."""
+    """Return the peak matrix-multiplication FLOP/s of all ranks. Where it is measured, all measure at once."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    # Ranks of one machine share its cores, so a rank alone would measure too much.
     engine.collectives.barrier()
     peak = peak_flops(engine.device, dtype)
     (total,) = engine.collectives.sum_over_ranks([peak or 0.0])

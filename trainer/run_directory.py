@@ -1,4 +1,4 @@
-"""What a run directory holds, and whether a configuration may go on in it. Imports neither torch nor megatron."""
+"""Reads a run directory and decides whether a configuration may continue there. Imports neither torch nor megatron."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from trainer.optim import learning_rate
 from trainer.phases import Phase, PhaseConfig, expand, first_steps, given, phase_at
 
 _NAME = re.compile(r"step_(\d{8,})")
-# What a run leaves that a new one would write over. The checkpoints last: till they have another name, the others are
-# theirs, also where a kill comes in between.
+# Files that a new run would overwrite. The checkpoints are renamed last: until then the other files belong to them,
+# even if a kill interrupts the renaming.
 _KEPT = ("metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints")
 
-# A run goes on only with the same model, the same data, the same batches and the same beginning.
+# A run may continue only with the same model, data, batches and initial weights.
 _FIXED = (
     "model",
     "data",
@@ -33,23 +33,23 @@ _FIXED = (
     "engine.name",
     "checkpoint.init",
 )
-# A schedule that goes on at a rate this much higher than it would have had is worth a word.
+# Report a change of schedule only if the learning rate is off by more than this factor.
 _JUMP = 1.05
-# Of these the keys that change no result: where the data `stdlib` is kept, which experts' activations are computed
-# again, and which experts are copied to every rank.
+# Keys among them that change no result: the location of the data `stdlib`, which experts' activations are recomputed,
+# and which experts are replicated on every rank.
 _FREE = ("data.cache_dir", "model.moe.recompute_above", "model.moe.replicate_above")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Path of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name.
+    """Parse the step in a checkpoint's name.
 
     Raises:
-        ConfigError: it is no checkpoint's.
+        ConfigError: the name is not that of a checkpoint.
     """
     match = _NAME.fullmatch(path.name)
     if match is None:
@@ -58,7 +58,7 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run by name, oldest first, whole or not."""
+    """List a run's checkpoints by name, oldest first. They may be damaged."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return []
@@ -66,15 +66,15 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints of a run by name, whole or not, oldest first."""
+    """List the steps of a run's checkpoints by name, oldest first. They may be damaged."""
     return [step_of(path) for path in list_checkpoints(run_dir)]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The config.yaml of a run, or of a checkpoint, as nested values; empty where there is none.
+    """Read the config.yaml of a run or a checkpoint as nested values. Empty if there is none.
 
     Raises:
-        ConfigError: it is cut short, or no configuration.
+        ConfigError: the file is truncated, or holds no configuration.
     """
     path = directory / "config.yaml"
     try:
@@ -95,15 +95,15 @@ def _unreadable(path: Path, reason: str) -> ConfigError:
 
 
 def starts_anew(config: PretrainConfig) -> bool:
-    """Whether the run goes on from no checkpoint, by names alone."""
+    """Whether the run resumes from no checkpoint, judged by file names alone."""
     resume = config.checkpoint.resume
     return resume == "never" or (resume == "auto" and not checkpoint_steps(Path(config.run.dir)))
 
 
 def settle_restart(config: PretrainConfig) -> tuple[PretrainConfig, str | None]:
-    """What a start goes by that the batch system or torchrun has made again, and a line about it if it is not as asked.
+    """Adjust a configuration for an automatic restart by the batch system or torchrun. Also returns a line to log.
 
-    Only the first start begins anew: a later one with the same arguments goes on from what that has saved.
+    Only the first start begins from scratch. A restart with the same arguments continues from its checkpoints.
     """
     counts = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if config.checkpoint.resume != "never" or not any(count.isdigit() and int(count) for count in counts):
@@ -113,10 +113,10 @@ def settle_restart(config: PretrainConfig) -> tuple[PretrainConfig, str | None]:
 
 
 def set_aside(run_dir: Path) -> list[Path]:
-    """Give what an earlier run has left other names, so that a new one can start; where it is now.
+    """Rename an earlier run's files so that a new run can start, and return the new paths.
 
-    They all get the same number, the first under which none of them is there. Without checkpoints the lines of metrics
-    are worth keeping; an empty file is not.
+    All get the same number, the first that is free for every one of them. Without checkpoints they are renamed only if
+    metrics.jsonl has lines: otherwise there is nothing worth keeping.
     """
     found = [run_dir / name for name in _KEPT if (run_dir / name).exists()]
     metrics = run_dir / "metrics.jsonl"
@@ -135,7 +135,7 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def nothing_whole(run_dir: Path, newest: str) -> ConfigError:
-    """The refusal of a run whose checkpoints cannot be read; `newest` says what is wrong with the newest of them."""
+    """Build the error for a run without a readable checkpoint. `newest` describes the damage of the newest one."""
     return ConfigError(
         f"{run_dir} holds checkpoints, of which none can be read ({newest}); restore one of them, choose another "
         "run.dir, or start again with checkpoint.resume=never, which sets them aside"
@@ -143,7 +143,7 @@ def nothing_whole(run_dir: Path, newest: str) -> ConfigError:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted keys."""
+    """Flatten nested values to dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
@@ -161,23 +161,24 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing_keys(run: Path, config: PretrainConfig) -> list[str]:
-    """The keys in which a run, its directory or a checkpoint, differs from `config`, as `key: theirs -> ours`."""
+    """List the keys in which a run or a checkpoint differs from `config`, as `key: theirs -> ours`."""
     return _differing(read_config(run), config)
 
 
 def _differing(values: dict[str, Any], config: PretrainConfig) -> list[str]:
     if not values:
         return []
-    # A key that did not exist when the run began stands at its default.
+    # A key that is younger than the run has its default.
     theirs = _fixed(asdict(PretrainConfig())) | _fixed(values)
     ours = _fixed(asdict(config))
+    # An automatic choice follows the run that it continues.
     if config.train.precision == "auto":
         ours["train.precision"] = theirs["train.precision"]
     return differences(theirs, ours)
 
 
 def _differing_phases(run_dir: Path, config: PretrainConfig, reached: int) -> list[str]:
-    """The phases that began before a step, if they differ; those to come may still change."""
+    """List differences among the phases that began before step `reached`. Later phases may still change."""
     saved = read_config(run_dir)
     if not saved:
         return []
@@ -187,7 +188,7 @@ def _differing_phases(run_dir: Path, config: PretrainConfig, reached: int) -> li
 
 
 def settings_in_phase(values: dict[str, Any], step: int) -> dict[str, Any]:
-    """The nested values of a config.yaml as they are in the phase of a step (steps taken before it)."""
+    """Return a config.yaml's nested values as they are in the phase of a step (steps taken before it)."""
     entries = _saved_phases(values)
     if not entries:
         return values
@@ -206,19 +207,19 @@ def _saved_phases(values: dict[str, Any]) -> list[PhaseConfig]:
 
 
 def _expand_whatever_the_steps(config: PretrainConfig, entries: list[PhaseConfig]) -> list[Phase]:
-    """As `expand`, of entries that were written for other `train.steps`."""
+    """Like `expand`, for entries that were written for other `train.steps`."""
     return expand(replace(config, train=replace(config.train, steps=sys.maxsize), phases=entries))
 
 
 def _begun(config: PretrainConfig, entries: list[PhaseConfig], reached: int) -> list[dict[str, Any]]:
-    """What the phases that began before a step change."""
+    """Return the changes of each phase that began before step `reached`."""
     phases = _expand_whatever_the_steps(config, entries)[1:]
     given = [asdict(entry) for entry, phase in zip(entries, phases, strict=True) if phase.first < reached]
     return [{key: value for key, value in flatten(entry).items() if value is not None} for entry in given]
 
 
 def precision_of_the_run(config: PretrainConfig) -> str | None:
-    """The precision of the run that `config` goes on with, by names alone; None where it begins one."""
+    """Read the precision of the run that `config` continues, by file names alone. None for a new run."""
     if starts_anew(config):
         return None
     run_dir = Path(config.run.dir)
@@ -228,7 +229,7 @@ def precision_of_the_run(config: PretrainConfig) -> str | None:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The keys in which flat values differ, as `key: theirs -> ours`."""
+    """List the keys in which flat values differ, as `key: theirs -> ours`."""
     missing = object()
     return [
         f"{key}: {theirs.get(key)} -> {ours.get(key)}"
@@ -238,7 +239,7 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def state_of(run_dir: Path) -> str | None:
-    """How the last start in a run directory ended, as status.json says; None where nothing does."""
+    """Read from status.json how a run directory's last start ended. None if unreadable."""
     try:
         return str(json.loads((run_dir / "status.json").read_text())["state"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -246,18 +247,18 @@ def state_of(run_dir: Path) -> str | None:
 
 
 def change_of_schedule(earlier: Path, config: PretrainConfig, step: int) -> str | None:
-    """One line about a learning rate that goes on in another way than it was to; None if there is nothing to say.
+    """Describe an unexpected change of the learning rate in a line. None if there is nothing to report.
 
     Args:
         earlier: Directory with the config.yaml of the steps taken so far.
-        config: Of the steps to come.
-        step: Steps taken.
+        config: Configuration of the steps to come.
+        step: Number of steps taken.
     """
     try:
         saved = read_config(earlier)
         phases = _saved_phases(saved)
     except ConfigError:
-        # Nothing to compare with is no reason to end the run.
+        # A missing comparison is no reason to end the run.
         return None
     if not saved or not 0 < step < config.train.steps:
         return None
@@ -271,7 +272,7 @@ def change_of_schedule(earlier: Path, config: PretrainConfig, step: int) -> str 
     following = learning_rate(ours, step, config.train.steps)
     if steps != config.train.steps:
         changes.append(f"train.steps: {steps} -> {config.train.steps}")
-    # The next step's rate under the earlier settings: past their end, that of their last step.
+    # The next step's rate under the earlier settings. Past their end, the rate of their last step.
     expected = learning_rate(optim, step, steps)
     as_planned = expected / _JUMP <= following <= expected * _JUMP
     if not changes or (as_planned and optim == ours):
@@ -284,16 +285,17 @@ def change_of_schedule(earlier: Path, config: PretrainConfig, step: int) -> str 
 
 
 def check(config: PretrainConfig) -> bool:
-    """Decide from names, checksum lists and status.json whether the run can start or go on; True if it has finished.
+    """Decide from names, checksum lists and status.json whether the run can start or continue. True if it is finished.
 
-    A run whose last step is saved, but whose last validation was interrupted, has not finished.
+    A run that has saved its last step, but whose last validation was interrupted, has not finished.
 
     Raises:
-        ConfigError: going on would lose what is there, or would not be the same run.
+        ConfigError: continuing would lose existing files, or would not be the same run.
     """
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir: {run_dir} is a file; name a directory")
+    # The nearest existing ancestor decides whether the directory can be created.
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(f"run.dir: {run_dir} cannot be written under {existing}; name another directory")
@@ -313,6 +315,7 @@ def check(config: PretrainConfig) -> bool:
                 f"run.dir: the run in {run_dir} has reached step {reached}, past train.steps={config.train.steps}; "
                 f"set train.steps to {reached} or more, or choose another run.dir"
             )
+        # status.json distinguishes a finished run from an interrupted last validation.
         return reached == config.train.steps and state_of(run_dir) == "done"
     source = Path(config.checkpoint.resume).resolve()
     if source.parent != (run_dir / "checkpoints").resolve():
@@ -329,7 +332,7 @@ def check(config: PretrainConfig) -> bool:
 
 
 def _reached(run_dir: Path, steps: list[int]) -> int:
-    """The step of the newest checkpoint that is whole, as far as can be said without reading what was trained.
+    """Return the step of the newest checkpoint that looks whole, without reading its parameters.
 
     Raises:
         ConfigError: there is none.
@@ -346,15 +349,16 @@ def _reached(run_dir: Path, steps: list[int]) -> int:
 
 
 def _check_source(config: PretrainConfig) -> None:
-    """Hold the model against that of a checkpoint of another run, which a fresh run directory goes on from.
+    """Compare the model with that of another run's checkpoint, from which a fresh run directory resumes.
 
     Raises:
-        ConfigError: they differ: parameters would be read that mean something else.
+        ConfigError: they differ, so its parameters would mean something else.
     """
     if config.checkpoint.resume in ("auto", "never"):
         return
     source = Path(config.checkpoint.resume)
     values = read_config(source)
+    # The last step that the checkpoint contains decides the phase.
     if values.get("phases"):
         step = json.loads((source / "progress.json").read_text())["step"]
         values = settings_in_phase(values, max(step - 1, 0))

@@ -1,11 +1,12 @@
-"""Routers: which experts a token goes to, and with what weight (axes: N tokens, E experts).
+"""Routers choose a token's experts and their weights (axes: N tokens, E experts).
 
-The router computes in float32. What it does at a training step is a function of that step alone, of the parameters, and
-of two small states that follow from the whole batch of the step before: the selection bias and the load.
+The router computes in float32. Its behaviour at a training step is a function of the step, the parameters, and two
+small states that follow from the whole batch of the previous step: the selection bias and the load.
 
-A layer's auxiliary losses are sums over tokens like the loss itself, E sum_e p_e f_e and the squared log-sum-exp of the
-logits, each linear in what a token adds, the load f being given. So their gradient is the same however the batch is cut
-into micro-batches and over ranks. It is added in backward, where the layer is; the reported loss does not have it.
+A layer's auxiliary losses are sums over tokens, like the loss itself: E sum_e p_e f_e and the squared log-sum-exp of
+the logits. Given the load f, each is linear in a token's contribution. Their gradient is therefore the same for any
+split of the batch into micro-batches and over ranks. Each layer adds its gradient in its backward pass. The reported
+loss does not include these losses.
 """
 
 import math
@@ -24,7 +25,7 @@ from models.parallel import sum_counts
 from models.parameters import Drawing, Module, Placement, zeros
 from models.recompute import is_recomputing
 
-# Of a router whose experts begin alike: its gates begin near what they are on average.
+# Init std of a router whose experts begin as copies. Small, so that its gates begin near their average.
 SPAWNED_ROUTER_STD = 1e-3
 
 
@@ -34,7 +35,7 @@ def _start_weight(block: Tensor, drawing: Drawing) -> None:
 
 
 def _start_temperature(block: Tensor, drawing: Drawing) -> None:
-    """Start a learned temperature where the schedule would."""
+    """Initialise a learned temperature to the schedule's first value."""
     block.fill_(math.log(drawing.config.moe.router.dense_to_sparse.temperature_start))
 
 
@@ -43,12 +44,12 @@ def _even_load(block: Tensor, drawing: Drawing) -> None:
 
 
 class Routing(NamedTuple):
-    """Where tokens go.
+    """The experts that tokens go to.
 
     Attributes:
-        gates: What an expert's output is multiplied with, float32 [N, E]; zero where a token does not go.
-        routing_map: Which experts a token goes to, bool [N, E]; with padding also tokens whose gate is zero.
-        rows: The map's sum, where it follows from the configuration; None where it depends on the logits.
+        gates: Factor of each expert's output, float32 [N, E]. Zero where a token does not go.
+        routing_map: The experts that a token goes to, bool [N, E]. With padding it includes tokens with a zero gate.
+        rows: The sum of the map, if it follows from the configuration. None if it depends on the logits.
     """
 
     gates: Tensor
@@ -57,19 +58,19 @@ class Routing(NamedTuple):
 
 
 class Router(Module):
-    """The router of one layer. Weight [E, D].
+    """The router of a layer. Weight [E, D].
 
     Attributes:
-        step: Steps taken before this one, which schedules go by; None for a router whose training is over.
-        loss_scale: What a micro-batch's loss is multiplied with before backward.
-        seed: Of the noise.
-        statistics: What was counted since the start of the step, see `models.moe.statistics`; None if nobody asks.
-        replicated: The experts of which every rank has a copy in this step, in ascending order.
-        bias: Added to the scores for the choice of experts alone, float32 [E]; None where it is not asked for.
-        load: Share of each expert in the batch of the step before, float32 [E]; likewise.
+        step: Number of steps taken before this one, for the schedules. None once training is over.
+        loss_scale: Factor of a micro-batch's loss before backward.
+        seed: Seed of the noise.
+        statistics: Counters since the start of the step, see `models.moe.statistics`. None if nobody collects them.
+        replicated: The experts that are replicated on every rank in this step, in ascending order.
+        bias: Added to the scores for the selection of experts only, float32 [E]. None if not configured.
+        load: Each expert's share of the previous step's batch, float32 [E]. None if not configured.
     """
 
-    # Its gradient is whole where it has seen all tokens: it lies on the residual stream.
+    # The router reads the residual stream, so its gradient is whole on ranks that see all tokens.
     placements: ClassVar = {
         "weight": Placement(_start_weight, float32=True),
         "log_temperature": Placement(_start_temperature, float32=True, decayed=False),
@@ -97,9 +98,9 @@ class Router(Module):
         self.statistics: Tensor | None = None
 
     def forward(self, x_TBD: Tensor, token_keys_TB: Tensor | None = None) -> Routing:
-        """Route the tokens of x [T, B, D], those of a row-major [T * B, D].
+        """Route the tokens of x [T, B, D], in the row-major order of [T * B, D].
 
-        token_keys, int64 [T, B], tell tokens apart for the noise; without them there is none.
+        token_keys, int64 [T, B], identify tokens for the noise. Without them there is no noise.
         """
         logits = F.linear(x_TBD.flatten(0, 1).float(), self.weight.float())
         training = self.training and torch.is_grad_enabled()
@@ -110,20 +111,23 @@ class Router(Module):
             probabilities, gates, keep = self._top_k(logits)
         else:
             probabilities, gates, keep = self._dense_to_sparse(logits, temperature, token_keys_TB if training else None)
+        # Each token keeps exactly k experts, so the host knows the sum without asking the device.
         rows = len(keep) * self.config.router.top_k if self.config.router.gate == "top_k" else None
+        # Evaluation has neither auxiliary losses nor a capacity limit.
         if not training:
             return Routing(gates, keep, rows)
         balance, z = self._losses(logits, probabilities, keep, x_TBD.shape[:2])
         gates = _AddLoss.apply(gates, balance + z, self.loss_scale)
         gates, routing_map, dropped = self._fit(gates, keep)
+        # The recomputation must not count a micro-batch twice.
         if not is_recomputing():
             self._count(probabilities, keep, dropped, balance, z, temperature)
         return Routing(gates, routing_map, rows if self.config.capacity_factor is None else None)
 
     def choose_replicated(self) -> None:
-        """Have the step copy the busiest experts of the step before, where ranks share them.
+        """Choose the previous step's busiest experts for replication, if expert parallelism is on.
 
-        Every rank knows the same load, and so chooses the same. Before the first step it is even, and none is chosen.
+        All ranks know the same load and choose alike. Before the first step the load is even, so none is chosen.
         """
         number = self.config.replicated_experts
         if not number or self.groups.expert is None or self.load is None:
@@ -131,13 +135,14 @@ class Router(Module):
         if self.config.is_spawned(self.step):
             self.replicated = busiest(self.load.tolist(), number, self.config.replicate_above)
         else:
+            # All tokens go to the first expert.
             self.replicated = (0,)
 
     def _to_the_first(self, logits: Tensor, temperature: Tensor | float, training: bool) -> Routing:
-        """Every token goes to the first expert as to a feed-forward: no losses, no capacity."""
+        """Send every token to the first expert, as to a dense feed-forward: no auxiliary losses, no capacity limit."""
         keep = torch.zeros_like(logits, dtype=torch.bool)
         keep[:, 0] = True
-        # Zeros, so that the router's parameters have a gradient, which the sums over ranks may wait for.
+        # The zero term gives the router's parameters a gradient, which gradient reductions may wait for.
         gates = keep.float() + 0.0 * (logits + temperature)
         if training and not is_recomputing():
             nothing = logits.new_zeros(())
@@ -183,19 +188,21 @@ class Router(Module):
     def _losses(
         self, logits: Tensor, probabilities: Tensor, keep: Tensor, shape_TB: torch.Size
     ) -> tuple[Tensor, Tensor]:
-        """Balance and z-loss, summed over this rank's tokens, the coefficients applied."""
+        """Return balance loss and z-loss, summed over this rank's tokens and multiplied by their coefficients."""
         losses = self.config.losses
         balance = z = logits.new_zeros(())
         if losses.balance:
             p_TBE = probabilities.view(*shape_TB, -1)
             share = self._share(keep.view(*shape_TB, -1))
+            # arXiv 2101.03961, as a sum over tokens.
             balance = losses.balance * self.config.num_experts * (p_TBE * share).sum()
         if losses.z:
+            # arXiv 2202.08906, as a sum over tokens.
             z = losses.z * logits.logsumexp(-1).square().sum()
         return balance, z
 
     def _share(self, keep_TBE: Tensor) -> Tensor:
-        """The load of each expert, a share of what is kept: float32 [E], or [B, E] for that of each sequence."""
+        """Return each expert's share of the kept assignments, float32 [E], or [B, E] with the scope `sequence`."""
         if self.load is not None and self.config.losses.scope == "global":
             return self.load.float()
         by_sequence = self.config.losses.scope == "sequence"
@@ -203,7 +210,7 @@ class Router(Module):
         return counts / counts.sum(-1, keepdim=True)
 
     def _fit(self, gates: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hold the experts to their capacity: gates, the routing map, and the number of dropped assignments."""
+        """Enforce the experts' capacity. Return gates, the routing map, and the number of dropped assignments."""
         config = self.config
         if config.capacity_factor is None:
             return gates, keep, gates.new_zeros(())
@@ -222,7 +229,7 @@ class Router(Module):
         z: Tensor,
         temperature: Tensor | float,
     ) -> None:
-        """Add a micro-batch to the step's statistics."""
+        """Add a micro-batch to the step's counters."""
         if self.statistics is None:
             return
         tokens = len(keep)
@@ -233,7 +240,7 @@ class Router(Module):
 
 
 class _AddLoss(torch.autograd.Function):
-    """Pass x on; in backward a loss that is not part of the reported one gets its gradient, `scale`."""
+    """Identity on x that also back-propagates `scale` into a loss that the reported loss does not include."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -247,9 +254,9 @@ class _AddLoss(torch.autograd.Function):
 
 
 def busiest(load: Sequence[float], number: int, above: float) -> tuple[int, ...]:
-    """At most `number` experts with the largest loads of those beyond `above` times the mean, in ascending order.
+    """Return up to `number` of the most loaded experts above `above` times the mean load, in ascending order.
 
-    Of equal ones the first.
+    Ties go to the lower index.
     """
     limit = above * sum(load) / len(load)
     busy = [expert for expert, share in enumerate(load) if share > limit]
@@ -257,50 +264,51 @@ def busiest(load: Sequence[float], number: int, above: float) -> tuple[int, ...]
 
 
 def fit_capacity(gates: Tensor, keep: Tensor, capacity: int) -> Tensor:
-    """The `capacity` tokens of the largest gates of each expert, bool [N, E], of equal ones the first.
+    """Select the `capacity` tokens with the largest gates of each expert, bool [N, E]. Ties go to the first token.
 
-    Those it does not keep come last. Without tokens there is nothing to fit.
+    Tokens outside `keep` rank last. With zero capacity nothing is selected.
     """
     weight = gates.detach().masked_fill(~keep, -1.0)
     return largest(weight.T, capacity).T if capacity else torch.zeros_like(keep)
 
 
 def token_keys(tokens: Tensor, positions: Tensor) -> Tensor:
-    """What tells tokens apart for the noise, int64: the token and its position in its document.
+    """Return int64 keys that identify tokens for the noise, made of the token and its position in its document.
 
-    They are known alike to every rank of every layout, and in the recomputation. Tokens that agree in both share their
-    noise within a step.
+    Every rank of every layout knows them, and so does the recomputation. Tokens that agree in both share their noise
+    within a step.
     """
     return _mix(tokens * 0x1_0000_0000 + positions)
 
 
 def gumbel_noise(keys_N: Tensor, experts: int, seed: int, step: int) -> Tensor:
-    """Standard Gumbel noise [N, E], float32: a function of its arguments, the same on every device."""
+    """Return standard Gumbel noise [N, E], float32. A function of its arguments, equal on every device."""
+    # A counter-based generator: torch's own would depend on the device and on the order of the tokens.
     counters = keys_N[:, None] + torch.arange(experts, device=keys_N.device)
     bits = _mix(_mix(counters) ^ _signed(seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 1))
     return gumbel(bits)
 
 
 def gumbel(bits: Tensor) -> Tensor:
-    """Standard Gumbel numbers from random int64, float32."""
-    # With one bit more, float32 would round the largest up to 1, and the noise to infinity.
+    """Convert random int64 to standard Gumbel numbers, float32."""
+    # 23 bits: with one more, float32 would round the largest uniform up to 1, and the noise to infinity.
     uniform = ((bits & 0x7FFFFF).float() + 0.5) / 0x800000
     return -(-uniform.log()).log()
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 (the finalizer of splitmix64, Steele et al. 2014)."""
+    """Scramble int64 with the finalizer of splitmix64 (Steele et al. 2014)."""
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shift to the right, zeros coming in; torch's own shift repeats the sign."""
+    """Shift right and fill with zeros. torch's own shift repeats the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The signed 64-bit integer of the same bits."""
+    """Return the signed 64-bit integer with the same bits."""
     value &= 0xFFFFFFFFFFFFFFFF
     return value - (1 << 64) if value >> 63 else value

@@ -1,7 +1,7 @@
-"""Experts as copies: of a dense feed-forward (trainer.upcycle), or of the first expert during a run.
+"""Creates experts as copies of a dense feed-forward (trainer.upcycle), or of the first expert during a run.
 
-The second is how EvoMoE (arXiv 2112.14397) has its experts begin: train one, spawn the others as masked copies, then
-let the gate become sparse. Its published code lacks that step, so share and scaling here are not the paper's.
+The latter is how experts begin in EvoMoE (arXiv 2112.14397): train one, spawn the others as masked copies, then let the
+gate become sparse. The paper's published code lacks the spawning, so share and scaling here are not the paper's.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from models.decoder import Decoder
 from models.moe.router import Router, token_keys
 from models.parameters import Groups, draw, parameter_rows, seeded_generator
 
-# Tokens that the mean of gates with noise is taken over: its error is below 1 %.
+# Number of tokens to average noisy gates over. The error of the mean is then below 1 %.
 _TOKENS = 4096
 
 
-@torch.enable_grad()  # the router takes what has no gradient for validation, and leaves out the noise
+@torch.enable_grad()  # without gradients the router assumes validation, and omits the noise
 def expected_gates(moe: MoEConfig) -> float:
-    """What a token's gates add up to at the gate's first training step, on average, with router weights near zero.
+    """Return the average sum of a token's gates at the gate's first training step, with router weights near zero.
 
-    k / N where all scores add up to one, 1 where the chosen ones do, k / 2 for sigmoids left as they are; of a
-    dense-to-sparse gate the share that it keeps, its noise included.
+    This is k / N if all scores add up to one, 1 if the chosen ones do, and k / 2 for plain sigmoids. For a
+    dense-to-sparse gate it is the share that the gate keeps, noise included.
     """
     router = Router(replace(moe, capacity_factor=None, pad_to_capacity=False, spawn_step=None), hidden_size=1)
     draw(router, ModelConfig(moe=moe), seed=0)
@@ -37,7 +37,7 @@ def expected_gates(moe: MoEConfig) -> float:
 
 
 def masked_copy(matrix: Tensor, share: float, seed: int, name: str) -> Tensor:
-    """A matrix with a share of its weights set to zero, drawn by (seed, name), and the others grown as in dropout."""
+    """Set a share of a matrix's weights to zero, chosen by (seed, name), and scale up the others as in dropout."""
     if not share:
         return matrix.clone()
     drawn = torch.rand(matrix.shape, generator=seeded_generator(seed, name)).to(matrix.device)
@@ -45,18 +45,19 @@ def masked_copy(matrix: Tensor, share: float, seed: int, name: str) -> Tensor:
 
 
 def expert_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor, bool]]:
-    """The weights of routed experts by name, and whether they write the experts' output."""
+    """Yield the routed experts' weights by name, and whether they write the experts' output."""
     for name, row in parameter_rows(decoder).items():
         if row.placement.expert:
             yield name, row.tensor, row.placement.writes_residual
 
 
 def spawned(weight_EOD: Tensor, name: str, writes_output: bool, moe: MoEConfig, seed: int, groups: Groups) -> Tensor:
-    """The experts [E, O, D] of this rank as masked copies of the first of all ranks; every rank calls it.
+    """Return this rank's experts [E, O, D] as masked copies of the first expert of all ranks. Every rank calls this.
 
-    What writes the output is divided by what the gates begin with, so that the copies together put out what the first
-    did alone.
+    Weights that write the output are divided by the gates' initial sum. All copies together then produce the output
+    that the first expert produced alone.
     """
+    # In float32, so that bf16 weights are divided and masked before they are rounded once.
     first = weight_EOD[0].detach().to(torch.float32, copy=True)
     begin = 0
     if groups.expert is not None:

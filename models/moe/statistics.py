@@ -1,9 +1,10 @@
-"""What routers count in a step, summed over micro-batches and ranks, and what follows from it.
+"""Collects the routers' counters of a step, sums them over micro-batches and ranks, and updates the routers.
 
-Each router adds up, once for each micro-batch (not again in the recomputation), float64 [E + 7]: the load of every
-expert before any are dropped, then dropped assignments, entropy (nats), balance loss, z-loss, temperature, experts of
-which every rank has a copy, each summed over tokens, and tokens. The engine sums the rows of all layers over all ranks,
-along with the loss: every token is on one rank, and a pipeline stage has zeros for the layers that it lacks.
+Each router adds to float64 [E + 7], once per micro-batch and not in its recomputation. The first E entries are the load
+of every expert before any assignment is dropped. Then come dropped assignments, entropy (nats), balance loss, z-loss,
+temperature and replicated experts, each summed over tokens, and the number of tokens. The engine sums the rows of all
+layers over all ranks, together with the loss. Each token counts on one rank, and a pipeline stage contributes zeros for
+layers that it lacks.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ _AFTER_LOAD = ("dropped", "entropy", "balance", "z", "temperature", "replicated"
 
 
 def routers(decoders: Iterable[Decoder]) -> dict[int, Router]:
-    """The routers of a rank's stages, by layer."""
+    """Return the routers of a rank's stages, by layer."""
     return {
         int(layer): module
         for decoder in decoders
@@ -31,13 +32,13 @@ def routers(decoders: Iterable[Decoder]) -> dict[int, Router]:
 
 
 def set_step(decoders: Iterable[Decoder], step: int) -> None:
-    """Have the routers' schedules stand where they do at a training step (steps taken before it)."""
+    """Set the routers' schedules to a training step (steps taken before it)."""
     for router in routers(decoders).values():
         router.step = step
 
 
 def begin_step(decoders: Iterable[Decoder], step: int, loss_scale: float = 1.0) -> None:
-    """Tell the routers the step, and what the loss is multiplied with before backward; count from zero."""
+    """Set the routers' step and the factor of the loss before backward, and reset the counters."""
     set_step(decoders, step)
     for router in routers(decoders).values():
         router.loss_scale = loss_scale
@@ -47,20 +48,21 @@ def begin_step(decoders: Iterable[Decoder], step: int, loss_scale: float = 1.0) 
 
 
 def collect(decoders: Iterable[Decoder], config: ModelConfig) -> list[float]:
-    """What this rank has counted, to be summed over all ranks: rows of all MoE layers, one after the other."""
+    """Return this rank's counters, to be summed over all ranks: the rows of all MoE layers, concatenated."""
     own = routers(decoders)
     if not config.moe_layers():
         return []
     device = next((router.weight.device for router in own.values()), torch.device("cpu"))
     empty = torch.zeros(config.moe.num_experts + len(_AFTER_LOAD), dtype=torch.float64, device=device)
+    # Every rank sends all layers, because the sum needs equal lengths.
     rows = [own[layer].statistics if layer in own else empty for layer in config.moe_layers()]
-    # One read of the device, whatever the number of layers.
+    # A single device-to-host copy for all layers.
     counted: list[float] = torch.stack([row for row in rows if row is not None]).flatten().tolist()
     return counted
 
 
 def finish_step(decoders: Iterable[Decoder], config: ModelConfig, totals: list[float]) -> None:
-    """Bring selection biases and loads up to date with the sums over all ranks of what `collect` gave."""
+    """Update selection biases and loads from the sums over all ranks of `collect`."""
     loads, _ = _parts(config, totals)
     own = routers(decoders)
     for layer, load in zip(config.moe_layers(), loads, strict=True):
@@ -68,8 +70,9 @@ def finish_step(decoders: Iterable[Decoder], config: ModelConfig, totals: list[f
             continue
         router = own[layer]
         if not router.config.is_spawned(router.step):
-            # The only expert's load is no measure of a choice.
+            # Before spawning all tokens go to one expert, so the load measures no choice.
             continue
+        # A fixed step towards the mean load (auxiliary-loss-free balancing, arXiv 2408.15664).
         if router.bias is not None:
             router.bias += config.moe.router.bias_update_rate * (load.mean() - load).sign().to(router.bias)
         if router.load is not None:
@@ -77,8 +80,10 @@ def finish_step(decoders: Iterable[Decoder], config: ModelConfig, totals: list[f
 
 
 def metrics(config: ModelConfig, totals: list[float]) -> dict[str, Any]:
-    """The `moe/` metrics of a step from the sums over all ranks: means over layers, but `dead_experts`,
-    `dropped_tokens` (assignments) and `replicated_experts`, which are sums, and `load`, the experts' shares by layer.
+    """Compute the `moe/` metrics of a step from the sums over all ranks.
+
+    Metrics are means over layers, except the sums `dead_experts`, `dropped_tokens` (assignments) and
+    `replicated_experts`, and `load`, which holds the experts' shares by layer.
     """
     if not config.moe_layers():
         return {}
@@ -103,7 +108,7 @@ def metrics(config: ModelConfig, totals: list[float]) -> dict[str, Any]:
 
 
 def _parts(config: ModelConfig, totals: list[float]) -> tuple[Tensor, Tensor]:
-    """The loads [L, E] of the MoE layers, and the rest [L, 7]."""
+    """Split the sums into the loads [L, E] of the MoE layers, and the rest [L, 7]."""
     layers, experts = len(config.moe_layers()), config.moe.num_experts
     rows = torch.tensor(totals, dtype=torch.float64).view(layers, experts + len(_AFTER_LOAD) if layers else 0)
     return rows[:, :experts], rows[:, experts:]

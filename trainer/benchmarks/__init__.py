@@ -1,5 +1,5 @@
-"""Benchmarks for `spiketrain bench NAME`, one module each, and what they share.
+"""Benchmarks for `spiketrain bench NAME`, one module each, and their shared code.
 
-Absolute times differ from machine to machine and from minute to minute. So both sides run in one process and by turns,
-and what counts is the ratio of their medians.
+Absolute times vary between machines and over minutes. Both sides of a comparison therefore alternate in one process,
+and the result is the ratio of their medians.
 """

@@ -1,7 +1,7 @@
-"""Peak host memory of a rank while its shard of a model is built and drawn, against the shard itself.
+"""Peak host memory of a rank that builds and initialises its shard of a model, relative to the shard's size.
 
-The rank is that of the largest pipeline stage of a recipe's layout, in a world of fake process groups: it exchanges
-nothing to build its shard. Compared are bytes of resident memory, so that pages that were never written do not count.
+The rank belongs to the largest pipeline stage of a recipe's layout. Its process groups are fake, because building a
+shard needs no communication. Resident memory is compared, so pages that were never written do not count.
 """
 
 import multiprocessing
@@ -21,14 +21,14 @@ DESCRIPTION = "Peak host memory while a rank's shard of a model is built and dra
 
 @dataclass
 class Config:
-    """Recipes and their layouts.
+    """Recipes and layouts to measure.
 
     Attributes:
         json: Write the comparisons to this file.
-        recipes: Recipes for pre-training (YAML).
-        tensor: Tensor-parallel ranks in place of the recipes'; 0 leaves them.
-        expert: Expert-parallel ranks in place of the recipes'; 0 leaves them.
-        pipeline: Pipeline stages in place of the recipes'; 0 leaves them.
+        recipes: Pretraining recipes (YAML).
+        tensor: Tensor-parallel ranks. 0 takes the recipe's.
+        expert: Expert-parallel ranks. 0 takes the recipe's.
+        pipeline: Pipeline stages. 0 takes the recipe's.
     """
 
     json: str | None = None
@@ -53,18 +53,19 @@ class Config:
             raise ConfigError("peak memory is read from /proc, which Linux alone has; run this benchmark there")
 
     def layout(self, recipe: PretrainConfig) -> ParallelConfig:
-        """The recipe's layout with the changes that were asked for."""
+        """Return the recipe's layout with the configured changes."""
         asked = {name: value for name in ("tensor", "expert", "pipeline") if (value := getattr(self, name))}
-        # A rank of experts' own tokens: with both, the residual stream is sharded, too.
+        # Expert parallelism with tensor parallelism requires sequence parallelism: each rank routes its own tokens.
         return replace(recipe.parallel, **asked, sequence=asked.get("tensor", recipe.parallel.tensor) > 1)
 
 
 def main(config: Config) -> None:
-    """Build the largest rank of every recipe and print the table."""
+    """Build every recipe's largest rank and print the table."""
     lines = []
     for path in config.recipes:
         recipe, _ = parse(PretrainConfig, make_parser(PretrainConfig, ""), [f"--config={path}"])
         say(f"{path}: building its largest rank")
+        # A new process per recipe, because a process's peak memory never falls.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             layers, shard, peak, seconds = pool.apply(_build, (recipe, config.layout(recipe)))
         lines.append(
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
 
 
 def _build(config: PretrainConfig, parallel: ParallelConfig) -> tuple[range, int, int, float]:
-    """The layers of the largest stage, the bytes of a rank's shard, the rise of memory to its peak, and seconds."""
+    """Return the largest stage's layers, the bytes of a rank's shard, the peak rise of memory, and seconds."""
     import torch
 
     from models.decoder import build, initialize
@@ -99,7 +100,7 @@ def _build(config: PretrainConfig, parallel: ParallelConfig) -> tuple[range, int
 
         layers = max(parallel.stage_layers(model.num_layers), key=shard_bytes)
         size = shard_bytes(layers)
-        # The libraries' own memory, which drawing a small matrix makes them take.
+        # Drawing a small matrix first makes the libraries allocate their own memory, which must not count.
         torch.empty(1024, 64).normal_()
         before, start = resident_bytes(), time.monotonic()
         initialize(build(model, vocab_size, layers, groups=groups, dtype=dtype), config.train.seed)

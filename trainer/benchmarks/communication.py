@@ -1,10 +1,10 @@
-"""Bytes that context-parallel layers send, counted at the process group, beside formulas.
+"""Bytes sent by context-parallel layers, counted at the process group and compared with formulas.
 
-Sent per rank as by ring algorithms on P ranks: all_gather (P-1) m of a rank's own m bytes, all_reduce 2 (P-1)/P m,
-all-to-all what goes to others. A linear layer gathers its (M, C) and sums its gradient: 3 (P-1) |(M, C)|. Full
-attention exchanges q, k, v and o, forward and backward: 2 (P-1)/P of them. A window sends its halo to the next rank
-and that halo's gradient to the one before. Shapes are those of one row and float32; only the operators run, not the
-convolutions and projections around them.
+Bytes are per rank, as ring algorithms on P ranks send them: all_gather (P-1) m for a rank's own m bytes, all_reduce
+2 (P-1)/P m, all-to-all the bytes for other ranks. A linear layer gathers its (M, C) and reduces its gradient:
+3 (P-1) |(M, C)|. Full attention exchanges q, k, v and o, forward and backward: 2 (P-1)/P of them. A sliding window
+sends its halo to the next rank and the halo's gradient to the previous one. Shapes are those of a single row in
+float32. Only the operators run, without the convolutions and projections around them.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from trainer.benchmarks.report import Comparison, report, say
 from trainer.errors import ConfigError
 
 DESCRIPTION = "Bytes that each rank sends for context-parallel layers, forward and backward, against formulas."
-# The elements of M, what a rank's tokens do to a state, per head of D keys: a number, a diagonal, or a matrix.
+# Elements of M, the effect of a rank's tokens on a state, per head with D keys: a number, a diagonal or a matrix.
 _TRANSITIONS: dict[str, Callable[[int], int]] = {
     "retention": lambda dim: 1,
     "gla": lambda dim: dim,
@@ -26,21 +26,22 @@ _TRANSITIONS: dict[str, Callable[[int], int]] = {
     "gated_delta_rule": lambda dim: dim * dim,
 }
 TOLERANCE = 0.1
+# Bytes of a float32 element.
 ELEMENT = 4
 
 
 @dataclass
 class Config:
-    """Sizes.
+    """Sizes to measure.
 
     Attributes:
         json: Write the comparisons to this file.
-        seq_lens: Tokens in the whole sequence.
-        full_seq_lens: The same for full attention, whose time is quadratic.
+        seq_lens: Tokens of the whole sequence.
+        full_seq_lens: Tokens for full attention, whose time is quadratic.
         ranks: Sizes of the context-parallel group.
-        heads: Heads of every layer.
-        head_dim: Width of a head's keys and values.
-        window: Keys that a query of sliding-window attention sees.
+        heads: Heads per layer.
+        head_dim: Key and value size of a head.
+        window: Keys visible to a query of sliding-window attention.
     """
 
     json: str | None = None
@@ -63,7 +64,7 @@ class Config:
 
 
 def predicted(kind: str, time: int, ranks: int, rank: int, config: Config) -> int:
-    """Bytes that `rank` sends for one layer, forward and backward, of a row of `time` tokens."""
+    """Return the bytes that `rank` sends for a layer, forward and backward, of a row of `time` tokens."""
     heads, dim = config.heads, config.head_dim
     if kind == "full_attention":
         return 2 * (ranks - 1) * (time // ranks) * heads * 4 * dim * ELEMENT // ranks
@@ -74,7 +75,7 @@ def predicted(kind: str, time: int, ranks: int, rank: int, config: Config) -> in
 
 
 def _count(kind: str, time: int, config: Config) -> dict[str, int]:
-    """Bytes that this rank sends, by collective."""
+    """Run a layer, and return the bytes that this rank sends, by collective."""
     import torch
     import torch.distributed as dist
 
@@ -107,8 +108,9 @@ def _count(kind: str, time: int, config: Config) -> dict[str, int]:
 def _work(rank: int, ranks: int, config: Config, cases: list[tuple[str, int]], folder: str) -> None:
     import torch
     import torch.distributed as dist
-    import torch.distributed.nn  # before there is a group, which it would keep, with its threads
+    import torch.distributed.nn  # import before creating a group: it would keep the group, with its threads
 
+    # The ranks share this machine's cores.
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     try:
@@ -123,7 +125,7 @@ def _work(rank: int, ranks: int, config: Config, cases: list[tuple[str, int]], f
 
 
 def main(config: Config) -> None:
-    """Count, print the table, and exit with 1 where a count is more than a tenth off its formula."""
+    """Count, print the table, and exit with 1 if a count differs from its formula by more than a tenth."""
     import torch
     from torch.multiprocessing.spawn import spawn
 

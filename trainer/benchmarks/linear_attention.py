@@ -1,7 +1,7 @@
-"""Forward and backward of every linear attention against the code that others would run on a CPU.
+"""Every linear attention, forward and backward, against the code that others would run on a CPU.
 
-The peers: transformers' torch fallback of the gated delta rule, fla-core's naive recurrences, causal SDPA; for the
-sliding window SDPA with a boolean mask; for the whole mixer that of transformers' Qwen3-Next.
+Peers: transformers' torch fallback of the gated delta rule, fla-core's naive recurrences, and causal SDPA. The sliding
+window is compared with SDPA and a boolean mask, and the whole mixer with that of transformers' Qwen3-Next.
 """
 
 import importlib
@@ -29,23 +29,23 @@ Step = Callable[[], object]
 
 @dataclass
 class Config:
-    """Sizes and what to measure.
+    """Sizes and parts to measure.
 
     Attributes:
         json: Write the comparisons to this file.
-        parts: What to measure; all by default.
+        parts: Parts to measure. All by default.
         seq_lens: Tokens of the single row, for the fallback and SDPA.
-        naive_seq_len: Tokens for fla-core's token-by-token forms, which are measured once.
+        naive_seq_len: Tokens for fla-core's token-by-token forms, which are timed once.
         scaling_seq_lens: Tokens over which the growth of each variant's time is fitted.
         window_seq_len: Tokens of the sliding-window comparison.
-        window: Keys that a query of it sees.
+        window: Keys visible to a query in it.
         mixer_seq_len: Tokens of the mixer comparison.
-        heads: Heads.
-        head_dim: Key and value size of each.
-        rounds: Timed calls of each side; one of the naive forms and of SDPA with a mask.
+        heads: Number of heads.
+        head_dim: Key and value size of a head.
+        rounds: Timed calls of each side. The naive forms and SDPA with a mask are timed once.
         warmup: Untimed calls of each side before.
-        threads: CPU threads; 0 takes every core.
-        keep_freed_memory: Have the C library keep freed memory, as training does, for all sides.
+        threads: CPU threads. 0 takes every core.
+        keep_freed_memory: Make the C library keep freed memory for all sides, as in training.
     """
 
     json: str | None = None
@@ -107,7 +107,7 @@ def _medians(config: Config, sides: Mapping[str, Step], slow: bool = False) -> d
 
 
 def _inputs(config: Config, time: int) -> "dict[str, Tensor]":
-    """Queries and keys of unit norm, mild decays: [1, T, H, D]."""
+    """Return tensors [1, T, H, D]: queries and keys of unit norm, mild decays."""
     import torch
     import torch.nn.functional as F
 
@@ -125,7 +125,7 @@ def _inputs(config: Config, time: int) -> "dict[str, Tensor]":
 
 
 def _arguments(variant: str, x: "dict[str, Tensor]") -> "list[Tensor]":
-    """The inputs of a variant, in the order of its function's arguments."""
+    """Return a variant's inputs, in the order of its function's arguments."""
     names = {
         "retention": ("q", "k", "v", "fixed_decay"),
         "gla": ("q", "k", "v", "channel_decay"),
@@ -140,7 +140,7 @@ def _arguments(variant: str, x: "dict[str, Tensor]") -> "list[Tensor]":
 
 
 def _step(function: "Callable[..., Any]", arguments: "list[Tensor]") -> Step:
-    """Forward and backward of sum(o), the gradients thrown away."""
+    """Return a step: forward and backward of sum(o). The gradients are discarded."""
     import torch
 
     def step() -> None:
@@ -153,16 +153,17 @@ def _step(function: "Callable[..., Any]", arguments: "list[Tensor]") -> Step:
 def _ours(variant: str, x: "dict[str, Tensor]") -> Step:
     from kernels import linear_attention
 
+    # Kimi's rule is the gated delta rule with a decay per channel; one function computes both.
     name = "gated_delta_rule" if variant == "kimi_delta_rule" else variant
     return _step(getattr(linear_attention, name), _arguments(variant, x))
 
 
 def gated_delta_rule_flops(chunk: int, key_dim: int, value_dim: int) -> float:
-    """FLOPs of the matrix products for one token of one head, forward and backward, the inverse's left out.
+    """Count the FLOPs of the matrix products per token and head, forward and backward, without the inverse's.
 
-    Forward: scores 4CK, the inverse's 2CK and 2CV, residual, writes and reads 2KV each, outputs 2CV. Backward: scores
-    and the inverse's 6CK again, gradients of the residual 2CV and 2KV, of the state 4KV, of v 2CV, of the scores 4CV,
-    of the decayed factors 6KV, of q, k and beta 8CK.
+    Forward: scores 4CK, products with the inverse 2CK and 2CV, residual, writes and reads 2KV each, outputs 2CV.
+    Backward: scores and inverse 6CK again, gradients of the residual 2CV and 2KV, of the state 4KV, of v 2CV, of the
+    scores 4CV, of the decayed factors 6KV, of q, k and beta 8CK.
     """
     return 20.0 * chunk * key_dim + 18.0 * key_dim * value_dim + 12.0 * chunk * value_dim
 
@@ -185,6 +186,7 @@ def _against_fallback(config: Config) -> list[Comparison]:
         seconds = _medians(config, sides)
         ours, peer = seconds["gated_delta_rule"], seconds["fallback"]
         flops = time * config.heads * gated_delta_rule_flops(CHUNK, config.head_dim, config.head_dim)
+        # Measured right beside the timing, because a machine's speed varies over minutes.
         peak = measure_matmul(torch.float32)
         share = f"its products at {flops / ours / peak:.2f} of the matmul peak of {peak / 1e9:.0f} GFLOP/s"
         case = f"gated_delta_rule, transformers' fallback, T={time}"
@@ -223,6 +225,7 @@ def _against_naive(config: Config) -> list[Comparison]:
     peers: dict[str, Callable[..., Any]] = {
         "gla": naive("gla", "naive_recurrent_gla"),
         "hgrn": naive("hgrn", "naive_recurrent_hgrn"),
+        # Here fla-core's layout is [B, H, T, D].
         "delta_rule": lambda *inputs: delta(*(x.transpose(1, 2) for x in inputs)),
         "gated_delta_rule": lambda q, k, v, decay, beta: gated(q, k, v, beta, decay),
         "kimi_delta_rule": naive("kda", "naive_recurrent_kda"),
@@ -247,6 +250,7 @@ def _scaling(config: Config) -> list[Comparison]:
         for variant, taken in _medians(config, {variant: _ours(variant, x) for variant in VARIANTS}).items():
             seconds[variant].append(taken)
     lines = []
+    # The slope in log-log coordinates is the exponent: 1 for linear time.
     for variant, every in seconds.items():
         slope = statistics.linear_regression([math.log(time) for time in lengths], [math.log(t) for t in every]).slope
         case, note = f"{variant}, growth from {lengths[0]} to {lengths[-1]}", f"{every[-1]:.3g} s at {lengths[-1]}"
@@ -264,6 +268,7 @@ def _window(config: Config) -> list[Comparison]:
     say(f"sliding window of {window}, {time} tokens; this takes a while")
     x = _inputs(config, time)
     distance = torch.arange(time)[:, None] - torch.arange(time)
+    # True where a query sees a key: at most window - 1 tokens back.
     mask = (distance >= 0) & (distance < window)
 
     def masked(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
@@ -307,8 +312,10 @@ def _mixer(config: Config) -> list[Comparison]:
     def their_forward(x: "Tensor", *_: "Tensor") -> Any:
         return theirs(x.transpose(0, 1)).transpose(0, 1)
 
+    # Timing means nothing unless both sides compute the same function.
     with torch.no_grad():
         difference = float((our_forward(x_TBD) - their_forward(x_TBD)).norm() / their_forward(x_TBD).norm())
+    # `not <` also refuses NaN.
     if not difference < 1e-4:
         raise RuntimeError(f"the mixers differ by {difference:.1e} on the same weights")
     sides = {

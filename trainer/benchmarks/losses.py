@@ -1,7 +1,7 @@
-"""Memory and time of what is fused with the linear head against torch's functions on the full logits.
+"""Memory and time of losses fused with the linear head, against torch's functions on full logits.
 
-The cross entropy against F.cross_entropy; the tokens' log-probabilities and entropies against log_softmax; the
-divergence from a teacher's distributions against log_softmax and F.kl_div.
+Cross entropy is compared with F.cross_entropy, the tokens' log-probabilities and entropies with log_softmax, and the
+divergence from a teacher with log_softmax and F.kl_div.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ _TITLES: dict[Part, str] = {
     "scoring": "linear + log-probabilities, forward alone",
     "distillation": "linear of student and teacher + divergence, forward and backward",
 }
-# Both sides must agree so far, ‖a − b‖ / ‖b‖ of every result and gradient, on as many tokens.
+# Required agreement of both sides, ‖a − b‖ / ‖b‖ of every result and gradient, on this many tokens.
 _LARGEST_DIFFERENCE = 1e-5
 _COMPARED_TOKENS = 256
 
@@ -41,15 +41,15 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        parts: What to measure; log_probs of 4096 tokens takes 13 GB and more on full logits, distillation 15 GB.
+        parts: Parts to measure. On full logits of 4096 tokens log_probs takes 13 GB or more, and distillation 15 GB.
         tokens: Rows of the hidden states.
-        hidden_size: Their width.
-        teacher_hidden_size: Width of the teacher's, for distillation.
+        hidden_size: Width of the hidden states.
+        teacher_hidden_size: Width of the teacher's hidden states, for distillation.
         vocab_size: Rows of the head.
         rounds: Timed calls of each side.
         warmup: Untimed calls of each side before.
-        threads: CPU threads; 0 takes every core.
-        clock: wall, or cpu: this process's CPU time, which is fair on a shared machine; with one thread only.
+        threads: CPU threads. 0 takes every core.
+        clock: wall, or cpu: this process's CPU time, which is fair on a shared machine. cpu needs one thread.
     """
 
     json: str | None = None
@@ -85,12 +85,14 @@ def main(config: Config) -> None:
 
 
 def _measure(config: Config, part: Part, threads: int) -> list[Comparison]:
-    """Memory, each side in a process of its own, then time by turns."""
+    """Measure memory, each side in its own process, then time, the sides alternating."""
+    # Before timing: the figures mean nothing if the sides compute different functions.
     difference = _difference(config, part)
     sides: tuple[Side, ...] = ("ours", "full logits")
     peaks = []
     for side in sides:
         say(f"{part}: memory of {side}")
+        # A new process per side: memory that the first side freed would hide the second side's peak.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks.append(pool.apply(_peak_memory, (config, part, side, threads)))
     say(f"{part}: time")
@@ -112,21 +114,22 @@ def _measure(config: Config, part: Part, threads: int) -> list[Comparison]:
 
 
 def _difference(config: Config, part: Part) -> float:
-    """The largest one between the sides' results and gradients, of some of the tokens.
+    """Return the largest difference between both sides' results and gradients, on some of the tokens.
 
     Raises:
-        RuntimeError: it is too large for a comparison of time to mean anything.
+        RuntimeError: it is too large, so a comparison of times would mean nothing.
     """
     tokens = min(config.tokens, _COMPARED_TOKENS)
     both = (_call(config, part, side, tokens)() for side in ("ours", "full logits"))
     largest = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(*both, strict=True))
+    # `not <=` also refuses NaN.
     if not largest <= _LARGEST_DIFFERENCE:
         raise RuntimeError(f"{part}: fused and full logits differ by {largest:.0e}")
     return largest
 
 
 def _call(config: Config, part: Part, side: Side, tokens: int | None = None) -> Callable[[], "list[Tensor]"]:
-    """A side's results and the gradients of a weighted sum of them; of all of the configuration's tokens, or some."""
+    """Return a call that computes a side's results and the gradients of their weighted sum, on all or some tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +152,7 @@ def _call(config: Config, part: Part, side: Side, tokens: int | None = None) -> 
             with torch.no_grad():
                 return results()
         found = results()
-        # Of log_probs a policy gradient and its entropy bonus.
+        # For log_probs: a policy gradient with an entropy bonus.
         loss = (found[0] * advantages).sum() + 0.01 * found[1].sum() if part == "log_probs" else found[0]
         return [*(x.detach() for x in found), *torch.autograd.grad(loss, (hidden, weight))]
 
@@ -185,12 +188,12 @@ def _on_full_logits(
 
 
 def _peak_memory(config: Config, part: Part, side: Side, threads: int) -> int:
-    """Bytes by which a first call raises this process's resident memory, at its highest."""
+    """Return the bytes by which a first call raises this process's peak resident memory."""
     import torch
 
     torch.set_num_threads(threads)
     call = _call(config, part, side)
-    # The libraries' own memory, which a small product makes them take, is no part of the loss.
+    # A small product makes the libraries allocate their own memory, which is not part of the loss.
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = resident_bytes()
     call()

@@ -1,7 +1,7 @@
-"""Forward and backward of a mixture-of-experts layer against a loop over experts and transformers' Mixtral block.
+"""A mixture-of-experts layer, forward and backward, against a loop over experts and transformers' Mixtral block.
 
-All sides have the same weights and the same choice of experts, and must agree before any is timed. The part `systems`
-times nothing: it counts what recomputation and copies of experts cost and save (trainer.benchmarks.moe_systems).
+All sides have the same weights and select the same experts. They must agree before any is timed. The part `systems`
+times nothing: it counts the cost and savings of recomputation and expert replication (trainer.benchmarks.moe_systems).
 """
 
 import math
@@ -48,7 +48,7 @@ def main(config: Config) -> None:
 
 
 def _mixtral(config: Config, layer: "MoELayer", implementation: str) -> Any:
-    """Transformers' block with the weights of ours: `eager` is its own loop, `grouped_mm` what its models take."""
+    """Build transformers' block with our weights: `eager` loops over experts, `grouped_mm` is its models' default."""
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -71,11 +71,12 @@ def _mixtral(config: Config, layer: "MoELayer", implementation: str) -> Any:
 
 
 def _loop_over_experts(layer: "MoELayer", x_ND: "Tensor", top_k: int) -> "Tensor":
-    """The layer in plain operations, one expert after another, with index_add."""
+    """Compute the layer in plain operations, one expert at a time, with index_add."""
     import torch
     import torch.nn.functional as F
 
     weights, chosen = F.linear(x_ND, layer.router.weight).softmax(-1).topk(top_k, dim=-1)
+    # Mixtral normalises the selected gates, after the softmax over all experts.
     weights = weights / weights.sum(-1, keepdim=True)
     y_ND, experts = torch.zeros_like(x_ND), layer.experts
     assert experts.gate_proj is not None, "SwiGLU has a gate"
@@ -89,7 +90,7 @@ def _loop_over_experts(layer: "MoELayer", x_ND: "Tensor", top_k: int) -> "Tensor
 
 
 def _step(forward: "Callable[[Tensor], Tensor]", x: "Tensor", weights: "Sequence[Tensor]") -> Step:
-    """Forward and backward of sum(y²), the gradients thrown away."""
+    """Return a step: forward and backward of sum(y²). The gradients are discarded."""
     import torch
 
     return lambda: torch.autograd.grad(forward(x).square().sum(), [x, *weights])
@@ -102,7 +103,7 @@ def _medians(config: Config, sides: Mapping[str, Step]) -> dict[str, float]:
 
 
 def _require_equal(forwards: "Mapping[str, Callable[[Tensor], Tensor]]", x: "Tensor") -> float:
-    """`largest_difference` of outputs and of gradients of x."""
+    """Return the `largest_difference` of outputs and of gradients of x. Raises if the sides disagree."""
     import torch
 
     results = []
@@ -133,6 +134,7 @@ def _against_peers(config: Config) -> list[Comparison]:
         sides = {name: _step(forward, x, weights[name]) for name, forward in forwards.items()}
         seconds = _medians(config, sides)
         mine = seconds.pop("ours")
+        # Three matrix products per expert, 2 FLOPs per weight, and backward twice the forward: 18.
         flops = 18.0 * tokens * config.top_k * config.hidden_size * config.expert_hidden_size
         peak = measure_matmul(torch.float32)
         note = f"outputs and gradients agree to {difference:.0e}; ours at {flops / mine / peak:.2f} of the matmul peak"
@@ -142,15 +144,16 @@ def _against_peers(config: Config) -> list[Comparison]:
 
 
 def _growth(name: str, sizes: Sequence[int], seconds: Sequence[float], expected: float) -> Comparison:
-    """The exponent of a power law fitted to seconds, beside the one that the layer's operations have."""
+    """Fit a power law to seconds, and compare its exponent with that of the layer's operations."""
     slope = statistics.linear_regression([math.log(n) for n in sizes], [math.log(t) for t in seconds]).slope
     note = ", ".join(f"{taken:.3g} s at {size}" for size, taken in zip(sizes, seconds, strict=True))
     case = f"growth with {name} from {sizes[0]} to {sizes[-1]}"
-    # A ratio of exponents means nothing where the expected one is zero: both count from a growth of one power less.
+    # The expected exponent may be zero, so both count from one power less: the ratio of 1 + exponent.
     return Comparison(case, slope, expected, (1 + expected) / (1 + slope), f"exponent of {name}", note)
 
 
 def _growth_with_tokens(config: Config) -> list[Comparison]:
+    # All sizes take turns, so that drift of the machine's speed affects them equally.
     sizes = sorted(set(config.scaling_tokens))
     layer, sides = build_layer(config, config.experts), {}
     say("growth with the number of tokens")

@@ -1,4 +1,4 @@
-"""What the measurements of a mixture-of-experts layer share: sizes, layer, inputs, and how sides are compared."""
+"""Shared code of the mixture-of-experts measurements: sizes, layer, inputs, and the comparison of sides."""
 
 import importlib.util
 import math
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """Sizes and what to measure.
+    """Sizes and parts to measure.
 
     Attributes:
         json: Write the comparisons to this file.
-        parts: What to measure; all by default.
-        tokens: Tokens of the comparisons; the growth with the number of experts is measured at the first, and each rank
-            of the part systems has as many.
+        parts: Parts to measure. All by default.
+        tokens: Tokens of the comparisons. The first number also applies to the growth with the number of experts, and
+            to each rank of the part systems.
         scaling_tokens: Tokens over which the growth of time is fitted.
-        scaling_experts: Numbers of experts over which it is.
-        experts: Experts.
-        top_k: Experts that a token goes to.
+        scaling_experts: Numbers of experts over which the growth of time is fitted.
+        experts: Number of experts.
+        top_k: Experts per token.
         hidden_size: Width of the residual stream.
         expert_hidden_size: Inner width of an expert.
-        skew: How uneven the load of the part systems is: the n-th expert's logit is lowered by so many times log(n).
+        skew: Imbalance of the load in the part systems. The n-th expert's logit is lowered by skew times log(n).
         rounds: Timed calls of each side.
         warmup: Untimed calls of each side before.
-        threads: CPU threads; 0 takes every core.
-        clock: wall, or cpu: this process's CPU time, which is fair on a shared machine; with one thread only.
-        keep_freed_memory: Have the C library keep freed memory, as training does, for all sides.
+        threads: CPU threads. 0 takes every core.
+        clock: wall, or cpu: this process's CPU time, which is fair on a shared machine. cpu needs one thread.
+        keep_freed_memory: Make the C library keep freed memory for all sides, as in training.
     """
 
     json: str | None = None
@@ -79,9 +79,9 @@ class Config:
 
 
 def build_layer(config: Config, experts: int, **keys: Any) -> "MoELayer":
-    """A layer with weights that spread the tokens about evenly, and without auxiliary losses, which the peers lack.
+    """Build a layer whose weights spread the tokens about evenly. It has no auxiliary losses, as the peers have none.
 
-    `keys` are more of those of model.moe.
+    `keys` are further keys of model.moe.
     """
     import torch
 
@@ -90,6 +90,7 @@ def build_layer(config: Config, experts: int, **keys: Any) -> "MoELayer":
     moe = MoEConfig(
         num_experts=experts,
         expert_hidden_size=config.expert_hidden_size,
+        # As in Mixtral: the selected gates add up to 1.
         router=RouterConfig(top_k=config.top_k, normalize="after"),
         losses=RouterLossConfig(balance=0.0, z=0.0),
         **keys,
@@ -97,13 +98,14 @@ def build_layer(config: Config, experts: int, **keys: Any) -> "MoELayer":
     layer = MoELayer(ModelConfig(num_layers=1, hidden_size=config.hidden_size, moe=moe))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        # Unit-variance logits for unit-variance inputs.
         for weight in layer.parameters():
             weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     return layer
 
 
 def make_inputs(config: Config, tokens: int, seed: int = 1) -> "Tensor":
-    """Normal numbers [tokens, 1, hidden_size] that want a gradient."""
+    """Draw normal inputs [tokens, 1, hidden_size] that require a gradient."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -111,13 +113,14 @@ def make_inputs(config: Config, tokens: int, seed: int = 1) -> "Tensor":
 
 
 def largest_difference(results: "Sequence[Sequence[Tensor]]") -> float:
-    """The largest relative difference of any side's tensors from those of the first side.
+    """Return the largest relative difference of any side's tensors from the first side's.
 
     Raises:
-        RuntimeError: it is above 1e-4.
+        RuntimeError: it exceeds 1e-4.
     """
     first, *others = results
     largest = max(float((b - a).norm() / a.norm()) for other in others for a, b in zip(first, other, strict=True))
+    # `not <` also refuses NaN.
     if not largest < 1e-4:
         raise RuntimeError(f"the sides differ by {largest:.1e} on the same weights")
     return largest

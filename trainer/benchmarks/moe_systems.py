@@ -1,8 +1,8 @@
-"""What recomputation and copies of busy experts cost and save in a mixture-of-experts layer that two ranks share.
+"""Cost and savings of recomputation and expert replication in a mixture-of-experts layer on two ranks.
 
-Nothing is timed. Counted are the bytes that a layer keeps between forward and backward, the operations of its matrix
-products in both, and the bytes that ranks send. The load is uneven: on average over tokens the router prefers the first
-experts, which the first rank has.
+Nothing is timed. The benchmark counts the bytes that a layer keeps between forward and backward, the FLOPs of its
+matrix products in both, and the bytes that ranks send. The load is uneven: on average over tokens the router prefers
+the first experts, which live on the first rank.
 """
 
 import gc
@@ -37,7 +37,7 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """What runs again in backward (MoELayer.recompute; `ffn` is the whole layer), and keys of model.moe."""
+    """Recomputed regions (MoELayer.recompute; `ffn` is the whole layer), and keys of model.moe."""
 
     recompute: frozenset[str] = frozenset()
     moe: dict[str, Any] = field(default_factory=dict)
@@ -58,16 +58,16 @@ CASES = {
 
 @dataclass(frozen=True)
 class Figures:
-    """A rank's share of a case, forward and backward.
+    """A rank's figures of a case, forward and backward.
 
     Attributes:
-        kept: Bytes of what the forward made and backward needs, each storage once.
-        flops: Of matrix products.
-        tokens: Bytes sent to exchange tokens, with their gates, gradients and numbers.
-        weights: Bytes sent to copy experts' weights, and to add up the copies' gradients.
-        copied: Experts with copies.
-        largest_load: Of all experts, over the mean.
-        difference: Of output and gradients from those of the case none, relative.
+        kept: Bytes that the forward allocated and backward needs, each storage once.
+        flops: FLOPs of matrix products.
+        tokens: Bytes sent to exchange tokens, with their gates, gradients and counts.
+        weights: Bytes sent to replicate experts' weights, and to reduce the replicas' gradients.
+        copied: Number of replicated experts.
+        largest_load: The largest load of an expert over the mean load.
+        difference: Relative difference of output and gradients from those of the case `none`.
     """
 
     kept: int
@@ -80,9 +80,9 @@ class Figures:
 
 
 class _Made(TorchDispatchMode):
-    """Remember the storages that are made while the mode is on.
+    """Tracks the storages that are allocated while the mode is active.
 
-    saved_tensors_hooks would not see what other hooks within them save, those of recomputation.
+    saved_tensors_hooks would miss tensors that inner hooks save, such as those of recomputation.
     """
 
     def __init__(self) -> None:
@@ -94,19 +94,19 @@ class _Made(TorchDispatchMode):
         for x in tree_leaves(output):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
-                # A weak reference keeps the address from coming again.
+                # A weak reference keeps the address from being reused.
                 self._sizes.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
         return output
 
     def alive(self, known: list[Tensor]) -> int:
-        """Bytes of those that still exist, without those of `known` tensors."""
+        """Return the bytes of the storages that still exist, except those of the `known` tensors."""
         gc.collect()
         others = {x.untyped_storage()._cdata for x in known}
         return sum(size for key, (storage, size) in self._sizes.items() if key not in others and not storage.expired())
 
 
 def measure(config: Config) -> list[Comparison]:
-    """Run all cases on two ranks and compare them with the first, which keeps everything and copies nothing."""
+    """Run all cases on two ranks, and compare them with the first, which recomputes and replicates nothing."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(_work, (config, folder), RANKS)
         by_rank = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(RANKS)]
@@ -135,9 +135,10 @@ def _lines(name: str, ranks: list[Figures], none: list[Figures]) -> list[Compari
 
 
 def _work(rank: int, config: Config, folder: str) -> None:
-    from trainer.engines import megatron, megatron_cpu  # before there is a group, which torch.distributed.nn would keep
+    from trainer.engines import megatron, megatron_cpu  # before any group: torch.distributed.nn would keep it
 
     warnings.filterwarnings("ignore")
+    # The ranks share this machine's cores.
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
@@ -151,6 +152,7 @@ def _work(rank: int, config: Config, folder: str) -> None:
             if rank == 0:
                 say(f"systems: {name}")
             figures, results = _count(case, rank, config, groups)
+            # The first case is the reference.
             expected = expected or results
             difference = largest_difference([expected, results])
             counted[name] = asdict(figures) | {"difference": difference}
@@ -160,10 +162,10 @@ def _work(rank: int, config: Config, folder: str) -> None:
 
 
 def _count(case: Case, rank: int, config: Config, groups: Groups) -> tuple[Figures, list[Tensor]]:
-    """The figures of this rank, and its output and gradients."""
+    """Return this rank's figures, its output and its gradients."""
     layer, x = build_layer(config, config.experts, **case.moe), make_inputs(config, config.tokens[0], seed=1 + rank)
     with torch.no_grad():
-        # A constant channel is a bias of the router.
+        # A constant input channel acts as a bias of the router.
         x[..., 0] = 1
         layer.router.weight[:, 0] = -config.skew * torch.arange(1.0, config.experts + 1).log()
     shard(layer, groups)
@@ -178,6 +180,7 @@ def _count(case: Case, rank: int, config: Config, groups: Groups) -> tuple[Figur
         kept = made.alive([x, y, *layer.parameters()])
         y.square().sum().backward()
     results = [y.detach(), *(tensor.grad for tensor in (x, *layer.parameters()) if tensor.grad is not None)]
+    # Broadcast and reduce carry the replicas' weights and gradients; the other collectives carry tokens.
     of_weights = sum(size for (_, name), size in sent.by_group.items() if name in ("broadcast", "reduce"))
     figures = Figures(
         kept=kept,
@@ -191,7 +194,7 @@ def _count(case: Case, rank: int, config: Config, groups: Groups) -> tuple[Figur
 
 
 def _load(layer: "MoELayer", x: Tensor) -> Tensor:
-    """The experts' shares [E] over both ranks, as training knows them from the step before."""
+    """Return the experts' shares [E] over both ranks. In training they are known from the previous step."""
     with torch.no_grad():
         load = layer.router(x).routing_map.sum(0).float()
     dist.all_reduce(load)

@@ -1,4 +1,4 @@
-"""Timing by turns, progress on stderr, the table and the JSON file."""
+"""Alternating timing, progress on stderr, the result table and the JSON file."""
 
 import json
 import statistics
@@ -14,15 +14,15 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of a benchmark.
+    """A line of a benchmark's results.
 
     Attributes:
-        case: What was measured.
+        case: The measured case.
         ours: Our figure.
-        peer: The other side's.
-        ratio: Greater than 1 where we are better.
-        unit: Of both figures.
-        note: What a reader must know to believe it.
+        peer: The peer's figure.
+        ratio: Greater than 1 if ours is better.
+        unit: Unit of both figures.
+        note: Facts that a reader needs to judge the figures.
     """
 
     case: str
@@ -34,7 +34,7 @@ class Comparison:
 
 
 def say(message: str) -> None:
-    """Report progress on stderr."""
+    """Print progress on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -44,13 +44,14 @@ def time_by_turns(
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` for each side, the sides taking turns after `warmup` untimed rounds.
+    """Time `rounds` calls of each side in seconds. The sides alternate, after `warmup` untimed rounds.
 
-    With one thread, `time.process_time` as the clock measures fairly on a machine that others use too.
+    On a shared machine `time.process_time` is the fair clock, but with one thread only.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-warmup, rounds):
         for name, call in sides.items():
+            # Within a round the sides run one after the other, so that drift affects them equally.
             start = clock()
             call()
             if turn >= 0:
@@ -62,7 +63,7 @@ def time_by_turns(
 
 
 def report(title: str, comparisons: Sequence[Comparison], json_path: str | None) -> None:
-    """Print the table, and write the file where one is asked for."""
+    """Print the table, and write the JSON file if a path is given."""
     table = Table(title=title, title_justify="left")
     table.add_column("case")
     for name in ("ours", "peer", "ratio"):
@@ -70,6 +71,7 @@ def report(title: str, comparisons: Sequence[Comparison], json_path: str | None)
     table.add_column("unit")
     for line in comparisons:
         table.add_row(line.case, _figure(line.ours), _figure(line.peer), f"{line.ratio:.2f}", line.unit)
+    # For files and pipes rich would assume 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for line in comparisons:

@@ -1,6 +1,6 @@
-"""A whole optimizer step, forward, backward, clipping and AdamW, against Hugging Face transformers.
+"""An optimizer step with forward, backward, clipping and AdamW, against Hugging Face transformers.
 
-Ours goes through MegatronEngine.train_step, as in training; the peer through torch's fused AdamW, eagerly and compiled.
+Ours runs MegatronEngine.train_step, as in training. The peer uses torch's fused AdamW, both eagerly and compiled.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "An optimizer step of ours beside one of Hugging Face transformers, dense and hybrid."
 
-# Same weights, same tokens, float32: what rounding leaves between the two losses.
+# Largest rounding difference between both losses, with the same weights and tokens in float32.
 _LOSS_TOLERANCE = 1e-4
 
 
@@ -36,27 +36,27 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        cases: dense, hybrid (3 gated delta net layers to 1 of full attention), or both.
-        precision: fp32, bf16 or both; the hybrid case is always fp32.
-        layers: Blocks.
+        cases: dense, hybrid (3 gated delta net layers per full attention layer), or both.
+        precision: fp32, bf16 or both. The hybrid case is always fp32.
+        layers: Number of blocks.
         hidden_size: Width of the residual stream.
         ffn_hidden_size: Inner width of the feed-forward.
         heads: Query heads of full attention.
         kv_heads: Key and value heads of full attention.
         delta_heads: Heads of the gated delta net.
-        delta_head_dim: Key and value size of each.
+        delta_head_dim: Key and value size of each of them.
         vocab_size: Rows of the embedding.
         tie_embeddings: Share the embedding with the head.
-        seq_len: Tokens in a row of the dense case.
+        seq_len: Tokens per row of the dense case.
         batch_size: Rows of the dense case.
         hybrid_layers: Blocks of the hybrid case.
         hybrid_seq_len: Tokens of the hybrid case's single row.
         compile: Also compare with the peer under torch.compile (dense case).
         rounds: Timed steps of each side.
         warmup: Untimed steps of each side before.
-        threads: CPU threads; 0 takes every core.
-        clock: wall, or cpu: the process's CPU time, for one thread on a machine that others use too.
-        default_allocator: Leave glibc's allocator as it is, for all sides.
+        threads: CPU threads. 0 takes every core.
+        clock: wall, or cpu: the process's CPU time, for a single thread on a shared machine.
+        default_allocator: Leave glibc's allocator at its defaults for all sides.
     """
 
     json: str | None = None
@@ -94,7 +94,7 @@ class Config:
         self.model("hybrid")
 
     def model(self, case: str) -> ModelConfig:
-        """The shape of one case."""
+        """Return the model configuration of a case."""
         hybrid = case == "hybrid"
         return ModelConfig(
             num_layers=self.hybrid_layers if hybrid else self.layers,
@@ -109,7 +109,7 @@ class Config:
 
 @dataclass
 class _Setup:
-    """Both sides of one case, on the same weights and tokens."""
+    """Both sides of a case, with the same weights and tokens."""
 
     name: str
     engine: "MegatronEngine"
@@ -121,7 +121,7 @@ class _Setup:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.batch.tokens.numel()
 
 
@@ -145,7 +145,7 @@ def main(config: Config) -> None:
 
 
 def _measure(config: Config, case: str, precision: str) -> list[Comparison]:
-    """Time one case by turns, and the peak of matrix multiplication between the turns."""
+    """Time a case with alternating sides, and the peak of matrix multiplication in between."""
     from trainer.device import measure_matmul
 
     say(f"{case} {precision}: building both sides")
@@ -155,6 +155,7 @@ def _measure(config: Config, case: str, precision: str) -> list[Comparison]:
         sides["compiled"] = _compiled_step(setup)
     peaks: list[float] = []
     seconds = time_by_turns(
+        # Measured between the turns, because a machine's speed drifts.
         {**sides, "matmul": lambda: peaks.append(measure_matmul(setup.dtype, seconds=0.2))},
         config.rounds,
         config.warmup,
@@ -175,7 +176,7 @@ def _prepare(config: Config, case: str, precision: str) -> _Setup:
     model = config.model(case)
     rows, seq_len = (1, config.hybrid_seq_len) if case == "hybrid" else (config.batch_size, config.seq_len)
     decoder = Decoder(model, config.vocab_size)
-    # As the engine builds its own.
+    # The engine initialises its own model with the same seed.
     initialize(decoder, TrainConfig().seed)
     peer = build_peer(model, config.vocab_size, seq_len)
     copy_weights(decoder, peer)
@@ -198,19 +199,20 @@ def _random_batch(rows: int, seq_len: int, vocab_size: int) -> "Batch":
 
 
 def _check_losses(decoder: "nn.Module", peer: "nn.Module", batch: "Batch") -> None:
-    """The two must compute the same function, or the comparison means nothing."""
+    """Check that both models compute the same function. Otherwise the comparison means nothing."""
     import torch
 
     with torch.no_grad():
         ours = float(decoder(batch.tokens, batch.positions, None, batch.labels)[0]) / batch.labels.numel()
         theirs = float(_peer_loss(peer, batch))
     say(f"  loss on the same weights: ours {ours:.6f}, peer {theirs:.6f}")
+    # `not <=` also refuses NaN.
     if not abs(ours - theirs) <= _LOSS_TOLERANCE:
         raise RuntimeError(f"the models differ: our loss is {ours:.6f}, the peer's {theirs:.6f}, on the same weights")
 
 
 def _peer_loss(peer: "nn.Module", batch: "Batch") -> "torch.Tensor":
-    # With shift_labels transformers takes the labels as they are in place of shifting the tokens.
+    # With shift_labels transformers uses the labels as given, instead of shifting the tokens.
     return peer(input_ids=batch.tokens, labels=batch.labels, shift_labels=batch.labels).loss  # type: ignore[no-any-return]
 
 
@@ -240,6 +242,7 @@ def _peer_step(setup: _Setup, model: "nn.Module") -> Callable[[], object]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(setup.peer.parameters(), optim.clip_grad)
         optimizer.step()
+        # Our step returns its loss as a number too, which waits for the device.
         float(loss.detach())
 
     return step
@@ -257,7 +260,7 @@ def _compiled_step(setup: _Setup) -> Callable[[], object]:
 
 
 def _compare(setup: _Setup, seconds: dict[str, list[float]], peak: float) -> list[Comparison]:
-    """Tokens per second against each form of the peer, then the share of the matmul peak."""
+    """Compare tokens per second with each form of the peer, then the shares of the matmul peak."""
     speed = {name: setup.tokens / statistics.median(taken) for name, taken in seconds.items()}
     rows, seq_len = setup.batch.tokens.shape
     parameters = sum(parameter.numel() for parameter in setup.engine.model.parameters())

@@ -1,7 +1,7 @@
-"""Hugging Face transformers models of the same shape, and our weights in their names.
+"""Builds Hugging Face transformers models of equal shape, and renames our weights for them.
 
-The dense peer is Qwen2. The hybrid peer is Qwen3-Next with dense feed-forwards; its attention layers are replaced by
-Qwen3's, which have no output gate, so that both sides compute the same function.
+The dense peer is Qwen2. The hybrid peer is Qwen3-Next with dense feed-forwards. Its attention layers are replaced by
+those of Qwen3, which have no output gate, so that both sides compute the same function.
 """
 
 import importlib.util
@@ -21,10 +21,10 @@ from trainer.errors import ConfigError
 
 
 def build_peer(config: ModelConfig, vocab_size: int, max_positions: int) -> nn.Module:
-    """The transformers model that computes what our Decoder of this configuration computes, with random weights.
+    """Build the transformers model that computes the same function as our Decoder, with random weights.
 
     Raises:
-        ConfigError: transformers is missing.
+        ConfigError: transformers is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("the peer is Hugging Face transformers: pip install 'transformers>=5,<6'")
@@ -49,10 +49,10 @@ def build_peer(config: ModelConfig, vocab_size: int, max_positions: int) -> nn.M
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """In here imports of transformers' models find neither fla nor causal_conv1d and keep their plain torch code."""
+    """Inside this context imports of transformers find neither fla nor causal_conv1d, and use plain torch code."""
     hidden = ("fla", "causal_conv1d")
     before = {name: sys.modules[name] for name in hidden if name in sys.modules}
-    # What is imported in here must stay: a second import of a compiled module would abort.
+    # Keep modules that are imported inside: a second import of a compiled module would abort.
     modules: dict[str, Any] = sys.modules
     modules.update(dict.fromkeys(hidden))
     try:
@@ -77,6 +77,7 @@ def _qwen3_next(config: ModelConfig, shared: dict[str, Any], rope: dict[str, Any
     gdn, mixers = config.gated_delta_net, config.layer_mixers()
     peer_config = Qwen3NextConfig(
         **shared,
+        # Qwen3-Next's default rotates only a part of each head; ours rotates all of it.
         rope_parameters={**rope, "partial_rotary_factor": 1.0},
         attention_bias=config.attention.qkv_bias,
         layer_types=["full_attention" if name == "full_attention" else "linear_attention" for name in mixers],
@@ -85,6 +86,7 @@ def _qwen3_next(config: ModelConfig, shared: dict[str, Any], rope: dict[str, Any
         linear_key_head_dim=gdn.head_dim,
         linear_value_head_dim=gdn.head_v_dim,
         linear_conv_kernel_dim=gdn.conv_size,
+        # Dense feed-forwards.
         num_experts=0,
     )
     peer = Qwen3NextForCausalLM(peer_config)
@@ -106,7 +108,7 @@ def copy_weights(ours: Decoder, peer: nn.Module) -> None:
 
 def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
     delta_nets = {name: module for name, module in ours.named_modules() if isinstance(module, GatedDeltaNet)}
-    # Qwen3-Next stores the weight of a norm less 1.
+    # Qwen3-Next stores a norm's weight minus 1.
     offset = 1.0 if delta_nets else 0.0
     for name, parameter in ours.named_parameters():
         if not name.startswith(tuple(f"{path}." for path in delta_nets)):
@@ -118,7 +120,7 @@ def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def qwen3_next_delta_net(mixer: GatedDeltaNet) -> dict[str, Tensor]:
-    """Our gated delta net's parameters as Qwen3-Next packs them: one projection, its rows grouped by key head."""
+    """Pack our gated delta net's parameters as Qwen3-Next does: one projection, with rows grouped by key head."""
 
     def grouped(*projections: nn.Linear) -> Tensor:
         rows = [projection.weight.unflatten(0, (mixer.num_heads, -1)) for projection in projections]

@@ -1,1 +1,1 @@
-"""Everything that is not the step."""
+"""Callbacks of the training loop: everything except the step itself."""

@@ -1,4 +1,4 @@
-"""Everything that is not the step hangs on these hooks."""
+"""The hooks of the training loop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks of the training loop, called on every rank in the order of the callbacks; all default to nothing.
+    """Hooks of the training loop. Every rank calls them in the order of the callbacks. By default each does nothing.
 
-    on_give_up and on_end go the other way round: what was set up first is taken down last.
+    on_give_up and on_end run in reverse order: the callback that was set up first is torn down last.
 
     Attributes:
-        phase: What the run does while its hooks run, which tells how long they may take (RunConfig.phase_seconds).
-        state_name: By which a checkpoint knows its state; None if it has none that a run must go on with.
-        state_version: Of what `state_dict` gives; to be raised when that changes.
+        phase: The watchdog phase during its hooks. It sets their time limit (RunConfig.phase_seconds).
+        state_name: Key of its state in a checkpoint. None for a stateless callback.
+        state_version: Version of the format of `state_dict`. Raise it when that format changes.
     """
 
     phase = "train"
@@ -24,32 +24,32 @@ class Callback:
     state_version = 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed must go on with, as JSON holds it; the same on every rank: rank 0's is written.
+        """Return the state that a resumed run needs, as JSON values. Equal on every rank; rank 0's is written.
 
-        Of the moment of the save: a callback that comes after Checkpointer has not seen that step yet.
+        It is taken when a save starts. Callbacks after Checkpointer have not seen that step yet.
         """
         return {}
 
     def load_state_dict(self, state: dict[str, Any], version: int) -> None:
-        """Go on from what `state_dict` gave in this version or an earlier one; before on_start, on every rank."""
+        """Restore a state that this or an earlier version returned. Runs on every rank, before on_start."""
 
     def on_start(self, trainer: Trainer) -> None:
-        """Before the first step, the checkpoint already loaded."""
+        """Run before the first step, after a checkpoint has been loaded."""
 
     def on_resume(self, trainer: Trainer) -> None:
-        """After every on_start, where a run goes on: do what its last start had no time for after the last step."""
+        """Run after every on_start of a resumed run. Do the work that the previous start left after its last step."""
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After a step; trainer.progress counts it, `metrics` is its line of metrics.jsonl."""
+        """Run after a step. trainer.progress includes the step, and `metrics` is its line of metrics.jsonl."""
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After a validation."""
+        """Run after a validation."""
 
     def on_stop(self, trainer: Trainer) -> None:
-        """The run was asked to stop before its last step."""
+        """Run when the run is asked to stop before its last step."""
 
     def on_give_up(self, trainer: Trainer) -> None:
-        """The run ends with TrainingDiverged, on all ranks alike; on_end follows."""
+        """Run when the run ends with TrainingDiverged, on all ranks. on_end follows."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """The loop has ended, however it did."""
+        """Run when the loop has ended, for any reason."""

@@ -1,4 +1,4 @@
-"""When to save."""
+"""Decides when to save."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Checkpointer(Callback):
-    """Save every `every` steps (0 never on the way), at the last step, and when the run is asked to save or to stop.
+    """Saves every `every` steps (0: never in between), at the last step, and when a save or a stop is requested.
 
-    An asynchronous save is looked after at every step, so that its failure ends the run there; the next one waits for
-    it, and so does the end of the run, also where it gives up.
+    Each step polls an asynchronous save, so that its failure ends the run there. The next save waits for it. So does
+    the end of the run, including on_give_up.
     """
 
     phase = "save"
@@ -32,28 +32,31 @@ class Checkpointer(Callback):
         self._saving: BackgroundSave | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """What was just loaded need not be saved again."""
+        """Note the loaded step, which need not be saved again."""
         self._saved_step = trainer.progress.step if trainer.resumed else -1
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Save if it is time, or was asked for."""
+        """Save if a save is due or requested."""
         start = time.perf_counter()
+        # At every step, so that a failed save is noticed soon.
         self._look_after(trainer, wait=trainer.finished)
         is_time = self.every and trainer.progress.step % self.every == 0
         if trainer.finished or is_time or trainer.agreed_to_save:
             trainer.agreed_to_save = False
             self._save(trainer, wait=trainer.finished)
+        # The next step's line in metrics.jsonl reports it.
         trainer.seconds_in_checkpoints += time.perf_counter() - start
 
     def on_stop(self, trainer: Trainer) -> None:
-        """Save where the run stands."""
+        """Save the current state."""
         self._save(trainer, wait=True)
 
     def on_give_up(self, trainer: Trainer) -> None:
-        """Finish the save that is under way; the state of now is not worth one."""
+        """Finish the save in progress. The diverged state itself is not worth saving."""
         self._look_after(trainer, wait=True)
 
     def _save(self, trainer: Trainer, wait: bool) -> None:
+        # One save at a time: the engine has a single writer.
         self._look_after(trainer, wait=True)
         if trainer.progress.step == self._saved_step:
             return

@@ -1,4 +1,4 @@
-"""Validation in bits per byte, text samples, and the comparison with general-purpose compressors."""
+"""Validation in bits per byte, text samples, and a comparison with general-purpose compressors."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _LOGGER = logging.getLogger("spiketrain")
 
 
 def validated(path: Path, step: int) -> bool:
-    """Whether a metrics file has a validation of this step."""
+    """Whether a metrics file contains a validation of this step."""
     with path.open() as lines:
         return any(json.loads(line)["step"] == step for line in lines if '"split"' in line)
 
 
-# Micro-batches between two looks at whether to stop; what is read of the split at a time.
+# Number of micro-batches between two checks for a stop request.
 _CHUNK = 8
 
 
 class Evaluator(Callback):
-    """Validates every `evaluation.every` steps on a part of the split, and after the last step on all of it.
+    """Validates every `evaluation.every` steps on a part of the split, and after the last step on the whole split.
 
-    A stop request ends a validation on the way. The step has been saved before, and the run does it again from the
-    beginning when it goes on.
+    A stop request aborts a validation. Its step has been saved before, and the resumed run repeats the validation from
+    the beginning.
 
     Args:
-        sources: With a validation split.
+        sources: Data sources that include a validation split.
     """
 
     phase = "validate"
@@ -51,12 +51,13 @@ class Evaluator(Callback):
     def __init__(self, sources: DataSources) -> None:
         assert sources.validation is not None
         self.path, self.eod_id, self.vocab_size = sources.validation, sources.eod_id, sources.vocab_size
+        # Computed once: bits per byte need the bytes of every label.
         self.token_bytes = None if sources.tokenizer is None else sources.tokenizer.token_bytes()
         self._streams: dict[int | None, EvaluationStream] = {}
         self._phase = 0
 
     def on_start(self, trainer: Trainer) -> None:
-        """Say where a sample of text will be missed."""
+        """Log that there will be no text samples, if no rank has the whole model."""
         engine = trainer.engine
         if engine.rank == 0 and trainer.config.evaluation.samples and not engine.model_is_whole:
             _LOGGER.info(
@@ -64,13 +65,13 @@ class Evaluator(Callback):
             )
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Validate if it is time."""
+        """Validate if a validation is due."""
         self._validate_if_due(trainer)
 
     def on_resume(self, trainer: Trainer) -> None:
-        """Validate if it was time after the last step, and the last start was stopped before or during it."""
+        """Run a validation that was due after the last step and that the previous start missed or did not finish."""
         step = trainer.progress.step
-        # A fresh directory that goes on from another run's checkpoint has nothing to make up for.
+        # A fresh directory that resumes from another run's checkpoint owes no validation.
         is_ours = trainer.engine.rank == 0 and checkpoint_path(trainer.run_dir, step).is_dir()
         missing = is_ours and not validated(trainer.run_dir / "metrics.jsonl", step)
         if trainer.engine.collectives.broadcast(missing):
@@ -91,6 +92,7 @@ class Evaluator(Callback):
             self._validate(trainer, evaluation.batches or None)
 
     def _stream(self, trainer: Trainer, limit: int | None) -> EvaluationStream:
+        # Another phase may have another sequence length and micro-batch size.
         if trainer.phase.number != self._phase:
             self._phase, self._streams = trainer.phase.number, {}
         if limit not in self._streams:
@@ -111,9 +113,9 @@ class Evaluator(Callback):
         return self._streams[limit]
 
     def _validate(self, trainer: Trainer, limit: int | None) -> bool:
-        """Whether it came to its end; False where it was stopped."""
+        """Return whether the validation finished. False if a stop request aborted it."""
         engine, stages = trainer.engine, trainer.config.parallel.pipeline
-        # Pipeline stages are busy together for as many micro-batches as there are beyond the stages.
+        # Keep the pipeline bubble small: each chunk needs several micro-batches per stage.
         chunk = stages * max(_CHUNK // stages, 4 if stages > 1 else 1)
         own, start = EvaluationSums(), time.perf_counter()
         for batches in chunks(self._stream(trainer, limit), chunk):
@@ -134,10 +136,10 @@ class Evaluator(Callback):
         evaluation, tokenizer = trainer.config.evaluation, trainer.tokenizer
         if tokenizer is None or not evaluation.samples or not trainer.engine.model_is_whole:
             return []
-        # A document begins after the end of another.
+        # Without a prompt, start as after the end of a document.
         ids = tokenizer.encode(evaluation.prompt) or [tokenizer.eod_id]
         prompt = torch.tensor([ids] * evaluation.samples, device=trainer.engine.device)
-        # A generator of its own: sampling text must not move the run's random numbers.
+        # A separate generator, because sampling must not advance the run's random state.
         generator = torch.Generator(trainer.engine.device).manual_seed(trainer.config.train.seed)
         rows = generate(
             trainer.engine.model,

@@ -1,4 +1,4 @@
-"""Stops a run whose numbers have broken down."""
+"""Stops a run that has diverged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row were skipped for a non-finite loss or gradient."""
+    """Too many consecutive steps were skipped because of a non-finite loss or gradient."""
 
 
 class NonFiniteGuard(Callback):
-    """Counts skipped steps, and gives up after `limit` in a row, those before a stop and a resume among them."""
+    """Counts skipped steps, and gives up after `limit` consecutive ones. The count survives a stop and a resume."""
 
     state_name = "non_finite_guard"
 
@@ -25,7 +25,7 @@ class NonFiniteGuard(Callback):
         self._in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps skipped in a row so far."""
+        """Return the number of consecutive skipped steps."""
         return {"in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: dict[str, Any], version: int) -> None:
@@ -33,10 +33,10 @@ class NonFiniteGuard(Callback):
         self._in_a_row = state["in_a_row"]
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Count.
+        """Count a skipped step, or reset the count.
 
         Raises:
-            TrainingDiverged: on every rank alike.
+            TrainingDiverged: on every rank together.
         """
         if not metrics["skipped"]:
             self._in_a_row = 0
@@ -47,6 +47,7 @@ class NonFiniteGuard(Callback):
             logging.getLogger("spiketrain").warning(
                 "step %d skipped: loss %s, gradient norm %s", metrics["step"], metrics["loss"], metrics["grad_norm"]
             )
+        # The metrics are equal on all ranks, so all of them raise at the same step.
         if self._in_a_row >= self.limit:
             raise TrainingDiverged(
                 f"{self._in_a_row} steps in a row had a non-finite loss or gradient (train.max_skipped_steps="

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 _RESULTS = ("loss", "bits_per_byte")
-# A line of metrics.jsonl holds matrices up to this many elements; larger ones stand in every hundredth line only. The
-# loads of 60 layers of 256 experts are 300 kB of text.
+# A line of metrics.jsonl holds matrices of up to this many elements. Larger ones appear in every hundredth line only:
+# the loads of 60 layers with 256 experts take 300 kB of text.
 _ELEMENTS_IN_EVERY_LINE = 1024
 _LINES_BETWEEN_MATRICES = 100
-# Columns of an image over time. It is what TensorBoard keeps of a matrix in memory, and as wide as a screen shows.
+# Columns of an image over time. Limits TensorBoard's memory per matrix; a screen shows no more.
 _COLUMNS = 512
 
 
 class History:
-    """A vector over time in bounded memory: at most 2 * `columns` means over equally many consecutive steps.
+    """A vector over time in bounded memory: at most 2 * `columns` means, each over equally many consecutive steps.
 
-    When they are full, neighbours are averaged, so a column stands for 1, 2, 4, … steps.
+    When the columns are full, neighbours are averaged. A column then stands for 1, 2, 4, … steps.
     """
 
     def __init__(self, columns: int = _COLUMNS) -> None:
@@ -50,13 +50,13 @@ class History:
             self._steps *= 2
 
     def image(self) -> np.ndarray:
-        """What was appended as an image [lines, columns], bytes; steps that do not fill a column yet are its last."""
+        """Return an image [lines, columns] of bytes. Steps that do not fill a column yet form the last one."""
         unfinished = [np.mean(self._open, axis=0)] if self._open else []
         return heat_map([*self._means, *unfinished], self._columns)
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file that lie after `step`, and damaged ones: a crash may cut the last short."""
+    """Drop a metrics file's lines after `step`, and damaged lines: a crash may truncate the last one."""
     if not path.exists():
         return
     kept = []
@@ -70,7 +70,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def heat_map(columns: Sequence[np.ndarray | list[float]], most: int = _COLUMNS) -> np.ndarray:
-    """Columns of an image [lines, columns], bytes, the largest value white: at most `most`, neighbours averaged."""
+    """Return an image [lines, columns] of bytes, white at the largest value. Averages down to `most` columns."""
     values = np.array(columns).T
     groups = min(values.shape[1], most)
     image = np.stack([part.mean(axis=1) for part in np.array_split(values, groups, axis=1)], axis=1)
@@ -78,9 +78,9 @@ def heat_map(columns: Sequence[np.ndarray | list[float]], most: int = _COLUMNS) 
 
 
 class MetricsFile(Callback):
-    """One JSON object a line: training steps every `every` steps, and every validation.
+    """Writes metrics.jsonl: a JSON object per line, for every `every`-th training step and every validation.
 
-    Large matrices stand in the first line, then in every hundredth.
+    Large matrices appear in the first line, and then in every hundredth.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -89,13 +89,14 @@ class MetricsFile(Callback):
         self._lines = 0
 
     def on_start(self, trainer: Trainer) -> None:
-        """Cut the file back to the step that the run continues from."""
+        """Truncate the file to the step that the run continues from."""
         if trainer.engine.rank == 0:
             cut_back(self.path, trainer.progress.step)
+            # Line-buffered, so that a crash loses at most a line.
             self._file = self.path.open("a", buffering=1)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Write the step's line."""
+        """Write the step's metrics."""
         if self._file and (metrics["step"] % self.every == 0 or trainer.finished):
             if self._lines % _LINES_BETWEEN_MATRICES:
                 metrics = {name: value for name, value in metrics.items() if not _is_large(value)}
@@ -103,7 +104,7 @@ class MetricsFile(Callback):
             self._file.write(as_line(metrics))
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Write the validation's line."""
+        """Write the validation's metrics."""
         if self._file:
             self._file.write(as_line(metrics))
 
@@ -118,10 +119,10 @@ def _is_large(value: Any) -> bool:
 
 
 class TensorBoard(Callback):
-    """Scalars, text samples and hyper-parameters as TensorBoard events; a matrix over time as an image.
+    """Writes scalars, text samples and hyper-parameters as TensorBoard events, and matrices over time as images.
 
-    Of a metric that is a list of rows (experts' loads by layer) the image has a line for each element and a column for
-    each step since the run began or went on, or for equally many of them; it is drawn anew at every validation.
+    The image of a matrix metric (such as expert loads by layer) has a line per element and a column per step since the
+    last start, or per several steps. Every validation draws it again.
     """
 
     def __init__(self, directory: Path, every: int) -> None:
@@ -130,9 +131,10 @@ class TensorBoard(Callback):
         self._history: dict[str, History] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open the writer; events after the step that the run continues from are hidden."""
+        """Open the writer. Events after the step that the run continues from become hidden."""
         if trainer.engine.rank != 0:
             return
+        # Imported here, because tensorboard takes long to import and is needed on rank 0 only.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.directory), purge_step=trainer.progress.step + 1)
@@ -148,7 +150,7 @@ class TensorBoard(Callback):
                     self._writer.add_scalar(f"train/{name}" if "/" not in name else name, value, metrics["step"])
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Write the validation's scalars and text samples."""
+        """Write the validation's scalars, images and text samples."""
         if self._writer is None:
             return
         for name in _RESULTS:

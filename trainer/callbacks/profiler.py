@@ -1,4 +1,4 @@
-"""torch's profiler over three steps."""
+"""Profiles three steps with torch's profiler."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _STEPS = 3
 
 
 class Profiler(Callback):
-    """Traces three steps after `step` on rank 0 into a file for chrome://tracing or Perfetto."""
+    """Traces the three steps after `step` on rank 0, into a file for chrome://tracing or Perfetto."""
 
     def __init__(self, directory: Path, step: int) -> None:
         self.directory, self.step = directory, step
         self._profile: torch.profiler.profile | None = None
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Start after `step`, stop three steps later."""
+        """Start after `step`, and stop three steps later."""
         if trainer.engine.rank != 0:
             return
         if self._profile is None and metrics["step"] == self.step:
@@ -40,9 +40,10 @@ class Profiler(Callback):
         path = self.directory / f"step_{self.step:08d}.json"
         self._profile.export_chrome_trace(str(path))
         logging.getLogger("spiketrain").info("profile: %s", path)
+        # on_end must not write the trace again.
         self._profile = None
 
     def on_end(self, trainer: Trainer) -> None:
-        """Keep a trace that the run's end cut short."""
+        """Write a trace that the end of the run has cut short."""
         if self._profile is not None:
             self._finish()

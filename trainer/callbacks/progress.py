@@ -1,4 +1,4 @@
-"""A live progress line on a terminal; a plain line every few seconds elsewhere. Rank 0 prints."""
+"""A live progress line on a terminal, or a plain line every few seconds elsewhere. Rank 0 prints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.loop import Trainer
 
 _PLAIN_SECONDS = 10.0
-# On a CPU a run that will take longer than this is told of, once, as soon as these steps or seconds have been measured.
+# A long run on a CPU gets one hint, as soon as this many steps or seconds have been measured.
 _LONG_SECONDS = 20 * 60.0
 _SHORT_SECONDS = 10 * 60.0
 _JUDGED_STEPS = 10
@@ -33,7 +33,7 @@ _LOGGER = logging.getLogger("spiketrain")
 
 
 class ProgressLine(Callback):
-    """Step, loss, speed and time left."""
+    """Shows step, loss, speed and remaining time."""
 
     def __init__(self) -> None:
         self._live: Progress | None = None
@@ -45,7 +45,7 @@ class ProgressLine(Callback):
         self._judged = False
 
     def on_start(self, trainer: Trainer) -> None:
-        """Show the line."""
+        """Show the progress line."""
         self._began, self._first_step = time.monotonic(), trainer.progress.step
         if trainer.engine.rank != 0 or not sys.stderr.isatty():
             return
@@ -65,7 +65,7 @@ class ProgressLine(Callback):
         self._live.start()
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Bring the line up to date."""
+        """Update the progress line."""
         self._training_seconds += metrics["step_seconds"]
         if trainer.engine.rank != 0:
             return
@@ -78,13 +78,14 @@ class ProgressLine(Callback):
         elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS or trainer.finished:
             self._last_plain = time.monotonic()
             taken = metrics["step"] - self._first_step
+            # Includes validation and saving, unlike the speed in `status`.
             left = (time.monotonic() - self._began) / taken * (trainer.config.train.steps - metrics["step"])
             _LOGGER.info("step %d/%d  %s  %.0f s left", metrics["step"], trainer.config.train.steps, status, left)
 
     def _judge_length(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Say once, early, that a run on a CPU will take long, and how to have a smaller result sooner."""
+        """Tell once, early, that a run on a CPU will take long, and how to get a smaller result sooner."""
         taken = metrics["step"] - self._first_step
-        if taken == 1:  # slower than the others: left out
+        if taken == 1:  # the first step is slower, so it does not count
             self._first_seconds = self._training_seconds
         measured = self._training_seconds - self._first_seconds
         if self._judged or taken < 2 or (taken <= _JUDGED_STEPS and measured < _JUDGED_SECONDS):
@@ -105,13 +106,13 @@ class ProgressLine(Callback):
         )
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Report a validation."""
+        """Log a validation."""
         if trainer.engine.rank == 0:
             in_bytes = "" if metrics["bits_per_byte"] is None else f"  {metrics['bits_per_byte']:.4f} bits per byte"
             _LOGGER.info("step %d  %s loss %.4f%s", metrics["step"], metrics["split"], metrics["loss"], in_bytes)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Take the line away, and say how long the steps took, validation and saving left out."""
+        """Remove the progress line, and log the time of the steps without validation and saving."""
         if self._live:
             self._live.stop()
         if trainer.engine.rank == 0:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 stop a run at the next step, saved; SIGUSR2 has it saved, and goes on."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 save and stop a run after the current step. SIGUSR2 saves and continues."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class StopOnSignal(Callback):
-    """Sets trainer.stop_requested, or save_requested; the ranks agree between steps, so one that is signalled does."""
+    """Sets trainer.stop_requested or save_requested. The ranks agree between steps, so a signal to one is enough."""
 
     def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        """Take the signals over."""
+        """Install the signal handlers."""
 
         def request(number: int, frame: FrameType | None) -> None:
             if not trainer.stop_requested:
@@ -33,12 +33,12 @@ class StopOnSignal(Callback):
             trainer.save_requested = True
 
         for number in STOPS:
-            # Under nohup the end of the terminal is none of the run's business.
+            # Under nohup SIGHUP is ignored already, and must stay so: the run outlives its terminal.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, request)
         self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, request_save)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

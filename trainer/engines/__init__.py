@@ -1,1 +1,1 @@
-"""Engines: what drives a training step. Importing the package imports none of them."""
+"""The engines that run training steps. Importing this package imports none of them."""

@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine. The loop never asks which one it has."""
+"""The interface between the training loop and an engine. The loop is the same for every engine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from trainer.data.batch import Batch
 from trainer.objectives.base import Objective
 
 if TYPE_CHECKING:
+    # These modules import this one.
     from trainer.engines.common import Collectives
     from trainer.engines.frozen import FrozenModel, FrozenSpec
 
@@ -24,12 +25,12 @@ class StepResult:
     """One optimizer step, the same on every rank.
 
     Attributes:
-        loss: The objective's sum over the global batch, divided by its count: of a language model nats per token.
-        grad_norm: L2 norm of the whole gradient before clipping.
-        tokens: What the objective divides by: of a language model the tokens that counted in the loss.
-        skipped: The loss or the gradient was not finite; nothing was updated.
-        metrics: What else goes into the step's line of metrics.jsonl, by its key.
-        seconds: Of this rank's phases (trainer.engines.timing.PHASES); no part of what makes two results equal.
+        loss: The objective's sum over the global batch divided by its count. Language models: nats per token.
+        grad_norm: L2 norm of the global gradient before clipping.
+        tokens: The count that divides the loss. Language models: the tokens in the loss mask.
+        skipped: The loss or the gradient was not finite, so nothing was updated.
+        metrics: Further entries of the step's line in metrics.jsonl, by key.
+        seconds: This rank's time per phase (trainer.engines.timing.PHASES). Equality of results ignores it.
     """
 
     loss: float
@@ -42,11 +43,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class PendingSave:
-    """A copy of the state of every rank, to be written beside the training.
+    """A snapshot of the training state on every rank, to be written while training continues.
 
     Attributes:
-        write: Writes this rank's copy, and gives what `Engine.save` does; from a thread, for it shares no collective
-            with the training.
+        write: Writes this rank's snapshot and returns the same as `Engine.save`. It may run in a thread, because it
+            shares no process group with training.
     """
 
     write: Callable[[], dict[str, str]]
@@ -56,9 +57,9 @@ class Engine(Protocol):
     """Parameters, optimizer and process groups of one run.
 
     Attributes:
-        model: This rank's part of the model; of several stages the first.
-        model_is_whole: Whether this rank could generate with it alone.
-        collectives: Messages between all ranks of the run.
+        model: This rank's shard of the model. With several pipeline stages on the rank, the first of them.
+        model_is_whole: Whether this rank could generate text with `model` alone.
+        collectives: Small messages between all ranks of the run.
     """
 
     model: Decoder
@@ -71,51 +72,52 @@ class Engine(Protocol):
     collectives: Collectives
 
     def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
-        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`.
+        """Run forward and backward over this rank's micro-batches, then one update at learning rate `lr`.
 
         Args:
-            batches: As many micro-batches on every data-parallel rank.
-            objective: What is minimised. Its metrics go into the result's, divided by its count.
+            batches: This rank's micro-batches. Every data-parallel rank passes the same number.
+            objective: The objective to minimise. Its metrics, divided by its count, enter the result's metrics.
             lr: Learning rate of the update.
-            step: Steps before this one: what the model does by schedule goes by it.
+            step: Number of steps taken before this one. The model's schedules depend on it.
         """
 
     def begin_phase(self, model: ModelConfig, trainable: Sequence[str]) -> None:
-        """Begin a phase of the run, the first one too.
+        """Start a phase of the run. The loop calls this for the first phase as well.
 
         Args:
-            model: The configuration of the same model to compute by: with another rotary embedding.
-            trainable: Patterns of the parameters to train; the others of EngineSpec.trainable rest.
+            model: The configuration to compute with. It may differ from the engine's only in the rotary embedding.
+            trainable: Name patterns of the parameters to train in this phase. The remaining parameters of
+                EngineSpec.trainable keep their values.
         """
 
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
-        """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
+        """Return the objective's sum over this rank's micro-batches, then the sum of each metric, without gradients."""
 
     def freeze(self, spec: FrozenSpec) -> FrozenModel:
-        """Make a model for objectives to read beside the one that is trained, and give this rank's part.
+        """Build a model that objectives read beside the trained one, and return this rank's shard of it.
 
-        Every rank calls it.
+        Every rank calls this.
 
         Raises:
-            ValueError: its vocabulary is another, or this layout cannot shard it.
+            ValueError: the model has another vocabulary, or this layout cannot shard it.
         """
 
     def save(self, directory: Path) -> dict[str, str]:
-        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.
+        """Write parameters, optimizer and RNG state into an existing empty directory. Every rank calls this.
 
         Returns:
-            On rank 0 the SHA-256 of every file that was written, flushed to the disk, by its name.
+            On rank 0 the SHA-256 of every written file by name, after a flush to disk. Empty on other ranks.
         """
 
     def begin_save(self, directory: Path) -> PendingSave:
-        """Copy what `save` would write; training may go on at once. Every rank calls it."""
+        """Snapshot the state that `save` would write. Training may continue at once. Every rank calls this."""
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, under this layout or another.
+        """Load a checkpoint that `save` wrote under any layout.
 
         Raises:
-            ConfigError: it is another version's, or another model's.
+            ConfigError: the checkpoint has another format version, or belongs to another model.
         """
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Destroy the process groups."""

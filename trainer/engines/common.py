@@ -1,4 +1,4 @@
-"""What both engines do alike: small messages between all ranks of a run, and the end of a training step."""
+"""Code that both engines share: small messages between all ranks of a run, and the end of a training step."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,18 +17,20 @@ from trainer.objectives.base import Objective
 
 
 class Collectives:
-    """Numbers, flags and objects between the ranks of a run. Every rank makes each call.
+    """Exchanges numbers, flags and objects between the ranks of a run. Every rank must make each call.
 
     Args:
-        device: Where the tensors of a collective have to lie.
-        counts: Whether this rank is the first of those that share the work of a data-parallel rank.
+        device: Device of the tensors that the collectives exchange.
+        counts: Whether this rank contributes to `sum_over_data`. Of the ranks that share one
+            data-parallel rank's work, only the first does.
     """
 
     def __init__(self, device: torch.device, counts: bool) -> None:
         self._device, self._counts = device, counts
 
     def sum_over_ranks(self, values: Sequence[float], group: dist.ProcessGroup | None = None) -> list[float]:
-        """Sum over a group, by default all ranks, in float64."""
+        """Sum over a group (default: all ranks) in float64."""
+        # A single rank skips the round trip through a tensor.
         if dist.get_world_size(group) == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self._device)
@@ -37,26 +39,26 @@ class Collectives:
         return sums
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
-        """Sum over the data-parallel ranks, in float64, of values that the ranks which share one's work have alike.
+        """Sum over data-parallel ranks in float64. Ranks that share one data-parallel rank's work pass equal values.
 
-        A value that is not finite on any rank makes the sum so.
+        A non-finite value on any rank makes the sum non-finite.
         """
-        # Times 0 and not left out: NaN and infinity then come through from every rank.
+        # Multiply by 0 instead of passing 0: NaN and infinity then propagate from every rank.
         return self.sum_over_ranks([value * float(self._counts) for value in values])
 
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
-        """Of each flag whether any rank has it set."""
+        """Return for each flag whether any rank has set it."""
         return [count > 0 for count in self.sum_over_ranks([float(flag) for flag in flags])]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable object, on every rank."""
+        """Return every rank's picklable object, on every rank."""
         found = [value] * dist.get_world_size()
         if len(found) > 1:
             dist.all_gather_object(found, value)
         return found
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable object, on every rank."""
+        """Return rank 0's picklable object, on every rank."""
         holder = [value]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(holder, src=0)
@@ -70,13 +72,13 @@ class Collectives:
 
 @dataclass(frozen=True)
 class StepSums:
-    """What a training step has summed over micro-batches and ranks.
+    """The sums of a training step over micro-batches and ranks.
 
     Attributes:
         loss: The objective's sum.
-        count: What it counted.
+        count: The objective's count; language models: tokens.
         metrics: The sums of the objective's metrics, by name.
-        routers: Those of models.moe.statistics.collect.
+        routers: The counters of models.moe.statistics.collect.
     """
 
     loss: float
@@ -86,29 +88,30 @@ class StepSums:
 
     @classmethod
     def of(cls, objective: Objective, loss: float, count: float, rest: Sequence[float]) -> "StepSums":
-        """From the sums of the objective's metrics, one after the other, and then of what routers count."""
+        """Build from `rest`, which holds the sums of the objective's metrics followed by the routers' counters."""
         named = len(objective.metrics)
         return cls(loss, count, dict(zip(objective.metrics, rest[:named], strict=True)), list(rest[named:]))
 
     @property
     def is_finite(self) -> bool:
-        """Whether the loss is one to learn from; where not, nothing may be updated."""
+        """Whether the loss is finite. If it is not, the engine must not update anything."""
         return math.isfinite(self.loss)
 
     def finish(
         self, grad_norm: float, decoders: Iterable[Decoder], config: ModelConfig, timer: PhaseTimer
     ) -> StepResult:
-        """End the step: bring routers up to date, unless it was skipped, and divide by the count.
+        """End the step: update the routers unless the step was skipped, and divide the sums by the count.
 
         Args:
-            grad_norm: Of the whole gradient; where it or the loss is not finite, the engine has updated nothing.
-            decoders: This rank's stages.
-            config: The model.
-            timer: Of the step's phases; the device is waited for, so that the step ends when its last kernel does.
+            grad_norm: Norm of the global gradient. If it or the loss is not finite, the engine has updated nothing.
+            decoders: This rank's pipeline stages.
+            config: The model configuration.
+            timer: The step's timer. Reading it synchronises the device, so the step ends with its last kernel.
         """
         skipped = not (self.is_finite and math.isfinite(grad_norm))
         if not skipped:
             statistics.finish_step(decoders, config, self.routers)
+        # A batch may have no token in its loss mask.
         divisor = max(self.count, 1.0)
         metrics = {name: total / divisor for name, total in self.metrics.items()}
         metrics |= statistics.metrics(config, self.routers)

@@ -1,18 +1,19 @@
-"""The DeepSpeed engine: ZeRO (arXiv 1910.02054), stages 0 to 3, offloading to host memory, Megatron's tensor parallel.
+"""The DeepSpeed engine: ZeRO stages 0 to 3 (arXiv 1910.02054), CPU offloading, and Megatron's tensor parallelism.
 
 DeepSpeed averages gradients over ranks and accumulated micro-batches. The loss here is a mean over all tokens of the
-global batch, so every micro-batch's loss l_i, a sum over its tokens (nats), is scaled before its backward pass:
+global batch. The engine therefore scales each micro-batch's loss l_i, a sum over its tokens (nats), before backward:
 
     dL/dw = (1/N) sum_i dl_i/dw = mean over R ranks and A micro-batches of d(l_i R A / N)/dw
 
-with N the tokens of the whole batch, counted before the first pass: exact, whatever the token counts of the parts.
+N is the number of tokens in the global batch, counted before the first forward pass. The result is exact for any token
+counts of the micro-batches.
 
-Under tensor parallelism the model is cut before DeepSpeed sees it, which shards what each rank has over the ranks that
-have the same, its data-parallel group. It is told of the groups by an object of Megatron's names, its `mpu`, and sums
-norms and overflows over the others, too, counting parameters marked `tensor_model_parallel` on every rank.
+Under tensor parallelism the model is sharded before DeepSpeed sees it. ZeRO then shards each rank's tensors over its
+data-parallel group. DeepSpeed learns the groups from an `mpu` object with Megatron's method names. It also sums norms
+and overflow flags over tensor-parallel ranks, where parameters marked `tensor_model_parallel` count on every rank.
 
-A checkpoint is in the format of both engines (trainer.engines.pieces): every rank writes what it updates, without ZeRO
-an even share, so any stage and any number of ranks reads what any other wrote.
+Checkpoints use the format of both engines (trainer.engines.pieces). Every rank writes the state that it updates, or an
+even share of it without ZeRO. Any ZeRO stage and any number of ranks can read the result.
 """
 
 import importlib
@@ -49,12 +50,12 @@ from trainer.engines.timing import PhaseTimer
 from trainer.objectives.base import Objective, Outputs
 
 _MAIN = "main"
-# ZeRO allocates a bucket of this many elements for communication; DeepSpeed's own 5e8 would be 2 GB on every rank.
+# Size of ZeRO's communication bucket, in elements. DeepSpeed's default of 5e8 would take 2 GB on every rank.
 _BUCKET_ELEMENTS = 50_000_000
 
 
 class LossModel(nn.Module):
-    """A decoder whose forward ends in the objective: what DeepSpeed's hooks wrap."""
+    """A decoder whose forward ends in the objective. DeepSpeed installs its hooks on this module."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class LossModel(nn.Module):
     def forward(
         self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """What the objective makes of a micro-batch, given what its frozen models make of it."""
+        """Apply the objective to a micro-batch, given the frozen models' outputs for it."""
         hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.documents)
         return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups, frozen), batch)
 
@@ -71,11 +72,11 @@ class LossModel(nn.Module):
 class DeepSpeedEngine:
     """See trainer.engines.base.Engine.
 
-    Under ZeRO 3 no rank holds the parameters, and `model` has their shapes only (on the meta device).
+    Under ZeRO 3 no rank holds whole parameters, so `model` holds their shapes only, on the meta device.
 
     Args:
-        spec: What to train and how.
-        device: Where to train.
+        spec: The model, its optimizer and its layout.
+        device: Device to train on.
     """
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
@@ -102,43 +103,43 @@ class DeepSpeedEngine:
         self._rows = declared(decoder)
         self._parameters: dict[str, Any] = {name: row.tensor for name, row in parameter_rows(decoder).items()}
         self._trained = {name: value for name, value in self._parameters.items() if value.requires_grad}
-        # Before ZeRO 3 takes the shapes away.
+        # ZeRO 3 replaces the parameters by empty tensors, so record the shapes now.
         self._shards = {name: Shard.of(row.tensor, *row.place(self._groups)) for name, row in self._rows.items()}
         for name, parameter in self._parameters.items():
             if self._rows[name].group(self._groups) is not None:
-                # In DeepSpeed's norm of the gradient it counts on every rank.
+                # Marks a sharded parameter: DeepSpeed's gradient norm then counts it on every rank.
                 parameter.tensor_model_parallel = True
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
         self.model_is_whole = self._stage < 3 and decoder.is_whole
         decoder.recompute(spec.recompute)
         self._micro_batches = spec.micro_batches(self.data_parallel_size)
-        # ZeRO 3 keeps all parameters in one buffer of one type: there only their main copies are float32.
+        # ZeRO 3 keeps all parameters in one buffer of one dtype, so there only the main parameters are float32.
         float32 = {
             name: parameter.detach().to(device, copy=True)
             for name, parameter in self._parameters.items()
             if self._stage < 3 and self._rows[name].placement.float32
         }
         buffers = {name: buffer.detach().clone() for name, buffer in decoder.named_buffers()}
-        # DeepSpeed would remember the last engine's.
+        # DeepSpeed keeps the mpu in a module global. A second engine in this process would reuse the first one's.
         groups: Any = importlib.import_module("deepspeed.utils.groups")
         groups.mpu = None
         self._engine = self._deepspeed.initialize(
             model=LossModel(decoder),
             mpu=unit,
-            # Called when the parameters have been cast and have not yet been cut.
+            # DeepSpeed calls this after it has cast the parameters and before it shards them.
             optimizer=lambda _: self._build_adam(spec.optim, float32),
             model_parameters=list(self._trained.values()),
             config=_deepspeed_config(spec, decoder, self._micro_batches, device),
         )[0]
         _allocate_state(self._adam, self._flat_parameters())
         self._timer = PhaseTimer(device)
-        # What is left of it when backward has ended: with ZeRO gradients are reduced as they come.
+        # Times only the reduction after backward. Under ZeRO the hooks reduce most gradients during backward.
         self._engine.allreduce_gradients = self._timer.timed("reduce", self._engine.allreduce_gradients)
-        # Summed as they come, for afterwards DeepSpeed has them sharded.
+        # Partial gradients are summed in hooks during backward, because afterwards DeepSpeed has sharded them.
         for parameter in partial_gradients(decoder, self._groups):
             parameter.register_hook(partial(_sum_shares, group=self._groups.tensor))
         for name, values in buffers.items():
-            # DeepSpeed casts them along with the parameters.
+            # DeepSpeed casts buffers along with the parameters. Restore their dtype and values.
             self._rows[name].tensor.data = values.to(device)
 
     def _build_adam(self, optim: OptimConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
@@ -146,7 +147,8 @@ class DeepSpeedEngine:
         for name, parameter in self._parameters.items():
             if name in float32:
                 parameter.data = float32[name]
-            # A group is one flat tensor, so one type; DeepSpeed takes the first group's for that of the model.
+            # Each group becomes one flat tensor, so it needs one dtype. DeepSpeed takes the first group's dtype for
+            # the model's, hence the sorting: bf16 groups come first.
             if name in self._trained:
                 key = (parameter.dtype == torch.float32, not self._rows[name].placement.decayed)
                 groups.setdefault(key, []).append(parameter)
@@ -160,17 +162,18 @@ class DeepSpeedEngine:
         return self._adam
 
     def _flat_parameters(self) -> list[Tensor]:
-        """The tensors that Adam updates: whole parameters, or this rank's part of each group, flat and in float32."""
+        """Return the tensors that Adam updates: whole parameters, or this rank's flat float32 shard of each group."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
             return list(self._trained.values())
+        # The attribute's name differs between DeepSpeed's optimizer classes.
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(optimizer, name):
                 return list(getattr(optimizer, name))
         raise RuntimeError(f"{type(optimizer).__name__} of DeepSpeed {self._deepspeed.__version__} is not known here")
 
     def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
-        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`, the `step`-th."""
+        """Run forward and backward over this rank's micro-batches, then update number `step` at learning rate `lr`."""
         assert len(batches) == self._micro_batches, "DeepSpeed was told at the start how many there are"
         for group in self._adam.param_groups:
             group["lr"] = lr
@@ -183,11 +186,11 @@ class DeepSpeedEngine:
         return sums.finish(grad_norm, [self._decoder], self._model_config, self._timer)
 
     def _forward_backward(self, batches: Sequence[Batch], objective: Objective, step: int) -> StepSums:
-        """Run the micro-batches; the gradients are then summed over ranks."""
+        """Run the micro-batches. On return the gradients are reduced over ranks."""
         with self._timer.phase("reduce"):
             (count,) = self.collectives.sum_over_data([float(sum(map(objective.count, batches)))])
         scale = len(batches) * self.data_parallel_size / max(count, 1.0)
-        # DeepSpeed divides what it is given by the micro-batches.
+        # DeepSpeed divides each loss by the number of micro-batches. Auxiliary losses bypass that division.
         statistics.begin_step([self._decoder], step, scale / len(batches))
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         *earlier, last = batches
@@ -200,13 +203,13 @@ class DeepSpeedEngine:
             total, *rest = self.collectives.sum_over_data(own)
         sums = StepSums.of(objective, total, count, rest)
         if not sums.is_finite:
-            # So that the gradient is not finite on any rank, and DeepSpeed skips the update on all of them.
+            # Makes the gradient non-finite on all ranks, so that DeepSpeed skips the update on all of them.
             loss = loss * math.nan
         self._engine.backward(loss * scale)
         return sums
 
     def _forward(self, batch: Batch, objective: Objective, totals: Tensor) -> Tensor:
-        """The objective's sum over a micro-batch; it and each of the metrics are added to `totals`."""
+        """Return the objective's sum over a micro-batch, and add it and the metrics' sums to `totals`."""
         batch = batch.to(self.device)
         frozen = {name: model.outputs([batch])[0] for name, model in objective.models.items()}
         total: Tensor
@@ -215,7 +218,7 @@ class DeepSpeedEngine:
         return total
 
     def freeze(self, spec: FrozenSpec) -> FrozenModel:
-        """See `Engine.freeze`. Of a frozen model ZeRO shards nothing: a rank has what tensor parallelism leaves it."""
+        """See `Engine.freeze`. ZeRO does not shard a frozen model: each rank holds its whole tensor-parallel shard."""
         spec.require_fit(self._decoder.vocab_size, ParallelConfig(tensor=self._tensor_ranks))
         decoder = spec.build(range(spec.model.num_layers), self._groups, self.device)
 
@@ -225,14 +228,14 @@ class DeepSpeedEngine:
         return FrozenModel([decoder], hidden_states)
 
     def _update(self) -> float:
-        """Clip and step, unless the gradient is not finite; return its norm."""
+        """Clip and step unless the gradient is not finite. Return the gradient norm."""
         if self._stage > 0:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())
         parameters = list(self._trained.values())
         norm = self._grad_norm(parameters)
         if not math.isfinite(norm):
-            # AdamW passes parameters without a gradient over.
+            # AdamW skips parameters without a gradient, so engine.step() then changes nothing.
             self._engine.zero_grad()
         elif self._clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip, torch.tensor(norm, device=self.device))
@@ -240,7 +243,7 @@ class DeepSpeedEngine:
         return norm
 
     def _grad_norm(self, parameters: list[Any]) -> float:
-        """The norm without ZeRO; what tensor-parallel ranks share is counted on the first of them."""
+        """Return the gradient norm for stage 0. Tensor-parallel replicas count on the first tensor-parallel rank."""
         group = self._groups.tensor
         counted = [
             parameter.grad
@@ -252,7 +255,7 @@ class DeepSpeedEngine:
         return math.sqrt(squares if group is None else self.collectives.sum_over_ranks([squares], group)[0])
 
     def _spawn_experts(self) -> None:
-        """Make all routed experts masked copies of the first. Adam's moments stay, those of the others zero."""
+        """Turn all routed experts into masked copies of the first. Adam's moments stay: the others' are zero."""
         for name, weight, writes_output in expert_weights(self._decoder):
             with self._deepspeed.zero.GatheredParameters([weight], enabled=self._stage == 3):
                 experts = spawned(weight, name, writes_output, self._model_config.moe, self._seed, self._groups)
@@ -263,11 +266,11 @@ class DeepSpeedEngine:
         self._publish()
 
     def begin_phase(self, model: ModelConfig, trainable: Sequence[str]) -> None:
-        """See `Engine.begin_phase`; all phases train the same parameters, as the configuration has checked."""
+        """See `Engine.begin_phase`. All phases train the same parameters here, which the configuration has checked."""
         self._decoder.rotate_by(model)
 
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
-        """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
+        """Return the objective's sum over this rank's micro-batches, then the sum of each metric, without gradients."""
         self._engine.eval()
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         with torch.no_grad():
@@ -278,19 +281,19 @@ class DeepSpeedEngine:
         return found
 
     def save(self, directory: Path) -> dict[str, str]:
-        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.
+        """Write parameters, optimizer and RNG state into an existing empty directory. Every rank calls this.
 
         Returns:
-            On rank 0 the SHA-256 of every file that was written, flushed to the disk, by its name.
+            On rank 0 the SHA-256 of every written file by name, after a flush to disk. Empty on other ranks.
         """
         return self._writer.write(self._written_parts(), self._adam_step(), directory)
 
     def begin_save(self, directory: Path) -> PendingSave:
-        """Copy what `save` would write; training may go on at once. Every rank calls it."""
+        """Snapshot the state that `save` would write. Training may continue at once. Every rank calls this."""
         return self._writer.begin(self._written_parts(), self._adam_step(), directory)
 
     def _written_parts(self) -> dict[str, Piece]:
-        """What this rank writes, by the names in a checkpoint."""
+        """Return the pieces that this rank writes, by their names in a checkpoint."""
         parts: dict[str, Piece] = {}
         first_of_tensor_ranks = self._groups.tensor is None or dist.get_rank(self._groups.tensor) == 0
         for name, row in self._rows.items():
@@ -306,11 +309,11 @@ class DeepSpeedEngine:
         return parts
 
     def _to_write(self, piece: Piece, sharded: bool) -> Piece:
-        """What ZeRO has sharded, as it is; of what every data-parallel rank has, an even share."""
+        """Return a ZeRO-sharded piece as it is, and an even share of a piece that all data-parallel ranks hold."""
         return piece if sharded else piece.share(self.data_parallel_rank, self.data_parallel_size)
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, of either engine, under this layout, ZeRO stage and offloading or another."""
+        """Load a checkpoint of either engine, written under any layout, ZeRO stage and offloading."""
         reader = pieces.Reader(directory)
         owned = {name: {key: self._owned(name, key) for key in (_MAIN, *MOMENTS)} for name in self._trained}
         frozen = {name: self._frozen(name) for name in self._rows if name not in self._trained}
@@ -318,6 +321,7 @@ class DeepSpeedEngine:
         for name, by_key in owned.items():
             parts |= reader.optimizer_state(name, by_key[_MAIN], by_key)
         reader.read(parts)
+        # Under ZeRO 3 the pieces may be copies, so the values have to be written back.
         if self._stage == 3:
             for name, by_key in owned.items():
                 for key, piece in by_key.items():
@@ -328,11 +332,11 @@ class DeepSpeedEngine:
         reader.restore_random_state(self.rank, self.world_size)
 
     def _is_partitioned(self, name: str) -> bool:
-        """Whether ZeRO has sharded the tensor that the model computes with: parameters, not buffers, in stage 3."""
+        """Whether ZeRO shards the tensor that the model computes with. True for parameters, not buffers, in stage 3."""
         return self._stage == 3 and name in self._parameters
 
     def _frozen(self, name: str) -> Piece:
-        """What a rank has of a frozen parameter, or of a buffer: a view of it."""
+        """Return a view of this rank's elements of a frozen parameter or a buffer."""
         shard, tensor = self._shards[name], self._rows[name].tensor
         if self._is_partitioned(name):
             start, count = self._range(name)
@@ -340,7 +344,7 @@ class DeepSpeedEngine:
         return Piece(shard, 0, tensor.data.view(-1))
 
     def _as_the_model_reads_it(self, name: str, owned: Piece) -> Piece:
-        """The elements of a piece as they are in the parameter itself."""
+        """Return the model's own values for the elements of a piece, in the parameter's dtype."""
         if self._stage == 3:
             values = self._parameters[name].ds_tensor.data.flatten()[: owned.values.numel()]
         else:
@@ -348,14 +352,14 @@ class DeepSpeedEngine:
         return Piece(owned.shard, owned.start, values)
 
     def _range(self, name: str) -> tuple[int, int]:
-        """Where this rank's part of a parameter that ZeRO 3 cut starts, and its length less the padding."""
+        """Return the start of this rank's ZeRO 3 shard in the flattened parameter, and its length without padding."""
         part = self._parameters[name].ds_tensor.ds_numel
         total = self._shards[name].shape.numel()
         start = min(self.data_parallel_rank * part, total)
         return start, min(part, total - start)
 
     def _owned(self, name: str, key: str) -> Piece:
-        """What this rank updates of a main parameter or a moment; a view but under ZeRO 3."""
+        """Return the elements of a main parameter or moment that this rank updates. A view, except under ZeRO 3."""
         parameter, shard = self._parameters[name], self._shards[name]
         if self._stage == 0:
             source = parameter.data if key == _MAIN else self._adam.state[parameter][key]
@@ -377,7 +381,7 @@ class DeepSpeedEngine:
         return Piece(shard, part.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
 
     def _give_back(self, name: str, key: str, values: Tensor) -> None:
-        """Set what `_owned` lent under ZeRO 3, where it may be a copy on another device."""
+        """Write back values from `_owned` under ZeRO 3, where it may have returned a copy on another device."""
         parameter = self._parameters[name]
         utils = self._deepspeed.utils
         padded = nn.functional.pad(values, (0, parameter.ds_tensor.ds_numel - values.numel()))
@@ -388,51 +392,51 @@ class DeepSpeedEngine:
             utils.safe_set_local_optimizer_state(parameter, padded, key)
 
     def _publish(self) -> None:
-        """Bring what the model reads up to date with the main parameters."""
+        """Copy the main parameters into the parameters that the model reads."""
         optimizer = self._engine.optimizer
         if self._stage in (1, 2):
             optimizer.update_lp_params()
         elif self._stage == 3:
-            # Small parameters are whole on every rank: drop them, and gather them anew.
+            # Small parameters are kept whole on every rank. Drop and gather them again.
             optimizer.checkpoint_event_prologue()
             optimizer.checkpoint_event_epilogue()
 
     def _adam_step(self) -> int:
-        """Updates taken; skipped steps do not count."""
+        """Number of updates, without skipped steps."""
         return int(next(iter(self._adam.state.values()))["step"])
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Destroy the process groups."""
         self._engine.destroy()
         self._deepspeed.comm.destroy_process_group()
         process_groups.close()
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, set to the device (it would look for one itself at import) and quiet."""
+    """Import DeepSpeed quietly and for this device. DeepSpeed would otherwise detect a device itself at import."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if device.type == "cpu" else "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed = importlib.import_module("deepspeed")
-    # It collects garbage and prints a table of memory eight times, seconds in all.
+    # It would collect garbage and print a table of memory eight times, which takes seconds in total.
     bf16_optimizer: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # Errors reach the log as exceptions; below them DeepSpeed reports buckets and groups on every rank.
+    # Errors reach the log as exceptions. Below that level DeepSpeed logs buckets and groups on every rank.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls collectives by names that torch is about to change, once for every bucket.
+    # DeepSpeed calls collectives by names that torch deprecates, which would warn once per bucket.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed", message=".*is deprecated")
     if device.type == "cpu":
-        # A C++ operator for inference only, which every rank would compile at its first use.
+        # A C++ operator for inference only. Every rank would compile it at its first use.
         communication: Any = importlib.import_module("deepspeed.comm.torch")
         communication.build_shm_op = lambda: None
-        # An optimizer that is only asked for its type. To compile its functions would import inductor, for seconds.
+        # DeepSpeed only checks for this optimizer's type. Compiling its functions would import inductor, for seconds.
         with megatron_cpu.nothing_compiled():
             importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     return deepspeed
 
 
 def _model_parallel_groups(device: torch.device, spec: EngineSpec) -> tuple[Groups, Any]:
-    """What the layers are told of the ranks that share them, and DeepSpeed's `mpu`; None where no ranks do."""
+    """Return the layers' process groups and DeepSpeed's `mpu`. The latter is None without tensor parallelism."""
     parallel = spec.parallel
     if parallel.tensor == 1:
         return WHOLE, None
@@ -444,7 +448,7 @@ def _model_parallel_groups(device: torch.device, spec: EngineSpec) -> tuple[Grou
         megatron_cpu.adapt()
     megatron.initialize_groups(device, parallel, spec.collective_seconds)
     unit = SimpleNamespace()
-    # By the names of Megatron-LM's first versions and of later ones: DeepSpeed uses both.
+    # DeepSpeed uses both the names of early Megatron-LM versions and those of later ones.
     for theirs, ours in (("model", "tensor_model"), ("tensor_model", "tensor_model"), ("data", "data")):
         for fact in ("world_size", "rank", "group"):
             function = getattr(parallel_state, f"get_{ours}_parallel_{fact}")
@@ -453,7 +457,7 @@ def _model_parallel_groups(device: torch.device, spec: EngineSpec) -> tuple[Grou
 
 
 def _sum_shares(grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over ranks, in float32; what is given belongs to autograd."""
+    """Sum a gradient over ranks in float32, into a copy: the argument belongs to autograd."""
     total = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total.to(grad.dtype)
@@ -462,7 +466,7 @@ def _sum_shares(grad: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def _deepspeed_config(spec: EngineSpec, decoder: Decoder, micro_batches: int, device: torch.device) -> dict[str, Any]:
     sharding, on_gpu = spec.sharding, device.type != "cpu"
     numel = sum(parameter.numel() for parameter in decoder.parameters())
-    # Even, for ZeRO aligns the parts that are gathered.
+    # An even number, because ZeRO aligns the shards that it gathers.
     bucket = min(_BUCKET_ELEMENTS, numel + numel % 2)
     zero: dict[str, Any] = {
         "stage": sharding.zero_stage,
@@ -483,7 +487,7 @@ def _deepspeed_config(spec: EngineSpec, decoder: Decoder, micro_batches: int, de
         "train_micro_batch_size_per_gpu": spec.micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_print": None,
-        # Without ZeRO the engine clips, since DeepSpeed would neither tell the norm nor skip a step.
+        # Without ZeRO the engine clips itself: DeepSpeed would neither report the norm nor skip a step.
         "gradient_clipping": spec.optim.clip_grad if sharding.zero_stage else 0.0,
         "bf16": {"enabled": spec.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -494,7 +498,7 @@ def _deepspeed_config(spec: EngineSpec, decoder: Decoder, micro_batches: int, de
 
 
 def _allocate_state(adam: torch.optim.AdamW, parameters: list[Tensor]) -> None:
-    """Give every parameter its Adam moments and step now, so that a checkpoint can be read into them."""
+    """Allocate Adam's moments and step of every parameter now, so that a checkpoint can be read into them."""
     for parameter in parameters:
         adam.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -1,8 +1,7 @@
-"""Models that an objective reads beside the one that is trained: a teacher, a reference policy.
+"""Models that an objective reads beside the trained one, such as a teacher or a reference policy.
 
-They live on the ranks and process groups of the engine, sharded as the trained model is, and are nothing but
-parameters: no gradients, no optimizer, no DDP around them. `Engine.freeze` makes them; an objective names them in
-`models`.
+They use the engine's ranks and process groups and are sharded as the trained model is. They hold parameters only: no
+gradients, no optimizer state, no DDP wrapper. `Engine.freeze` builds them; an objective lists them in `models`.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from trainer.objectives.base import Outputs
 
 @dataclass(frozen=True)
 class FrozenSpec:
-    """A model that is read and not trained.
+    """A model to read without training it.
 
     Attributes:
-        model: Its shape: any that can be sharded as the trained model is.
-        vocab_size: Rows of its embedding, padding included: as many as the trained model has.
-        fill: Gives this rank's shard of the model, or of a stage of it, its values.
-        precision: bf16 or fp32, of the parameters that it computes with.
+        model: Its configuration. The trained model's layout must be able to shard it.
+        vocab_size: Rows of its embedding, including padding. Must equal the trained model's.
+        fill: Fills this rank's shard of the model, or of one of its stages, with values.
+        precision: dtype of its parameters, bf16 or fp32.
     """
 
     model: ModelConfig
@@ -43,58 +42,62 @@ class FrozenSpec:
 
     @classmethod
     def of_weights(cls, path: str | Path, precision: str = "fp32") -> FrozenSpec:
-        """The model in a directory of weights.
+        """Describe the model in a directory of weights.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: the directory holds no weights.
         """
         found = weights.open_weights(path)
         return cls(found.model, found.vocab_size, partial(weights.fill, weights=found), precision)
 
     @classmethod
     def of_checkpoint(cls, path: str | Path) -> FrozenSpec:
-        """The model of a run directory's newest checkpoint, or of a checkpoint, of any layout, as it was trained.
+        """Describe the model of a checkpoint, or of a run directory's newest one, in the dtype it was trained in.
+
+        The checkpoint may come from any layout.
 
         Raises:
-            ConfigError: no usable checkpoint there.
+            ConfigError: the path holds no usable checkpoint.
         """
         stored = inference.open_checkpoint(path)
         return cls(stored.model, stored.vocab_size, stored.fill, "bf16" if stored.dtype == torch.bfloat16 else "fp32")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters, but those that declare float32 (models.parameters)."""
+        """Data type of the parameters, except those that declare float32 (models.parameters)."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def require_fit(self, vocab_size: int, parallel: ParallelConfig) -> None:
-        """Hold the model against the trained one's vocabulary and layout.
+        """Check the model against the trained model's vocabulary and layout.
 
         Raises:
-            ConfigError: the vocabularies differ in their rows.
-            ValueError: it cannot be sharded so.
+            ConfigError: the embeddings differ in their number of rows.
+            ValueError: the layout cannot shard the model.
         """
+        # Objectives compare both models' distributions over the same tokens.
         if self.vocab_size != vocab_size:
             raise ConfigError(
                 f"the frozen model has a vocabulary of {self.vocab_size} rows and the trained one {vocab_size}; both "
                 "must have the same tokens, padded alike (model.vocab_multiple)"
             )
+        # The frozen model has the trained one's layout, but its own heads, channels and experts.
         parallel.require_divisible(self.model)
 
     def build(self, layers: range, groups: Groups, device: torch.device) -> Decoder:
-        """Make this rank's shard of consecutive layers."""
+        """Build this rank's shard of consecutive layers."""
         decoder = build(self.model, self.vocab_size, layers, groups=groups, dtype=self.dtype, device=device)
         self.fill(decoder)
-        # In evaluation mode routers have no noise, no capacity and no losses, and count nothing.
+        # In evaluation mode routers add no noise, apply no capacity limit and no auxiliary losses, and count nothing.
         return decoder.eval().requires_grad_(False)
 
 
 class FrozenModel:
-    """A model that is not trained: this rank's part of it.
+    """One rank's shard of a model that is not trained.
 
     Args:
-        decoders: Its stages on this rank, the last one last.
-        hidden_states: The engine's way through them: the last stage's hidden states of every micro-batch, [T, B, D]
-            each ([T/P, B, D] with sequence parallelism); none on ranks without the last stage.
+        decoders: Its pipeline stages on this rank, in order.
+        hidden_states: The engine's forward pass through them. Returns the last stage's hidden states of every
+            micro-batch, [T, B, D] each ([T/P, B, D] with sequence parallelism). Returns nothing on ranks without it.
     """
 
     def __init__(
@@ -104,12 +107,13 @@ class FrozenModel:
         self._hidden_states = hidden_states
 
     def outputs(self, batches: Sequence[Batch]) -> list[Outputs]:
-        """What it puts out for every micro-batch, on the last stage; nothing on the others.
+        """Return the model's outputs for every micro-batch on the last stage, and nothing on the other stages.
 
-        Every rank that shares the micro-batches' work calls it, with this rank's part of each. All hidden states are
-        there at once.
+        All ranks that share these micro-batches call this, each with its own shard of them. The hidden states of all
+        micro-batches are in memory at once.
         """
         with torch.no_grad():
             found = self._hidden_states(batches)
+        # On ranks without the last stage `found` is empty, and the head below is never read.
         last = self.decoders[-1]
         return [Outputs(hidden, last.head_weight, last.groups) for hidden in found]

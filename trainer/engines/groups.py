@@ -1,4 +1,4 @@
-"""The process groups of a run: those of all ranks, their timeout, the sockets of gloo, and their end."""
+"""The process groups of a run: creation, timeout, gloo sockets and destruction."""
 
 import os
 import sys
@@ -12,26 +12,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# What every group of this process is made with, from `initialize` to `close`.
+# `initialize` sets these and `close` resets them. Every group created in between uses them.
 _timeout: timedelta | None = None
 _gloo_devices: list[Any] = []
 
 
 def backend_of(device: torch.device) -> str:
-    """The backend that speaks for tensors on a device."""
+    """Name the torch.distributed backend for tensors on a device."""
     return "gloo" if device.type == "cpu" else "nccl"
 
 
 def initialize(device: torch.device, seconds: float) -> None:
-    """Make the group of all ranks, unless it is there.
+    """Create the group of all ranks, unless it exists.
 
-    Every group made from now on, by mcore and DeepSpeed too, waits at most `seconds` in a collective; on a CPU they
-    share one gloo device. Without a launcher this is the only rank: a store in the process needs no port.
+    Every group created afterwards, including those of mcore and DeepSpeed, waits at most `seconds` in a collective. On
+    a CPU all groups share one gloo device. Without a launcher this process is the only rank, and an in-process store
+    avoids the need for a port.
     """
     global _timeout
     _timeout = timedelta(seconds=seconds)
     if device.type == "cpu" and not _gloo_devices:
         _gloo_devices.extend(_make_devices())
+    # mcore and DeepSpeed call torch's constructor themselves, so the timeout is set inside torch.
     if not hasattr(distributed_c10d._new_process_group_helper, "__wrapped__"):
         distributed_c10d._new_process_group_helper = _as_one(distributed_c10d._new_process_group_helper)
     if dist.is_initialized():
@@ -44,20 +46,20 @@ def initialize(device: torch.device, seconds: float) -> None:
 
 
 def saving_group() -> dist.ProcessGroup | None:
-    """A group of all ranks for CPU tensors, for saves alone: a thread may write one while training uses the others.
+    """Create a CPU group of all ranks for checkpoint writes, which may run in a thread beside training collectives.
 
-    None where there is one rank. Every rank calls it.
+    Returns None for a single rank. Every rank calls this.
     """
     return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
 
 def close() -> None:
-    """Destroy every group of this process, mcore's too. The last reference to each ends the threads that serve it."""
+    """Destroy every group of this process, including mcore's. Dropping a group's last reference ends its threads."""
     global _timeout
     mcore: Any = sys.modules.get("megatron.core.parallel_state")
     if mcore is not None:
         mcore.destroy_model_parallel()
-        # Which mcore forgets.
+        # mcore's own destructor misses this one.
         mcore._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -65,13 +67,13 @@ def close() -> None:
     _gloo_devices.clear()
 
 
-# The module, whose types do not tell all that it has.
+# Typed as Any, because torch's stubs omit members that this file uses.
 _C10D: Any = distributed_c10d
 
 
 def _make_devices() -> list[Any]:
     gloo = distributed_c10d.ProcessGroupGloo
-    # As torch reads it: interfaces by name, else the one that the host's name resolves to.
+    # Same rule as torch: the named interfaces, else the interface that the host name resolves to.
     interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if interfaces:
         return [gloo.create_device(interface=name) for name in interfaces.split(",")]
@@ -79,23 +81,23 @@ def _make_devices() -> list[Any]:
 
 
 class _GlooOnSharedDevice(distributed_c10d.ProcessGroupGloo):
-    """gloo's group on the device that all groups of this process share.
+    """A gloo process group on the device that all groups of this process share.
 
-    Each device has a thread that wakes a hundred times a second, and torch gives each group a device of its own: a
-    rank of mcore's has some twenty groups.
+    By default torch gives each group its own gloo device, and the thread of each device wakes a hundred times a second.
+    A rank of mcore has some twenty groups.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         options = _C10D.ProcessGroupGloo._Options()
         options._devices = _gloo_devices
         options._timeout = timeout
-        # As torch has it.
+        # torch's default: two threads per device.
         options._threads = 2 * len(_gloo_devices)
         super().__init__(store, rank, size, options)
 
 
 def _as_one(helper: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's maker of groups, with the timeout and the gloo device of this process."""
+    """Wrap torch's group constructor to apply the timeout and the gloo device of this process."""
 
     @wraps(helper)
     def make(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
 """The Megatron engine: mcore's schedules, DDP and distributed optimizer.
 
-A checkpoint is in the format of both engines (trainer.engines.pieces). mcore's distributed optimizer gives each
-data-parallel rank, context-parallel ones included, a range of every bucket of parameters. What a rank updates of a
-parameter is what it writes and reads; what several ranks have alike, the first tensor-parallel rank writes, and the
-earliest stage.
+Checkpoints use the format of both engines (trainer.engines.pieces). mcore's distributed optimizer gives each
+data-parallel rank, context-parallel ranks included, a range of every parameter bucket. A rank writes and reads the
+elements that it updates. The first tensor-parallel rank writes tensors that are replicated over tensor-parallel ranks,
+and the earliest stage writes those that several stages hold.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainer.engines.timing import PhaseTimer
 from trainer.objectives.base import Objective, Outputs
 
 with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
-    # mcore says at import that TransformerEngine and Apex are missing; the torch fallbacks are what we want.
+    # At import mcore warns that TransformerEngine and Apex are missing. We want its torch fallbacks.
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import (
@@ -56,9 +56,9 @@ with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
 
 
 class Stage(nn.Module):
-    """Consecutive layers of a decoder with what mcore's schedules ask of a pipeline stage.
+    """Consecutive layers of a decoder, with the attributes and methods that mcore's schedules need of a stage.
 
-    `vp_stage` counts the stages of one rank, None where it has one.
+    `vp_stage` is the virtual pipeline stage on this rank, or None if the rank has a single stage.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -73,24 +73,24 @@ class Stage(nn.Module):
         self._entering: Tensor | None = None
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """What the next stage takes of a micro-batch, or the head."""
+        """Return the hidden states of a micro-batch that the next stage, or the head, reads."""
         return self.part.hidden_states(batch.tokens, batch.positions, batch.documents, entering=self._entering)
 
     def forward(
         self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
     ) -> Tensor | tuple[Tensor, Sequence[Tensor]]:
-        """What the objective makes of a micro-batch, on the last stage; what the next stage takes, on the others."""
+        """Apply the objective on the last stage. On the other stages return the next stage's input."""
         hidden = self.hidden_states(batch)
         if not self.post_process:
             return hidden
         return objective.forward(Outputs(hidden, self.part.head_weight, self.part.groups, frozen), batch)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take the activations of the previous stage; the first stage reads tokens and has none."""
+        """Store the previous stage's activations. The first stage has none, because it reads tokens."""
         self._entering = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """The weight that mcore keeps equal on the first and the last stage."""
+        """Return the weight that mcore keeps equal on the first and the last stage."""
         assert self.part.embedding is not None, "asked of the first and the last stage, where it is shared"
         return self.part.embedding.weight
 
@@ -99,8 +99,8 @@ class MegatronEngine:
     """See trainer.engines.base.Engine.
 
     Args:
-        spec: What to train and how.
-        device: Where to train.
+        spec: The model, its optimizer and its layout.
+        device: Device to train on.
     """
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
@@ -126,7 +126,7 @@ class MegatronEngine:
             for number, decoder in enumerate(self._build_decoders(spec, dtype))
         ]
         for stage in self._stages:
-            # Not before: mcore copies parameters into buffers of its own, and unwritten memory takes no room.
+            # Fill after wrapping: mcore copies parameters into its own buffers, and unwritten memory takes no room.
             spec.fill(stage.module.part)
         no_sync = [stage.no_sync for stage in self._stages]
         transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -135,18 +135,18 @@ class MegatronEngine:
         self.model = self._decoders[0]
         self.model_is_whole = self.model.is_whole
         self._optimizer = self._build_optimizer(spec, dtype)
-        # Not those of the optimizer's state: a rank of which no parameter is large enough to have a part has none.
+        # Counted here, because the optimizer's state may be empty: with small parameters a rank may own no range.
         self._updates = 0
         self._timer = PhaseTimer(device)
         self._owned: dict[Tensor, _Owned] = dict(_owned_parts(self._optimizer.chained_optimizers))
-        # The main parameters that the phase does not train.
+        # Main parameters that the current phase does not train.
         self._resting: list[Tensor] = []
         self._is_float32 = dtype == torch.float32
         self._writer = pieces.Writer(self.rank, self.world_size, groups.saving_group())
         self._forward_backward = get_forward_backward_func()
 
     def _build_decoders(self, spec: EngineSpec, dtype: torch.dtype) -> Iterator[Decoder]:
-        """Shards of the pipeline stages that this rank has, not yet filled."""
+        """Build this rank's shards of its pipeline stages, not yet filled."""
         stages = spec.parallel.stage_layers(spec.model.num_layers)
         for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: spec.parallel.pipeline]:
             decoder = build(spec.model, spec.vocab_size, layers, groups=self._groups, dtype=dtype, device=self.device)
@@ -157,37 +157,38 @@ class MegatronEngine:
             yield decoder
 
     def _describe_to_mcore(self, row: Declared, decoder: Decoder) -> None:
-        """Set the attributes by which mcore sums and counts a parameter's gradient."""
+        """Set the attributes that tell mcore how to reduce a parameter's gradient and count it in the norm."""
         parameter: Any = row.tensor
         if row.group(self._groups) is not None or row.placement.expert:
-            # In the norm it counts on every rank. To mcore an expert is a parameter of its own, shared or not.
+            # Counts in the norm on every rank. mcore treats an expert as a distinct parameter, sharded or not.
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, row.axis, 1)
         if row.placement.expert:
-            # Summed over the ranks that have the same experts.
+            # mcore then reduces it over the expert-data-parallel group: the ranks that hold the same experts.
             parameter.allreduce = False
         if row.name in decoder.copies():
             parameter.shared = True
         if self._parallel.pipeline > 1 and row.name in decoder.summed_over_stages():
-            # The distributed optimizer must shard it alike on all stages: mcore gives it a bucket of its own.
+            # The distributed optimizer must shard it equally on all stages. mcore gives such parameters their own
+            # bucket.
             parameter.shared_embedding = True
 
     def _wrap(self, stage: Stage) -> DistributedDataParallel:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
-            # gloo has no stream to overlap on.
+            # gloo has no streams to overlap on.
             overlap_grad_reduce=not self._on_cpu and self.data_parallel_size > 1,
         )
         return DistributedDataParallel(stage.config, ddp_config, stage)
 
     def _finalize_gradients(self, stages: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
-        """Mcore's sums over ranks, then those it does not know; the end of what its schedule does."""
+        """Run mcore's gradient reductions, then those that mcore does not know. mcore's schedule ends with this."""
         with self._timer.phase("reduce"):
             finalize_model_grads(stages, *args, **kwargs)
             self._sum_shared_gradients(stages)
 
     def _sum_shared_gradients(self, stages: list[DistributedDataParallel]) -> None:
-        """Over shares of what tensor-parallel ranks share, and of the lower bounds over pipeline stages."""
+        """Sum partial gradients over tensor-parallel ranks, and the lower bounds' gradients over pipeline stages."""
         decoders = [stage.module.part for stage in stages]
         shares: list[Any] = [
             parameter for decoder in decoders for parameter in partial_gradients(decoder, self._groups)
@@ -237,17 +238,17 @@ class MegatronEngine:
             for group in part.param_groups:
                 group["weight_decay"] = optim.weight_decay * group["wd_mult"]
                 if isinstance(part.optimizer, torch.optim.AdamW):
-                    # mcore falls back to torch's AdamW unfused: ten passes over memory in place of one.
+                    # mcore falls back to unfused torch AdamW, which passes over memory ten times instead of once.
                     group["fused"] = True
             _allocate_state(part.optimizer)
         return optimizer
 
     def _accepted_types(self) -> AbstractContextManager[None]:
-        """Where mcore insists on CUDA tensors."""
+        """Return a context in which mcore's type checks accept this device's tensors."""
         return megatron_cpu.cpu_tensors_pass_for_cuda() if self._on_cpu else nullcontext()
 
     def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
-        """Forward and backward over this rank's micro-batches, one update at learning rate `lr`, the `step`-th."""
+        """Run forward and backward over this rank's micro-batches, then update number `step` at learning rate `lr`."""
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
         statistics.begin_step(self._decoders, step)
@@ -265,17 +266,17 @@ class MegatronEngine:
         return sums.finish(grad_norm, self._decoders, self._model_config, self._timer)
 
     def _update(self, lr: float, loss_is_finite: bool) -> float:
-        """Clip and step, unless the loss or the gradient is not finite; return the norm of the gradient.
+        """Clip and step unless the loss or the gradient is not finite. Return the gradient norm.
 
-        mcore's own step() clips and updates in one call, with no chance to skip in between.
+        mcore's own step() clips and updates in one call, which leaves no chance to skip in between.
         """
         optimizer = self._optimizer
         optimizer.prepare_grads()
         for main in self._resting:
-            # Neither in the norm nor in Adam, which passes over what has no gradient: no decay, no change of moments.
+            # Excludes it from the norm, and Adam skips it: no weight decay, no change of its moments.
             main.grad = None
         if self._resting:
-            # In float32 they are views of parameters, of whose gradients torch warns where they are missing.
+            # In float32 these are views of parameters. torch warns when code reads a missing gradient of a non-leaf.
             warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
         grad_norm = self._grad_norm()
         if not (loss_is_finite and math.isfinite(grad_norm)):
@@ -291,19 +292,19 @@ class MegatronEngine:
         return grad_norm
 
     def _grad_norm(self) -> float:
-        """The norm of the whole gradient; of what several ranks have alike, mcore names the one that counts it."""
+        """Return the global gradient norm. mcore selects the one rank that counts a replicated gradient."""
         counted = [grad for part in self._optimizer.chained_optimizers for grad in part.get_main_grads_for_grad_norm()]
         (squares,) = self.collectives.sum_over_ranks([float(sum_of_squares(counted, self.device))])
         return math.sqrt(squares)
 
     def _spawn_experts(self) -> None:
-        """Make all routed experts masked copies of the first. Adam's moments stay, those of the others zero."""
+        """Turn all routed experts into masked copies of the first. Adam's moments stay: the others' are zero."""
         moe = self._model_config.moe
         for decoder in self._decoders:
             for name, weight, writes_output in expert_weights(decoder):
                 weight.data.copy_(spawned(weight, name, writes_output, moe, self._seed, self._groups))
         for part in self._optimizer.chained_optimizers:
-            # mcore keeps experts apart, so that no other weight's float32 copy is rounded.
+            # mcore keeps experts in separate optimizers, so this rounds no other weight's float32 copy.
             if all(group["is_expert_parallel"] for group in part.param_groups):
                 part.reload_model_params()
 
@@ -316,11 +317,11 @@ class MegatronEngine:
                 if row.tensor in self._owned and not matches(name, trainable):
                     self._resting.append(self._owned[row.tensor].main)
         for part in self._optimizer.chained_optimizers:
-            # A parameter that has rested has seen fewer updates, by which Adam would correct its moments.
+            # A parameter that rested has had fewer updates. Its own count would change Adam's bias correction.
             _set_step(part.optimizer, self._updates)
 
     def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
-        """Without gradients: the objective's sum over this rank's micro-batches, then that of each of its metrics."""
+        """Return the objective's sum over this rank's micro-batches, then the sum of each metric, without gradients."""
         with torch.no_grad():
             found = self._run(batches, objective, forward_only=True)
         total, _, *sums = self._totals(found, objective)
@@ -330,10 +331,10 @@ class MegatronEngine:
         return sums
 
     def _run(self, batches: Sequence[Batch], objective: Objective, forward_only: bool) -> list[dict[str, Any]]:
-        """Mcore's schedule over the micro-batches; what the objective counts of each, on the last stage only."""
+        """Run the objective over the micro-batches. Return the sums of each micro-batch, on the last stage only."""
         taken = list(batches)
         if self._parallel.virtual_pipeline > 1:
-            # The interleaved schedule takes as many micro-batches as there are stages, or a multiple.
+            # The interleaved schedule needs a multiple of the pipeline size. Padding micro-batches are dropped below.
             taken += taken[-1:] * (-len(taken) % self._parallel.pipeline)
         context = parallel_state.get_context_parallel_rank(), self._parallel.context
         parts = [batch.part(*context) for batch in taken]
@@ -347,7 +348,7 @@ class MegatronEngine:
     def _schedule(
         self, stages: list[Any], given: Sequence[_Given], step: Callable[..., Any], forward_only: bool
     ) -> list[Any]:
-        """Mcore's schedule over micro-batches; what the last stage keeps of each, on its ranks only."""
+        """Run mcore's schedule over micro-batches. Return the last stage's result of each, on its ranks only."""
         iterators = [iter(given) for _ in stages]
         rows, seq_len = given[0].batch.tokens.shape
         found: list[Any] = self._forward_backward(
@@ -355,7 +356,7 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=stages,
             num_microbatches=len(given),
-            # Of the whole row, which mcore divides.
+            # Length of the whole row: mcore divides it by the context-parallel size.
             seq_length=seq_len * self._parallel.context,
             micro_batch_size=rows,
             forward_only=forward_only,
@@ -363,7 +364,7 @@ class MegatronEngine:
         return found
 
     def freeze(self, spec: FrozenSpec) -> FrozenModel:
-        """See `Engine.freeze`. A pipeline's stages have its layers evenly, for its head is no part of its schedule."""
+        """See `Engine.freeze`. Stages split the layers evenly, because the head runs outside this schedule."""
         parallel = replace(self._parallel, pipeline_layers=None)
         spec.require_fit(self.model.vocab_size, parallel)
         config = _transformer_config(EngineSpec(spec.model, spec.vocab_size, parallel=parallel), spec.dtype)
@@ -380,38 +381,39 @@ class MegatronEngine:
         return FrozenModel(decoders, hidden_states)
 
     def _totals(self, found: list[dict[str, Any]], objective: Objective) -> list[float]:
-        """Sum, count and metrics over this rank's part of the micro-batches; one tensor-parallel rank counts them."""
+        """Sum, count and metrics of this rank's part of the micro-batches. Only tensor-parallel rank 0 is non-zero."""
         counts = parallel_state.get_tensor_model_parallel_rank() == 0
         names = ("sum", "count", *objective.metrics)
         return [float(sum(float(entry[name]) for entry in found) * counts) for name in names]
 
     def save(self, directory: Path) -> dict[str, str]:
-        """Write parameters, optimizer and RNG state into an existing empty directory; every rank calls it.
+        """Write parameters, optimizer and RNG state into an existing empty directory. Every rank calls this.
 
         Returns:
-            On rank 0 the SHA-256 of every file that was written, flushed to the disk, by its name.
+            On rank 0 the SHA-256 of every written file by name, after a flush to disk. Empty on other ranks.
         """
         return self._writer.write(self._written_parts(), self._updates, directory)
 
     def begin_save(self, directory: Path) -> PendingSave:
-        """Copy what `save` would write; training may go on at once. Every rank calls it."""
+        """Snapshot the state that `save` would write. Training may continue at once. Every rank calls this."""
         return self._writer.begin(self._written_parts(), self._updates, directory)
 
     def _written_parts(self) -> dict[str, Piece]:
-        """What this rank writes, by the names in a checkpoint."""
+        """Return the pieces that this rank writes, by their names in a checkpoint."""
         parts: dict[str, Piece] = {}
         first_of_tensor_ranks = parallel_state.get_tensor_model_parallel_rank() == 0
         for decoder in self._decoders:
             copies = decoder.copies()
             for name, row in declared(decoder).items():
-                # What tensor-parallel ranks have alike, the first one writes. Of experts each updates another range.
+                # The first tensor-parallel rank writes replicated tensors. Experts are an exception: each rank updates
+                # another range of them.
                 alike = row.group(self._groups) is None and not row.placement.expert
                 if name not in copies and (first_of_tensor_ranks or not alike):
                     parts |= self._written(row)
         return parts
 
     def _written(self, row: Declared) -> dict[str, Piece]:
-        """What this rank writes of a parameter or buffer, by the names in a checkpoint."""
+        """Return this rank's pieces of a parameter or buffer, by their names in a checkpoint."""
         if (owned := self._owned.get(row.tensor)) is not None:
             shard = Shard.of(row.tensor, *row.place(self._groups))
             main, moments = owned.pieces(shard)
@@ -431,14 +433,14 @@ class MegatronEngine:
         return {pieces.MODEL + row.name: self._whole_shard(row).share(*replicas)}
 
     def _whole_shard(self, row: Declared) -> Piece:
-        """All that this rank has of a frozen parameter, or of a buffer."""
+        """Return this rank's whole shard of a frozen parameter or a buffer."""
         return Piece(Shard.of(row.tensor, *row.place(self._groups)), 0, row.tensor.detach().view(-1))
 
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, of either engine, under this layout or another."""
+        """Load a checkpoint of either engine, written under any layout."""
         reader = pieces.Reader(directory)
         for decoder in self._decoders:
-            # Not of all stages at once: two of one rank may have a parameter of the same name.
+            # One stage at a time, because two stages of a rank may have parameters of the same name.
             parts: dict[str, Piece] = {}
             for name, row in declared(decoder).items():
                 if (owned := self._owned.get(row.tensor)) is not None:
@@ -450,37 +452,37 @@ class MegatronEngine:
         self._updates = reader.adam_step
         for part in self._optimizer.chained_optimizers:
             _set_step(part.optimizer, reader.adam_step)
-            # What follows every update, too: the parameters are their float32 copies, rounded, and gathered.
+            # As after every update: round the main parameters to the model's dtype, then all-gather them.
             part._copy_main_params_to_model_params()
         for stage in self._stages:
             stage.start_param_sync()
         reader.restore_random_state(self.rank, self.world_size)
 
     def close(self) -> None:
-        """Leave the process groups, and free the optimizer's state."""
-        # Shards of parameters have grad_fn, through which the hooks of mcore's DDP refer back to the optimizer: a cycle
-        # through C++ that Python's collector does not see, so that the engine would live as long as the process.
+        """Destroy the process groups and free the optimizer's state."""
+        # Parameter shards have a grad_fn that refers, through the hooks of mcore's DDP, back to the optimizer. This
+        # cycle runs through C++, where Python's collector does not see it, so the engine would never be freed.
         self._optimizer, self._owned = None, {}
         groups.close()
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What a schedule hands to a stage: a micro-batch, and what frozen models put out for it, on the last stage."""
+    """A stage's input from the schedule: a micro-batch and, on the last stage, the frozen models' outputs for it."""
 
     batch: Batch
     frozen: Mapping[str, Outputs]
 
 
 def _frozen_step(given: Iterator[_Given], stage: Any, *, device: torch.device) -> tuple[Tensor, None]:
-    """Mcore's forward_step_func for a frozen model: without a loss the schedule keeps what the last stage gives."""
+    """Mcore's forward_step_func for a frozen model. Without a loss the schedule collects the last stage's outputs."""
     return stage.hidden_states(next(given).batch.to(device)), None
 
 
 def _forward_step(
     given: Iterator[_Given], stage: Any, *, device: torch.device, objective: Objective
 ) -> tuple[Any, Any]:
-    """Mcore's forward_step_func: run a micro-batch; its loss is a sum with a count (calculate_per_token_loss)."""
+    """Mcore's forward_step_func. The loss is a sum with a count, as calculate_per_token_loss expects."""
     own = next(given)
     count = objective.count(own.batch)
     batch = own.batch.to(device)
@@ -495,9 +497,9 @@ def _forward_step(
 
 
 def initialize_groups(device: torch.device, parallel: ParallelConfig, seconds: float) -> None:
-    """Make the process groups of a layout, those of all ranks first, unless they are there.
+    """Create the process groups of a layout, starting with the group of all ranks, unless they exist.
 
-    Collectives wait at most `seconds`.
+    Collectives time out after `seconds`.
     """
     groups.initialize(device, seconds)
     if not parallel_state.is_initialized():
@@ -507,14 +509,14 @@ def initialize_groups(device: torch.device, parallel: ParallelConfig, seconds: f
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
-            # An expert is whole on a rank: the ranks that share experts are any of a pipeline stage.
+            # Each expert is whole on one rank, so expert parallelism may span all ranks of a pipeline stage.
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
 
 
 def layer_groups(parallel: ParallelConfig) -> Groups:
-    """What the layers are told of the ranks that share them."""
+    """Return the process groups over which the layers are sharded."""
     return Groups(
         tensor=parallel_state.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
         context=parallel_state.get_context_parallel_group() if parallel.context > 1 else None,
@@ -524,7 +526,7 @@ def layer_groups(parallel: ParallelConfig) -> Groups:
 
 
 def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum each tensor over the group, in place, in one message."""
+    """Sum each tensor over the group, in place, with a single all-reduce."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat, group=group)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -532,10 +534,10 @@ def _all_reduce_together(tensors: list[Tensor], group: dist.ProcessGroup | None)
 
 
 def _transformer_config(spec: EngineSpec, dtype: torch.dtype) -> TransformerConfig:
-    """What mcore's schedules and DDP read of a model; the layers are ours and read models.config."""
+    """Build the configuration for mcore's schedules and DDP. The layers are ours and read models.config instead."""
     parallel = spec.parallel
     return TransformerConfig(
-        # Ours may be split unevenly over the stages, which mcore would refuse: a layer a stage.
+        # One layer per stage here, because mcore would refuse our uneven splits over stages.
         num_layers=parallel.pipeline * parallel.virtual_pipeline,
         hidden_size=spec.model.hidden_size,
         num_attention_heads=parallel.tensor,
@@ -544,8 +546,8 @@ def _transformer_config(spec: EngineSpec, dtype: torch.dtype) -> TransformerConf
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
-        # Of two stages each is the other's next and previous one, and interleaved both send at once: in a batch,
-        # messages are matched by their order alone, and mixed up.
+        # With two stages each is both the next and the previous stage of the other, and the interleaved schedule sends
+        # in both directions at once. A batch matches messages by order alone, and would mix them up.
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         bf16=dtype == torch.bfloat16,
@@ -556,9 +558,9 @@ def _transformer_config(spec: EngineSpec, dtype: torch.dtype) -> TransformerConf
 
 
 def _allocate_state(optimizer: Any) -> None:
-    """Give every parameter its Adam moments and step now.
+    """Allocate Adam's moments and step of every parameter now.
 
-    Loading reads into them, and torch's AdamW, unlike TransformerEngine's, keeps the step with each parameter.
+    Loading reads into them. torch's AdamW keeps the step with each parameter, unlike TransformerEngine's.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -570,24 +572,24 @@ def _allocate_state(optimizer: Any) -> None:
 
 
 def _set_step(optimizer: Any, step: int) -> None:
-    """Have Adam stand after so many updates."""
+    """Set the number of updates that Adam has made."""
     if isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():
             state["step"].fill_(step)
     else:
-        # TransformerEngine's keeps it with the groups.
+        # TransformerEngine's Adam keeps the step with the parameter group.
         for group in optimizer.param_groups:
             group["step"] = step
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """What this rank updates of a parameter: the elements start .. start + n of what it has of it, flattened.
+    """The elements start .. start + n of a flattened shard that this rank updates.
 
     Attributes:
-        start: Where they begin.
-        main: The float32 values [n]; in float32 training a view of the parameter.
-        state: Adam's moments [n] by their names.
+        start: First element.
+        main: The main parameter's float32 values [n]. In float32 training, a view of the parameter.
+        state: Adam's moments [n], by name.
     """
 
     start: int
@@ -595,17 +597,17 @@ class _Owned:
     state: dict[str, Tensor]
 
     def pieces(self, shard: Shard) -> tuple[Piece, dict[str, Piece]]:
-        """Main values and moments."""
+        """Return the main values and the moments as pieces."""
         moments = {key: Piece(shard, self.start, self.state[key].detach()) for key in pieces.MOMENTS}
         return Piece(shard, self.start, self.main.detach()), moments
 
     def as_the_model_reads_it(self, parameter: Tensor, shard: Shard) -> Piece:
-        """The same elements of the parameter itself."""
+        """Return the model's own values for the same elements, in the parameter's dtype."""
         return Piece(shard, self.start, parameter.detach().view(-1)[self.start : self.start + self.main.numel()])
 
 
 def _owned_parts(optimizers: list[Any]) -> Iterator[tuple[nn.Parameter, _Owned]]:
-    """What this rank updates of every parameter of which it updates anything."""
+    """Yield each parameter that this rank updates at least in part, with the elements that it updates."""
     for part in optimizers:
         by_type = (
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),

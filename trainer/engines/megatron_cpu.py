@@ -1,17 +1,17 @@
-"""megatron-core on a machine without an accelerator, over gloo.
+"""Adapts megatron-core to a machine without an accelerator, over gloo.
 
-The only place that adapts the library. Where there is a GPU only plans use it, and every adaptation is bound to the
-version it was written for: another version is refused rather than half adapted. What is adapted, and why:
+No other file adapts the library. On a GPU machine only planning uses this one. Each adaptation is bound to the mcore
+version it was written for, and any other version is refused. The adaptations and their reasons:
 
-- `device="cuda"` literals, `torch.cuda.current_device()`, streams and synchronisation: mcore's modules get a view of
-  torch in which those mean the CPU (`_TorchOnCpu`). torch itself is not changed, so the program's other modules, and
-  the hot path, never see it.
-- The optimizers and the clipping of gradients accept tensors by `Tensor.type()`, a string that names CUDA: in those
-  calls CPU tensors give the CUDA names (`cpu_tensors_pass_for_cuda`).
-- The exchange of tokens between experts copies what it counts to the host, as numpy arrays, where it is on a GPU, and
-  hands it to collectives that want plain numbers: here, where it is on the host already, it becomes them, too.
-- `torch.compile` decorates mcore's fused functions, none of which runs here. Only to be applied it imports dynamo and
-  inductor, a third of a start: while mcore is imported it returns what it is given (`nothing_compiled`).
+- mcore has `device="cuda"` literals and calls `torch.cuda.current_device()`, streams and synchronisation. Its modules
+  get a view of torch in which these mean the CPU (`_TorchOnCpu`). torch itself stays unchanged, so neither other
+  modules nor the hot path are affected.
+- The optimizers and the gradient clipping check tensors by `Tensor.type()`, a string that names CUDA. During those
+  calls CPU tensors report the CUDA names (`cpu_tensors_pass_for_cuda`).
+- On a GPU the token dispatcher copies its counts to the host as numpy arrays and passes them to collectives that expect
+  plain numbers. On a CPU the counts are on the host already, and this file converts them to numpy as well.
+- `torch.compile` decorates mcore's fused functions, none of which runs here. Applying it imports dynamo and inductor,
+  a third of the start-up time. While mcore is imported it returns functions unchanged (`nothing_compiled`).
 """
 
 import importlib
@@ -29,10 +29,10 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "aran
 
 
 def check_version() -> None:
-    """Refuse a megatron-core that this file was not written for.
+    """Refuse a megatron-core version that this file was not written for.
 
     Raises:
-        RuntimeError: with the version to install.
+        RuntimeError: the version differs; the message names the version to install.
     """
     from megatron.core import __version__
 
@@ -53,7 +53,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Stream:
-    """A stream of a device that has none: everything has always finished."""
+    """A stream on a device without streams: all work has always finished."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = torch.device("cpu")
@@ -65,7 +65,7 @@ class _Stream:
         """Return at once."""
 
     def record_event(self) -> "_Stream":
-        """An event to wait for, which has happened."""
+        """Return an event that has already happened."""
         return self
 
 
@@ -78,11 +78,11 @@ class _CudaOnCpu(ModuleType):
         return getattr(torch.cuda, name)
 
     def current_device(self) -> torch.device:
-        """The device that mcore allocates on."""
+        """Return the device that mcore allocates on."""
         return torch.device("cpu")
 
     def current_stream(self, *args: Any) -> _Stream:
-        """The stream that mcore waits for."""
+        """Return the stream that mcore waits for."""
         return _Stream()
 
     default_stream = current_stream
@@ -92,10 +92,10 @@ class _CudaOnCpu(ModuleType):
         return nullcontext()
 
     def synchronize(self, *args: Any) -> None:
-        """Wait for the device."""
+        """Wait for the device: nothing to do."""
 
     def empty_cache(self) -> None:
-        """Free cached device memory."""
+        """Free cached device memory: nothing to do."""
 
 
 class _TorchOnCpu(ModuleType):
@@ -112,10 +112,10 @@ class _TorchOnCpu(ModuleType):
 
 
 def adapt() -> None:
-    """Point every loaded megatron.core module at the CPU. Idempotent; call after importing what is used of mcore.
+    """Redirect every loaded megatron.core module to the CPU. Idempotent. Call it after importing mcore's modules.
 
     Raises:
-        RuntimeError: megatron-core's version is another than SUPPORTED_VERSION.
+        RuntimeError: the megatron-core version is not SUPPORTED_VERSION.
     """
     check_version()
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
@@ -125,9 +125,10 @@ def adapt() -> None:
 
 
 def _point_at_cpu() -> list[Any]:
-    """The loaded modules of mcore that have been given the view."""
+    """Give mcore's loaded modules the CPU view of torch, and return these modules."""
     view, found = _TorchOnCpu(), []
     for name, module in list(sys.modules.items()):
+        # Modules that already hold a view are left alone, which makes `adapt` idempotent.
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
             found.append(module)
@@ -136,13 +137,13 @@ def _point_at_cpu() -> list[Any]:
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """In here the loaded modules of mcore work on the CPU, also where there is a GPU: for plans, which compute nothing.
+    """Run mcore's loaded modules on the CPU inside this context, even on a GPU machine. Planning needs it.
 
     Raises:
-        RuntimeError: megatron-core's version is another than SUPPORTED_VERSION.
+        RuntimeError: the megatron-core version is not SUPPORTED_VERSION.
     """
     check_version()
-    # What layers exchange by, which they import at its first use: now, for only loaded modules are adapted.
+    # Layers import this module at their first collective. Import it now, since only loaded modules are adapted.
     importlib.import_module("megatron.core.tensor_parallel.mappings")
     modules = _point_at_cpu()
     try:
@@ -153,12 +154,12 @@ def on_cpu() -> Iterator[None]:
 
 
 def _as_plain_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Mcore's `maybe_move_tensor_to_cpu` for tensors that are there."""
+    """Replace mcore's `maybe_move_tensor_to_cpu` for tensors that are on the host already."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 class _SkippedWhereAlone:
-    """A collective that sums or joins the ranks' parts, left out where one rank's part is all there is."""
+    """A reduce-scatter or all-gather that is skipped in a group of one rank, where output and input are equal."""
 
     def __init__(self, collective: Callable[..., Any]) -> None:
         self.collective = collective
@@ -166,6 +167,7 @@ class _SkippedWhereAlone:
     def __call__(self, output: torch.Tensor, part: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         if torch.distributed.get_world_size(group) > 1:
             return self.collective(output, part, *args, group=group, **kwargs)
+        # mcore may pass the same view of its buffer twice, which then needs no copy.
         if output.data_ptr() != part.data_ptr():
             output.copy_(part)
         return None
@@ -182,7 +184,7 @@ def _skip_collectives_of_one_rank() -> None:
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """In here `torch.compile` gives functions back as they are, unless there is a GPU. For imports."""
+    """Inside this context `torch.compile` returns functions unchanged, unless there is a GPU. Meant for imports."""
     if torch.cuda.is_available():
         yield
         return
@@ -200,7 +202,7 @@ def nothing_compiled() -> Iterator[None]:
 
 @contextmanager
 def cpu_tensors_pass_for_cuda() -> Iterator[None]:
-    """In here `Tensor.type()` names CPU tensors as CUDA ones."""
+    """Inside this context `Tensor.type()` names CPU tensors as CUDA tensors."""
     original_type = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

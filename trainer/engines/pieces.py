@@ -1,21 +1,21 @@
-"""The checkpoints of both engines: parameters, Adam's moments and what routers count, in the parameters' own shapes.
+"""The checkpoint format of both engines: parameters, Adam's moments and router buffers, in the parameters' own shapes.
 
-A rank has ranges of flattened parameters: the elements start .. start + n of a parameter, or of the part of it that a
-tensor- or expert-parallel rank has. Such a range is a few boxes of the parameter as it is shaped, and boxes are what
-torch.distributed.checkpoint stores and reads back under any other cut. Every rank writes ranges that no other writes,
-into one file of its own, and reads those that it is to have, out of whatever files hold them:
+A rank owns ranges of flattened parameters: the elements start .. start + n of a parameter, or of its tensor- or
+expert-parallel shard. Each range is a few boxes of the unflattened parameter, and torch.distributed.checkpoint stores
+boxes and reads them back under any other sharding. Every rank writes ranges that no other rank writes, into one file of
+its own. It reads its ranges from whichever files hold them:
 
-    __0_0.distcp        of rank 0: its boxes, one after the other, each as torch.save writes a tensor
-    .metadata           where each box of each parameter lies, in torch's own format
-    facts.json          the format's version, the number of ranks, Adam's step
-    random_00000.json   of rank 0: its random generators
+    __0_0.distcp        of rank 0: its boxes in sequence, each in the format of torch.save
+    .metadata           the file and offset of each box of each parameter, in torch's format
+    facts.json          format version, number of ranks, Adam's step
+    random_00000.json   of rank 0: its RNG states
 
-The names are model.NAME for a parameter as the model reads it, optimizer.exp_avg.NAME and optimizer.exp_avg_sq.NAME,
-and optimizer.main.NAME for the float32 copy that is updated, where training is not in float32 itself.
+The names are model.NAME for a parameter in the model's dtype, optimizer.exp_avg.NAME and optimizer.exp_avg_sq.NAME for
+the moments, and optimizer.main.NAME for the float32 main parameter, which exists only if training is not in float32.
 
-No rank holds, sends or reads more of the state than its ranges and one box. Rank 0 collects where everything lies; what
-has not changed since the save before is not sent again. Reading exchanges nothing, and runs no code out of a file:
-.metadata is a pickle, of which only names of torch's metadata classes are accepted.
+No rank holds, sends or reads more of the state than its ranges and one box. Rank 0 collects the positions of all boxes;
+ranks resend them only if they changed since the previous save. Reading needs no communication and runs no code from a
+file: .metadata is a pickle, and the reader accepts only the names of torch's metadata classes in it.
 """
 
 import io
@@ -54,19 +54,20 @@ from trainer.errors import ConfigError
 FORMAT = 1
 MODEL, MAIN, MOMENTS = "model.", "optimizer.main.", ("exp_avg", "exp_avg_sq")
 _METADATA, _FACTS = ".metadata", "facts.json"
-# A box is read as a whole, whichever part of it is wanted: 64 MB in float32.
+# A reader loads a box as a whole, even if it needs only a part of it. This limits a box to 64 MB in float32.
 _MOST_ELEMENTS = 1 << 24
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cover the elements start .. stop of a row-major tensor by (offsets, sizes), in the order of the elements."""
+    """Cover the elements start .. stop of a row-major tensor with (offsets, sizes) boxes, in the elements' order."""
     if start >= stop:
         return
     if len(shape) <= 1:
         yield ((start,), (stop - start,)) if shape else ((), ())
         return
+    # At most three groups: the end of a row, whole rows as one box, and the start of a row. Partial rows recurse.
     row = math.prod(shape[1:])
     first_whole, after_whole = -(-start // row), stop // row
 
@@ -74,6 +75,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
         for offsets, sizes in boxes(shape[1:], low - index * row, high - index * row):
             yield (index, *offsets), (1, *sizes)
 
+    # The range lies inside one row, so no whole row can be a box.
     if first_whole > after_whole:
         yield from within(after_whole, start, stop)
         return
@@ -84,7 +86,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
 
 
 def small_boxes(shape: Sequence[int], start: int, stop: int, most: int | None = None) -> Iterator[Box]:
-    """As `boxes`, none of more than `most` elements: cut between rows where rows are short enough for it."""
+    """Like `boxes`, but with at most `most` elements per box. Splits between rows if a row fits into one box."""
     most = _MOST_ELEMENTS if most is None else most
     step = most
     for dim in range(1, len(shape) + 1):
@@ -93,6 +95,7 @@ def small_boxes(shape: Sequence[int], start: int, stop: int, most: int | None = 
             step = most // row * row
             break
     while start < stop:
+        # Multiples of `step` lie between rows, so that few boxes are parts of a row.
         end = min(stop, (start // step + 1) * step)
         yield from boxes(shape, start, end)
         start = end
@@ -100,12 +103,12 @@ def small_boxes(shape: Sequence[int], start: int, stop: int, most: int | None = 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a parameter that a tensor- or expert-parallel rank has; all of it where it is not cut.
+    """The shard of a parameter on a tensor- or expert-parallel rank. A replicated parameter is one whole shard.
 
     Attributes:
-        shape: Of the part.
-        offsets: Where it begins in the whole.
-        whole: Shape of the whole.
+        shape: Shape of the shard.
+        offsets: First index of the shard in the whole parameter, per axis.
+        whole: Shape of the whole parameter.
     """
 
     shape: torch.Size
@@ -114,19 +117,19 @@ class Shard:
 
     @staticmethod
     def of(part: Tensor, axis: int | None = None, rank: int = 0, ranks: int = 1) -> "Shard":
-        """The `rank`-th of `ranks` equal parts along `axis`; with None the whole."""
+        """Describe the `rank`-th of `ranks` equal shards along `axis`. With axis None the tensor is whole."""
         sizes = [size * ranks if dim == axis else size for dim, size in enumerate(part.shape)]
         offsets = tuple(size * rank if dim == axis else 0 for dim, size in enumerate(part.shape))
         return Shard(part.shape, offsets, torch.Size(sizes))
 
 
 class Piece:
-    """A range of a flattened parameter, or of a flattened shard of it, in memory.
+    """A range of a flattened shard, in memory.
 
     Args:
-        shard: What was flattened.
-        start: Where the range begins in it.
-        values: The range itself [n], contiguous; n = 0 where the rank owns nothing. Reading writes into it.
+        shard: The shard.
+        start: First element of the range in the flattened shard.
+        values: The range's elements [n], contiguous; n = 0 if the rank owns none. Reading writes into it.
     """
 
     def __init__(self, shard: Shard, start: int, values: Tensor) -> None:
@@ -142,29 +145,29 @@ class Piece:
 
     @staticmethod
     def of(tensor: Tensor) -> "Piece":
-        """All of a contiguous tensor that is not cut."""
+        """Return all of a contiguous tensor that is not sharded, as a piece."""
         return Piece(Shard.of(tensor), 0, tensor.detach().view(-1))
 
     def copy(self) -> "Piece":
-        """The same range in host memory of its own."""
+        """Return a copy of the range in new host memory."""
         return Piece(self.shard, self.start, self.values.detach().to("cpu", copy=True))
 
     def share(self, rank: int, ranks: int) -> "Piece":
-        """The `rank`-th of `ranks` parts of about the same size, where all have the range."""
+        """Return the `rank`-th of `ranks` nearly equal parts of a range that all these ranks hold."""
         first, end = (self.values.numel() * part // ranks for part in (rank, rank + 1))
         return Piece(self.shard, self.start + first, self.values[first:end])
 
     def view(self, index: MetadataIndex) -> Tensor:
-        """The box that an index of the checkpoint means."""
+        """Return the values of the box at a checkpoint index."""
         assert index.offset is not None
         return self._views[index.offset]
 
     def chunks(self) -> list[ChunkStorageMetadata]:
-        """The boxes, as torch.distributed.checkpoint has them."""
+        """List the boxes in torch.distributed.checkpoint's form."""
         return [ChunkStorageMetadata(offsets, view.size()) for offsets, view in self._views.items()]
 
     def write_items(self, name: str) -> list[WriteItem]:
-        """The boxes, as they are to be written."""
+        """List the boxes as items to write."""
         properties = TensorProperties(dtype=self.values.dtype)
         return [
             WriteItem(
@@ -177,13 +180,13 @@ class Piece:
 
 
 def stored(name: str, model: Piece, main: Piece | None, moments: Mapping[str, Piece]) -> dict[str, Piece]:
-    """What a checkpoint holds of a parameter, by its names; `main` where that is not the parameter itself."""
+    """Name a parameter's pieces as in a checkpoint. `main` is None if the parameter is its own main parameter."""
     pieces = {MODEL + name: model} | {f"optimizer.{key}.{name}": moments[key] for key in MOMENTS}
     return pieces if main is None else pieces | {MAIN + name: main}
 
 
 class _Planner(DefaultSavePlanner):
-    """Finds the values of what is to be written."""
+    """A save planner that looks values up in pieces."""
 
     def __init__(self, pieces: Mapping[str, Piece]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -195,7 +198,7 @@ class _Planner(DefaultSavePlanner):
 
 @dataclass(frozen=True)
 class _Placed:
-    """The boxes that a rank has written, and where in its file each lies."""
+    """The boxes that a rank has written, and their positions in its file."""
 
     items: list[WriteItem]
     results: list[WriteResult]
@@ -203,12 +206,12 @@ class _Placed:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank tells rank 0 of a save.
+    """A rank's report of a save to rank 0.
 
     Attributes:
-        digests: SHA-256 of the files that it has written.
-        placed: What is in them; None where all lies as at the save before.
-        error: What went wrong, None if nothing did.
+        digests: SHA-256 of the files that the rank has written.
+        placed: Positions of the boxes in them. None if they equal those of the previous save.
+        error: The error message, or None.
     """
 
     digests: dict[str, str]
@@ -217,36 +220,36 @@ class _Report:
 
 
 class Writer:
-    """Writes the checkpoints of one engine, one after the other.
+    """Writes the checkpoints of one engine, one at a time.
 
     Args:
-        rank: Of this process.
-        ranks: All of them.
-        group: Over which they tell rank 0 what they have written, on CPU tensors. A save that is written by a thread
-            needs one that the training does not use.
+        rank: Rank of this process.
+        ranks: Number of ranks.
+        group: Group over which ranks report to rank 0, with CPU tensors. A save in a thread needs a group that
+            training does not use.
     """
 
     def __init__(self, rank: int = 0, ranks: int = 1, group: dist.ProcessGroup | None = None) -> None:
         self._rank, self._ranks, self._group = rank, ranks, group
         self._placed: _Placed | None = None
-        # What rank 0 knows of all ranks.
+        # Known on rank 0 only: the positions of all ranks' boxes.
         self._all_placed: list[_Placed] = []
         self._metadata: Metadata | None = None
 
     def write(self, pieces: Mapping[str, Piece], adam_step: int, directory: Path) -> dict[str, str]:
-        """Write this rank's pieces into an existing empty directory. Every rank calls it.
+        """Write this rank's pieces into an existing empty directory. Every rank calls this.
 
         Returns:
-            On rank 0 the SHA-256 of every file in the directory by its name, all of them flushed to the disk; on the
-            others nothing.
+            On rank 0 the SHA-256 of every file in the directory by name, after all were flushed to disk. Empty on the
+            other ranks.
 
         Raises:
-            Exception: what went wrong on this rank; on the others that it did.
+            Exception: this rank's write failed. If only other ranks failed, a RuntimeError that says so.
         """
         return self._write(pieces, self._small_files(adam_step), directory)
 
     def begin(self, pieces: Mapping[str, Piece], adam_step: int, directory: Path) -> PendingSave:
-        """Copy what `write` would write; it is written later. Every rank calls both."""
+        """Copy the pieces now and return a save that writes the copies later. Every rank calls both."""
         copies = {name: piece.copy() for name, piece in pieces.items()}
         return PendingSave(partial(self._write, copies, self._small_files(adam_step), directory))
 
@@ -265,6 +268,7 @@ class Writer:
                 _write_file(directory / name, text.encode())
             names = {result.storage_data.relative_path for result in placed.results} | files.keys()
             digests = {name: digest(directory / name) for name in sorted(names)}
+        # Every rank must reach the collectives below, so an error is reported first and raised afterwards.
         except Exception as error:
             failure = error
         changed = placed if placed != self._placed else None
@@ -276,23 +280,24 @@ class Writer:
             raise failure
         if message is not None:
             raise RuntimeError(f"{directory} could not be written: {message}")
+        # Set after success only, so that the save after a failed one sends all positions again.
         self._placed = placed
         return all_digests
 
     def _write_pieces(self, pieces: Mapping[str, Piece], directory: Path) -> _Placed:
-        """Write the boxes into this rank's file, flushed to the disk."""
+        """Write the boxes into this rank's file, and flush it to disk."""
         items = [item for name, piece in pieces.items() for item in piece.write_items(name)]
         if not items:
             return _Placed([], [])
-        # Nothing to copy ahead of: a stream of its own would have a thread use the first GPU.
+        # No copy-ahead: it would create a CUDA stream, and the writing thread would use the first GPU.
         writer = FileSystemWriter(directory, per_thread_copy_ahead=0)
-        # It names files by the places of the plans.
+        # The writer derives file names from the plans' positions, so empty plans stand in for earlier ranks.
         plan = writer.prepare_global_plan([SavePlan([])] * self._rank + [SavePlan(items)])[self._rank]
         results = writer.write_data(plan, _Planner(pieces)).wait()
         return _Placed(items, results)
 
     def _finish(self, reports: list[_Report], directory: Path) -> tuple[dict[str, str], str | None]:
-        """On rank 0: write down where everything lies. The digests of all files; what went wrong, if anything did."""
+        """Write the metadata, on rank 0. Return the digests of all files, or none and an error message."""
         failed = [f"rank {rank}: {report.error}" for rank, report in enumerate(reports) if report.error is not None]
         if failed:
             return {}, "; ".join(failed)
@@ -306,24 +311,24 @@ class Writer:
             return {}, f"rank 0: {type(error).__name__}: {error}"
 
     def _learn(self, reports: list[_Report]) -> None:
-        """Bring what rank 0 knows up to date.
+        """Update rank 0's positions of all boxes.
 
         Raises:
-            ValueError: parts of a parameter were written by no rank, or by two.
+            ValueError: no rank, or more than one, has written some elements of a parameter.
         """
         if all(report.placed is None for report in reports):
             return
         known = self._all_placed or [_Placed([], [])] * len(reports)
         placed = [new.placed or old for new, old in zip(reports, known, strict=True)]
         plans = [SavePlan(part.items) for part in placed]
-        # Of a single plan torch does not look whether it covers everything.
+        # torch checks the coverage only for more than one plan, hence the empty plan. It drops duplicates silently.
         kept, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan([*plans, SavePlan([])])
         if sum(len(plan.items) for plan in kept) != sum(len(plan.items) for plan in plans):
             raise ValueError("two ranks have written the same part of a parameter")
         self._all_placed, self._metadata = placed, metadata
 
     def _gather(self, report: _Report) -> list[_Report] | None:
-        """The reports of all ranks, on rank 0."""
+        """Return all ranks' reports on rank 0, and None on the others."""
         if self._ranks == 1:
             return [report]
         reports: list[Any] | None = [None] * self._ranks if self._rank == 0 else None
@@ -338,18 +343,19 @@ class Writer:
 
 
 class Reader:
-    """Reads a checkpoint's directory of state, whatever layout wrote it, in one process or on each of many.
+    """Reads a checkpoint's state directory, whichever layout wrote it, in one process or on each of many ranks.
 
     Attributes:
-        adam_step: Updates that Adam has made.
-        stored: Types, shapes and boxes of the parameters and moments, by their names in the checkpoint.
+        adam_step: Number of updates that Adam has made.
+        stored: dtypes, shapes and boxes of the parameters and moments, by their names in the checkpoint.
 
     Raises:
-        ConfigError: an earlier, or later, version wrote it.
+        ConfigError: an earlier or later version wrote the checkpoint.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # Earlier versions wrote no facts.json.
         facts = json.loads((directory / _FACTS).read_text()) if (directory / _FACTS).is_file() else {}
         if facts.get("format") != FORMAT:
             found = facts.get("format", "of an earlier version")
@@ -368,27 +374,28 @@ class Reader:
         }
 
     def main_name(self, name: str) -> str:
-        """Where the float32 values of a parameter are: those that are updated."""
+        """Return the checkpoint's name of a parameter's float32 values, the ones that Adam updates."""
         return MAIN + name if MAIN + name in self.stored else MODEL + name
 
     def optimizer_state(self, name: str, main: Piece, moments: Mapping[str, Piece]) -> dict[str, Piece]:
-        """What an optimizer has of a parameter, by the names in this checkpoint, for `read`.
+        """Name a parameter's optimizer state as in this checkpoint, for `read`.
 
-        Of a parameter that was frozen there are no moments: they stay as they are, zero.
+        A parameter that was frozen has no moments there. The given moments then keep their values, zero.
         """
         stored = {f"optimizer.{key}.{name}": moments[key] for key in MOMENTS}
         return {self.main_name(name): main} | {key: piece for key, piece in stored.items() if key in self.stored}
 
     def read(self, pieces: Mapping[str, Piece]) -> None:
-        """Fill the pieces; what does not overlap with them is not read.
+        """Fill the pieces. Boxes that do not overlap with them are not read.
 
         Raises:
-            ConfigError: the checkpoint lacks a parameter, or has it in another shape.
+            ConfigError: the checkpoint lacks a parameter, or holds it in another shape.
         """
         wanted: dict[MetadataIndex, list[ReadItem]] = {}
         for name, piece in pieces.items():
             for item in self._read_items(name, piece):
                 wanted.setdefault(item.storage_index, []).append(item)
+        # In file order, each box once.
         by_place = sorted(wanted, key=lambda index: (self._places[index].relative_path, self._places[index].offset))
         for index in by_place:
             box = self._read_box(index)
@@ -414,18 +421,20 @@ class Reader:
         with (self._directory / place.relative_path).open("rb") as stream:
             stream.seek(place.offset)
             content = io.BytesIO(stream.read(place.length))
+        # weights_only: a box must not run code either.
         box: Tensor = torch.load(content, map_location="cpu", weights_only=True)
         return box
 
     def restore_random_state(self, rank: int, ranks: int) -> None:
-        """Set the random generators, whose state belongs to a rank: another number of ranks keeps its own seeds."""
+        """Set this rank's random generators. With another number of ranks each rank keeps its own seeds."""
         if ranks == self._saved_ranks:
             set_random_state(json.loads((self._directory / _random_file(rank)).read_text()))
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes what torch's metadata consists of, and refuses everything else that a pickle could name."""
+    """Unpickles torch's metadata classes, and refuses every other name that a pickle may contain."""
 
+    # The other names in a pickle of torch's Metadata.
     _OTHERS = (
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
@@ -443,16 +452,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Where the boxes of a checkpoint's parameters lie.
+    """Read the positions of a checkpoint's boxes.
 
     Raises:
-        ValueError: they cannot be read: another version of torch may have written them.
+        ValueError: the file cannot be read; another version of torch may have written it.
     """
     content = (directory / _METADATA).read_bytes()
     try:
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:
-        # A pickle may raise whatever its instructions meet with.
+        # A damaged pickle may raise any exception.
         raise ValueError(f"state/{_METADATA} cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
         raise ValueError(f"state/{_METADATA} does not say where the parameters lie")
@@ -460,10 +469,10 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def files_of(directory: Path) -> set[str]:
-    """The files that hold the parameters, by the checkpoint's own word.
+    """Return the names of the files that hold the parameters, according to the checkpoint's metadata.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the metadata cannot be read.
     """
     return {place.relative_path for place in read_metadata(directory).storage_data.values()}
 

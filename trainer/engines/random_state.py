@@ -1,4 +1,4 @@
-"""The state of every random generator of a process, as plain values that JSON holds, taken and set."""
+"""Reads and sets the state of every random generator of a process, as plain values that JSON can hold."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Any]:
-    """Python's, numpy's and torch's generators, and this rank's on the GPU where there is one."""
+    """Return the state of Python's, numpy's and torch's generators, and of this rank's GPU if it has one."""
     version, internal, gauss_next = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -23,12 +23,13 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set what `random_state` took."""
+    """Set a state that `random_state` returned."""
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_from_text(state["torch"]))
+    # A checkpoint from a GPU may be read on a CPU, and the other way round.
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_from_text(state["cuda"]))
 

@@ -1,4 +1,4 @@
-"""What an engine is made from: all of a run that it needs, and nothing of the rest."""
+"""The specification that an engine is built from: the part of a run's configuration that engines need."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """A model with its optimizer, spread over ranks.
+    """A model with its optimizer, sharded over ranks.
 
     Attributes:
-        model: Its shape.
-        vocab_size: Rows of the embedding, padding included.
-        optim: AdamW; the learning rate comes with each step.
-        parallel: The layout.
-        sharding: DeepSpeed's ZeRO stage and offloading; Megatron's engine reads nothing of it.
-        precision: bf16 or fp32, of the parameters that the model computes with.
-        seed: Of the parameters that are drawn.
+        model: Model configuration.
+        vocab_size: Rows of the embedding, including padding.
+        optim: AdamW settings. Each step sets the learning rate.
+        parallel: The parallel layout.
+        sharding: DeepSpeed's ZeRO stage and offloading. The Megatron engine ignores it.
+        precision: dtype of the parameters that the model computes with, bf16 or fp32.
+        seed: Seed of the parameter initialisation.
         micro_batch_size: Rows of a micro-batch.
         global_batch_size: Rows of a step, over all data-parallel ranks.
-        recompute: The parts of a block that backward computes again, see models.decoder.Block.
-        init: The directory of the weights to begin with; None to draw them.
-        resumes: A checkpoint will be loaded: parameters are neither drawn nor read.
-        trainable: Patterns of the names of the parameters that are trained, in any phase of the run. The others are
-            frozen: they have no gradient and no optimizer state.
-        collective_seconds: How long a collective may take.
+        recompute: Parts of a block that backward recomputes, see models.decoder.Block.
+        init: Directory of the initial weights. None initialises the parameters at random.
+        resumes: A checkpoint will be loaded, so parameters are neither initialised nor read from weights.
+        trainable: Name patterns of the parameters that any phase of the run trains. The others are frozen: they have
+            no gradient and no optimizer state.
+        collective_seconds: Timeout of a collective, in seconds.
     """
 
     model: ModelConfig
@@ -54,7 +54,7 @@ class EngineSpec:
 
     @classmethod
     def of(cls, config: PretrainConfig, vocab_size: int) -> EngineSpec:
-        """The engine of a pretraining run; weights to begin with are for a run that has no checkpoint."""
+        """Derive the spec from a pretraining run. Initial weights apply only if the run has no checkpoint yet."""
         train = config.train
         return cls(
             config.model,
@@ -68,15 +68,16 @@ class EngineSpec:
             train.global_batch_size,
             train.recomputed_parts,
             config.checkpoint.init,
+            # Judged by file names alone. trainer.pretrain refuses to continue if no checkpoint is found later.
             not starts_anew(config),
             tuple(trained_in_any(config)),
             config.run.collective_seconds,
         )
 
     def micro_batches(self, data_parallel_size: int) -> int:
-        """Micro-batches of a rank in a step."""
+        """Number of micro-batches that each data-parallel rank computes per step."""
         return self.global_batch_size // (self.micro_batch_size * data_parallel_size)
 
     def fill(self, decoder: Decoder) -> None:
-        """Give this rank's shard of a model, or of a stage of it, the values to begin with."""
+        """Fill this rank's shard of a model, or of one of its stages, with initial values."""
         weights.start(decoder, self.init, self.seed, resumes=self.resumes)

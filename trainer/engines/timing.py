@@ -1,4 +1,4 @@
-"""Where the time of a step goes: seconds of its phases, measured on the device without stopping it in between."""
+"""Times the phases of a step on the device, without synchronising between them."""
 
 import time
 from collections import Counter
@@ -12,7 +12,7 @@ import torch
 
 T = TypeVar("T")
 
-# Of an engine's step, in metrics.jsonl as `forward_backward_seconds` and so on.
+# The phases of an engine's step. metrics.jsonl calls them `forward_backward_seconds` and so on.
 PHASES = ("forward_backward", "reduce", "optimizer")
 
 
@@ -25,13 +25,13 @@ class _Span:
 
 
 class PhaseTimer:
-    """Seconds of phases, which may lie in one another: the inner one's are then not the outer one's.
+    """Measures seconds per phase. Phases may nest; an inner phase's time is not counted in the outer one.
 
-    On a GPU events are recorded in its stream between the kernels, and read at the end of the step; what another stream
-    does meanwhile counts where this one waits for it. On a CPU the clock is read.
+    On a GPU the timer records events in the current stream and reads them at the end of the step. Work on another
+    stream counts only where this stream waits for it. On a CPU the timer reads the clock.
 
     Args:
-        device: Where the step is computed.
+        device: Device that computes the step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time what is in the block."""
+        """Time the enclosed block as a phase."""
         outer = self._open[-1] if self._open else None
         self._open.append(name)
         start = self._mark()
@@ -52,7 +52,7 @@ class PhaseTimer:
             self._spans.append(_Span(name, outer, start, self._mark()))
 
     def timed(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
-        """The function, each of whose calls is a phase."""
+        """Wrap a function so that each call is timed as a phase."""
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> T:
@@ -69,12 +69,14 @@ class PhaseTimer:
         return event
 
     def take(self) -> dict[str, float]:
-        """Seconds of each of PHASES since the last call. Waits for the device, once, to have come to the end of all."""
+        """Return seconds per phase of PHASES since the last call. Synchronises the device once."""
         spans, self._spans = self._spans, []
         if self._on_gpu and spans:
+            # The spans' events are in stream order: the last end covers all of them.
             spans[-1].end.synchronize()
         seconds: Counter[str] = Counter()
         for span in spans:
+            # CUDA events report milliseconds.
             elapsed = span.start.elapsed_time(span.end) / 1e3 if self._on_gpu else span.end - span.start
             seconds[span.name] += elapsed
             if span.outer is not None:

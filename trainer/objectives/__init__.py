@@ -1,1 +1,1 @@
-"""What a training step minimises."""
+"""The objectives that a training step can minimise."""

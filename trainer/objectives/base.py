@@ -1,12 +1,12 @@
-"""The seam between engines and what they minimise.
+"""The interface between engines and objectives.
 
-An engine runs the model up to the last stage's hidden states and hands an objective the `Outputs`; nothing of the
-vocabulary's size is computed until the objective asks for it. The objective gives the sum that backward starts from.
-Gradients are those of this sum over the whole global batch, divided by the count: the engine sums both over all ranks.
+An engine runs the model up to the last stage's hidden states and passes an objective the `Outputs`. Nothing of the
+vocabulary's size is computed until the objective asks for it. The objective returns the sum that backward starts from.
+The gradient is that of this sum over the global batch, divided by the count. The engine reduces both over all ranks.
 
-An objective may read other models beside the one that is trained, such as a teacher or a reference policy: those that
-it names in `models`, made by `Engine.freeze`. The engine runs each over the micro-batch, without gradients, before the
-trained one, and the objective finds what it puts out in `Outputs.frozen` under the same name.
+An objective may read other models beside the trained one, such as a teacher or a reference policy. It lists them in
+`models`, and `Engine.freeze` builds them. For each micro-batch the engine runs them first, without gradients, and puts
+their outputs into `Outputs.frozen` under the same names.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from models.parameters import Groups
 from trainer.data.batch import Batch
 
 if TYPE_CHECKING:
+    # That module imports this one.
     from trainer.engines.frozen import FrozenModel
 
-# Of an objective that reads none.
+# The `models` of an objective that reads no frozen model.
 NO_MODELS: Mapping[str, FrozenModel] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the last pipeline stage puts out for a micro-batch of B rows and T tokens a row (of this context rank).
+    """The last pipeline stage's outputs for a micro-batch of B rows with T tokens each (of this context rank).
 
     Attributes:
-        hidden: After the final norm, [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
+        hidden: Hidden states after the final norm, [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
         head: This tensor-parallel rank's rows of the output projection, [V/P, D].
-        groups: The ranks over which the model is sharded.
-        frozen: What the objective's frozen models put out for the same micro-batch, by their names.
+        groups: The process groups over which the model is sharded.
+        frozen: The frozen models' outputs for the same micro-batch, by name.
     """
 
     hidden: Tensor
@@ -49,19 +50,19 @@ class Outputs:
     frozen: Mapping[str, Outputs] = field(default_factory=dict)
 
     def nll_sum(self, labels: Tensor, weights: Tensor) -> Tensor:
-        """Sum over tokens of weight times negative log-likelihood, nats. int64 and float32 [B, T]."""
+        """Sum over tokens of weight times negative log-likelihood, in nats. Arguments: int64 and float32 [B, T]."""
         total, _ = vocabulary_loss(self.hidden, self.head, labels, weights, self.groups)
         return total
 
     def token_log_probs(
         self, tokens: Tensor, *, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probability of each token and, if asked for, the entropy where it was drawn, nats, float32 [B, T].
+        """Return the log-probability of each token and optionally the entropy at its position, nats, float32 [B, T].
 
         Args:
-            tokens: int64 [B, T]; -100 counts nothing.
+            tokens: int64 [B, T]; tokens of -100 are ignored.
             temperature: Divides the logits.
-            entropy: Whether the entropies are wanted.
+            entropy: Whether to compute the entropies. Otherwise the second result is None.
         """
         log_probs, entropies = token_log_probs(
             self._hidden_ND(),
@@ -76,7 +77,7 @@ class Outputs:
     def kl_sum(
         self, teacher: Outputs, weights: Tensor, *, direction: Direction = "forward", temperature: float = 1.0
     ) -> Tensor:
-        """Sum over tokens of weight (float32 [B, T]) times the divergence from the teacher's distribution, nats.
+        """Sum over tokens of weight (float32 [B, T]) times the KL divergence from the teacher's distribution, in nats.
 
         See kernels.losses.distillation.distillation_kl for direction and temperature.
         """
@@ -93,16 +94,18 @@ class Outputs:
         return total
 
     def logits(self, chosen: Tensor) -> Tensor:
-        """Logits [n, V] of the n tokens that the mask `chosen`, bool [B, T], names; padding of the vocabulary included.
+        """Return the logits [n, V] of the n tokens that the mask `chosen`, bool [B, T], selects.
 
-        Every tensor-parallel rank gets all columns. Of many tokens they are as large as anything in the step: for sums
-        over tokens the other methods never hold them.
+        V includes the vocabulary's padding. Every tensor-parallel rank gets all columns. For many tokens the result is
+        as large as anything in the step; the other methods compute sums over tokens without ever holding it.
         """
+        # Select rows before the product, so that only the chosen tokens get V columns.
         rows = self._hidden_ND()[chosen.flatten()]
         return gather_columns(linear(rows, self.head), self.groups.tensor)
 
     def hidden_states(self) -> Tensor:
-        """[B, T, D], whole on every tensor-parallel rank. Their gradient is the sum over those ranks."""
+        """Return [B, T, D], whole on every tensor-parallel rank. Its gradient is summed over those ranks."""
+        # The model computes time-major, [T, B, D]; labels and masks are [B, T].
         return enter_region(self.hidden, self.groups).transpose(0, 1)
 
     def _hidden_ND(self) -> Tensor:
@@ -110,19 +113,19 @@ class Outputs:
 
 
 class Objective(Protocol):
-    """What a training step minimises: `forward`'s sum over the global batch, divided by `count`'s.
+    """The quantity that a training step minimises: the sum of `forward` over the global batch, over that of `count`.
 
     Attributes:
-        metrics: Names of what `forward` counts beside the sum, the same on every rank and stage.
-        models: The frozen models that it reads, by the names under which `forward` finds their outputs; the same names
-            on every rank.
+        metrics: Names of the further sums that `forward` returns. Equal on every rank and stage.
+        models: The frozen models that the objective reads. `forward` finds their outputs under the same names. The
+            names are equal on every rank.
     """
 
     metrics: tuple[str, ...]
     models: Mapping[str, FrozenModel]
 
     def count(self, batch: Batch) -> int:
-        """What the micro-batch adds to the denominator; of a context rank, its own part's."""
+        """Return the micro-batch's contribution to the denominator. A context rank counts its own part."""
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """The sum, a scalar to differentiate, and one detached scalar for each of `metrics`, to be divided alike."""
+        """Return the sum, a differentiable scalar, and one detached scalar per metric. All are divided by the count."""

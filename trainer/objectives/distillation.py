@@ -1,4 +1,4 @@
-"""A student learns the next-token distributions of a teacher (Hinton et al. 2015, arXiv:1503.02531)."""
+"""Distillation: a student learns the next-token distributions of a teacher (Hinton et al. 2015, arXiv:1503.02531)."""
 
 import torch
 from torch import Tensor
@@ -10,20 +10,20 @@ from trainer.objectives.base import Outputs
 
 
 class Distillation:
-    """sum_t m_t [c τ² KL_t − (1 − c) log q_t(y_t)], over the number of tokens with m_t other than 0.
+    """sum_t m_t [c τ² KL_t − (1 − c) log q_t(y_t)], divided by the number of tokens with m_t other than 0.
 
-    KL_t is that of teacher and student at temperature τ, whose square makes up for what dividing the logits takes from
-    the gradient (Hinton et al. 2015, section 2); q_t is the student's distribution at temperature 1, and m the batch's
-    loss mask, as in trainer.objectives.language_model.
+    KL_t is the divergence of teacher and student at temperature τ. The factor τ² compensates for the smaller gradient
+    of the divided logits (Hinton et al. 2015, section 2). q_t is the student's distribution at temperature 1, and m is
+    the batch's loss mask, as in trainer.objectives.language_model.
 
     Args:
-        teacher: The model that is learned from, of the same vocabulary, padded alike.
+        teacher: The teacher. It has the student's vocabulary, with the same padding.
         direction: forward, KL(teacher || student), or reverse, KL(student || teacher).
         temperature: τ, above 0.
         mix: c, from 0 to 1.
 
     Raises:
-        ValueError: mix is not from 0 to 1. Temperature and direction are refused when they are first used.
+        ValueError: mix is not in 0 to 1. Temperature and direction are checked at their first use.
     """
 
     metrics: tuple[str, ...] = ("kl", "nll")
@@ -37,14 +37,14 @@ class Distillation:
         self._direction, self._temperature, self._mix = direction, temperature, mix
 
     def count(self, batch: Batch) -> int:
-        """Tokens that count."""
+        """Count the tokens in the loss mask."""
         return int(batch.loss_mask.count_nonzero())
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See trainer.objectives.base.Objective. The metrics are the means of m KL, without τ², and of −m log q(y)."""
         teacher, weights = outputs.frozen["teacher"], batch.loss_mask
         kl = outputs.kl_sum(teacher, weights, direction=self._direction, temperature=self._temperature)
-        # A metric alone needs no gradient, which has the size of the head.
+        # As a metric alone it needs no gradient, which would have the size of the head.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._mix < 1):
             nll = outputs.nll_sum(batch.labels, weights)
         loss = self._mix * self._temperature**2 * kl + (1 - self._mix) * nll

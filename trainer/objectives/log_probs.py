@@ -1,4 +1,4 @@
-"""Weighted log-probabilities of given tokens: the form of every policy gradient."""
+"""Weighted log-probabilities of given tokens, the form of every policy gradient."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from trainer.objectives.base import NO_MODELS, Outputs
 
 
 class WeightedLogProbs:
-    """−sum_t w_t log p(y_t) − c sum_t H_t, over the number of tokens that the loss mask lets in.
+    """−sum_t w_t log p(y_t) − c sum_t H_t, divided by the number of tokens in the loss mask.
 
-    With w the advantages it is the gradient of REINFORCE (Williams 1992, section 4).
+    With the advantages as w, this is REINFORCE (Williams 1992, section 4).
 
     Args:
-        weights: Name of the batch's extra tensor with w, float32 [B, T].
-        temperature: Divides the logits, as the sampler's did.
-        entropy: c, how much of the entropy is added to what is maximised.
+        weights: Name of the batch's extra tensor that holds w, float32 [B, T].
+        temperature: Divides the logits. Should equal the sampler's temperature.
+        entropy: c, the coefficient of the entropy bonus.
     """
 
     models = NO_MODELS
@@ -26,16 +26,17 @@ class WeightedLogProbs:
         self.metrics: tuple[str, ...] = ("log_prob", *(("entropy",) if entropy else ()))
 
     def count(self, batch: Batch) -> int:
-        """Tokens that count."""
+        """Count the tokens in the loss mask."""
         return int(batch.loss_mask.count_nonzero())
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See trainer.objectives.base.Objective. The metrics are means of log p and of H over the tokens."""
+        """See trainer.objectives.base.Objective. The metrics are the means of log p and of H over the tokens."""
         counts = batch.loss_mask != 0
         tokens = batch.labels.masked_fill(~counts, IGNORE_LABEL)
         log_probs, entropies = outputs.token_log_probs(
             tokens, temperature=self._temperature, entropy=bool(self._entropy)
         )
+        # `where` instead of a product: a NaN in a masked token's weight must not spread.
         weights = torch.where(counts, batch.extra[self._weights], 0.0)
         loss, counted = -(weights * log_probs).sum(), [log_probs.detach().sum()]
         if entropies is not None:

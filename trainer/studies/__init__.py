@@ -1,1 +1,1 @@
-"""Experiments that hold papers' claims against our own runs (`spiketrain bench NAME`); figures in docs/results.md."""
+"""Studies that test papers' claims in our own runs (`spiketrain bench NAME`). docs/results.md has the figures."""

@@ -1,13 +1,12 @@
-"""Does a gate that begins dense and becomes sparse train a better model than top-k? On the laptop recipe.
+"""Study: does a gate that starts dense and becomes sparse train a better model than top-k? On the laptop recipe.
 
-Every gate ends with `top_k` experts a token, and every run costs the same training FLOPs (flops_per_token of
-models.decoder, with the experts of each step): a dense start is paid for with fewer steps. All schedules are parts of a
-run's own length.
+Every gate ends with `top_k` experts per token. Every run costs the same training FLOPs (flops_per_token of
+models.decoder, with each step's experts), so a dense start costs steps. All schedules are fractions of a run's length.
 
-In the table and the JSON file `ours` is the validation loss of a gate in bits per byte, the mean over seeds, `peer`
-that of top-k, and `ratio` the peer's by ours: above 1 where the gate is better.
+In the table and the JSON file, `ours` is a gate's validation loss in bits per byte, averaged over seeds. `peer` is that
+of top-k, and `ratio` the peer's over ours: above 1 if the gate is better.
 
-Each run is a spiketrain pretrain of its own. Those that are finished are kept, and a stopped one goes on.
+Each run is a separate spiketrain pretrain. Finished runs are reused, and a stopped one resumes.
 """
 
 import json
@@ -30,18 +29,18 @@ from trainer.errors import ConfigError
 DESCRIPTION = "Dense-to-sparse gates against top-k at equal active parameters and equal training FLOPs."
 ROOT = Path(__file__).resolve().parents[2]
 
-# By gate the activation before its softmax; None for top-k from the start.
+# By gate: the activation before its softmax, or None for top-k from the start.
 GATES: dict[str, Literal["none", "tanh"] | None] = {"top-k": None, "linear": "none", "tanh": "tanh"}
-# Parts of a run: every expert at first, then fewer and fewer, then top-k.
+# Fractions of a run: first all experts, then fewer and fewer, and after both top-k.
 _PLATEAU, _DECAY = 0.1, 0.3
-# What the table says of the last fifth of a run.
+# Metrics that the table reports for the last fifth of a run.
 _LATE = {
     "experts_per_token": "experts a token",
     "load_cv": "variation of the load",
     "max_load": "largest load over the mean",
     "dead_experts": "experts without a token",
 }
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
@@ -51,14 +50,14 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        plot: Draw validation loss, experts per token and the spread of the load into this file.
-        output: Directory of the runs; a rerun goes on from what is there.
+        plot: Draw validation loss, experts per token and the variation of the load into this file.
+        output: Directory of the runs. A rerun continues from its contents.
         recipe: The configuration that all runs share.
-        steps: Optimizer steps of the top-k runs; the others take as many as cost the same.
-        top_k: Experts of a token at the end of every run.
-        seeds: Of weights, batches and noise; two to ten.
-        parallel_runs: Runs at a time, each with one thread.
-        quick: Two seeds of a few steps: they show that the command works, and nothing else.
+        steps: Optimizer steps of the top-k runs. The other runs take as many as cost the same.
+        top_k: Experts per token at the end of every run.
+        seeds: Seeds of weights, batches and noise. Two to ten.
+        parallel_runs: Number of concurrent runs, each with one thread.
+        quick: Two seeds of a few steps. They only show that the command works.
     """
 
     json: str | None = None
@@ -84,18 +83,18 @@ class Config:
 
 
 class Cost(NamedTuple):
-    """FLOPs of a training token: without routed experts, and of each of them."""
+    """FLOPs of a training token: without routed experts, and per routed expert."""
 
     base: float
     expert: float
 
     def of(self, experts_per_token: float) -> float:
-        """FLOPs of a token that goes to so many experts."""
+        """Return the FLOPs of a token that activates this many experts."""
         return self.base + experts_per_token * self.expert
 
 
 class Run(NamedTuple):
-    """A finished run: its steps, the FLOPs up to each, and its validations."""
+    """A finished run: its steps, the cumulative FLOPs at each, and its validations."""
 
     gate: str
     seed: int
@@ -105,16 +104,16 @@ class Run(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the whole validation split, after the last step."""
+        """Bits per byte of the whole validation split after the last step."""
         return float(self.validations[-1]["bits_per_byte"])
 
     def late(self, name: str) -> float:
-        """Mean of a metric over the last fifth of the steps."""
+        """Return the mean of a metric over the last fifth of the steps."""
         return statistics.fmean(line[name] for line in self.steps[-max(len(self.steps) // 5, 1) :])
 
 
 def schedule(steps: int) -> DenseToSparseConfig:
-    """The gate's course in a run of so many steps. Without a threshold a token keeps exactly the number of the step."""
+    """Return the gate's schedule for a run. Without a threshold a token keeps exactly the step's number of experts."""
     return DenseToSparseConfig(
         gumbel_noise=True,
         threshold=0.0,
@@ -124,20 +123,21 @@ def schedule(steps: int) -> DenseToSparseConfig:
 
 
 def steps_within(budget: float, cost: Cost, experts: int, top_k: int) -> int:
-    """The most steps of a dense-to-sparse run whose FLOPs, a token of a step counted once, stay within the budget."""
+    """Return the most steps of a dense-to-sparse run within the FLOPs budget. A step counts as a single token."""
 
     def total(steps: int) -> float:
         gate = schedule(steps)
         return sum(cost.of(gate.max_experts(step, experts, top_k)) for step in range(steps))
 
     steps = int(budget / cost.of(top_k))
+    # A dense start costs more than top-k throughout, so the first estimate is an upper bound.
     while steps > 1 and total(steps) > budget:
         steps -= 1
     return steps
 
 
 def _recipe(config: Config) -> dict[str, Any]:
-    """The recipe's values, all of them."""
+    """Return all values of the recipe."""
     command = [sys.executable, "launch/pretrain.py", "--config", str(Path(config.recipe).resolve()), "--print_config"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if shown.returncode:
@@ -159,7 +159,7 @@ def _cost(values: dict[str, Any]) -> Cost:
 
 
 def _command(config: Config, values: dict[str, Any], gate: str, seed: int, steps: int) -> list[str]:
-    # Every key, for those left out are the recipe's.
+    # Pass every key, because an omitted one would keep the recipe's value.
     router = RouterConfig(top_k=config.top_k, normalize="after")
     if activation := GATES[gate]:
         sparse = replace(schedule(steps), activation=activation)
@@ -181,7 +181,7 @@ def _directory(config: Config, gate: str, seed: int) -> Path:
 
 
 def _train(config: Config, values: dict[str, Any], gate: str, seed: int, steps: int) -> None:
-    """Train unless that is done. A run that fails ends the benchmark with the place of its log."""
+    """Train, unless that run is done. A failed run ends the study and names its log."""
     directory = _directory(config, gate, seed)
     status = directory / "status.json"
     if not status.is_file() or json.loads(status.read_text())["state"] != "done":
@@ -207,13 +207,13 @@ def _read(config: Config, values: dict[str, Any], cost: Cost, gate: str, seed: i
 
 
 def run(config: Config) -> list[Run]:
-    """Train what is missing, several runs at a time, and read all of them."""
+    """Train the missing runs, several at a time, and read all runs."""
     values = _recipe(config)
     cost, experts = _cost(values), values["model"]["moe"]["num_experts"]
     sparse = steps_within(config.steps * cost.of(config.top_k), cost, experts, config.top_k)
     jobs = [(gate, seed, config.steps if GATES[gate] is None else sparse) for seed in config.seeds for gate in GATES]
     say(f"{len(jobs)} runs of {config.steps} (top-k) and {sparse} steps, {config.parallel_runs} at a time")
-    # The first learns the tokenizer and writes the data, which all share.
+    # The first run learns the tokenizer and writes the data, which all runs share.
     _train(config, values, *jobs[0])
     with ThreadPoolExecutor(config.parallel_runs) as pool:
         for finished in [pool.submit(_train, config, values, *job) for job in jobs[1:]]:
@@ -222,13 +222,13 @@ def run(config: Config) -> list[Run]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of Student's 95 % interval."""
+    """Return the mean, and half the width of Student's 95 % interval."""
     spread = statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), _STUDENT[len(values) - 1] * spread
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
-    """A line for each gate, the same seeds compared with each other."""
+    """Return a line per gate, with each seed compared with the same seed of top-k."""
 
     def of(gate: str) -> list[Run]:
         return [run for run in runs if run.gate == gate]
@@ -251,7 +251,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Validation loss, experts per token and variation of the load, against FLOPs."""
+    """Draw validation loss, experts per token and variation of the load against FLOPs."""
     try:
         import matplotlib
     except ImportError as missing:
@@ -269,7 +269,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         left.plot(*zip(*points, strict=True), marker="o", markersize=2.5, label=label, **style)
         for axes, name in ((middle, "experts_per_token"), (right, "load_cv")):
             axes.plot(teraflops, smooth([line[f"moe/{name}"] for line in run.steps]), label=label, **style)
-    # The start, from near 4 bits per byte, would hide the end.
+    # Starting near 4 bits per byte, the curves' beginnings would flatten their ends.
     ends = [line["bits_per_byte"] for run in runs for line in run.validations[len(run.validations) // 4 :]]
     left.set_ylim(min(ends) - 0.02, max(ends) + 0.02)
     titles = ("validation, bits per byte", "experts per token", "variation of the load over experts")
@@ -285,7 +285,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 
 def main(config: Config) -> None:
-    """Train, print the table, draw."""
+    """Train, print the table and draw."""
     try:
         runs = run(config)
     except RuntimeError as failed:

@@ -1,14 +1,14 @@
-"""Does an activation before the softmax make a gate's temperature identifiable? Errors of fits against sample size.
+"""Study: does an activation before the softmax make a gate's temperature identifiable? Fit errors over sample size.
 
-Gaussian mixtures of two experts are sampled, and fitted by maximum likelihood from random starts of fixed width, with
-two experts (exact) and three (over-specified), and the temperature free. For each gate, an error's slope is that of
-log10(median over replicates) against log10(n), by least squares; its 95 % confidence interval is the bootstrap's, which
-draws the replicates of every n anew. A slope of 0 is no convergence, -0.5 the parametric rate.
+The study samples Gaussian mixtures of two experts and fits them by maximum likelihood, from random starts of fixed
+width. A fit has two experts (exact) or three (over-specified), and a free temperature. For each gate, the slope of an
+error is that of log10(median over replicates) against log10(n), by least squares. Its 95 % confidence interval is a
+bootstrap that resamples the replicates of every n. A slope of 0 is no convergence, -0.5 the parametric rate.
 
-In the table and the JSON file `ours` is the slope found, `peer` the slope that theory predicts, and `ratio`
-10^(peer - ours): how much more than predicted the error falls for ten times the data, 1 being as predicted.
+In the table and the JSON file, `ours` is the measured slope, `peer` the slope that theory predicts, and `ratio`
+10^(peer - ours): the additional factor by which the error falls for ten times the data. 1 is as predicted.
 
-Every fit is appended to a file as it is finished, and the same command goes on from there.
+Every finished fit is appended to a file, and the same command continues from there.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from trainer.errors import ConfigError
 DESCRIPTION = "Error of gate parameters against sample size: mixtures of experts fitted by maximum likelihood."
 GATE_NAMES = ("linear", "relu", "sigmoid", "tanh", "gelu")
 SETTINGS = {2: "exact", 3: "over-specified"}
-# The errors of `gaussian_experts.errors`, in words.
+# Names of the errors of `gaussian_experts.errors`.
 ERRORS = {
     "voronoi": "Voronoi loss",
     "gate_raw": "gate parameters",
@@ -44,15 +44,15 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        output: The file of finished fits, one JSON object a line; a rerun goes on from it.
+        output: File of finished fits, one JSON object per line. A rerun continues from it.
         plot: Draw errors against sample size into this file.
-        sample_sizes: Observations in a sample.
+        sample_sizes: Observations per sample.
         million: Add samples of a million observations.
-        replicates: Samples of each size for each gate and number of experts.
+        replicates: Samples of each size, per gate and number of experts.
         restarts: Random starts of each fit.
-        seed: Of samples and starts.
+        seed: Seed of samples and starts.
         cpu_minutes: Stop when the fits in the file have taken this much processor time.
-        quick: Sizes that take seconds: they show that the command works, and no rates.
+        quick: Sizes that take seconds. They only show that the command works, and measure no rates.
     """
 
     json: str | None = None
@@ -83,10 +83,10 @@ Fits = dict[Key, dict[str, Any]]
 
 
 def read_fits(path: Path, config: Config) -> Fits:
-    """The finished fits by (gate, experts, n, replicate). A line that was being written at a kill is dropped.
+    """Read the finished fits by (gate, experts, n, replicate). Drops a last line that a kill left incomplete.
 
     Raises:
-        ConfigError: the file's fits were made with another seed or number of restarts.
+        ConfigError: the fits were made with another seed or number of restarts.
     """
     if not path.exists():
         return {}
@@ -105,7 +105,7 @@ def read_fits(path: Path, config: Config) -> Fits:
 
 
 def _keys(config: Config) -> Iterator[Key]:
-    """Replicates come last in the key and first in the order: an unfinished file has all gates and sizes."""
+    """Yield the keys, replicate by replicate, so that an unfinished file covers all gates and sizes."""
     for replicate in range(config.replicates):
         for n in config.sample_sizes:
             for experts in SETTINGS:
@@ -120,6 +120,7 @@ def _fit(key: Key, config: Config) -> dict[str, Any]:
 
     gate, experts, n, replicate = key
     start = time.process_time()
+    # A generator per fit: results do not depend on the order or on restarts of the command.
     generator = np.random.default_rng([config.seed, GATE_NAMES.index(gate), experts, n, replicate])
     x, y = sample(gate, n, generator)
     theta, value, evaluations = fit(gate, experts, x, y, config.restarts, generator)
@@ -135,7 +136,7 @@ def _fit(key: Key, config: Config) -> dict[str, Any]:
 
 
 def run(config: Config) -> Fits:
-    """Make the fits that are missing, with progress, until all are there or the processor time is spent."""
+    """Compute the missing fits, with progress, until all exist or the processor time is used up."""
     path = Path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     fits = read_fits(path, config)
@@ -161,14 +162,14 @@ def run(config: Config) -> Fits:
 
 @dataclass(frozen=True)
 class Curve:
-    """One error of one gate in one setting against n.
+    """An error of a gate in a setting, against n.
 
     Attributes:
         sizes: The values of n.
-        medians: Over replicates, for each n.
-        low, high: The medians' 95 % confidence intervals.
-        slope: Of log10 median against log10 n.
-        interval: The slope's 95 % confidence interval.
+        medians: Medians over replicates, for each n.
+        low, high: 95 % confidence intervals of the medians.
+        slope: Slope of log10 median against log10 n.
+        interval: 95 % confidence interval of the slope.
     """
 
     sizes: list[int]
@@ -180,17 +181,19 @@ class Curve:
 
 
 def curve(values: Mapping[int, Sequence[float]], draws: int = 2000) -> Curve:
-    """The curve of an error, from its replicates at each n."""
+    """Compute the curve of an error from its replicates at each n."""
     import numpy as np
 
     generator = np.random.default_rng(0)
     sizes = sorted(values)
     medians, drawn = [], []
     for n in sizes:
+        # The floor keeps the logarithm finite for a perfect fit.
         replicates = np.maximum(values[n], 1e-12)
         medians.append(np.median(replicates))
         drawn.append(np.median(replicates[generator.integers(0, len(replicates), (draws, len(replicates)))], axis=1))
     centred = np.log10(sizes) - np.mean(np.log10(sizes))
+    # The least-squares slope is linear in the logarithms, so one product handles all bootstrap draws.
     contrast = centred / (centred**2).sum()
     slopes = contrast @ np.log10(drawn)
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
@@ -203,7 +206,7 @@ Curves = dict[tuple[str, int, str], Curve]
 
 
 def curves(fits: Fits) -> Curves:
-    """Every curve by (error, experts, gate)."""
+    """Compute every curve, by (error, experts, gate)."""
     import numpy as np
 
     from trainer.studies.gaussian_experts import errors
@@ -216,9 +219,9 @@ def curves(fits: Fits) -> Curves:
 
 
 def predicted(error: str, experts: int, gate: str) -> float:
-    """The slope that theory predicts (arXiv 2401.13875, and maximum likelihood's usual rate where that is silent).
+    """Return the predicted slope (arXiv 2401.13875; the usual rate of maximum likelihood where the paper is silent).
 
-    (beta, tau) -> (c beta, c tau) leaves linear and ReLU gates unchanged, so what depends on tau alone cannot converge.
+    (beta, tau) -> (c beta, c tau) leaves linear and ReLU gates unchanged, so errors of tau alone cannot converge there.
     """
     if error in ("voronoi", "gate_raw") and gate in ("linear", "relu"):
         return 0.0
@@ -226,7 +229,7 @@ def predicted(error: str, experts: int, gate: str) -> float:
 
 
 def comparisons(fits: Fits, found: Curves) -> list[Comparison]:
-    """A line for each curve."""
+    """Return a line per curve."""
     lines = []
     for experts, setting in SETTINGS.items():
         for error, words in ERRORS.items():
@@ -242,14 +245,16 @@ def comparisons(fits: Fits, found: Curves) -> list[Comparison]:
     return lines
 
 
+# Okabe and Ito's palette, readable without colour vision.
 _COLORS = {"linear": "#D55E00", "relu": "#E69F00", "sigmoid": "#0072B2", "tanh": "#56B4E9", "gelu": "#009E73"}
 _MARKERS = {"linear": "o", "relu": "s", "sigmoid": "^", "tanh": "v", "gelu": "D"}
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved apart to at least `gap`, in their order, about where they were."""
+    """Move heights apart to at least `gap`, in their order and near their positions."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     moved = list(heights)
+    # Repeated, because moving one pair apart may bring another together.
     for _ in range(200):
         for lower, upper in itertools.pairwise(order):
             lack = gap - (moved[upper] - moved[lower])
@@ -260,7 +265,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def draw(found: Curves, path: Path) -> None:
-    """Medians against n: a column an error, a row a setting."""
+    """Draw medians against n, with a column per error and a row per setting."""
     try:
         import matplotlib
     except ImportError as missing:
@@ -284,7 +289,7 @@ def draw(found: Curves, path: Path) -> None:
     for axes, error in zip(grid[0], shown, strict=True):
         axes.set_title(ERRORS[error])
     figure.supxlabel("observations, n   (dotted: $n^{-1/2}$; bands: 95 % intervals of the medians; numbers: slopes)")
-    figure.draw_without_rendering()  # puts the axes where they will be, for the labels
+    figure.draw_without_rendering()  # fixes the axes' positions, which the labels need
     for axes, panel in panels.items():
         _label_panel(axes, panel)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +311,7 @@ def _draw_panel(axes: Any, panel: Mapping[str, Curve]) -> None:
 
 
 def _label_panel(axes: Any, panel: Mapping[str, Curve]) -> None:
-    """Each gate's name and slope right of its line's end, moved apart where they would meet."""
+    """Write each gate's name and slope right of its line's end, moved apart where they would overlap."""
     ends = [axes.transData.transform((line.sizes[-1], line.medians[-1])) for line in panel.values()]
     moved = _spread([float(height) for _, height in ends], gap=15.0)
     for (gate, line), (right, _), height in zip(panel.items(), ends, moved, strict=True):
@@ -316,7 +321,7 @@ def _label_panel(axes: Any, panel: Mapping[str, Curve]) -> None:
 
 
 def main(config: Config) -> None:
-    """Fit, print the slopes, draw."""
+    """Fit, print the slopes and draw."""
     import torch
 
     torch.set_num_threads(1)

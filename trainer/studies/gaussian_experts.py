@@ -1,10 +1,10 @@
-"""Gaussian mixtures of experts under a dense-to-sparse softmax gate: density, sampling, maximum likelihood, errors.
+"""Gaussian mixtures of experts with a dense-to-sparse softmax gate: density, sampling, maximum likelihood, errors.
 
     g(y | x) = sum_k softmax_k(logits(x)) N(y | a_k x + b_k, sigma_k^2),   x and y are numbers
     logit_k(x) = (act(beta1_k x) + beta0_k) / tau,  and 0 for the last expert
 
-The gate is that of "Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts?" (arXiv 2401.13875), with
-the last logit fixed since softmax sees differences only. Parameters are one vector,
+The gate is that of "Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts?" (arXiv 2401.13875). The
+last logit is fixed to 0, because softmax sees differences only. The parameters form a vector
 (beta1 [K-1], beta0 [K-1], log tau, a [K], b [K], log sigma [K]). Everything is float64.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Observations worked on at once: their scores stay in the second-level cache.
+# Observations per block. The scores of a block stay in the second-level cache.
 _BLOCK = 4096
 
 
@@ -41,7 +41,7 @@ def _gelu(z: Array) -> tuple[Array, Array]:
     return z * below, below + z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
 
 
-# The activation before the softmax and its derivative.
+# The activation before the softmax, and its derivative.
 GATES: dict[str, Callable[[Array], tuple[Array, Array]]] = {
     "linear": lambda z: (z, np.ones_like(z)),
     "relu": _relu,
@@ -49,14 +49,14 @@ GATES: dict[str, Callable[[Array], tuple[Array, Array]]] = {
     "tanh": _tanh,
     "gelu": _gelu,
 }
-# act(z) + act(-z) = 0: negated logits are logits again, so the two experts may change places.
-# For sigmoid the sum is 1, which beta0 takes up. ReLU and GELU have no such twin.
+# Gates whose two experts may swap roles. For linear and tanh, act(z) + act(-z) = 0, so negated logits are logits again.
+# For sigmoid the sum is 1, which beta0 absorbs. ReLU and GELU have no such symmetry.
 _SWAPPABLE = ("linear", "sigmoid", "tanh")
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """A mixture of K experts; the fields have K elements, the gate's last ones being 0."""
+    """A mixture of K experts. Fields have K elements; the gate's last ones are 0."""
 
     beta1: Array
     beta0: Array
@@ -66,7 +66,7 @@ class Parameters:
     sigma: Array
 
     def vector(self) -> Array:
-        """As one vector, in the order that the module names."""
+        """Return the parameters as a vector, in the module's order."""
         free = slice(None, -1)
         return np.concatenate(
             [self.beta1[free], self.beta0[free], [math.log(self.tau)], self.a, self.b, np.log(self.sigma)]
@@ -74,7 +74,7 @@ class Parameters:
 
 
 def unpack(theta: Array) -> Parameters:
-    """The parameters of a vector, whose length 5 K - 1 gives K."""
+    """Split a vector into parameters. Its length 5 K - 1 determines K."""
     experts = (len(theta) + 1) // 5
     gate, rest = 2 * (experts - 1), theta[2 * experts - 1 :].reshape(3, experts)
     beta1, beta0 = theta[:gate].reshape(2, experts - 1)
@@ -83,7 +83,7 @@ def unpack(theta: Array) -> Parameters:
     )
 
 
-# x is uniform on (-3, 3). beta1 x then reaches 4.5 in size: bounded gates saturate, and 1000 observations show tau.
+# x is uniform on (-3, 3). |beta1 x| then reaches 4.5: bounded gates saturate, and 1000 observations identify tau.
 X_WIDTH = 3.0
 TRUTH = Parameters(
     beta1=np.array([1.5, 0.0]),
@@ -101,21 +101,21 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def gate_logits(p: Parameters, gate: str, x: Array) -> Array:
-    """Logits [K, n] at x [n]."""
+    """Return logits [K, n] at x [n]."""
     logits = (GATES[gate](p.beta1[:, None] * x)[0] + p.beta0[:, None]) / p.tau
     logits[-1] = 0.0
     return logits
 
 
 def log_joint(p: Parameters, gate: str, x: Array, y: Array) -> Array:
-    """Logarithm of gate times density [K, n], one row an expert."""
+    """Return the logarithm of gate times density, [K, n]."""
     residual = (y - p.a[:, None] * x - p.b[:, None]) / p.sigma[:, None]
     log_density = -0.5 * residual * residual - np.log(p.sigma * math.sqrt(2 * math.pi))[:, None]
     return _log_softmax(gate_logits(p, gate, x)) + log_density
 
 
 def sample(gate: str, n: int, generator: np.random.Generator) -> tuple[Array, Array]:
-    """Draw n observations (x, y) of the true mixture."""
+    """Draw n observations (x, y) from the true mixture."""
     x = generator.uniform(-X_WIDTH, X_WIDTH, n)
     first = generator.random(n) < np.exp(_log_softmax(gate_logits(TRUTH, gate, x)))[0]
     expert = np.where(first, 0, 1)
@@ -123,7 +123,7 @@ def sample(gate: str, n: int, generator: np.random.Generator) -> tuple[Array, Ar
 
 
 def likelihood(theta: Array, gate: str, x: Array, y: Array) -> tuple[float, Array, Array]:
-    """Mean log-likelihood, its gradient [P], and the mean outer product of the scores [P, P] (Fisher's information)."""
+    """Return mean log-likelihood, its gradient [P], and the scores' mean outer product [P, P] (Fisher information)."""
     p = unpack(theta)
     experts, size = len(p.a), len(theta)
     total, gradient, information = 0.0, np.zeros(size), np.zeros((size, size))
@@ -135,6 +135,7 @@ def likelihood(theta: Array, gate: str, x: Array, y: Array) -> tuple[float, Arra
         log_gate = _log_softmax(logits)
         residual = (ys - p.a[:, None] * xs - p.b[:, None]) / p.sigma[:, None]
         joint = log_gate - 0.5 * residual * residual - np.log(p.sigma * math.sqrt(2 * math.pi))[:, None]
+        # Log-sum-exp over the experts.
         top = joint.max(axis=0)
         posterior = np.exp(joint - top)
         mass = posterior.sum(axis=0)
@@ -144,11 +145,13 @@ def likelihood(theta: Array, gate: str, x: Array, y: Array) -> tuple[float, Arra
         gates = experts - 1
         np.divide(excess, p.tau, out=scores[gates : 2 * gates])
         np.multiply(scores[gates : 2 * gates], slope * xs, out=scores[:gates])
+        # The derivative of a logit by log tau is minus the logit.
         scores[2 * gates] = -(excess * logits[:-1]).sum(axis=0)
         by_expert = scores[2 * gates + 1 :].reshape(3, experts, -1)
         np.multiply(posterior, residual, out=by_expert[2])
         np.divide(by_expert[2], p.sigma[:, None], out=by_expert[1])
         np.multiply(by_expert[1], xs, out=by_expert[0])
+        # The derivative of log N by log sigma is residual^2 - 1.
         by_expert[2] *= residual
         by_expert[2] -= posterior
         total += float((top + np.log(mass)).sum())
@@ -158,17 +161,17 @@ def likelihood(theta: Array, gate: str, x: Array, y: Array) -> tuple[float, Arra
 
 
 def _bounds(experts: int) -> tuple[Array, Array]:
-    """The box that the theory's compact parameter space asks for, wide about truth and initialisation."""
+    """Return the box that stands for the theory's compact parameter space, wide around truth and initialisation."""
     gates = experts - 1
     upper = np.array([30.0] * 2 * gates + [math.log(30.0)] + [30.0] * 2 * experts + [math.log(10.0)] * experts)
     lower = -upper
     lower[2 * gates] = math.log(0.01)
-    lower[-experts:] = math.log(0.05)  # else the likelihood has no maximum: a spike on two observations
+    lower[-experts:] = math.log(0.05)  # otherwise the likelihood is unbounded: a spike on two observations
     return lower, upper
 
 
 def random_start(experts: int, generator: np.random.Generator) -> Array:
-    """Parameters drawn about nothing in particular, with a width that does not depend on n or on the truth."""
+    """Draw initial parameters with a width that depends neither on n nor on the truth."""
     gates = experts - 1
     return np.concatenate(
         [
@@ -182,19 +185,20 @@ def random_start(experts: int, generator: np.random.Generator) -> Array:
 
 
 def climb(theta: Array, gate: str, x: Array, y: Array, steps: int, tolerance: float) -> tuple[Array, float, int]:
-    """Maximise the likelihood by damped scoring: Fisher's information for the Hessian, Marquardt's damping.
+    """Maximise the likelihood by damped scoring: Fisher information as the Hessian, and Marquardt's damping.
 
-    It stops where three accepted steps in a row gain less than `tolerance` nats of the whole log-likelihood each. The
-    damping leaves directions without information where they are, such as (beta, tau) -> (c beta, c tau).
+    Stops after three consecutive accepted steps that each gain less than `tolerance` nats of the total log-likelihood.
+    The damping keeps directions without information unchanged, such as (beta, tau) -> (c beta, c tau).
 
     Returns:
-        The parameters, the mean log-likelihood, the evaluations made.
+        The parameters, the mean log-likelihood, and the number of evaluations.
     """
     lower, upper = _bounds((len(theta) + 1) // 5)
     theta = np.clip(theta, lower, upper)
     value, gradient, information = likelihood(theta, gate, x, y)
     damping, small, count = 1e-2, 0, 1
     while count < steps and small < 3 and damping < 1e8:
+        # Scale to unit information, so that the damping affects all parameters equally.
         scale = 1 / np.sqrt(np.diag(information) + 1e-9)
         matrix = information * scale * scale[:, None] + damping * np.eye(len(theta))
         candidate = np.clip(theta + scale * np.linalg.solve(matrix, scale * gradient), lower, upper)
@@ -202,7 +206,7 @@ def climb(theta: Array, gate: str, x: Array, y: Array, steps: int, tolerance: fl
         count += 1
         gain = there[0] - value
         if not gain > 0:
-            # Only rounding separates the two: this is the top.
+            # Only rounding separates the two values: this is the maximum.
             small = small + 1 if len(x) * abs(gain) < tolerance else 0
             damping *= 5
             continue
@@ -215,11 +219,11 @@ def climb(theta: Array, gate: str, x: Array, y: Array, steps: int, tolerance: fl
 def fit(
     gate: str, experts: int, x: Array, y: Array, restarts: int, generator: np.random.Generator
 ) -> tuple[Array, float, int]:
-    """The best of `restarts` climbs from random starts; returns what `climb` does.
+    """Return the best of `restarts` climbs from random starts, like `climb`.
 
-    All climb on the first 1000 observations. The best, and the five next of those at other heights of less than 20 nats
-    below, go on with the first 10,000; the best of these with all. The first two numbers do not grow with n, so neither
-    does the initialisation shrink with n.
+    All climbs start on the first 1000 observations. The best continues on the first 10,000, together with up to five
+    further climbs that ended at different heights less than 20 nats below. The best of these continues on all
+    observations. The first two numbers do not grow with n, so the initialisation does not shrink with n either.
     """
     few = slice(0, 1000)
     starts = [climb(random_start(experts, generator), gate, x[few], y[few], 30, 0.1) for _ in range(restarts)]
@@ -235,26 +239,26 @@ def fit(
 
 
 def _cell_log_mass(log_weight: Array, cell: NDArray[np.intp]) -> Array:
-    """Logarithm of the weight in each of the two cells; an empty one counts as 1e-12."""
+    """Return the logarithm of the weight in each of the two cells. An empty cell counts as 1e-12."""
     return np.array([np.logaddexp.reduce(log_weight[cell == k], initial=math.log(1e-12)) for k in (0, 1)])
 
 
 def errors(theta: Array, gate: str) -> dict[str, float]:
-    """How far a fit is from the truth.
+    """Measure the distance of a fit from the truth.
 
-    Each fitted expert belongs to the true expert nearest in (a, b, sigma): its Voronoi cell. Weights are the gate's
-    at x = 0, within a cell or over all, so that beta0's free translation drops out. A gate whose negated logits are
-    again of its kind describes the same mixture with the experts' roles exchanged; the nearer description counts.
+    Each fitted expert belongs to the Voronoi cell of the true expert nearest in (a, b, sigma). Weights are the gate's
+    at x = 0, within a cell or over all experts, so that beta0's free translation drops out. If a gate's negated logits
+    are again of its kind, the mixture has a second description with the experts' roles swapped. The nearer one counts.
 
     Returns:
         voronoi: sum over cells |weight - true| + |tau - true| + sum of weight times |beta1| + |a| + |b| + |sigma^2|
-            errors, with powers 2, 2, 4, 2 in cells of several experts (4 and its half come from the heat equation,
+            errors, with powers 2, 2, 4, 2 in cells of several experts (4 and its half follow from the heat equation,
             which ties b to sigma^2).
-        gate_raw: errors |beta1| + |tau| + |beta0|, beta0 read off the cells' log-odds at x = 0.
-        gate_scaled: the same of beta1 / tau and beta0 / tau, which (beta, tau) -> (c beta, c tau) leaves alone.
+        gate_raw: errors |beta1| + |tau| + |beta0|, with beta0 from the cells' log-odds at x = 0.
+        gate_scaled: the same for beta1 / tau and beta0 / tau, which (beta, tau) -> (c beta, c tau) leaves unchanged.
         expert: errors |a| + |b| + |sigma|, weighted within a cell and summed over cells.
         gate_function: mean over x of the error of the first true expert's probability.
-        density: Hellinger distance of the joint densities of (x, y).
+        density: Hellinger distance between the joint densities of (x, y).
     """
     p, true = unpack(theta), TRUTH
     distance = np.sum([abs(getattr(p, name)[:, None] - getattr(true, name)) for name in ("a", "b", "sigma")], axis=0)
