@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.shapes import block_limit
 from kernels.triton import implementations
@@ -106,7 +106,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
+        save(ctx, activations=(gate, up))
         return _forward_rows(_rows(gate), _rows(up)).view(gate.shape)
 
     @staticmethod
@@ -124,7 +124,7 @@ class _SwiGLUPacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+        save(ctx, activations=(gate_up,))
         gate_NF, up_NF = _rows(gate_up).chunk(2, dim=-1)
         return _forward_rows(gate_NF, up_NF).view(*gate_up.shape[:-1], -1)
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_sharded import attention_sharded
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.documents import Documents, sequences_in
 from kernels.matmul import batched_matmul
@@ -328,7 +328,7 @@ class _Banded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        save(ctx, activations=(q, k, v))
         ctx.window, ctx.scale = window, scale
         q_XGTK, _, v_XTV, wide_k_XTK = _tile_operands(q, k, v)
         o_XGTV = q.new_empty(*q_XGTK.shape[:3], v.shape[3])

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.documents import Documents, sequences_in, to_device
 from kernels.indices import host_numbers
@@ -192,14 +192,14 @@ class _CausalConv(torch.autograd.Function):
         if past:
             z = _head_sum(_head_windows(x, state_NWD.to(taps.dtype), heads), taps)[heads.sequence, heads.token]
             y[heads.rows] = (F.silu(z) if activation else z).to(y.dtype)
-        ctx.save_for_backward(x, weight, state_NWD)
+        save(ctx, activations=(x, state_NWD), weights=(weight,))
         ctx.activation, ctx.heads = activation, heads
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, state_NWD = ctx.saved_tensors
+        x, state_NWD, weight = ctx.saved_tensors
         heads: _Heads = ctx.heads
         taps = _taps(weight, x)
         past = len(taps) - 1

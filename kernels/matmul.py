@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 
 # Multiplications of the smallest product that oneDNN's longer set-up pays for: torch 7 µs and oneDNN 15 at 64³, 41 and
@@ -215,7 +215,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, choice: str) -> Tensor:
         # As they are: what is kept for the backward is the same on every processor.
-        ctx.save_for_backward(x, weight)
+        save(ctx, activations=(x,), weights=(weight,))
         ctx.choice = choice
         if choice == "float32":
             return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.shapes import block_limit
 from kernels.triton import LARGEST_ROW, implementations
@@ -192,7 +192,7 @@ class _RMSNorm(torch.autograd.Function):
                 torch.mul(block, rstd, out=out).mul_(scale)
             else:
                 out.copy_(_widen(block).mul_(rstd).mul_(scale))
-        ctx.save_for_backward(x, weight, rstd_N1)
+        save(ctx, activations=(x,), weights=(weight,), statistics=(rstd_N1,))
         return out_ND.view(x.shape)
 
     @staticmethod
@@ -231,7 +231,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         tensors = (x_ND, gate_ND, rstd_N1, out_ND)
         for block, gate_block, rstd, out in zip(*(tensor.split(rows) for tensor in tensors)):
             out.copy_(_widen(block).mul(rstd).mul_(scale).mul_(act(_widen(gate_block))))
-        ctx.save_for_backward(x, gate, weight, rstd_N1)
+        save(ctx, activations=(x, gate), weights=(weight,), statistics=(rstd_N1,))
         ctx.activation = activation
         return out_ND.view(x.shape)
 
@@ -276,7 +276,7 @@ class _L2Norm(torch.autograd.Function):
         rows = _block_rows(x)
         for block, inverse, out in zip(x_NK.split(rows), inverse_N1.split(rows), out_NK.split(rows)):
             torch.mul(block, inverse, out=out)
-        ctx.save_for_backward(x, inverse_N1)
+        save(ctx, activations=(x,), statistics=(inverse_N1,))
         return out_NK.view(x.shape)
 
     @staticmethod

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.indices import check_range
 from kernels.shapes import block_limit
@@ -114,7 +114,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+        save(ctx, statistics=(cos, sin))
         return _rotate(x, cos, sin, 1)
 
     @staticmethod

@@ -32,18 +32,17 @@ from models.parameters import (
     shard,
     zeros,
 )
-from models.recompute import run_region
+from models.saved_activations import EVERYTHING, BlockPolicy, Policy
 
 
 class Block(Module):
     """x = x + mixer(norm(x)); x = x + ffn(norm(x)).
 
     Attributes:
-        recompute: Regions that backward recomputes: mixer, ffn or the whole block. For a mixture of experts also
-            moe_activation or moe_experts (models.moe.layer.MoELayer).
+        policy: What this block keeps for backward.
     """
 
-    recompute: frozenset[str] = frozenset()
+    policy: BlockPolicy = EVERYTHING
 
     def __init__(self, config: ModelConfig, mixer: str, experts: bool = False) -> None:
         super().__init__()
@@ -52,13 +51,19 @@ class Block(Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = MoELayer(config) if experts else SwiGLU(config)
 
+    def keep(self, policy: BlockPolicy) -> None:
+        """Keep for backward what the policy says."""
+        self.policy = policy
+        if isinstance(self.ffn, MoELayer):
+            self.ffn.policy = policy
+
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D]."""
-        return run_region("block" in self.recompute, self._add_both, x, info, cache)
+        return self.policy.run("block", self._add_both, x, info, cache)
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
-        x = x + run_region("mixer" in self.recompute, self._mix, x, info, cache)
-        return x + run_region("ffn" in self.recompute, self._feed_forward, x, info.token_keys)
+        x = x + self.policy.run("mixer", self._mix, x, info, cache)
+        return x + self.policy.run("ffn", self._feed_forward, x, info.token_keys)
 
     def _mix(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         mixed: Tensor = self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
@@ -127,12 +132,11 @@ class Decoder(Module):
         """Whether this rank can run the model by itself."""
         return self.is_first and self.is_last and self.groups == WHOLE
 
-    def recompute(self, parts: frozenset[str]) -> None:
-        """Make backward recompute `parts` of every block (see Block)."""
-        for block in self.layers.values():
-            vars(block)["recompute"] = parts
-            if isinstance(block.ffn, MoELayer):
-                vars(block.ffn)["recompute"] = parts
+    def keep(self, policy: Policy) -> None:
+        """Set, for every block, what it keeps for backward."""
+        for number, block in self.layers.items():
+            assert isinstance(block, Block)
+            block.keep(policy.of(int(number)))
 
     def copies(self) -> frozenset[str]:
         """Return the parameters that an earlier stage holds too: a tied head, and lower bounds."""

@@ -163,13 +163,6 @@ class TrainConfig:
             f"train.recompute_modules has {', '.join(of_experts)} beside ffn, which contains it; name one of them",
         )
 
-    @property
-    def recomputed_parts(self) -> frozenset[str]:
-        """The modules of every block that backward recomputes (models.decoder.Block)."""
-        # Default by measurement on the study's 340M shapes: see docs/parallelism.md.
-        selected = self.recompute_modules or ["mixer"]
-        return frozenset({"none": (), "selective": selected, "full": ("block",)}[self.recompute])
-
     def accumulation(self, data_parallel: int) -> int:
         """Micro-batches per rank and step.
 
@@ -462,7 +455,7 @@ class PretrainConfig:
             self.evaluation.stride is None or self.evaluation.stride <= window,
             f"evaluation.stride={self.evaluation.stride} exceeds the evaluation window of {window} tokens",
         )
-        of_experts = sorted(part for part in self.train.recomputed_parts if part.startswith("moe_"))
+        of_experts = sorted(part for part in self.train.recompute_modules or [] if part.startswith("moe_"))
         require(
             not of_experts or self.model.moe.num_experts > 0,
             f"train.recompute_modules has {', '.join(of_experts)}, but the model has no experts; set "

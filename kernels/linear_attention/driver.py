@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.documents import Documents, sequences_in
 from kernels.linear_attention._chunks import ChunkLayout, chunk_layout
@@ -91,6 +91,8 @@ class Recurrence(ABC):
         value: index of the input that determines the output's dtype.
         unread: indices of inputs that the backward does not need and that are therefore not saved.
         segment_factor: multiplier of the usual number of tokens in a segment.
+        activations: number of leading inputs that may be stored in fewer bits for backward. The others, decays and
+            write strengths, keep their digits, as states do.
     """
 
     scale: float = 1.0
@@ -98,6 +100,7 @@ class Recurrence(ABC):
     value: ClassVar[int] = 2
     unread: ClassVar[tuple[int, ...]] = ()
     segment_factor: ClassVar[int] = 1
+    activations: ClassVar[int] = 3
 
     @abstractmethod
     def segment_forward(
@@ -280,7 +283,12 @@ class _Chunked(torch.autograd.Function):
             saved.append(kept)
         read = [None if place in recurrence.unread else x for place, x in enumerate(inputs)]
         # Only tensors can be saved, so each segment's NamedTuple is flattened here and rebuilt in backward.
-        ctx.save_for_backward(initial_state, *read, *chain.from_iterable(saved))
+        activations = recurrence.activations
+        save(
+            ctx,
+            activations=read[:activations],
+            statistics=(*read[activations:], initial_state, *chain.from_iterable(saved)),
+        )
         ctx.recurrence, ctx.layout, ctx.segments, ctx.saved_as = recurrence, layout, segments, type(saved[0])
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in inputs]
         return o, layout.unsort_state(state)
@@ -289,8 +297,13 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        initial_state, *kept = ctx.saved_tensors
-        inputs, kept = kept[: len(ctx.like)], iter(kept[len(ctx.like) :])
+        # Read once: torch refuses a second time where a region is recomputed.
+        tensors = ctx.saved_tensors
+        inputs, initial_state, kept = (
+            tensors[: len(ctx.like)],
+            tensors[len(ctx.like)],
+            iter(tensors[len(ctx.like) + 1 :]),
+        )
         saved = [ctx.saved_as(*(next(kept) for _ in ctx.saved_as._fields)) for _ in ctx.segments]
         d_state = ctx.layout.sort_state(d_final, d_final.shape, d_final.new_empty((), dtype=ctx.segments[0].full))
         grads = [None if like is None else d_o.new_empty(like[0], dtype=like[1]) for like in ctx.like]

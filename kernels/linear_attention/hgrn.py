@@ -35,6 +35,7 @@ class _HGRN(Recurrence):
     unread = (0,)
     # Each slot of a chunk is one small step, and small steps are dominated by overhead, hence longer segments.
     segment_factor = 4
+    activations = 1
 
     def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
         x_NCD, log_decay_NCD = (segment.pack(x, segment.full) for x in inputs)

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.losses import _blocks
 from kernels.matmul import matmul
@@ -185,7 +185,7 @@ class _DistillationKL(torch.autograd.Function):
             # Not to be there with the next block's, and its teacher's.
             del logits
         kl_N.masked_fill_(scale_N == 0, 0.0)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        save(ctx, statistics=(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)))
         ctx.mark_non_differentiable(kl_N)
         return torch.dot(kl_N, scale_N), kl_N
 

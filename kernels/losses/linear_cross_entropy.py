@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.losses import _blocks
 from kernels.losses._blocks import IGNORE_LABEL, Half
@@ -132,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
         nll_N.masked_fill_(scale_N == 0, 0.0).masked_fill_(unknown_N, torch.nan)
         loss = torch.dot(nll_N, scale_N)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        save(ctx, statistics=(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)))
         ctx.mark_non_differentiable(nll_N)
         return loss, nll_N
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.losses import _blocks
 from kernels.losses._blocks import IGNORE_LABEL as IGNORE_LABEL
@@ -142,7 +142,8 @@ class _TokenLogProbs(torch.autograd.Function):
         log_probs_N = _counted(all_PSN[:, 1].amax(0).sub_(log_total_N), scale_N)
         entropy_N = _counted(_whole_entropy(all_PSN, log_total_N), scale_N) if entropy else None
         ctx.temperature = temperature
-        ctx.save_for_backward(hidden, weight, target_N, scale_N, log_total_N, entropy_N)
+        of_rows = scale_N, log_total_N, entropy_N
+        save(ctx, activations=(hidden,), weights=(weight,), statistics=of_rows, indices=(target_N,))
         # A result that no loss reads has no gradient, rather than one of zeros: the entropy's costs work.
         ctx.set_materialize_grads(False)
         return log_probs_N, entropy_N
@@ -150,7 +151,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, target_N, scale_N, log_total_N, entropy_N = ctx.saved_tensors
+        hidden, weight, scale_N, log_total_N, entropy_N, target_N = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(scale_N)
         log_probs_scale_N = _counted(grad_log_probs / -ctx.temperature, scale_N)

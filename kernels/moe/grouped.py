@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.indices import check_counts, host_numbers
 from kernels.matmul import matmul
@@ -92,7 +92,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_ND, weight_EOD, tokens_per_expert_E)
+        save(ctx, activations=(x_ND,), weights=(weight_EOD,), indices=(tokens_per_expert_E,))
         y_NO = x_ND.new_empty(len(x_ND), weight_EOD.shape[1])
         for expert, rows in _experts(tokens_per_expert_E):
             matmul(x_ND[rows], weight_EOD[expert].T, out=y_NO[rows])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.indices import check_range, on_host, rows_by_token
 from kernels.triton import implementations
@@ -176,7 +176,7 @@ class _TakeOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places_N: Tensor) -> Tensor:
-        ctx.save_for_backward(places_N)
+        save(ctx, indices=(places_N,))
         ctx.shape = x.shape
         return x.reshape(-1).index_select(0, places_N)
 
@@ -194,7 +194,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, row_tokens_N: Tensor) -> Tensor:
-        ctx.save_for_backward(row_tokens_N)
+        save(ctx, indices=(row_tokens_N,))
         ctx.num_tokens = len(x_TD)
         return x_TD.index_select(0, row_tokens_N)
 
@@ -210,13 +210,14 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N: Tensor | None) -> Tensor:
-        ctx.save_for_backward(row_tokens_N, None if row_probs_N is None else rows_ND, row_probs_N)
+        rows = None if row_probs_N is None else rows_ND
+        save(ctx, activations=(rows,), statistics=(row_probs_N,), indices=(row_tokens_N,))
         return _add_up(rows_ND.contiguous(), row_tokens_N, num_tokens, row_probs_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
-        row_tokens_N, rows_ND, row_probs_N = ctx.saved_tensors
+        rows_ND, row_probs_N, row_tokens_N = ctx.saved_tensors
         grad_rows = grad.index_select(0, row_tokens_N)
         if row_probs_N is None:
             return grad_rows, None, None, None

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 from kernels.triton import LARGEST_ROW, TINY, implementations
 
@@ -357,7 +357,7 @@ class _TopKGate(torch.autograd.Function):
             gates = probs if normalize == "before" else scores
         gates = _keep(gates, chosen).mul_(scale)
         ctx.mark_non_differentiable(chosen)
-        ctx.save_for_backward(scores, gates, chosen)
+        save(ctx, statistics=(scores, gates), indices=(chosen,))
         ctx.score, ctx.normalize, ctx.scale, ctx.dtype = score, normalize, scale, logits_TE.dtype
         return probs, gates, chosen
 
@@ -409,7 +409,7 @@ class _DenseToSparseGate(torch.autograd.Function):
         gates = probs / _keep(probs, keep).sum(-1, keepdim=True) if renormalize else probs
         gates = _keep(gates, keep)
         ctx.mark_non_differentiable(keep)
-        ctx.save_for_backward(logits_TE, temperature, noise_TE, probs, keep)
+        save(ctx, statistics=(logits_TE, temperature, noise_TE, probs), indices=(keep,))
         ctx.activation, ctx.renormalize = activation, renormalize
         return probs, gates, keep
 

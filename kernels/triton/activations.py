@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.triton.launch import (
     KernelSpec,
     device_guard,
@@ -122,7 +122,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate_NF, up_NF = unit_stride(gate), unit_stride(up)
-        ctx.save_for_backward(gate_NF, up_NF)
+        save(ctx, activations=(gate_NF, up_NF))
         return _forward(gate_NF, up_NF).view(gate.shape)
 
     @staticmethod
@@ -141,7 +141,7 @@ class _SwiGLUPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         rows = unit_stride(gate_up)
-        ctx.save_for_backward(rows)
+        save(ctx, activations=(rows,))
         return _forward(*rows.chunk(2, dim=-1)).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @staticmethod

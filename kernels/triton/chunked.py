@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.documents import Documents, sequences_in
 from kernels.triton import LARGEST_KEY
 from kernels.triton.chunk_kernels import (
@@ -476,14 +476,14 @@ class _Chunked(torch.autograd.Function):
         problem = _Problem(plan, table, scale, (q, k, v, log_decay, beta))
         initial = None if initial_state is None else initial_state.contiguous()
         o, final, saved = problem.forward(initial)
-        ctx.save_for_backward(q, k, v, log_decay, beta, initial_state, *saved)
+        save(ctx, activations=(q, k, v, beta), statistics=(log_decay, initial_state, *saved))
         ctx.scale, ctx.plan, ctx.table = scale, plan, table
         return o.view(*v.shape[:2], plan.heads, plan.value_dim).to(v.dtype), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, beta, initial_state, *saved = ctx.saved_tensors
+        q, k, v, beta, log_decay, initial_state, *saved = ctx.saved_tensors
         inputs = q, k, v, log_decay, beta
         problem = _Problem(ctx.plan, ctx.table, ctx.scale, inputs)
         d_o = d_o.to(problem.operand).flatten(0, 1).contiguous()

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.documents import Documents, to_device
 from kernels.triton.launch import KernelSpec, device_guard, dtype_bytes, next_power, target_name, warp_size
 
@@ -274,7 +274,7 @@ class _CausalConv(torch.autograd.Function):
                 grid = len(sequences), triton.cdiv(dim, block_d)
                 blocks = {"WIDTH": width, "BLOCK_P": block_p, "BLOCK_D": block_d, "num_warps": warps}
                 _final_state_kernel[grid](x_RD, tensors[2], bounds_N, final_NWD, dim, **blocks)
-        ctx.save_for_backward(x_RD, weight, state_NWD)
+        save(ctx, activations=(x_RD, state_NWD), weights=(weight,))
         ctx.silu, ctx.sequences = silu, sequences
         ctx.set_materialize_grads(False)
         return y_RD, final_NWD
@@ -282,7 +282,7 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_RD, weight, state_NWD = ctx.saved_tensors
+        x_RD, state_NWD, weight = ctx.saved_tensors
         (rows, dim), width = x_RD.shape, weight.shape[1]
         bounds_N, sequence_R = ctx.sequences.made(_sequences, x_RD.device)
         target = target_name(x_RD.device)

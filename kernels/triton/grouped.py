@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.triton.launch import (
     KernelSpec,
     device_guard,
@@ -232,7 +232,7 @@ class _GroupedLinear(torch.autograd.Function):
         x_ND, weight_EOD = unit_stride(x_ND), weight_EOD.contiguous()
         blocks, _, _ = _tile(target_name(x_ND.device), x_ND.element_size())
         ends_E, schedule = _schedule(tokens_per_expert_E, len(x_ND), blocks["BLOCK_M"])
-        ctx.save_for_backward(x_ND, weight_EOD, ends_E, schedule)
+        save(ctx, activations=(x_ND,), weights=(weight_EOD,), indices=(ends_E, schedule))
         return _rows_product(x_ND, weight_EOD, ends_E, schedule, x_ND.shape[1], 1, weight_EOD.shape[1])
 
     @staticmethod

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.documents import Documents, sequences_in
 from kernels.triton.launch import KernelSpec
 from kernels.triton.sequences import ChunkTable, Launcher, chunk_table
@@ -221,14 +221,14 @@ class _ScanHGRN(torch.autograd.Function):
         x_TD, log_decay_TD = (tensor.flatten(0, 1).contiguous() for tensor in (x, log_decay))
         initial = None if initial_state is None else initial_state.contiguous()
         h, wide, starts, final = _forward(Launcher(), table, x_TD, log_decay_TD, initial)
-        ctx.save_for_backward(log_decay, initial_state, wide, starts)
+        save(ctx, activations=(wide,), statistics=(log_decay, initial_state, starts))
         ctx.table = table
         return h.view(x.shape), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_h: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        log_decay, initial_state, wide, starts = ctx.saved_tensors
+        wide, log_decay, initial_state, starts = ctx.saved_tensors
         d_h_TD, log_decay_TD = (tensor.flatten(0, 1).contiguous() for tensor in (d_h, log_decay))
         d_x, d_log_decay, d_initial = _backward(
             Launcher(), ctx.table, d_h_TD, d_final.contiguous(), log_decay_TD, wide, starts

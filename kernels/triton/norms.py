@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.triton.launch import (
     KernelSpec,
     device_guard,
@@ -149,7 +149,7 @@ class _Norm(torch.autograd.Function):
                 grid = (triton.cdiv(rows, block_n),)
                 tensors = x_ND, gate_ND, weight, y_ND, rstd_N
                 _forward_kernel[grid](*tensors, *strides, rows, columns, float(divisor), eps, **sizes)
-        ctx.save_for_backward(x_ND, gate_ND, weight, rstd_N)
+        save(ctx, activations=(x_ND, gate_ND), weights=(weight,), statistics=(rstd_N,))
         ctx.shape, ctx.divisor, ctx.strides, ctx.sizes = x.shape, divisor, strides, sizes
         return y_ND.view(x.shape)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.indices import rows_by_token
 from kernels.triton.launch import (
     KernelSpec,
@@ -135,7 +135,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, row_tokens_N: Tensor) -> Tensor:
-        ctx.save_for_backward(row_tokens_N)
+        save(ctx, indices=(row_tokens_N,))
         ctx.num_tokens = len(x_TD)
         return _gather(x_TD, row_tokens_N, None, None)[0]
 
@@ -152,13 +152,14 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N: Tensor | None) -> Tensor:
         rows_ND = unit_stride(rows_ND)
-        ctx.save_for_backward(row_tokens_N, None if row_probs_N is None else rows_ND, row_probs_N)
+        rows = None if row_probs_N is None else rows_ND
+        save(ctx, activations=(rows,), statistics=(row_probs_N,), indices=(row_tokens_N,))
         return _sum(rows_ND, row_tokens_N, num_tokens, row_probs_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-        row_tokens_N, rows_ND, row_probs_N = ctx.saved_tensors
+        rows_ND, row_probs_N, row_tokens_N = ctx.saved_tensors
         grad_rows, grad_probs = _gather(grad, row_tokens_N, row_probs_N, rows_ND)
         return grad_rows, None, None, grad_probs
 

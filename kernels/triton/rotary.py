@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.triton.launch import KernelSpec, device_guard, dtype_bytes, next_power, target_name, warp_size
 
 _BLOCK_PAIRS = 1024
@@ -85,7 +85,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.save_for_backward(cos, sin)
+        save(ctx, statistics=(cos, sin))
         return _rotate(x, cos, sin, False)
 
     @staticmethod

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, save
 from kernels.triton import TINY
 from kernels.triton.launch import (
     KernelSpec,
@@ -340,7 +340,7 @@ class _TopKGate(torch.autograd.Function):
             numbers = logits_TE.stride(0), *logits_TE.shape, top_k, *groups, ctx.scale
             _launch(logits_TE, _top_k_forward_kernel, tensors, numbers, **ctx.flags, GROUPED=num_groups > 1)
         ctx.mark_non_differentiable(chosen_TE)
-        ctx.save_for_backward(logits_TE, chosen_TE)
+        save(ctx, statistics=(logits_TE,), indices=(chosen_TE,))
         return probs_TE, gates_TE, chosen_TE
 
     @staticmethod
@@ -378,7 +378,7 @@ class _DenseToSparseGate(torch.autograd.Function):
             numbers = *ctx.strides, *logits_TE.shape, float(threshold), max_experts
             _launch(logits_TE, _dense_to_sparse_forward_kernel, tensors, numbers, **ctx.flags)
         ctx.mark_non_differentiable(keep_TE)
-        ctx.save_for_backward(logits_TE, temperature, noise_TE, keep_TE)
+        save(ctx, statistics=(logits_TE, temperature, noise_TE), indices=(keep_TE,))
         return probs_TE, gates_TE, keep_TE
 
     @staticmethod

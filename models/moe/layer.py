@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from kernels.activations import swiglu
 from kernels.moe import grouped_linear
+from kernels.shapes import has_values
 from models.config import ModelConfig
 from models.moe.router import Router, Routing
 from models.parallel import (
@@ -27,10 +27,17 @@ from models.parallel import (
     token_dispatcher,
 )
 from models.parameters import Groups, Module, Placement, normal
-from models.recompute import run_region
+from models.saved_activations import EVERYTHING, BlockPolicy, run_region
 
-_GATED = {"swiglu": swiglu, "geglu": lambda gate, up: F.gelu(gate) * up}
-_PLAIN = {"gelu": F.gelu, "relu_squared": lambda x: F.relu(x).square()}
+# Each activation in two steps: what its own backward keeps of the first is enough to compute the second again.
+_GATED: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]] = {
+    "swiglu": (lambda gate, up: (gate, up), swiglu),
+    "geglu": (lambda gate, up: (F.gelu(gate), up), torch.mul),
+}
+_PLAIN: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]] = {
+    "gelu": (lambda up: (up,), F.gelu),
+    "relu_squared": (lambda up: (F.relu(up),), torch.square),
+}
 
 
 class ExpertLinear(Module):
@@ -64,15 +71,12 @@ class Experts(Module):
         self.up_proj = ExpertLinear(experts, d_model, d_ffn)
         self.down_proj = ExpertRowLinear(experts, d_ffn, d_model)
 
-    def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor, recompute_activation: bool = False) -> Tensor:
+    def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor, policy: BlockPolicy = EVERYTHING) -> Tensor:
         """Transform the rows, sorted by expert."""
         up = self.up_proj(rows_ND, tokens_per_expert_E)
         gate = None if self.gate_proj is None else self.gate_proj(rows_ND, tokens_per_expert_E)
-        hidden = _activate(self.activation, gate, up)
-        if not recompute_activation:
-            return self.down_proj(hidden, tokens_per_expert_E)
-        with _recomputing(hidden, lambda: _activate(self.activation, gate, up)):
-            return self.down_proj(hidden, tokens_per_expert_E)
+        down = partial(self.down_proj, tokens_per_expert_E=tokens_per_expert_E)
+        return _activate_and_project(policy, self.activation, gate, up, down)
 
 
 class SharedExperts(Module):
@@ -89,14 +93,10 @@ class SharedExperts(Module):
         self.up_proj = ColumnLinear(d_model, d_ffn, bias=False)
         self.down_proj = RowLinear(d_ffn, d_model, bias=False)
 
-    def forward(self, x: Tensor, recompute_activation: bool = False) -> Tensor:
+    def forward(self, x: Tensor, policy: BlockPolicy = EVERYTHING) -> Tensor:
         """Transform x [T, B, D]."""
         up, gate = self.up_proj(x), None if self.gate_proj is None else self.gate_proj(x)
-        hidden = _activate(self.activation, gate, up)
-        if not recompute_activation:
-            return self.down_proj(hidden)
-        with _recomputing(hidden, lambda: _activate(self.activation, gate, up)):
-            return self.down_proj(hidden)
+        return _activate_and_project(policy, self.activation, gate, up, self.down_proj)
 
 
 Exchange = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor], Groups], Tensor]
@@ -107,14 +107,13 @@ class MoELayer(Module):
     """Routed and shared experts in place of a feed-forward.
 
     Attributes:
-        recompute: What of the block runs again in backward. Of it this layer heeds moe_activation (the router, and the
-            activation between the experts' products) and moe_experts (routed and shared experts, without the exchange
-            of tokens); the block, what contains all of it.
+        policy: What the block keeps for backward. Of it this layer heeds moe_activation, moe_experts and
+            recompute_above; the block, what contains all of it.
         exchange: Takes tokens to experts and back in place of `apply_experts`, where there are no values to route by
             (trainer.planning.experts).
     """
 
-    recompute: frozenset[str] = frozenset()
+    policy: BlockPolicy = EVERYTHING
     exchange: Exchange | None = None
 
     def __init__(self, config: ModelConfig) -> None:
@@ -137,7 +136,7 @@ class MoELayer(Module):
 
         token_keys, int64 [T, B], tell the tokens apart for the router's noise.
         """
-        routing = run_region("moe_activation" in self.recompute, self.router, x, token_keys)
+        routing = self.policy.run("moe_activation", self.router, x, token_keys)
         tokens_ND = x.flatten(0, 1)
         if self.router.replicated:
             routed = self._apply_with_copies(tokens_ND, routing.gates, routing.routing_map, self.router.replicated)
@@ -183,9 +182,7 @@ class MoELayer(Module):
         return sent + kept
 
     def _run(self, experts: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        whole = "moe_experts" in self.recompute
-        activation = "moe_activation" in self.recompute and not whole
-        return run_region(whole, partial(experts, recompute_activation=activation), *inputs)
+        return self.policy.run("moe_experts", partial(experts, policy=self.policy), *inputs)
 
     def _run_own_experts(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         return self._run_experts(self.experts, rows_ND, tokens_per_expert_E, len(rows_ND) / len(tokens_per_expert_E))
@@ -193,37 +190,38 @@ class MoELayer(Module):
     def _run_experts(
         self, experts: Callable[..., Tensor], rows_ND: Tensor, tokens_per_expert_E: Tensor, mean: Tensor | float
     ) -> Tensor:
-        above = self.config.recompute_above
-        if above is None or not torch.is_grad_enabled() or self.recompute & {"moe_experts", "ffn", "block"}:
+        above = self.policy.busy_experts_above
+        if above is None:
             return self._run(experts, rows_ND, tokens_per_expert_E)
-        busy_E = tokens_per_expert_E > above * mean
-        of_busy_N = busy_E.repeat_interleave(tokens_per_expert_E, output_size=len(rows_ND))
-        busy_N, others_N = of_busy_N.nonzero()[:, 0], (~of_busy_N).nonzero()[:, 0]
+        busy_E, busy_N, others_N = find_busy(tokens_per_expert_E, len(rows_ND), above, mean)
         if not len(busy_N):
             return self._run(experts, rows_ND, tokens_per_expert_E)
         kept = self._run(experts, rows_ND.index_select(0, others_N), tokens_per_expert_E * ~busy_E)
-        again = run_region(True, experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E)
+        again = run_region(experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E)
         # Not by index_copy, which would keep what it copies.
         return torch.cat([kept, again]).index_select(0, torch.cat([others_N, busy_N]).argsort())
 
 
-def _recomputing(hidden: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
-    """In here backward keeps `hidden` by how to compute it `again`, and everything else as it is.
+def find_busy(
+    tokens_per_expert_E: Tensor, rows: int, above: float, mean: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which experts have more than `above` times the `mean` of rows, bool [E]; the places of their rows, and of others.
 
-    A region of the activation and the product after it would run that product again, too.
+    Together the places are those of all `rows`, ascending on each side. Without values, as in a plan, all experts have
+    the mean: either all are busy, or none is.
     """
-    # By the storage's address alone, so that the hooks do not keep the tensor.
-    address = hidden.untyped_storage()._cdata
-
-    def pack(x: Tensor) -> Tensor | torch.Size:
-        return x.shape if x.untyped_storage()._cdata == address else x
-
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        with torch.no_grad():
-            return kept if isinstance(kept, Tensor) else again().view(kept)
-
-    return saved_tensors_hooks(pack, unpack)
+    if not has_values():
+        busy = rows if above < 1 else 0
+        return tokens_per_expert_E > 0, tokens_per_expert_E.new_zeros(busy), tokens_per_expert_E.new_zeros(rows - busy)
+    busy_E = tokens_per_expert_E > above * mean
+    of_busy_N = busy_E.repeat_interleave(tokens_per_expert_E, output_size=rows)
+    return busy_E, of_busy_N.nonzero()[:, 0], (~of_busy_N).nonzero()[:, 0]
 
 
-def _activate(name: str, gate: Tensor | None, up: Tensor) -> Tensor:
-    return _PLAIN[name](up) if gate is None else _GATED[name](gate, up)
+def _activate_and_project(
+    policy: BlockPolicy, activation: str, gate: Tensor | None, up: Tensor, down: Callable[..., Tensor]
+) -> Tensor:
+    """down(activation), of which the policy says what is kept."""
+    if gate is None:
+        return policy.run_product(*_PLAIN[activation], (up,), down)
+    return policy.run_product(*_GATED[activation], (gate, up), down)

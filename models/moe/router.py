@@ -23,7 +23,7 @@ from kernels.moe.routing import largest
 from models.config import MoEConfig
 from models.parallel import sum_counts
 from models.parameters import Drawing, Module, Placement, zeros
-from models.recompute import is_recomputing
+from models.saved_activations import is_recomputing
 
 # Init std of a router whose experts begin as copies. Small, so that its gates begin near their average.
 SPAWNED_ROUTER_STD = 1e-3

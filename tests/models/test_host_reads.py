@@ -26,6 +26,7 @@ from kernels.moe import permutation
 from models.config import MIXERS, DenseToSparseConfig, MoEConfig, RouterConfig, RouterLossConfig
 from models.decoder import Decoder
 from models.moe.statistics import begin_step
+from models.saved_activations import RECOMPUTE, BlockPolicy, Policy
 from tests.helpers import documents_of, draw_tokens, pack, tiny_decoder
 
 # Operations that give the host a number, or a result of a size that only the numbers say.
@@ -141,7 +142,7 @@ def test_a_hybrid_of_experts_reads_nothing(recompute: tuple[str, ...], monkeypat
     losses = RouterLossConfig(balance=0.01, z=0.001)
     moe = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=16, router=TOP_K, losses=losses)
     model = tiny_decoder(PATTERN, num_layers=4, moe=moe)
-    model.recompute(frozenset(recompute))
+    model.keep(Policy(BlockPolicy(**dict.fromkeys(recompute, RECOMPUTE))))
     assert step(model, monkeypatch) == []
 
 

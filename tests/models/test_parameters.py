@@ -55,14 +55,14 @@ class _Forgetful(Module):
 
 
 class _Misspelt(_Forgetful):
-    placements: ClassVar = {"weight": Placement(zeros), "wieght": Placement(zeros)}
+    placements: ClassVar = {"weight": Placement(zeros), "weihgt": Placement(zeros)}
 
 
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (_Forgetful, "0.weight is not declared: give _Forgetful.placements a Placement for weight"),
-        (_Misspelt, "_Misspelt.placements names wieght, which 0 does not have"),
+        (_Misspelt, "_Misspelt.placements names weihgt, which 0 does not have"),
         (lambda: nn.Linear(2, 2), "0.weight is not declared: give Linear.placements"),
         (lambda: nn.BatchNorm1d(2, affine=False), "0.running_mean is not declared"),
     ],

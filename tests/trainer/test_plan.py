@@ -1,19 +1,29 @@
 """Plans beside what engines hold, keep and send on real ranks; schedules, verdicts and bad input."""
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
 
+from models.config import MixerLayoutConfig
+from models.decoder import Decoder, initialize
+from models.saved_activations import COMPRESS, EVERYTHING, RECOMPUTE, BlockPolicy, Policy
 from tests.parity.worker import VOCAB
 from tests.processes import ROOT, finish, run_ranks, start
 from trainer.cli import from_mapping
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
 from trainer.planning import plan as planning
 from trainer.planning.config import PlanConfig
 from trainer.planning.dry_run import Cut, DryRun
@@ -62,6 +72,12 @@ ON_MEGATRON = {
     "DP2 in bf16": values(precision="bf16"),
     # Every token goes to every expert: as balanced as planned.
     "EP2": values({"expert": 2}, experts={"num_experts": 4, "router": {"top_k": 4}}),
+    "EP2 without activations": values(
+        {"expert": 2},
+        experts={"num_experts": 4, "router": {"top_k": 4}, "activation": "geglu"},
+        recompute="selective",
+        recompute_modules=["moe_activation"],
+    ),
     "EP2 in bf16": values(
         {"expert": 2},
         experts={"num_experts": 4, "router": {"top_k": 4}, "shared_experts": 1, "dense_layers": [1]},
@@ -87,7 +103,8 @@ DRY_RUNS = {}
 
 
 def dry_run(model, vocab_size, dtype):
-    """As a planner makes it, but once."""
+    """As a planner makes it, but once; recompute_above is read from the policy alone."""
+    model = replace(model, moe=replace(model.moe, recompute_above=None))
     return DRY_RUNS.setdefault((repr(model), vocab_size, dtype), DryRun(model, vocab_size, dtype))
 
 
@@ -170,7 +187,7 @@ def test_long_sequences_lie_on_the_line(monkeypatch, pattern, cut_to):
     config = from_mapping(PlanConfig, {"model": model}).model
     extrapolated = DryRun(config, VOCAB, torch.float32)
     whole = DryRun(config, VOCAB, torch.float32)
-    tokens, parts = 1024, frozenset[str]()
+    tokens, parts = 1024, EVERYTHING
     with monkeypatch.context() as patch:
         patch.setattr("trainer.planning.dry_run._STEP", 128)
         line, line_ends = extrapolated.layer(0, cut_to, tokens, parts, True), extrapolated.ends(cut_to, tokens)
@@ -210,6 +227,70 @@ def test_recomputing_parts_of_experts_can_be_planned():
     assert kept["none"] > kept["selective [moe_activation]"] > kept["selective [moe_experts]"]
     assert kept["selective [mixer]"] > kept[plan.recompute] > kept["full"]
     assert "moe" not in "".join(planned(values()).stages[0].activations)
+
+
+def kept_by_block(config, policy, tokens):
+    """Bytes that a real block keeps for backward, each storage once; neither parameters nor what layers share."""
+    model = Decoder(config, VOCAB)
+    initialize(model, 1)
+    model.keep(Policy(policy))
+    (block,), (info,) = model.layers.values(), model._layer_infos(torch.arange(tokens)[None], None)
+    shared = [x for x in (info.cos, info.sin, info.lower_bound) if x is not None]
+    known = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *shared]}
+    sizes, alive = {}, []
+
+    def pack(tensor):
+        # Alive, so that no other storage gets its address.
+        alive.append(tensor)
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(tokens, 1, config.hidden_size).requires_grad_()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, info)
+    return sum(size for key, size in sizes.items() if key not in known)
+
+
+def accepted(experts):
+    """Every configuration of what is recomputed that is not refused, for a model of one layer."""
+    modules = get_args(get_args(get_args(get_type_hints(TrainConfig)["recompute_modules"])[0])[0])
+    chosen = [None, *(list(some) for n in range(1, 5) for some in itertools.combinations(modules, n))]
+    for recompute, named, above in itertools.product(("none", "selective", "full"), chosen, (None, 0.9, 1.5)):
+        train = {"recompute": recompute} | ({} if named is None else {"recompute_modules": named})
+        job = values(experts=experts and experts | {"recompute_above": above}, **train)
+        job["model"] = job["model"] | {"num_layers": 1, "mixers": {"pattern": "full_attention"}}
+        if above is None or experts:
+            with suppress(ConfigError):
+                yield configuration(job)
+
+
+@pytest.mark.parametrize(
+    ("experts", "number"),
+    [({}, 6), ({"num_experts": 4, "router": {"top_k": 4}, "shared_experts": 1, "activation": "geglu"}, 36)],
+    ids=["dense", "experts"],
+)
+def test_every_choice_that_training_takes_is_planned_to_the_byte(experts, number):
+    """Every token goes to every expert: as balanced as planned, with all of them busy or none."""
+    configs, sizes = list(accepted(experts)), {}
+    assert len(configs) == number
+    for config in configs:
+        plan = Planner(config, VOCAB).plan(config)
+        policy = choices(config)[plan.recompute]
+        real = kept_by_block(config.model, policy, 64)
+        assert dry_run(config.model, VOCAB, torch.float32).kept(0, Cut(), 64, policy) == real, policy
+        above = config.model.moe.recompute_above if experts else None
+        sizes[plan.recompute, above] = real
+        assert plan.memory() >= real and "fits" in describe(plan)
+    assert len({size for (_, above), size in sizes.items() if above is None}) == len(sizes) / (3 if experts else 1)
+
+
+def test_what_is_compressed_is_planned_to_the_byte():
+    config = configuration(values(experts={"num_experts": 4, "router": {"top_k": 4}})).model
+    config = replace(config, num_layers=1, mixers=MixerLayoutConfig(pattern="full_attention"))
+    run = dry_run(config, VOCAB, torch.float32)
+    compressed = BlockPolicy(block=COMPRESS)
+    for policy in (compressed, BlockPolicy(mixer=RECOMPUTE, ffn=COMPRESS), replace(compressed, moe_experts=RECOMPUTE)):
+        assert run.kept(0, Cut(), 64, policy) == kept_by_block(config, policy, 64) < run.kept(0, Cut(), 64, EVERYTHING)
 
 
 def test_slow_networks_are_charged_to_those_who_cross_them():
@@ -287,6 +368,7 @@ LAPTOP = ("--config", "configs/pretrain/laptop.yaml", "--cluster", "configs/clus
         (("--cluster", "nowhere.yaml"), "nowhere.yaml"),
         (("--parallel.tensor", "3"), "world size 2 does not divide"),
         (("--json", "nowhere/plan.json"), "nowhere is no directory"),
+        (("--train.recompute", "selective", "--train.recompute_modules", "[norm]"), "train.recompute_modules"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

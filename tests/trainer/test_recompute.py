@@ -13,6 +13,7 @@ from kernels.documents import Documents
 from models.config import LINEAR_MIXERS, AttentionConfig, HGRN2Config, MixerLayoutConfig, ModelConfig, MoEConfig
 from models.decoder import Decoder, flops_per_token, initialize
 from models.generation import generate
+from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy, Policy
 from tests.trainer.conftest import in_process_config
 from tests.trainer.test_megatron_engine import build, run_step
 from trainer.cli import from_mapping
@@ -23,7 +24,8 @@ from trainer.errors import ConfigError
 from trainer.run_directory import differing_keys
 
 T = 64
-NONE, MIXER, FFN, BOTH, FULL = (frozenset(parts) for parts in ([], ["mixer"], ["ffn"], ["mixer", "ffn"], ["block"]))
+NONE, MIXER, FFN = EVERYTHING, BlockPolicy(mixer=RECOMPUTE), BlockPolicy(ffn=RECOMPUTE)
+BOTH, FULL = BlockPolicy(mixer=RECOMPUTE, ffn=RECOMPUTE), BlockPolicy(block=RECOMPUTE)
 
 
 def small_model(pattern, num_layers=2, hidden_size=32):
@@ -47,7 +49,7 @@ def inputs():
 
 
 def loss_and_gradients(model, parts):
-    model.recompute(parts)
+    model.keep(Policy(parts))
     model.zero_grad()
     loss, _ = model(*inputs())
     loss.backward()
@@ -56,7 +58,7 @@ def loss_and_gradients(model, parts):
 
 def kept_by_blocks(model, parts):
     """Bytes that the blocks keep for backward, each storage once; neither parameters nor what all layers share."""
-    model.recompute(parts)
+    model.keep(Policy(parts))
     tokens, positions, documents, _ = inputs()
     infos = model._layer_infos(positions, documents)
     shared = [tensor for info in infos for tensor in (info.cos, info.sin, info.lower_bound)]
@@ -135,9 +137,9 @@ def test_without_gradients_nothing_changes(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("nothing is to be recomputed here")
 
-    monkeypatch.setattr("models.recompute.checkpoint", refuse)
+    monkeypatch.setattr("models.saved_activations.checkpoint", refuse)
     for parts in (BOTH, FULL):
-        model.recompute(parts)
+        model.keep(Policy(parts))
         assert generate(model, prompt, 6, temperature=0) == expected
         with torch.no_grad():
             assert torch.equal(model(*inputs())[0], loss)
@@ -200,14 +202,14 @@ def test_deepspeed_takes_the_same_steps(tiny_data, tmp_path, stage):
 def test_the_engine_asks_for_what_the_configuration_says(tiny_data, tmp_path):
     for recompute, parts in (("none", NONE), ("selective", MIXER), ("full", FULL)):
         engine, _ = build(in_process_config(tiny_data, tmp_path / "run", recompute=recompute))
-        assert {block.recompute for block in engine.model.layers.values()} == {parts}
+        assert {block.policy for block in engine.model.layers.values()} == {parts}
         engine.close()
 
 
 def test_utilisation_does_not_count_what_is_recomputed():
     model = small_model("gated_delta_net, full_attention")
     before = flops_per_token(model, T)
-    model.recompute(FULL)
+    model.keep(Policy(FULL))
     assert flops_per_token(model, T) == before
 
 
@@ -236,7 +238,11 @@ def test_what_makes_no_sense_is_refused(train, message):
 
 
 def test_the_parts_of_a_choice():
-    assert TrainConfig().recomputed_parts == NONE
-    assert TrainConfig(recompute="selective").recomputed_parts == MIXER
-    assert TrainConfig(recompute="selective", recompute_modules=["ffn"]).recomputed_parts == FFN
-    assert TrainConfig(recompute="full").recomputed_parts == FULL
+    assert BlockPolicy.of_config("none", None, None) == NONE
+    assert BlockPolicy.of_config("selective", None, None) == MIXER
+    assert BlockPolicy.of_config("selective", ["ffn"], 2.0) == BlockPolicy(ffn=RECOMPUTE, recompute_above=2.0)
+    assert BlockPolicy.of_config("full", None, None) == FULL
+    with pytest.raises(ValueError, match=r"train\.recompute=some is unknown; use one of none, selective, full"):
+        BlockPolicy.of_config("some", None, None)
+    with pytest.raises(ValueError, match="has norm; a block has mixer, ffn, moe_activation, moe_experts"):
+        BlockPolicy.of_config("selective", ["mixer", "norm"], None)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.parameters import Groups, shard
-from models.recompute import run_region
+from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy
 from trainer.benchmarks.moe_layers import Config, build_layer, largest_difference, make_inputs
 from trainer.benchmarks.report import Comparison, say
 from trainer.communication import SentBytes
@@ -37,22 +37,22 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """Recomputed regions (MoELayer.recompute; `ffn` is the whole layer), and keys of model.moe."""
+    """What the layer keeps for backward, and keys of model.moe."""
 
-    recompute: frozenset[str] = frozenset()
+    policy: BlockPolicy = EVERYTHING
     moe: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = {
     "none": Case(),
-    "moe_activation": Case(frozenset({"moe_activation"})),
-    "moe_experts": Case(frozenset({"moe_experts"})),
-    "ffn": Case(frozenset({"ffn"})),
-    "recompute_above=2": Case(moe={"recompute_above": 2.0}),
+    "moe_activation": Case(BlockPolicy(moe_activation=RECOMPUTE)),
+    "moe_experts": Case(BlockPolicy(moe_experts=RECOMPUTE)),
+    "ffn": Case(BlockPolicy(ffn=RECOMPUTE)),
+    "recompute_above=2": Case(BlockPolicy(recompute_above=2.0)),
     "replicated_experts=1": Case(moe={"replicated_experts": 1}),
     "replicated_experts=2": Case(moe={"replicated_experts": 2}),
-    "replicated_experts=2 + recompute_above=2": Case(moe={"replicated_experts": 2, "recompute_above": 2.0}),
-    "replicated_experts=2 + moe_experts": Case(frozenset({"moe_experts"}), {"replicated_experts": 2}),
+    "replicated_experts=2 + recompute_above=2": Case(BlockPolicy(recompute_above=2.0), {"replicated_experts": 2}),
+    "replicated_experts=2 + moe_experts": Case(BlockPolicy(moe_experts=RECOMPUTE), {"replicated_experts": 2}),
 }
 
 
@@ -82,7 +82,7 @@ class Figures:
 class _Made(TorchDispatchMode):
     """Tracks the storages that are allocated while the mode is active.
 
-    saved_tensors_hooks would miss tensors that inner hooks save, such as those of recomputation.
+    Hooks on what autograd saves would not see what the dispatcher of tokens holds.
     """
 
     def __init__(self) -> None:
@@ -169,14 +169,14 @@ def _count(case: Case, rank: int, config: Config, groups: Groups) -> tuple[Figur
         x[..., 0] = 1
         layer.router.weight[:, 0] = -config.skew * torch.arange(1.0, config.experts + 1).log()
     shard(layer, groups)
-    layer.recompute = case.recompute
+    layer.policy = case.policy
     load = _load(layer, x)
     if layer.router.load is not None:
         layer.router.load = load
     layer.router.choose_replicated()
     with SentBytes() as sent, FlopCounterMode(display=False) as flops:
         with _Made() as made:
-            y = run_region("ffn" in case.recompute, layer, x)
+            y = case.policy.run("ffn", layer, x)
         kept = made.alive([x, y, *layer.parameters()])
         y.square().sum().backward()
     results = [y.detach(), *(tensor.grad for tensor in (x, *layer.parameters()) if tensor.grad is not None)]

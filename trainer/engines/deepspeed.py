@@ -111,7 +111,7 @@ class DeepSpeedEngine:
                 parameter.tensor_model_parallel = True
         self.model = _shapes_alone(decoder) if self._stage == 3 else decoder
         self.model_is_whole = self._stage < 3 and decoder.is_whole
-        decoder.recompute(spec.recompute)
+        decoder.keep(spec.saved_activations)
         self._micro_batches = spec.micro_batches(self.data_parallel_size)
         # ZeRO 3 keeps all parameters in one buffer of one dtype, so there only the main parameters are float32.
         float32 = {

@@ -150,7 +150,7 @@ class MegatronEngine:
         stages = spec.parallel.stage_layers(spec.model.num_layers)
         for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: spec.parallel.pipeline]:
             decoder = build(spec.model, spec.vocab_size, layers, groups=self._groups, dtype=dtype, device=self.device)
-            decoder.recompute(spec.recompute)
+            decoder.keep(spec.saved_activations)
             set_trainable(decoder, spec.trainable)
             for row in parameter_rows(decoder).values():
                 self._describe_to_mcore(row, decoder)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from models.config import ModelConfig
+from models.saved_activations import BlockPolicy, Policy
 from trainer import weights
 from trainer.config import EngineConfig, OptimConfig, ParallelConfig, PretrainConfig, RunConfig, TrainConfig
 from trainer.phases import trained_in_any
@@ -29,7 +30,7 @@ class EngineSpec:
         seed: Seed of the parameter initialisation.
         micro_batch_size: Rows of a micro-batch.
         global_batch_size: Rows of a step, over all data-parallel ranks.
-        recompute: Parts of a block that backward recomputes, see models.decoder.Block.
+        saved_activations: What every block keeps for backward.
         init: Directory of the initial weights. None initialises the parameters at random.
         resumes: A checkpoint will be loaded, so parameters are neither initialised nor read from weights.
         trainable: Name patterns of the parameters that any phase of the run trains. The others are frozen: they have
@@ -46,7 +47,7 @@ class EngineSpec:
     seed: int = TrainConfig.seed
     micro_batch_size: int = TrainConfig.micro_batch_size
     global_batch_size: int = TrainConfig.global_batch_size
-    recompute: frozenset[str] = frozenset()
+    saved_activations: Policy = field(default_factory=Policy)
     init: str | None = None
     resumes: bool = False
     trainable: tuple[str, ...] = ("*",)
@@ -66,7 +67,7 @@ class EngineSpec:
             train.seed,
             train.micro_batch_size,
             train.global_batch_size,
-            train.recomputed_parts,
+            Policy(BlockPolicy.of_config(train.recompute, train.recompute_modules, config.model.moe.recompute_above)),
             config.checkpoint.init,
             # Judged by file names alone. trainer.pretrain refuses to continue if no checkpoint is found later.
             not starts_anew(config),

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend `fake`
 
 from kernels.shapes import shapes_only
@@ -35,6 +34,7 @@ from models.parameters import (
     partial_gradients,
     shard,
 )
+from models.saved_activations import EVERYTHING, BlockPolicy, Kept, Policy, as_it_is, hooks
 from trainer.communication import SentBytes
 from trainer.engines import megatron_cpu
 from trainer.planning.experts import balance
@@ -144,14 +144,14 @@ class _Keeper:
         self._alive: list[Tensor] = []
         self.bytes = 0
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        """The hook for a tensor that is saved."""
+    def keep(self, tensor: Tensor) -> Kept:
+        """The hook for a tensor that is saved; within others, which tell it what they really keep."""
         # Alive, so that no other storage gets its address.
         self._alive.append(tensor)
         if _identity(tensor) not in self._seen:
             self._seen.add(_identity(tensor))
             self.bytes += tensor.untyped_storage().nbytes()
-        return tensor
+        return as_it_is(tensor)
 
 
 def _identity(tensor: Tensor) -> int:
@@ -227,34 +227,28 @@ class DryRun:
             return measure(tokens)
         return measure(first).at(first, measure(first + step), first + step, tokens)
 
-    def kept(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str]) -> float:
-        """What a layer keeps over `tokens` on this rank; of what is recomputed, the residual stream that enters it."""
-        enters = float(self.residual(tokens, cut_to))
-        if "block" in recompute:
-            return enters
-        whole = self.layer(number, cut_to, tokens, frozenset(), False).kept
-        ffn = self.layer(number, cut_to, tokens, frozenset({"mixer"}), False).kept - enters
-        mixer = whole - ffn
-        if of_experts := frozenset(part for part in recompute if part.startswith("moe_")):
-            ffn -= whole - self.layer(number, cut_to, tokens, of_experts, False).kept
-        return (enters if "mixer" in recompute else mixer) + (enters if "ffn" in recompute else ffn)
+    def kept(self, number: int, cut_to: Cut, tokens: int, policy: BlockPolicy) -> float:
+        """Bytes that a layer keeps over `tokens` on this rank."""
+        return self.layer(number, cut_to, tokens, policy, False).kept
 
-    def sent(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str]) -> tuple[float, ...]:
+    def sent(self, number: int, cut_to: Cut, tokens: int, policy: BlockPolicy) -> tuple[float, ...]:
         """What a layer sends, by group."""
         if cut_to.ranks == 1:
             return NOTHING
-        return self.layer(number, cut_to, tokens, recompute, True).sent
+        return self.layer(number, cut_to, tokens, policy, True).sent
 
     def residual(self, tokens: int, cut_to: Cut) -> int:
         """Bytes of the residual stream of `tokens` on this rank."""
         return self._rows(tokens, cut_to) * self.config.hidden_size * self.dtype.itemsize
 
-    def _layer(self, number: int, cut_to: Cut, tokens: int, recompute: frozenset[str], backward: bool) -> Cost:
+    def _layer(
+        self, number: int, cut_to: Cut, tokens: int, policy: BlockPolicy = EVERYTHING, backward: bool = True
+    ) -> Cost:
         """A layer, over `tokens` on this rank, of a row that is one document; without `backward` what it keeps."""
         window = self.config.attention.window if "sliding" in self.config.layer_mixers()[number] else 0
         with shapes_alone(cut_to) as groups:
             decoder = self._build(range(number, number + 1), groups)
-            decoder.recompute(recompute)
+            decoder.keep(Policy(policy))
             (block,) = decoder.layers.values()
 
             def measure(length: int) -> Cost:
@@ -263,7 +257,7 @@ class DryRun:
                 keeper = _Keeper(*decoder.parameters(), *shared)
                 x = self._residual(length, cut_to)
                 with SentBytes() as sent:
-                    with saved_tensors_hooks(keeper.pack, lambda tensor: tensor):
+                    with hooks(keeper.keep):
                         y = block(x, info)
                     if backward:
                         y.backward(torch.empty_like(y))
@@ -291,7 +285,7 @@ class DryRun:
         assert decoder.embedding is not None, "the first stage has an embedding"
         ids = torch.zeros(length, 1, dtype=torch.int64)
         keeper = _Keeper(*decoder.parameters())
-        with SentBytes() as sent, saved_tensors_hooks(keeper.pack, lambda tensor: tensor):
+        with SentBytes() as sent, hooks(keeper.keep):
             x = decoder.embedding(ids)
             x.backward(torch.empty_like(x))
         return Cost(keeper.bytes, _by_group(sent, groups))
@@ -302,7 +296,7 @@ class DryRun:
         labels, mask = torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length)
         keeper = _Keeper(*decoder.parameters(), labels, mask)
         x = self._residual(length, cut_to)
-        with SentBytes() as sent, saved_tensors_hooks(keeper.pack, lambda tensor: tensor):
+        with SentBytes() as sent, hooks(keeper.keep):
             vocabulary_loss(norm(x), decoder.head_weight, labels, mask, groups)
         # The loss's backward reads a number, which has no value here; it sends nothing but where hidden states enter.
         hidden = enter_region(x, groups)

@@ -28,7 +28,9 @@ def _evenly(
 ) -> Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor], Groups], Tensor]:
     def exchange(x_ND: Tensor, gates_NE: Tensor, experts: Callable[[Tensor, Tensor], Tensor], groups: Groups) -> Tensor:
         count, group = len(x_ND) * experts_per_token, groups.expert
-        row_tokens, places = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+        # kernels.moe.permute finds tokens and experts as columns of one tensor.
+        columns = 2 if group is None else 1
+        row_tokens, places = torch.zeros(count, columns, dtype=torch.int64)[:, 0], torch.zeros(count, dtype=torch.int64)
         rows, gates = x_ND.index_select(0, row_tokens), gates_NE.flatten().index_select(0, places)
         ranks = 1 if group is None else dist.get_world_size(group)
         counts = torch.zeros(gates_NE.shape[1] // ranks, dtype=torch.int64)
@@ -39,6 +41,7 @@ def _evenly(
         rows, gates = all_to_all(group, rows), all_to_all(group, gates)
         rows = (experts(rows, counts) * gates[:, None]).to(x_ND.dtype)
         back = all_to_all(group, rows)
-        return torch.zeros_like(x_ND).index_add(0, row_tokens, back)
+        # As mcore adds up: index_add would keep the rows, too.
+        return torch.zeros_like(x_ND).scatter_add(0, row_tokens[:, None].expand_as(back), back)
 
     return exchange

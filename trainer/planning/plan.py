@@ -6,12 +6,22 @@ from dataclasses import dataclass
 import torch
 
 from models.parameters import matches
+from models.saved_activations import EVERYTHING, KEEP, RECOMPUTE, BlockPolicy
 from trainer.config import PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
 
-# What a plan compares of train.recompute and train.recompute_modules (models.decoder.Block), the cheapest first.
-_CHOICES = ((), ("moe_activation",), ("moe_experts",), ("mixer",), ("ffn",), ("mixer", "ffn"), ("block",))
+# What a plan compares of train.recompute and train.recompute_modules, the cheapest first.
+_CHOICES: tuple[tuple[str, list[str] | None], ...] = (
+    ("none", None),
+    ("selective", ["moe_activation"]),
+    ("selective", ["moe_experts"]),
+    ("selective", ["mixer"]),
+    ("selective", ["ffn"]),
+    ("selective", ["mixer", "ffn"]),
+    ("full", None),
+)
+_MODULES = ("mixer", "ffn", "moe_activation", "moe_experts")
 # Of the buckets that trainer.engines.deepspeed asks for.
 ZERO_BUCKET_ELEMENTS = 50_000_000
 # ZeRO 3 keeps a gathered parameter that is used again within this many elements (stage3_max_reuse_distance). From
@@ -20,25 +30,31 @@ ZERO_REUSE_ELEMENTS = 1_000_000_000
 MAIN = 4  # bytes of an element of main parameters, their gradients and Adam's moments: float32
 
 
-def choices(config: PretrainConfig) -> dict[str, frozenset[str]]:
-    """The parts that are recomputed under every choice that a plan compares, the configuration's own among them.
+def choices(config: PretrainConfig) -> dict[str, BlockPolicy]:
+    """What every block keeps under each choice that a plan compares, the configuration's own among them.
 
     Keys are as the choice is written: `none`, `full`, or `selective [mixer, ffn]`.
     """
-    compared = [frozenset(parts) for parts in _CHOICES]
+    above = config.model.moe.recompute_above
+    compared = [BlockPolicy.of_config(recompute, modules, above) for recompute, modules in _CHOICES]
     if not config.model.moe.num_experts:
-        compared = [parts for parts in compared if not any(part.startswith("moe_") for part in parts)]
-    own = config.train.recomputed_parts
+        compared = [choice for choice in compared if RECOMPUTE not in (choice.moe_activation, choice.moe_experts)]
+    own = _own(config)
     # Before the full recomputation, which saves the most.
     compared[-1:] = [*([] if own in compared else [own]), compared[-1]]
-    return {_written(parts): parts for parts in compared}
+    return {_written(choice): choice for choice in compared}
 
 
-def _written(parts: frozenset[str]) -> str:
-    if "block" in parts or not parts:
-        return "full" if parts else "none"
-    order = ("mixer", "ffn", "moe_activation", "moe_experts")
-    return f"selective [{', '.join(sorted(parts, key=order.index))}]"
+def _own(config: PretrainConfig) -> BlockPolicy:
+    train = config.train
+    return BlockPolicy.of_config(train.recompute, train.recompute_modules, config.model.moe.recompute_above)
+
+
+def _written(choice: BlockPolicy) -> str:
+    modules = [module for module in _MODULES if getattr(choice, module) is RECOMPUTE]
+    if choice.block is RECOMPUTE or not modules:
+        return "none" if choice.block is KEEP else "full"
+    return f"selective [{', '.join(modules)}]"
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ class Plan:
     @property
     def recompute(self) -> str:
         """The configuration's choice, as `choices` names it."""
-        return _written(self.config.train.recomputed_parts)
+        return _written(_own(self.config))
 
     def memory(self, choice: str | None = None) -> float:
         """Bytes of the fullest device."""
@@ -266,10 +282,10 @@ class Planner:
         shared = replicas * parallel.context
         held = states(parameters, config, shared, shared * parallel.tensor // parallel.expert)
         activations, again = {}, {}
-        for name, parts in choices(config).items():
-            kept = [self._chunk_kept(config, layers, parts) for layers in chunks]
+        for name, choice in choices(config).items():
+            kept = [self._chunk_kept(config, layers, choice) for layers in chunks]
             activations[name] = in_flight(kept, number, parallel.pipeline, micro_batches)
-            again[name] = train.micro_batch_size * max(self._again(config, layers, parts) for layers in chunks)
+            again[name] = train.micro_batch_size * max(self._again(config, layers, choice) for layers in chunks)
         passes = micro_batches * train.micro_batch_size
         sent = {
             **{kind: size * passes for kind, size in self._sent_by_layers(config, chunks).items()},
@@ -282,12 +298,12 @@ class Planner:
         )
         return Stage(chunks, held, activations, again, sent, compute + messages)
 
-    def _chunk_kept(self, config: PretrainConfig, layers: range, parts: frozenset[str]) -> float:
+    def _chunk_kept(self, config: PretrainConfig, layers: range, choice: BlockPolicy) -> float:
         """Of a micro-batch; what goes on to the next stage stays until its gradient comes."""
         cut_to, tokens, rows = _cut(config), _tokens(config), config.train.micro_batch_size
         before, after = self._run.ends(cut_to, rows * tokens)
         kept = self._run.tables(layers, tokens) + sum(
-            self._run.kept(self._run.kinds[layer], cut_to, tokens, parts) for layer in layers
+            self._run.kept(self._run.kinds[layer], cut_to, tokens, choice) for layer in layers
         )
         kept = rows * kept + (before.kept if layers.start == 0 else 0)
         is_last = layers.stop == self._model.num_layers
@@ -295,21 +311,19 @@ class Planner:
 
     def _sent_by_layers(self, config: PretrainConfig, chunks: list[range]) -> dict[str, float]:
         """Of a row of a micro-batch, by group."""
-        cut_to, tokens, parts = _cut(config), _tokens(config), config.train.recomputed_parts
+        cut_to, tokens, own = _cut(config), _tokens(config), _own(config)
         before, after = self._run.ends(cut_to, tokens)
-        sent = [self._run.sent(self._run.kinds[layer], cut_to, tokens, parts) for layers in chunks for layer in layers]
+        sent = [self._run.sent(self._run.kinds[layer], cut_to, tokens, own) for layers in chunks for layer in layers]
         sent += [before.sent] if chunks[0].start == 0 else []
         sent += [after.sent] if chunks[-1].stop == self._model.num_layers else []
         return dict(zip(("tensor", "context", "expert"), map(sum, zip(*sent, strict=True)), strict=True))
 
-    def _again(self, config: PretrainConfig, layers: range, parts: frozenset[str]) -> float:
+    def _again(self, config: PretrainConfig, layers: range, choice: BlockPolicy) -> float:
         """What a part that is recomputed keeps while its backward runs, at most; of one row."""
-        if not parts:
-            return 0.0
         cut_to, tokens = _cut(config), _tokens(config)
         kinds = {self._run.kinds[layer] for layer in layers}
         whole, left = (
-            {kind: self._run.kept(kind, cut_to, tokens, choice) for kind in kinds} for choice in (frozenset(), parts)
+            {kind: self._run.kept(kind, cut_to, tokens, policy) for kind in kinds} for policy in (EVERYTHING, choice)
         )
         return max(whole[kind] - left[kind] for kind in kinds)
 
@@ -322,10 +336,13 @@ class Planner:
     def _operations(self, config: PretrainConfig, layers: range) -> float:
         """Of one row on one rank, those of recomputation included."""
         train, parallel = config.train, config.parallel
-        parts, total = train.recomputed_parts, 0.0
+        choice, total = _own(config), 0.0
+        # Experts are planned as balanced: with less than the mean as a limit, all are busy.
+        experts = choice.recompute_above is not None and choice.recompute_above < 1
         for layer in layers:
             mixer, ffn = self._run.flops(self._run.kinds[layer], train.seq_len)
-            again = mixer * bool(parts & {"mixer", "block"}) + ffn * bool(parts & {"ffn", "moe_experts", "block"})
+            again = mixer * (RECOMPUTE in (choice.mixer, choice.block))
+            again += ffn * (experts or RECOMPUTE in (choice.ffn, choice.moe_experts, choice.block))
             # Forward is a third of both passes.
             total += mixer + ffn + again / 3
         if layers.stop == self._model.num_layers:

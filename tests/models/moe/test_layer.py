@@ -13,6 +13,7 @@ from models.moe.layer import Experts, MoELayer
 from models.moe.statistics import begin_step, collect
 from models.parallel import apply_experts
 from models.parameters import expert_parameters, parameter_rows
+from models.saved_activations import RECOMPUTE, BlockPolicy, Policy
 from tests.helpers import VOCABULARY, draw_tokens, tiny_model_config
 
 SPARSE = RouterConfig(gate="dense_to_sparse", dense_to_sparse=DenseToSparseConfig(threshold=0.2, gumbel_noise=True))
@@ -155,7 +156,7 @@ def test_recomputation_changes_neither_gradients_nor_counts(parts):
     model = build(router=SPARSE, losses=losses, capacity_factor=1.0, shared_experts=1)
     results = []
     for recomputed in (set(), parts):
-        model.recompute(frozenset(recomputed))
+        model.keep(Policy(BlockPolicy(**dict.fromkeys(recomputed, RECOMPUTE))))
         model.zero_grad()
         begin_step([model], 3)
         loss = loss_of(model)
@@ -166,17 +167,17 @@ def test_recomputation_changes_neither_gradients_nor_counts(parts):
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_2, strict=True))
 
 
-def run_with(parts, tokens=32, **moe):
+def run_with(parts, tokens=32, recompute_above=None, **moe):
     """Bytes that a layer keeps for backward, each storage once and no parameters; its output; its gradients."""
     config = tiny_model_config(moe=MoEConfig(num_experts=4, shared_experts=1, router=RouterConfig(top_k=1), **moe))
     layer = randomized(MoELayer(config))
-    layer.recompute = frozenset(parts)
+    layer.policy = BlockPolicy(**dict.fromkeys(parts, RECOMPUTE), recompute_above=recompute_above)
     known, kept, alive = {p.untyped_storage().data_ptr() for p in layer.parameters()}, {}, []
 
     def pack(tensor):
         # Alive, so that no other storage gets its address.
         alive.append(tensor)
-        if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+        if tensor.untyped_storage().data_ptr() not in known:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -184,12 +185,7 @@ def run_with(parts, tokens=32, **moe):
     with torch.no_grad():
         counts = layer.router(x).routing_map.sum(0)
 
-    def inner(its_pack, unpack):
-        # Hooks within hooks are the only ones that see a tensor.
-        return saved_tensors_hooks(lambda tensor: pack(its_pack(tensor)), unpack)
-
-    with pytest.MonkeyPatch.context() as patch, saved_tensors_hooks(pack, lambda tensor: tensor):
-        patch.setattr("models.moe.layer.saved_tensors_hooks", inner)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
     y.square().sum().backward()
     return sum(kept.values()), y.detach(), [x.grad, *(p.grad for p in layer.parameters())], counts
