@@ -15,6 +15,7 @@ BENCHMARKS = {
     "linear_attention": "forward and backward of every linear attention against transformers, fla-core and SDPA",
     "moe": "forward and backward of a mixture-of-experts layer against a loop over experts and Mixtral's block",
     "losses": "memory and time of linear + cross entropy or log-probabilities, fused against full logits",
+    "spiking": "the spike, forward and backward, against eager torch; event-driven against dense products",
     "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",
 }

@@ -19,6 +19,7 @@ from kernels.losses.token_log_probs import token_log_probs
 from kernels.moe import dense_to_sparse_gate, grouped_linear, permute, top_k_gate, unpermute
 from kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from kernels.rotary import apply_rotary, rotary_tables
+from kernels.spiking import spike
 
 # ‖a − b‖ / ‖b‖ of every output and gradient: what rounding costs where products take bfloat16, or three of tf32.
 LIMITS = {torch.bfloat16: 8e-3, torch.float32: 2e-5}
@@ -263,6 +264,20 @@ def _rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, op: str) -> Pr
         return Problem(inputs, lambda given, backend: {"y": swiglu(**given, backend=backend)})
     if op == "swiglu_packed":
         return Problem({"gate_up": x}, lambda given, backend: {"y": swiglu_packed(**given, backend=backend)})
+    if op == "spike":
+        # Magnitudes 3/4 and 5/4, whose mean is 1 in any order: of random ones, counts beside a half may differ.
+        x = (x.detach().sign() * (1 + 0.25 * (torch.arange(sizes.model, device=device) % 2 * 2 - 1))).to(dtype)
+        k = torch.full((sizes.model,), 2.25, device=device).requires_grad_()
+        options = {"gradient": "surrogate", "count_range": (-7, 7)}
+        return Problem(
+            {"x": x.requires_grad_(), "k": k}, lambda given, backend: {"y": spike(**given, **options, backend=backend)}
+        )
+    if op == "spike of given thresholds":
+        thresholds = (0.1 + draw.uniform(sizes.model)).requires_grad_()
+        return Problem(
+            {"x": x, "threshold": thresholds},
+            lambda given, backend: {"y": spike(**given, gradient="clipped", count_range=(-7, 7), backend=backend)},
+        )
     cos, sin = rotary_tables(torch.arange(heads.shape[1], device=device), head, 10000.0)
     return Problem({"x": heads}, lambda given, backend: {"y": apply_rotary(**given, cos=cos, sin=sin, backend=backend)})
 
@@ -378,6 +393,8 @@ def _other_cases(sizes: Sizes) -> list[Case]:
         add("norms", op, _rows, op)
     for op in ("swiglu", "swiglu_packed"):
         add("activations", op, _rows, op)
+    for op in ("spike", "spike of given thresholds"):
+        add("spiking", op, _rows, op)
     add("rotary", "apply_rotary", _rows, "apply_rotary")
     for op in ("linear_cross_entropy", "token_log_probs", "distillation_kl", "reverse distillation_kl"):
         add("losses", op, _loss, op)

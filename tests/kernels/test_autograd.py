@@ -19,6 +19,7 @@ from kernels.losses.token_log_probs import token_log_probs
 from kernels.moe import dense_to_sparse_gate, grouped_linear, permute, top_k_gate, unpermute
 from kernels.norms import gated_rms_norm, l2_norm, rms_norm
 from kernels.rotary import apply_rotary, rotary_tables
+from kernels.spiking import spike
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +84,8 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "retention": lambda x: retention(*[x[None, :, None]] * 3, -x[0, :1].square(), backend="torch")[0],
     "rms_norm": lambda x: rms_norm(x, x[0], 1e-6, backend="torch"),
     "rotary": lambda x: _rotate(x).square(),
+    "spike": lambda x: spike(x, k=x[0].exp(), gradient="surrogate", backend="torch"),
+    "spike, plain": lambda x: spike(x, k=3.0, backend="torch"),
     "swiglu": lambda x: swiglu(x, x, backend="torch"),
     "swiglu_packed": lambda x: swiglu_packed(x, backend="torch"),
     "token_log_probs": lambda x: token_log_probs(x, x, torch.arange(5), backend="torch")[0],

@@ -13,6 +13,7 @@ from kernels.backend import resolve
 from kernels.linear_attention import delta_rule, driver, gated_delta_rule, gla, hgrn2, retention
 from kernels.moe import dense_to_sparse_gate, grouped_linear, top_k_gate
 from kernels.norms import gated_rms_norm, l2_norm, rms_norm
+from kernels.spiking import spike
 from kernels.triton import LARGEST_KEY, LARGEST_ROW, implementations
 
 AVAILABLE = ("triton", "torch", "reference")
@@ -90,6 +91,7 @@ SIZES: dict[str, tuple[str, Callable[..., object], int]] = {
         LARGEST_ROW,
     ),
     "l2_norm": ("l2_norm", lambda d, **b: l2_norm(_zeros(2, d), **b), LARGEST_ROW),
+    "spike": ("spike", lambda d, **b: spike(_zeros(2, d), k=3.0, **b), LARGEST_ROW),
     "top_k_gate": ("top_k_gate", lambda e, **b: top_k_gate(_zeros(2, e), 2, **b), LARGEST_ROW),
     "dense_to_sparse_gate": (
         "dense_to_sparse_gate",

@@ -126,6 +126,21 @@ def test_losses_writes_its_fields(tmp_path):
         assert float(re.search(r"agree to (\S+)$", line["note"])[1]) <= 1e-5
 
 
+def test_spiking_writes_its_fields(tmp_path):
+    path = tmp_path / "result.json"
+    sizes = {"tokens": 64, "hidden_size": 128, "product_tokens": "[1,3]", "sparsities": "[0.95,0.5]", "rounds": 1}
+    sizes |= {"warmup": 0, "threads": 1, "clock": "cpu"}
+    _bench("spiking", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
+    lines = json.loads(path.read_text())
+    kinds = ("plain, fixed k", "clipped, learned k", "surrogate, k per channel")
+    cases = [f"spike {dtype}, {kind}" for dtype in ("fp32", "bf16") for kind in kinds]
+    cases += [f"{tokens} x 128 x 128, {share}% silent" for tokens in (1, 3) for share in (50, 95)]
+    assert [line["case"] for line in lines] == cases
+    assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
+    assert all(re.search("agree to", line["note"]) for line in lines[:6])
+    assert all(re.search("faster from (50|95)% silent on|dense is always faster", line["note"]) for line in lines[6:])
+
+
 @pytest.mark.slow
 def test_a_shard_is_built_in_little_more_than_its_own_memory(tmp_path):
     recipe, path = tmp_path / "wide.yaml", tmp_path / "result.json"
@@ -198,6 +213,9 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
         (["moe", "--skew=-1"], "skew"),
         (["moe", "--clock=cpu"], "--threads 1"),
         (["losses", "--clock=cpu"], "--threads 1"),
+        (["spiking", "--clock=cpu"], "--threads 1"),
+        (["spiking", "--product_tokens=[0]"], "product_tokens"),
+        (["spiking", "--sparsities=[1.5]"], "sparsities"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, expected, monkeypatch, capsys):

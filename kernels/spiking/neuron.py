@@ -1,0 +1,364 @@
+"""The adaptive-threshold spike of SpikingBrain (arXiv:2509.05276, section 3.3): activations as integer spike counts.
+
+    V = clamp(mean|x| / k, 1e-5, 1e4)        one threshold a token, the mean over its channels; or V is given
+    s = round(x / V)                         the spike count, half to even; clipped to a range where one is given
+    x̂ = s · V
+
+Gradients. round has none, so x gets one straight through it, V taken as a constant (the report's rule):
+
+    plain        dx̂/dx = 1
+    clipped      dx̂/dx = 1, and 0 where the count was clipped (Bengio et al. 2013, arXiv:1308.3432, for a hard limit)
+    surrogate    dx̂/dx = 4 |x/V − s|, and 0 where the count was clipped. This is the triangular pseudo-derivative of
+                 Bellec et al. 2018 (arXiv:1803.09574) around each half-integer at which the count steps, V/2 wide to
+                 either side and of area V: from 0 in the middle of a step to 2 at its edge, 1 on average.
+
+s is constant almost everywhere, so V and k have exact gradients: dx̂/dV = s and dV/dk = −mean|x| / k² = −V / k, with 0
+where V was clamped.
+
+Arithmetic is float32, float64 for float64 inputs. The mean alone is added up wider: in float32 over 64 channels (or not
+at all, where the channels are no multiple of 64), those sums in float64. So tensor-parallel ranks that hold multiples
+of 64 channels get the V of one process, and with it every count.
+
+What is not finite stays so: a NaN or an infinity, or numbers above 1e33, whose float32 sum may be infinite, make their
+whole token NaN; under a given V, which other channels have no part in, that one channel. Nothing wraps around.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.autograd import once_differentiable, save
+from kernels.backend import resolve
+from kernels.shapes import block_limit
+from kernels.triton import LARGEST_ROW, implementations
+
+Gradient = Literal["plain", "clipped", "surrogate"]
+
+# The limits of V in the published code (W8ASpike/quant_linear.py).
+LEAST_THRESHOLD, LARGEST_THRESHOLD = 1e-5, 1e4
+# Where V has a gradient: the limits themselves, from which a learned V must find back, with a hair to either side.
+_FREE = (LEAST_THRESHOLD * (1 - 1e-6), LARGEST_THRESHOLD * (1 + 1e-6))
+# Beyond it float32 skips integers, so that a clipped count would not be what was asked for.
+_LARGEST_COUNT = 1 << 24
+
+# Elements per block of rows on the CPU: the block and its temporaries stay in a core's second cache.
+_BLOCK_ELEMENTS = 1 << 17
+# Channels that are added up in float32 before float64, which costs five times as much.
+_NARROW_SUM = 64
+
+_BACKENDS = ("torch", "reference")
+
+
+@dataclass(frozen=True)
+class _Neuron:
+    """What is fixed about a spike: whether its parameter is k or V, the range of counts, and the gradient's rule."""
+
+    adaptive: bool
+    low: float
+    high: float
+    gradient: Gradient
+
+    @property
+    def clips(self) -> bool:
+        return self.low > -math.inf or self.high < math.inf
+
+
+def spike_reference(
+    x: Tensor,
+    *,
+    k: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    count_range: tuple[int, int] | None = None,
+    gradient: Gradient = "plain",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`spike` in plain operations, any floating dtype; its derivatives are autograd's, with the module's rule for x."""
+    neuron, parameter = _checked("spike", x, k, threshold, count_range, gradient)
+    wide = _widen(x)
+    mean = mean_abs(wide.detach(), group) if neuron.adaptive else None
+    threshold = _thresholds(mean, _widen(parameter))
+    ratio = (wide / threshold).detach()
+    rounded = ratio.round()
+    counts = rounded.clamp(neuron.low, neuron.high)
+    factor = torch.ones_like(ratio)
+    if gradient == "surrogate":
+        factor = 4 * (ratio - counts).abs()
+    if gradient != "plain":
+        factor = torch.where(rounded == counts, factor, 0.0)
+    return (counts * threshold + (wide - wide.detach()) * factor).to(x.dtype)
+
+
+def spike(
+    x: Tensor,
+    *,
+    k: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    count_range: tuple[int, int] | None = None,
+    gradient: Gradient = "plain",
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """X̂ = round(x / V) · V with V = mean|x| / k for each token, or a given V.
+
+    Args:
+        x: [..., D], floating; with `group`, this rank's channels.
+        k: spikes that the mean magnitude fires: a number (the report takes 3), or a tensor [] or [D], which may be
+            learned. A tensor's numbers must be positive, which is not looked at.
+        threshold: V itself in place of k: a number, or a tensor [] or [D] (running or learned), clamped alike.
+        count_range: (low, high) that counts are clipped to; None does not clip.
+        gradient: that of x, see the module: "plain", "clipped" or "surrogate".
+        group: ranks that hold equally many of a token's channels each. The mean is over all of them: one number a
+            token is all-reduced in forward and nothing in backward. A k [] that all ranks hold gets a partial gradient.
+        backend: auto, reference, torch or triton. Triton adds the mean up in float32 where there is no group: a count
+            whose x / V is within rounding of a half may differ by one.
+
+    Returns:
+        [..., D] in x's dtype. Saves nothing for "plain" with a fixed k or V, else x and one number a token.
+
+    Raises:
+        ValueError: not exactly one of k and threshold, a number or shape that does not fit, an unknown gradient, an
+            empty count_range, or a backend that cannot serve these inputs.
+    """
+    neuron, parameter = _checked("spike", x, k, threshold, count_range, gradient)
+    choice = resolve("spike", backend, _implementations(x, k, threshold))
+    if choice == "reference":
+        return spike_reference(x, k=k, threshold=threshold, count_range=count_range, gradient=gradient, group=group)
+    mean_N1 = mean_abs(_rows(x).detach(), group) if neuron.adaptive and group is not None else None
+    if choice == "triton":
+        from kernels.triton import spiking  # here, for machines without triton
+
+        limits = neuron.low, neuron.high, LEAST_THRESHOLD, LARGEST_THRESHOLD
+        return spiking.spike(x, parameter, mean_N1, neuron.adaptive, limits, gradient)
+    return _Spike.apply(x, parameter, mean_N1, neuron)
+
+
+def spike_counts(
+    x: Tensor,
+    *,
+    k: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    count_range: tuple[int, int] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The counts s and the thresholds V of `spike`, whose x̂ is s · V; without gradients, in plain operations.
+
+    Args:
+        x, k, threshold, count_range, group: as in `spike`.
+
+    Returns:
+        s [..., D] in the least of int8, int16 and int32 that holds `count_range`, or without one the counts there are
+        (which a GPU's host waits for); and V, which broadcasts against it, in the dtype of the arithmetic.
+
+    Raises:
+        ValueError: as in `spike`; x is not finite, for which there is no integer; or a count that int32 does not hold.
+    """
+    neuron, parameter = _checked("spike_counts", x, k, threshold, count_range, "plain")
+    with torch.no_grad():
+        wide = _widen(x)
+        mean = mean_abs(wide, group) if neuron.adaptive else None
+        thresholds = _thresholds(mean, _widen(parameter))
+        counts = torch.div(wide, thresholds).round_().clamp_(neuron.low, neuron.high)
+        # A NaN or infinite token has no finite sum, whatever the clipping made of it.
+        if not bool((counts + 0 * wide).isfinite().all()):
+            raise ValueError("spike_counts: x has numbers that are not finite; spike() passes them on as NaN")
+        largest = float(counts.abs().amax()) if counts.numel() and not neuron.clips else 0.0
+        if neuron.clips:
+            largest = max(-neuron.low, neuron.high)
+        return counts.to(_integer(largest)), thresholds
+
+
+def mean_abs(x: Tensor, group: dist.ProcessGroup | None = None, *, scratch: Tensor | None = None) -> Tensor:
+    """mean|x| over the last dimension, [..., 1] in the dtype of the arithmetic; NaN where it is not finite.
+
+    With `group` over the channels of all its ranks: one float64 a token is all-reduced. |x| is written to `scratch`,
+    of x's shape in the dtype of the arithmetic, if given.
+    """
+    total, channels = _sum_abs(torch.abs(_widen(x), out=scratch)), x.shape[-1]
+    if group is not None:
+        dist.all_reduce(total, group=group)
+        channels *= dist.get_world_size(group)
+    mean = total.div_(channels).to(torch.promote_types(x.dtype, torch.float32))
+    # An infinite V would be clamped to a finite one, which hides it.
+    return mean.add_(mean, alpha=0)
+
+
+def _sum_abs(magnitude: Tensor) -> Tensor:
+    """The sum of |x| over the last dimension, [..., 1] in float64; see the module for its order."""
+    if magnitude.dtype == torch.float32 and magnitude.shape[-1] % _NARROW_SUM == 0:
+        magnitude = magnitude.unflatten(-1, (-1, _NARROW_SUM)).sum(-1)
+    return magnitude.sum(-1, keepdim=True, dtype=torch.float64)
+
+
+def _checked(
+    op: str,
+    x: Tensor,
+    k: float | Tensor | None,
+    threshold: float | Tensor | None,
+    count_range: tuple[int, int] | None,
+    gradient: str,
+) -> tuple[_Neuron, Tensor]:
+    """The neuron and its parameter, k or V, as a tensor [] or [D]; ValueError where arguments do not fit."""
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x must be floating [..., D] with D > 0, not {x.dtype} {tuple(x.shape)}")
+    if (k is None) == (threshold is None):
+        raise ValueError(f"{op}: give k, of V = mean|x| / k, or threshold, V itself: one of the two")
+    name, given = ("k", k) if k is not None else ("threshold", threshold)
+    if isinstance(given, Tensor):
+        if not given.is_floating_point() or given.shape not in ((), x.shape[-1:]):
+            shape = f"{given.dtype} {tuple(given.shape)}"
+            raise ValueError(f"{op}: {name} must be a number or a floating tensor [] or [{x.shape[-1]}], not {shape}")
+    elif given is None or not 0 < given < math.inf:
+        raise ValueError(f"{op}: {name} is {given}: it must be positive and finite")
+    if gradient not in ("plain", "clipped", "surrogate"):
+        raise ValueError(f"{op}: gradient must be plain, clipped or surrogate, not {gradient!r}")
+    low, high = (-math.inf, math.inf) if count_range is None else count_range
+    if count_range is not None and not -_LARGEST_COUNT <= low <= high <= _LARGEST_COUNT:
+        raise ValueError(f"{op}: count_range {count_range} must be (low, high), low <= high, both within 2^24 of 0")
+    # A number stays on the host, where every device's operations take it from.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parameter = given if isinstance(given, Tensor) else torch.tensor(given, dtype=wide, device="cpu")
+    return _Neuron(k is not None, low, high, gradient), parameter  # type: ignore[arg-type]
+
+
+def _implementations(x: Tensor, *parameters: float | Tensor | None) -> tuple[str, ...]:
+    tensors = [parameter for parameter in parameters if isinstance(parameter, Tensor)]
+    return implementations(_BACKENDS, x, *tensors, fits=x.shape[-1] <= LARGEST_ROW)
+
+
+def _integer(largest: float) -> torch.dtype:
+    """The least integer dtype that holds ± `largest`."""
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        if largest <= torch.iinfo(dtype).max:
+            return dtype
+    raise ValueError(f"spike_counts: a count of {largest:.4g} is above int32's range; give a count_range, or larger V")
+
+
+def _widen(x: Tensor) -> Tensor:
+    """X in the dtype of the arithmetic: float32, or float64 if x has it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """X as a matrix of its last dimension's rows."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _thresholds(mean: Tensor | None, parameter: Tensor) -> Tensor:
+    """V of k and mean [..., 1], or of a given V: shaped as these broadcast."""
+    raw = parameter if mean is None else mean / parameter
+    return raw.clamp(LEAST_THRESHOLD, LARGEST_THRESHOLD)
+
+
+def _pass(grad: Tensor, x: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
+    """Grad where low < x < high, else 0, in one pass; bool masks take two more, and slow ones."""
+    if out is None:
+        return torch.ops.aten.hardtanh_backward(grad, x, low, high)
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=out)
+
+
+def _blocks(x_ND: Tensor, *others_ND: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of rows; one block where there is no CPU cache to keep them in."""
+    rows = _block_rows(x_ND)
+    yield from zip(*(tensor.split(rows) for tensor in (x_ND, *others_ND)))
+
+
+def _block_rows(x_ND: Tensor) -> int:
+    rows = len(x_ND)
+    return max(1, min(rows, block_limit(_BLOCK_ELEMENTS) // x_ND.shape[1]) if x_ND.is_cpu else rows)
+
+
+class _Spike(torch.autograd.Function):
+    """`spike`; mean [N, 1] is given where the channels lie on several ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, mean_N1: Tensor | None, neuron: _Neuron) -> Tensor:
+        x_ND, wide_parameter = _rows(x), _widen(parameter)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+        means_N1 = mean_N1
+        if means_N1 is None and neuron.adaptive:
+            means_N1 = torch.empty((len(x_ND), 1), dtype=wide, device=x.device)
+        means = (out_ND,) if means_N1 is None else (out_ND, means_N1)
+        scratch = torch.empty((_block_rows(x_ND), x_ND.shape[1]), dtype=wide, device=x.device)
+        for block, out, *mean_of_block in _blocks(x_ND, *means):
+            values = block.to(wide)
+            mean = mean_of_block[0] if mean_of_block else None
+            if mean is not None and mean_N1 is None:
+                mean.copy_(mean_abs(values, scratch=scratch[: len(out)] if out.dtype != wide else out))
+            thresholds = _thresholds(mean, wide_parameter)
+            spikes = torch.div(values, thresholds, out=out if out.dtype == wide else values).round_()
+            if neuron.clips:
+                spikes.clamp_(neuron.low, neuron.high)
+            spikes.mul_(thresholds)
+            if not neuron.adaptive:
+                spikes.add_(block, alpha=0)  # NaN where x is not finite, which V does not show here
+            if spikes is not out:
+                out.copy_(spikes)
+        ctx.neuron = neuron
+        if neuron.gradient != "plain" or ctx.needs_input_grad[1]:
+            # Backward counts anew: a rounded x could give other counts, so it is kept with all its digits.
+            save(ctx, weights=(parameter,), statistics=(x, means_N1))
+        return out_ND.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        kept = ctx.saved_tensors
+        if not kept:
+            return grad, None, None, None
+        parameter, x, means_N1 = kept
+        neuron, learned = ctx.neuron, ctx.needs_input_grad[1]
+        grad_x = grad
+        if neuron.gradient != "plain":
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        total = torch.zeros_like(_widen(parameter)) if learned else None
+        tensors = [_rows(x), _rows(grad), _rows(grad_x), *([] if means_N1 is None else [means_N1])]
+        for block, grad_block, out, *mean in _blocks(*tensors):
+            _backward_block(neuron, block, grad_block, out, mean[0] if mean else None, _widen(parameter), total)
+        if total is not None:
+            wide = _widen(parameter)
+            # Of a given V the sum is of dy · s, of k of dy · s · V: see the module for what is left.
+            total = total.neg_().div_(wide) if neuron.adaptive else _pass(total, wide, *_FREE)
+            total = total.to(parameter.dtype)
+        return grad_x, total, None, None
+
+
+def _backward_block(
+    neuron: _Neuron,
+    x_ND: Tensor,
+    grad_ND: Tensor,
+    grad_x_ND: Tensor,
+    mean_N1: Tensor | None,
+    parameter: Tensor,
+    total: Tensor | None,
+) -> None:
+    """Write x's gradient, unless it is grad itself, and add to `total`, [] or [D], if it is wanted."""
+    wide_grad = _widen(grad_ND)
+    raw = parameter if mean_N1 is None else mean_N1 / parameter
+    ratio = _widen(x_ND) / raw.clamp(LEAST_THRESHOLD, LARGEST_THRESHOLD)
+    counts = ratio.round() if neuron.gradient == "surrogate" else ratio.round_()
+    if neuron.gradient != "plain":
+        grad_in = wide_grad
+        if neuron.gradient == "surrogate":
+            grad_in = ratio.sub_(counts).abs_().mul_(wide_grad).mul_(4)
+        if neuron.clips:
+            out = grad_x_ND if grad_x_ND.dtype == counts.dtype else None
+            grad_in = _pass(grad_in, counts, neuron.low - 0.5, neuron.high + 0.5, out)
+        if grad_in is not grad_x_ND:
+            grad_x_ND.copy_(grad_in)
+    if total is None:
+        return
+    if neuron.clips:
+        counts.clamp_(neuron.low, neuron.high)
+    products = counts.mul_(wide_grad)
+    if mean_N1 is None or total.dim():
+        if mean_N1 is not None:
+            products.mul_(_pass(raw, raw, *_FREE))
+        total.add_(products.sum(0) if total.dim() else products.sum())
+    else:  # one threshold a token
+        total.add_(torch.dot(products.sum(-1), _pass(raw, raw, *_FREE)[:, 0]))
