@@ -133,7 +133,7 @@ def test_a_plain_spike_of_fixed_threshold_saves_nothing() -> None:
         spike(x, k=3.0)
         assert not saved
         spike(x, k=3.0, gradient="clipped")
-    assert [tuple(t.shape) for t in saved] == [(4, 8), (), (4, 1)]
+    assert [tuple(t.shape) for t in saved] == [(), (4, 8), (4, 1)]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of infinity times 0
