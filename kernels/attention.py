@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.attention_sharded import attention_sharded
 from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
-from kernels.documents import Documents, sequences_in
+from kernels.documents import Documents, sequences_in, takes_cu_seqlens
 from kernels.matmul import batched_matmul
 from kernels.shapes import has_values
 
@@ -66,6 +66,7 @@ def attention_reference(
     return torch.einsum("bhts,bshv->bthv", probabilities, values).to(q.dtype)
 
 
+@takes_cu_seqlens
 def attention(
     q: Tensor,
     k: Tensor,

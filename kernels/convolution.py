@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
-from kernels.documents import Documents, sequences_in, to_device
+from kernels.documents import Documents, sequences_in, takes_cu_seqlens, to_device
 from kernels.indices import host_numbers
 from kernels.linear_attention._sharded import all_gather, begins_here, cut_documents, run_from, state_of_last
 from kernels.linear_attention.driver import implementations
@@ -255,6 +255,7 @@ def _over_ranks(
     return run_from(one_rank, [x], entering, shard, group, initial_state, output_final_state)
 
 
+@takes_cu_seqlens
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

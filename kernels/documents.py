@@ -6,15 +6,16 @@ read them back to lay out its work, and each read would stall the host until the
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from itertools import pairwise
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 R = TypeVar("R")
+P = ParamSpec("P")
 Args = TypeVarTuple("Args")
 
 
@@ -82,6 +83,25 @@ class Documents:
 
 def _cu_seqlens(bounds: tuple[int, ...], device: torch.device) -> Tensor:
     return to_device(torch.tensor(bounds, dtype=torch.int32), device)
+
+
+def takes_cu_seqlens(kernel: Callable[P, R]) -> Callable[P, R]:
+    """Let callers give `cu_seqlens`, int32 `[N+1]`, in place of `documents`, as flash-attn and fla name it.
+
+    On a GPU each such call reads the bounds back and waits for it. Whoever calls more than one kernel on the same
+    documents makes the `Documents` once.
+    """
+
+    @wraps(kernel)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bounds: Any = kwargs.pop("cu_seqlens", None)
+        if bounds is not None:
+            if kwargs.get("documents") is not None:
+                raise ValueError("documents and cu_seqlens are the same bounds: give one of them")
+            kwargs["documents"] = Documents.of(bounds)
+        return kernel(*args, **kwargs)
+
+    return call
 
 
 def sequences_in(batch: int, time: int, documents: Documents | None) -> Documents:

@@ -8,7 +8,7 @@ o_t = scale * S_t^T q_t
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention.gated_delta_rule import gated_delta_rule, gated_delta_rule_reference
 
 
@@ -28,6 +28,7 @@ def delta_rule_reference(
     )
 
 
+@takes_cu_seqlens
 def delta_rule(
     q: Tensor,
     k: Tensor,

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention._decays import (
     block_groups,
     channel_scores,
@@ -403,6 +403,7 @@ def gated_delta_rule_reference(
     return _GatedDeltaRule(scale).reference((q, k, v, log_decay, beta), initial_state, documents)
 
 
+@takes_cu_seqlens
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention._decays import block_groups, channel_scores, channel_scores_backward, sum_over_spans
 from kernels.linear_attention._sharded import decays_after
 from kernels.linear_attention.driver import Inputs, Recurrence, Run, Segment, compute_dtype, run
@@ -141,6 +141,7 @@ def gla_reference(
     return _GLA(scale).reference((q, k, v, log_decay), initial_state, documents)
 
 
+@takes_cu_seqlens
 def gla(
     q: Tensor,
     k: Tensor,

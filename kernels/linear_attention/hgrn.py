@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.documents import Documents, sequences_in
+from kernels.documents import Documents, sequences_in, takes_cu_seqlens
 from kernels.linear_attention._chunks import ChunkLayout
 from kernels.linear_attention._sharded import decays_after
 from kernels.linear_attention.driver import Inputs, Recurrence, Run, Segment, compute_dtype, run
@@ -148,6 +148,7 @@ def hgrn_reference(
     return h.flatten(2), state.flatten(1)
 
 
+@takes_cu_seqlens
 def hgrn(
     x: Tensor,
     log_decay: Tensor,

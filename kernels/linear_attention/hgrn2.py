@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention.gla import gla, gla_reference
 
 
@@ -26,6 +26,7 @@ def hgrn2_reference(
     return gla_reference(q, k, v, log_decay, scale=scale, initial_state=initial_state, documents=documents)
 
 
+@takes_cu_seqlens
 def hgrn2(
     q: Tensor,
     v: Tensor,

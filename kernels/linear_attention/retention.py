@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention._decays import pairwise_decays, sum_over_spans
 from kernels.linear_attention.driver import Inputs, Recurrence, Run, Segment, run
 from kernels.linear_attention.gla import summarize_decayed
@@ -117,6 +117,7 @@ def retention_reference(
     return _Retention(scale).reference((q, k, v, _every_token(q, log_decay)), initial_state, documents)
 
 
+@takes_cu_seqlens
 def retention(
     q: Tensor,
     k: Tensor,

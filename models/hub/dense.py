@@ -20,6 +20,8 @@ _INNER = {
     "ffn_norm": "post_attention_layernorm",
     "ffn": "mlp",
 }
+# The end-of-document token of the tokenizers that launch/prepare_data.py learns.
+LEARNED_EOD = 0
 _DEFAULT_THETA = 10000.0
 
 # Keys with a counterpart in ModelConfig, read by `from_hub`.
@@ -110,16 +112,20 @@ def hub_name(name: str) -> str:
     return f"model.layers.{layer}.{_INNER[part]}.{rest}"
 
 
-def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) -> dict[str, Any]:
-    """The config.json of a model, without special token ids.
+def to_hub(
+    model: ModelConfig, vocab_size: int, dtype: str, max_positions: int, eos_token_id: int | None = LEARNED_EOD
+) -> dict[str, Any]:
+    """The config.json of a model.
 
-    Their keys are present with null: if they were missing, transformers would assume 2 and 1.
+    The keys of special tokens are always present, null where unknown: transformers assumes 2 and 1 for missing ones.
+    An export replaces them by those of the tokenizer that it writes (trainer.hub_files).
 
     Args:
         model: The model's configuration.
         vocab_size: Rows of its embedding.
         dtype: Dtype as named by torch.
         max_positions: Length of the longest sequence in training, in tokens.
+        eos_token_id: The token that ends a text; by default that of the tokenizers which prepare_data learns.
 
     Raises:
         ValueError: no supported architecture computes this model.
@@ -145,7 +151,7 @@ def to_hub(model: ModelConfig, vocab_size: int, dtype: str, max_positions: int) 
         # Read by versions of transformers that predate rope_parameters.
         "rope_theta": attention.rope_theta,
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": eos_token_id,
         "pad_token_id": None,
     }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernels.attention import attention
 from kernels.convolution import causal_conv1d
 from kernels.documents import Documents, sequences_in
 from kernels.linear_attention import delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
@@ -120,3 +121,19 @@ def test_training_after_inference(name: str, backend: str) -> None:
     assert torch.equal(y, scored.clone())
     (y.sum() + state.sum()).backward()
     assert x.grad.isfinite().all() and x.grad.any()
+
+
+def test_kernels_take_the_bounds_as_a_tensor_too():
+    """As flash-attn and fla name them; also where they were first used in inference mode."""
+    x, weight = torch.randn(1, 12, 4), torch.randn(4, 3)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    expected, _ = causal_conv1d(x, weight, documents=Documents((0, 5, 12)))
+    with torch.inference_mode():
+        causal_conv1d(x, weight, cu_seqlens=bounds)
+    y, state = causal_conv1d(x.requires_grad_(), weight, cu_seqlens=bounds, output_final_state=True)
+    assert torch.equal(y, expected)
+    (y.sum() + state.sum()).backward()
+    q, k, v = (torch.randn(1, 12, 2, 8) for _ in range(3))
+    assert torch.equal(attention(q, k, v, cu_seqlens=bounds), attention(q, k, v, documents=Documents((0, 5, 12))))
+    with pytest.raises(ValueError, match="documents and cu_seqlens are the same bounds: give one of them"):
+        attention(q, k, v, cu_seqlens=bounds, documents=Documents((0, 5, 12)))

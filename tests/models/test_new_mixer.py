@@ -13,6 +13,7 @@ from models.layers import RMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo
 from models.parallel import ColumnLinear, RowLinear
 from models.parameters import Groups, Placement, ones, parameter_rows, partial_gradients
+from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy
 from tests.helpers import VOCABULARY, draw_tokens, tiny_model_config
 from trainer.config import ParallelConfig
 from trainer.planning.dry_run import Cut, DryRun
@@ -82,4 +83,4 @@ def test_it_is_planned():
     halves = [run.parameters(range(1), Cut(tensor=ranks)) for ranks in (1, 2)]
     sizes = [{spec.name: spec.numel for spec in found} for found in halves]
     assert sizes[0]["layers.0.mixer.gain"] == 2 * sizes[1]["layers.0.mixer.gain"]
-    assert run.kept(0, Cut(), 64, frozenset()) > run.kept(0, Cut(), 64, frozenset({"mixer"}))
+    assert run.kept(0, Cut(), 64, EVERYTHING) > run.kept(0, Cut(), 64, BlockPolicy(mixer=RECOMPUTE))

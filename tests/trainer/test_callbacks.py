@@ -314,6 +314,7 @@ def loop(monkeypatch):
             data_parallel_rank=0,
             data_parallel_size=1,
             collectives=FakeCollectives(others),
+            begin_phase=lambda model, trainable: None,
             evaluate=lambda batches, objective: [float(len(batches))],
             train_step=lambda batches, objective, lr, step: rates.append(lr) or result,
         )
