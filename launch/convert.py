@@ -24,7 +24,7 @@ def require_free(output: str) -> None:
         ConfigError: `output` is a file or a non-empty directory.
     """
     path = Path(output)
-    # An empty directory is acceptable: `trainer.weights.write` renames over it.
+    # An empty directory is acceptable: `trainer.stored.weights.write` renames over it.
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"output: {path} exists and is not an empty directory; name another")
 
@@ -142,7 +142,7 @@ class UpcycleConfig:
 def export_weights(config: ExportConfig) -> None:
     """Export the parameters of a checkpoint as safetensors."""
     # Imported here, because it loads torch, for which invalid settings need not wait.
-    from trainer.export import export
+    from trainer.stored.export import export
 
     checkpoint = export(
         config.checkpoint,
@@ -157,7 +157,7 @@ def export_weights(config: ExportConfig) -> None:
 
 def import_model(config: ImportConfig) -> None:
     """Import a Hugging Face model as weights that runs start from."""
-    from trainer.export import import_weights
+    from trainer.stored.export import import_weights
 
     import_weights(Path(config.source), Path(config.output), config.dtype, config.max_file_gb * 1e9, show)
     print(f"{config.output}: the parameters of {config.source}")
@@ -165,7 +165,7 @@ def import_model(config: ImportConfig) -> None:
 
 def upcycle_model(config: UpcycleConfig) -> None:
     """Write weights of a mixture of experts whose experts are copies of a dense model's feed-forwards."""
-    from trainer.upcycle import upcycle
+    from trainer.stored.upcycle import upcycle
 
     dense = upcycle(
         Path(config.source),

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.data.dataset import EvaluationStream
-    from trainer.inference import LoadedModel
+    from trainer.stored.inference import LoadedModel
 
 
 @dataclass
@@ -156,8 +156,8 @@ def main(config: EvaluateConfig) -> None:
     from trainer.data.compressors import bits_per_byte_of_compressors
     from trainer.device import choose_device, keep_freed_memory
     from trainer.evaluation import EvaluationSums
-    from trainer.inference import load_model
     from trainer.logs import CONSOLE
+    from trainer.stored.inference import load_model
 
     keep_freed_memory()
     device = choose_device(config.device)

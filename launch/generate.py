@@ -71,7 +71,7 @@ def main(config: GenerateConfig) -> None:
 
     from models.generation import stream_text, stream_tokens
     from trainer.device import choose_device
-    from trainer.inference import load_model
+    from trainer.stored.inference import load_model
 
     device = choose_device(config.device)
     loaded = load_model(config.checkpoint, device, config.tokenizer)

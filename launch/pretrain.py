@@ -10,12 +10,13 @@ spiketrain pretrain --init weights/qwen --data.path data/web --run.dir runs/qwen
 import sys
 from pathlib import Path
 
-from trainer import preflight, run_directory, run_lock, weights
+from trainer import preflight, run_directory, run_lock
 from trainer.cli import dump, fail, guess, make_parser, parse, tell_torchrun
 from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.errors import ConfigError
 from trainer.peers import PeerWatch
 from trainer.runtime import EXIT_CONFIG_ERROR, keep_threads_awake, rank, write_status
+from trainer.stored import weights
 from trainer.watchdog import dump_stacks_on_request
 
 

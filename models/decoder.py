@@ -251,7 +251,7 @@ def build(
 ) -> Decoder:
     """Build this rank's shard of a model, or of consecutive layers of it, in uninitialised memory.
 
-    Never allocates more than the shard. `initialize`, trainer.weights or a checkpoint fills it.
+    Never allocates more than the shard. `initialize`, trainer.stored.weights or a checkpoint fills it.
     """
     # Shard on the meta device first, so that the whole model is never in memory.
     with torch.device("meta"):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SERVERS = "TEST_FORK_SERVERS"
 IMPORTED = {
     # What the commands that read a checkpoint import, but for the parts that each alone needs.
-    "torch": ("trainer.inference",),
+    "torch": ("trainer.stored.inference",),
     # torch's optimizers import its compiler as the first of them is made.
     "megatron": ("trainer.pretrain", "trainer.engines.megatron", "torch._dynamo"),
     "deepspeed": (

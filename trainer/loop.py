@@ -11,7 +11,6 @@ from typing import Any
 from models.decoder import flops_per_token, shapes
 from trainer.callbacks.base import Callback
 from trainer.callbacks.health import TrainingDiverged
-from trainer.checkpoint import Progress, RunState
 from trainer.config import PretrainConfig
 from trainer.data.tokenizer import Tokenizer
 from trainer.device import peak_memory_bytes
@@ -23,6 +22,7 @@ from trainer.objectives.base import Objective
 from trainer.objectives.language_model import LanguageModel
 from trainer.optim import learning_rate
 from trainer.phases import Phase, PhasedSampler, expand, phase_at
+from trainer.stored.checkpoint import Progress, RunState
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer import weights
 from trainer.config import PretrainConfig
 from trainer.data.indexed import CHECKED_BYTES, TokenFile
 from trainer.data.layout import NO_END, info_of_prefix, resolve_prefix, tokenizer_sha256
@@ -20,6 +19,7 @@ from trainer.errors import ConfigError
 from trainer.optim import learning_rate
 from trainer.phases import Phase, expand
 from trainer.run_directory import checkpoint_steps, starts_anew
+from trainer.stored import weights
 
 # Up to about four epochs, repeated text is worth nearly as much as new (Muennighoff et al. 2023, arXiv:2305.16264).
 _MANY_EPOCHS = 4.0

@@ -11,7 +11,7 @@ import torch
 
 from models.decoder import shapes
 from models.parameters import matches
-from trainer import checkpoint, logs, precision, preflight, run_directory, run_lock, weights
+from trainer import logs, precision, preflight, run_directory, run_lock
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -20,7 +20,6 @@ from trainer.callbacks.metrics import MetricsFile, TensorBoard
 from trainer.callbacks.profiler import Profiler
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
-from trainer.checkpoint import Progress, Retention
 from trainer.config import PretrainConfig
 from trainer.data.sources import DataSources, find_sources
 from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
@@ -33,6 +32,8 @@ from trainer.loop import Outcome, Trainer
 from trainer.peers import STOPS, PeerWatch
 from trainer.phases import PhasedSampler, expand
 from trainer.runtime import EXIT_STOPPED, rank, write_status
+from trainer.stored import checkpoint, weights
+from trainer.stored.checkpoint import Progress, Retention
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")

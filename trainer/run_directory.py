@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from trainer import checksums
 from trainer.cli import from_mapping
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
 from trainer.errors import ConfigError
 from trainer.optim import learning_rate
 from trainer.phases import Phase, PhaseConfig, expand, first_steps, given, phase_at
+from trainer.stored import checksums
 
 _NAME = re.compile(r"step_(\d{8,})")
 # Files that a new run would overwrite. The checkpoints are renamed last: until then the other files belong to them,

@@ -118,7 +118,7 @@ def to_hub(
     """The config.json of a model.
 
     The keys of special tokens are always present, null where unknown: transformers assumes 2 and 1 for missing ones.
-    An export replaces them by those of the tokenizer that it writes (trainer.hub_files).
+    An export replaces them by those of the tokenizer that it writes (trainer.stored.hub_files).
 
     Args:
         model: The model's configuration.

@@ -1,4 +1,4 @@
-"""Creates experts as copies of a dense feed-forward (trainer.upcycle), or of the first expert during a run.
+"""Creates experts as copies of a dense feed-forward (trainer.stored.upcycle), or of the first expert during a run.
 
 The latter is how experts begin in EvoMoE (arXiv 2112.14397): train one, spawn the others as masked copies, then let the
 gate become sparse. The paper's published code lacks the spawning, so share and scaling here are not the paper's.

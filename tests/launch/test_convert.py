@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from models.hub.dense import hub_name, to_hub
 from tests.helpers import VOCABULARY, tiny_decoder, tiny_model_config
 from trainer.data.tokenizer import Tokenizer
-from trainer.inference import load_model
+from trainer.stored.inference import load_model
 
 UPCYCLE = ("upcycle", "--source", "RUN", "--moe.num_experts", "4")
 

@@ -11,7 +11,7 @@ from models.decoder import Decoder, initialize, shapes
 from tests.parity.worker import VOCAB
 from trainer.cli import from_mapping
 from trainer.config import PretrainConfig
-from trainer.weights import write
+from trainer.stored.weights import write
 
 STEPS = 10
 MODEL = {

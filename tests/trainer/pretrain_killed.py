@@ -16,7 +16,7 @@ def arm(where, rank, number):
     """Kill this process the `number`-th time it gets there."""
     from torch.distributed.checkpoint import filesystem
 
-    from trainer import checkpoint
+    from trainer.stored import checkpoint
 
     owner, name = {
         "writing": (filesystem, "_write_item"),

@@ -17,15 +17,16 @@ from tests.trainer.conftest import finish, in_process_config, leave_groups, stat
 from tests.trainer.test_callbacks import fake_trainer as idle_trainer
 from tests.trainer.test_deepspeed_engine import read_parameters
 from tests.trainer.test_megatron_engine import build, run_step
-from trainer import checkpoint, pretrain
+from trainer import pretrain
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.health import NonFiniteGuard, TrainingDiverged
-from trainer.checkpoint import BackgroundSave, Progress, Retention, RunState
 from trainer.config import CheckpointConfig, EngineConfig
 from trainer.data.sources import find_sources
 from trainer.engines.base import PendingSave
 from trainer.engines.pieces import Piece, Writer
 from trainer.engines.spec import EngineSpec
+from trainer.stored import checkpoint
+from trainer.stored.checkpoint import BackgroundSave, Progress, Retention, RunState
 
 
 class FakeEngine:

@@ -17,10 +17,10 @@ from trainer.callbacks.evaluator import Evaluator
 from trainer.callbacks.health import NonFiniteGuard, TrainingDiverged
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
-from trainer.checkpoint import Progress
 from trainer.config import OptimConfig, PretrainConfig, RunConfig, TrainConfig
 from trainer.engines.base import StepResult
 from trainer.loop import Outcome, Trainer
+from trainer.stored.checkpoint import Progress
 
 
 @functools.cache
@@ -169,7 +169,7 @@ def saved(monkeypatch):
         saves.append((state.progress.step, keep))
         return f"{run_dir}/{state.progress.step}"
 
-    monkeypatch.setattr("trainer.checkpoint.save", save)
+    monkeypatch.setattr("trainer.stored.checkpoint.save", save)
     return saves
 
 

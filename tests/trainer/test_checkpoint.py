@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeCollectives
-from trainer import checkpoint, checksums
 from trainer.callbacks.base import Callback
-from trainer.checkpoint import Progress, Retention, RunState
 from trainer.engines.pieces import Piece, Writer
 from trainer.errors import ConfigError
+from trainer.stored import checkpoint, checksums
+from trainer.stored.checkpoint import Progress, Retention, RunState
 
 
 class FakeEngine(SimpleNamespace):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from tests.processes import finish, start
 from tests.trainer.conftest import metrics, status
 from trainer.engines.pieces import boxes
-from trainer.inference import load_model
+from trainer.stored.inference import load_model
 
 FP32 = {
     "zero0": {"stage": 0},

@@ -16,10 +16,10 @@ from trainer.engines.frozen import FrozenSpec
 from trainer.engines.megatron import MegatronEngine
 from trainer.engines.spec import EngineSpec
 from trainer.errors import ConfigError
-from trainer.inference import load_model
 from trainer.objectives.distillation import Distillation
 from trainer.objectives.language_model import LanguageModel
-from trainer.weights import write
+from trainer.stored.inference import load_model
+from trainer.stored.weights import write
 
 SEED, LR = 11, 0.01
 

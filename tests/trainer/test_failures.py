@@ -16,9 +16,9 @@ from models.config import MIXERS, MixerLayoutConfig, ModelConfig
 from tests.helpers import WAIT
 from tests.trainer.conftest import ROOT, finish, status
 from trainer import peers
-from trainer.checkpoint import damage
 from trainer.config import ParallelConfig, PretrainConfig
 from trainer.events import read_events
+from trainer.stored.checkpoint import damage
 
 WRONG = {
     "heads": (["--parallel.tensor=8"], 8, "does not divide by parallel.tensor=8"),

@@ -12,12 +12,12 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.helpers import STEP_KEYS
 from trainer.callbacks.metrics import History, MetricsFile, TensorBoard, cut_back, heat_map
-from trainer.checkpoint import Progress
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
 from trainer.curves import read_metrics, smooth
 from trainer.engines.base import StepResult
 from trainer.evaluation import EvaluationSums
 from trainer.loop import Trainer
+from trainer.stored.checkpoint import Progress
 
 STEPS = 6
 SECONDS = {"forward_backward": 0.5, "reduce": 0.25, "optimizer": 0.125}

@@ -7,8 +7,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.moe.statistics import routers
 from tests.trainer.conftest import finish, metrics, trajectory
 from trainer.errors import ConfigError
-from trainer.export import export
-from trainer.inference import load_model
+from trainer.stored.export import export
+from trainer.stored.inference import load_model
 
 MODEL = (
     "--model.moe.num_experts=4",

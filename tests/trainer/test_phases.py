@@ -9,7 +9,7 @@ import yaml
 
 from models.config import AttentionConfig, ModelConfig
 from tests.trainer.conftest import finish, in_process_config, status, trajectory
-from trainer import checkpoint, preflight, pretrain, run_directory
+from trainer import preflight, pretrain, run_directory
 from trainer.cli import dump, from_mapping, make_parser, parse
 from trainer.config import EngineConfig, OptimConfig, ParallelConfig, PretrainConfig, TrainConfig
 from trainer.data.layout import tokenizer_file
@@ -17,13 +17,14 @@ from trainer.data.sources import find_sources
 from trainer.data.tokenizer import learn_sentencepiece
 from trainer.errors import ConfigError
 from trainer.events import read_events
-from trainer.inference import load_model, open_checkpoint
 from trainer.loop import Trainer
 from trainer.phases import DataChanges, ModelChanges, OptimChanges, PhaseConfig, TrainChanges, expand, phase_at, to_plan
 from trainer.planning.config import PlanConfig
 from trainer.planning.plan import Planner
 from trainer.planning.report import describe_phases
 from trainer.planning.search import search
+from trainer.stored import checkpoint
+from trainer.stored.inference import load_model, open_checkpoint
 
 LONGER = PhaseConfig(from_step=4, train=TrainChanges(seq_len=64))
 

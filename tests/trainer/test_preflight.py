@@ -145,7 +145,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(configure, data, other_tok
     tokenizer = checkpoint if way == "init" else checkpoint / "tokenizer"
     shutil.copytree(data, tokenizer)
     if way == "init":
-        monkeypatch.setattr("trainer.weights.check_vocabulary", lambda config, rows: None)
+        monkeypatch.setattr("trainer.stored.weights.check_vocabulary", lambda config, rows: None)
         config = replace(config, checkpoint=replace(config.checkpoint, init=str(checkpoint)))
     elif way == "resume":
         config = replace(config, checkpoint=replace(config.checkpoint, resume=str(checkpoint)))

@@ -17,12 +17,12 @@ from models.decoder import flops_per_token, shapes
 from tests.helpers import STEP_KEYS
 from tests.trainer.conftest import finish, in_process_config, leave_groups, metrics, status
 from trainer import pretrain, runtime
-from trainer.checkpoint import Progress
 from trainer.cli import from_mapping
 from trainer.config import EvaluationConfig, LoggingConfig, PretrainConfig, RunConfig
 from trainer.errors import ConfigError
 from trainer.events import read_events
 from trainer.peers import PeerWatch
+from trainer.stored.checkpoint import Progress
 
 PEAK = 1e9  # FLOP/s that the run is told the machine can do
 

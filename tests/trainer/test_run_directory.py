@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig
-from trainer import checksums
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -30,6 +29,7 @@ from trainer.run_directory import (
     set_aside,
     settle_restart,
 )
+from trainer.stored import checksums
 
 
 def configuration(run_dir, resume="auto", init=None, **parts):

@@ -8,9 +8,9 @@ from models.config import DenseToSparseConfig, MoEConfig, RouterConfig
 from models.decoder import Decoder, initialize, shapes
 from models.moe.statistics import begin_step, routers
 from tests.helpers import VOCABULARY, draw_tokens, rows, tiny_model_config
-from trainer import weights
 from trainer.errors import ConfigError
-from trainer.upcycle import expected_gates, upcycle
+from trainer.stored import weights
+from trainer.stored.upcycle import expected_gates, upcycle
 
 DENSE = tiny_model_config("gated_delta_net, full_attention, full_attention", num_layers=3)
 PAPER = MoEConfig(num_experts=16, shared_experts=1, dense_layers=[0], router=RouterConfig(top_k=1))

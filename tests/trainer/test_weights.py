@@ -21,14 +21,14 @@ from models.decoder import Decoder, initialize, shapes
 from models.moe.statistics import routers
 from tests.helpers import VOCABULARY, tiny_model_config
 from tests.trainer.conftest import ROOT, finish, in_process_config, metrics
-from trainer import weights
 from trainer.cli import from_mapping, make_parser, parse
 from trainer.config import CheckpointConfig, PretrainConfig
 from trainer.data.sources import find_sources
 from trainer.errors import ConfigError
-from trainer.export import export, import_weights
-from trainer.inference import load_model
-from trainer.weights import check, check_tensors, check_vocabulary, expand_init, fill, open_weights
+from trainer.stored import weights
+from trainer.stored.export import export, import_weights
+from trainer.stored.inference import load_model
+from trainer.stored.weights import check, check_tensors, check_vocabulary, expand_init, fill, open_weights
 
 MODEL = tiny_model_config("gated_delta_net, hgrn, full_attention", num_layers=3)
 

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer import checkpoint
 from trainer.callbacks.base import Callback
-from trainer.checkpoint import BackgroundSave, Retention
 from trainer.run_directory import checkpoint_path
+from trainer.stored import checkpoint
+from trainer.stored.checkpoint import BackgroundSave, Retention
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer

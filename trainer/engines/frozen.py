@@ -17,11 +17,11 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.parameters import Groups
-from trainer import inference, weights
 from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.errors import ConfigError
 from trainer.objectives.base import Outputs
+from trainer.stored import inference, weights
 
 
 @dataclass(frozen=True)

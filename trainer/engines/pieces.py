@@ -46,10 +46,10 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from trainer.checksums import digest
 from trainer.engines.base import PendingSave
 from trainer.engines.random_state import random_state, set_random_state
 from trainer.errors import ConfigError
+from trainer.stored.checksums import digest
 
 FORMAT = 1
 MODEL, MAIN, MOMENTS = "model.", "optimizer.main.", ("exp_avg", "exp_avg_sq")

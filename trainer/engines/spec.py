@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from models.config import ModelConfig
 from models.saved_activations import BlockPolicy, Policy
-from trainer import weights
 from trainer.config import EngineConfig, OptimConfig, ParallelConfig, PretrainConfig, RunConfig, TrainConfig
 from trainer.phases import trained_in_any
 from trainer.run_directory import starts_anew
+from trainer.stored import weights
 
 if TYPE_CHECKING:
     from models.decoder import Decoder

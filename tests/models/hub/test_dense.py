@@ -17,9 +17,9 @@ from models.hub.dense import from_hub, to_hub
 from tests.trainer.conftest import in_process_config
 from trainer import pretrain
 from trainer.errors import ConfigError
-from trainer.export import export, import_weights
-from trainer.inference import load_model
-from trainer.weights import fill, open_weights
+from trainer.stored.export import export, import_weights
+from trainer.stored.inference import load_model
+from trainer.stored.weights import fill, open_weights
 
 KINDS = {
     "llama": {"qkv_bias": False, "qk_norm": False},

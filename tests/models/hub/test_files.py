@@ -14,8 +14,8 @@ from models.hub.dense import hub_name, to_hub
 from tests.helpers import tiny_decoder, tiny_model_config
 from trainer.data.tokenizer import Tokenizer, learn_sentencepiece
 from trainer.errors import ConfigError
-from trainer.export import import_weights
-from trainer.hub_files import hub_files, imported_files
+from trainer.stored.export import import_weights
+from trainer.stored.hub_files import hub_files, imported_files
 
 EOD = "<|endoftext|>"
 TRICKY = "\ttab\r lone\r\n\n\n    indent  x 12345 don't \U0001f600 e\u0301 \ufeff  end "

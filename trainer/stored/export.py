@@ -10,12 +10,12 @@ from models.config import ModelConfig
 from models.decoder import shapes
 from models.hub.dense import from_hub, hub_name, left_out, to_hub
 from models.parameters import cast_parameters
-from trainer import weights
-from trainer.checkpoint import read_progress
 from trainer.errors import ConfigError
-from trainer.hub_files import hub_files, imported_files
-from trainer.inference import StoredModel, open_checkpoint
-from trainer.weights import StoredTensor
+from trainer.stored import weights
+from trainer.stored.checkpoint import read_progress
+from trainer.stored.hub_files import hub_files, imported_files
+from trainer.stored.inference import StoredModel, open_checkpoint
+from trainer.stored.weights import StoredTensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer import checksums
 from trainer.callbacks.base import Callback
 from trainer.config import CheckpointConfig
 from trainer.data.tokenizer import Tokenizer
@@ -34,6 +33,7 @@ from trainer.errors import ConfigError
 from trainer.run_directory import checkpoint_path as checkpoint_path
 from trainer.run_directory import list_checkpoints as list_checkpoints
 from trainer.run_directory import step_of as step_of
+from trainer.stored import checksums
 
 _LOGGER = logging.getLogger("spiketrain")
 _CALLBACKS = "callbacks.json"

@@ -22,10 +22,10 @@ from models.decoder import shapes
 from models.moe.router import Router
 from models.moe.spawning import expected_gates, masked_copy
 from models.parameters import cast_parameters, draw, seeded_generator
-from trainer import weights
 from trainer.errors import ConfigError
-from trainer.export import DTYPES
-from trainer.inference import open_checkpoint
+from trainer.stored import weights
+from trainer.stored.export import DTYPES
+from trainer.stored.inference import open_checkpoint
 
 
 class _Dense(NamedTuple):

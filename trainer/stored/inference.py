@@ -12,12 +12,12 @@ from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.moe.statistics import set_step
 from models.parameters import declared
-from trainer import checkpoint
 from trainer.cli import from_mapping
 from trainer.data.tokenizer import Tokenizer
 from trainer.engines.pieces import MODEL, Piece, Reader, Shard
 from trainer.errors import ConfigError
 from trainer.run_directory import settings_in_phase
+from trainer.stored import checkpoint
 
 
 @dataclass(frozen=True)

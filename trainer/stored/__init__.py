@@ -1,0 +1,1 @@
+"""Models on disk: checkpoints, weights, exports to Hugging Face layouts, and conversions of them."""
