@@ -1,4 +1,4 @@
-"""SwiGLU, silu(gate) · up, the gate of Llama-like feed-forward blocks (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+"""SwiGLU, silu(gate) · up: the gate of Llama-like feed-forward blocks (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from kernels.backend import resolve
 from kernels.shapes import block_limit
 from kernels.triton import implementations
 
-# Elements per block of rows on the CPU, so that a second operation on a block finds it in the cache.
+# Elements per block of rows on the CPU, few enough that a second operation on the block finds it in the cache.
 _BLOCK_ELEMENTS = 1 << 18
 
 _BACKENDS = ("torch", "reference")
@@ -23,14 +23,14 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
-    """silu(gate) · up.
+    """Compute silu(gate) · up.
 
     Args:
         gate, up: [..., F], the same shape and floating dtype.
         backend: auto, reference, torch or triton.
 
     Returns:
-        [..., F] in their dtype. The backward keeps gate and up only, and computes silu(gate) again.
+        [..., F] in their dtype. Only gate and up are saved; the backward recomputes silu(gate).
 
     Raises:
         ValueError: shapes or dtypes differ, or the backend cannot serve these inputs.
@@ -43,16 +43,16 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     if choice == "reference":
         return swiglu_reference(gate, up)
     if choice == "triton":
-        from kernels.triton import activations  # here, for machines without triton
+        from kernels.triton import activations  # lazily: not every machine has Triton
 
         return activations.swiglu(gate, up)
     return _SwiGLU.apply(gate, up)
 
 
 def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
-    """silu(gate) · up of one tensor [..., 2F] that holds gate and then up, as a fused projection writes it.
+    """Compute silu(gate) · up, [..., F], of one tensor [..., 2F] holding gate and then up (a fused projection).
 
-    Against `swiglu` on the two halves this saves the copies that join their gradients.
+    Compared with `swiglu` on the two halves, this avoids the copy that concatenates their gradients.
 
     Raises:
         ValueError: gate_up is not floating, its last dimension is odd, or the backend (as in `swiglu`) cannot serve it.
@@ -72,12 +72,12 @@ def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """X as a matrix of its last dimension's rows."""
+    """Reshape x [..., F] to [N, F]."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _block_rows(x_NF: Tensor) -> int:
-    """Rows per block; one block where there is no CPU cache to keep them in."""
+    """Return the rows per block: as many as fit a CPU's cache; all on a GPU."""
     return max(1, block_limit(_BLOCK_ELEMENTS) // x_NF.shape[1] if x_NF.is_cpu else len(x_NF))
 
 
@@ -91,7 +91,7 @@ def _forward_rows(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 def _backward_rows(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor) -> None:
-    """Write both gradients: d up = g silu(gate), d gate = g up silu'(gate)."""
+    """Write both gradients in place: d up = g silu(gate), d gate = g up silu'(gate)."""
     rows = _block_rows(gate_NF)
     tensors = (grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF)
     for grad, gate, up, grad_gate, grad_up in zip(*(tensor.split(rows) for tensor in tensors)):

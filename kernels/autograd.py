@@ -1,8 +1,8 @@
-"""What all autograd Functions of our own share: they save by role, and refuse second derivatives.
+"""Shared by the autograd Functions of kernels/: saving tensors by role, and refusing second derivatives.
 
-A Function's forward says with `save` what each tensor is that its backward will read, and a saved-tensor hook asks with
-`role_of`: what stores activations in fewer bits must leave weights, statistics and indices alone, which a dtype does
-not tell apart. A backward of our own is computed, not recorded: what asks for its derivative is refused.
+A Function's forward saves tensors with `save`, which states each tensor's role. A saved-tensor hook reads the role with
+`role_of`. A hook that stores activations in fewer bits must leave weights, statistics and indices alone, and dtypes do
+not tell them apart. Our backwards are computed by hand and not recorded, so differentiating one is an error.
 """
 
 import functools
@@ -24,13 +24,13 @@ _REFUSED = (
 
 
 class Role(Enum):
-    """What a tensor is that is kept for backward.
+    """The role of a tensor saved for backward.
 
     Attributes:
-        ACTIVATION: What flows through the model, one row for each token; it may be stored in fewer bits.
-        WEIGHT: A parameter, or what was made of one.
-        STATISTIC: What must keep its digits: norms and sums of rows, decays and their states, gates, gradients, and
-            what enters a region that runs again.
+        ACTIVATION: Data with one row per token. May be stored in fewer bits.
+        WEIGHT: A parameter, or a tensor computed from one.
+        STATISTIC: Must keep full precision: norms and sums of rows, decays and states, gates, gradients, and the
+            inputs of a recomputed region.
         INDEX: Integers and masks.
     """
 
@@ -41,7 +41,7 @@ class Role(Enum):
 
 
 _Named = tuple[tuple[weakref.ref[Tensor], Role], ...]
-# By the latest `name`: torch calls the hooks right after the forward that saved, in the same thread.
+# Set by the latest call of `name`. torch calls the hooks right after the forward that saved, in the same thread.
 _NAMED: ContextVar[_Named] = ContextVar("named", default=())
 
 
@@ -53,9 +53,9 @@ def save(
     statistics: Sequence[Tensor | None] = (),
     indices: Sequence[Tensor | None] = (),
 ) -> None:
-    """Keep tensors for a Function's backward, each by its role; once in a forward, in place of save_for_backward.
+    """Save tensors for a Function's backward by role. Call it once per forward, in place of save_for_backward.
 
-    `ctx.saved_tensors` has them in the order of this signature: activations, weights, statistics, indices.
+    `ctx.saved_tensors` returns them in the order of this signature: activations, weights, statistics, indices.
     """
     groups = zip(Role, (activations, weights, statistics, indices), strict=True)
     named = [(x, role) for role, tensors in groups for x in tensors]
@@ -64,16 +64,16 @@ def save(
 
 
 def name(named: Iterable[tuple[Tensor | None, Role]]) -> None:
-    """Say what tensors are that torch is to save next; it holds until others are named."""
+    """Set the roles of the tensors that torch saves next. They hold until the next call."""
     _NAMED.set(tuple((weakref.ref(x), role) for x, role in named if x is not None))
 
 
 def role_of(tensor: Tensor) -> Role:
-    """What the tensor is that a saved-tensor hook is to pack: as it was named, or else by what autograd knows of it.
+    """Return the role of a tensor that a saved-tensor hook packs: as named, or else derived from autograd's metadata.
 
-    torch's own operations name nothing. Of theirs an activation is a floating tensor that a gradient flows through.
-    Leaves and views of leaves are weights; what has no gradient (an attention's logsumexp, a rotary table) counts as a
-    statistic. What was computed from weights alone cannot be told from an activation.
+    torch's own operations do not name their tensors. For those, integers and masks are indices, leaves and views of
+    leaves are weights, and tensors without a gradient (an attention's logsumexp, a rotary table) are statistics. Any
+    other floating tensor is an activation; tensors computed from weights alone cannot be told apart from activations.
     """
     for named, role in _NAMED.get():
         if named() is tensor:
@@ -82,18 +82,18 @@ def role_of(tensor: Tensor) -> Role:
         return Role.INDEX
     if not tensor.requires_grad:
         return Role.STATISTIC
-    # A linear layer saves the transpose of its weight, a view. What a Function gives may be a view of a leaf, too, but
-    # that one has no gradient.
+    # A linear layer saves the transpose of its weight, a view of a leaf. A Function's output may also be a view of a
+    # leaf, but of one that requires no gradient.
     base = tensor if tensor._base is None else tensor._base
     return Role.WEIGHT if base.is_leaf and base.requires_grad else Role.ACTIVATION
 
 
 def once_differentiable(backward: _Backward) -> _Backward:
-    """Mark the backward of an autograd Function: whoever differentiates what it gives gets a RuntimeError.
+    """Decorate a Function's backward so that differentiating its results raises a RuntimeError.
 
-    torch's decorator of this name refuses only where the incoming gradients depend on something. Those of a sum are
-    constants, and then what the backward owes to the saved inputs is left out of second derivatives without a word.
-    Here every result of a backward that is recorded (`create_graph=True`) hangs on a node that raises.
+    torch's decorator of this name raises only if the incoming gradients require a gradient. The gradients of a sum are
+    constants, so there torch silently leaves the dependence on the saved inputs out of second derivatives. Here every
+    result of a recorded backward (`create_graph=True`) gets a node that raises.
     """
 
     @functools.wraps(backward)
@@ -105,7 +105,7 @@ def once_differentiable(backward: _Backward) -> _Backward:
         several = isinstance(outputs, tuple)
         given = outputs if several else (outputs,)
         message = _REFUSED.encode()
-        # The node takes part in a graph only if something that enters it does.
+        # The node joins the graph only if one of its inputs requires a gradient.
         leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in given]
         refused = torch._C._functions.DelayedError(message, len(leaves))(*leaves)
         return refused if several else refused[0] if isinstance(refused, tuple) else refused

@@ -300,7 +300,7 @@ def causal_conv1d(
         )
         return y, state if output_final_state else None
     if choice == "triton":
-        from kernels.triton import convolution  # here, for machines without triton
+        from kernels.triton import convolution  # lazily: not every machine has Triton
 
         return convolution.causal_conv1d(x, weight, activation, initial_state, output_final_state, sequences)
     rows = x.reshape(batch * time, dim)

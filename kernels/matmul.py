@@ -1,20 +1,20 @@
-"""Matrix products for linear layers, through the library that is fastest on this processor.
+"""Matrix products for linear layers, by the fastest library on this processor.
 
     matmul(a, b) = a · b     batched_matmul(a, b) = a_x · b_x for every x     linear(x, W, bias) = x · Wᵀ + bias
 
-torch multiplies float32 matrices on a CPU with MKL, which does not use AVX-512 on AMD's processors: 104 GFLOP/s on a
-core of a Zen 5. oneDNN, which torch ships as well, reaches 180 to 240. Torch calls it for float32 only where it may
-round operands to bfloat16, which oneDNN does where the processor has matrix units for that (AMX); where it has none,
-the permission changes the library and not one digit. Both add in float32.
+float32: torch multiplies on a CPU with MKL, which does not use AVX-512 on AMD processors (104 GFLOP/s on a core of a
+Zen 5). oneDNN, which torch also ships, reaches 180 to 240. torch calls oneDNN for float32 only if operands may be
+rounded to bfloat16. oneDNN rounds them only on processors with matrix units (AMX). Without AMX, giving the permission
+changes the library but not the precision: both libraries accumulate in float32.
 
-On a processor without instructions for bfloat16, torch multiplies such matrices by a plain loop, a hundred times slower
-than float32 ones. There they are multiplied in float32 and the result is rounded once. So does a processor that has the
-instructions, but it adds in another order: results differ in the last bit from one kind of processor to the other.
+bfloat16: on a CPU without bfloat16 instructions, torch multiplies in a plain loop, a hundred times slower than float32.
+There this module multiplies in float32 and rounds the result once. A CPU with the instructions also accumulates in
+float32, but in another order, so results differ in the last bit between the two kinds of processor.
 
 Backends:
-    torch      torch.mm, on every device and for every dtype; also by the name of reference
+    torch      torch.mm, on every device and for every dtype; `reference` is another name for it
     onednn     float32 matrices on an AMD processor with AVX-512 and without AMX
-    float32    bfloat16 matrices on a CPU: operands made float32, multiplied, rounded once
+    float32    bfloat16 matrices on a CPU: converted to float32, multiplied, rounded once
 """
 
 import functools
@@ -32,40 +32,40 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kernels.autograd import once_differentiable, save
 from kernels.backend import resolve
 
-# Multiplications of the smallest product that oneDNN's longer set-up pays for: torch 7 µs and oneDNN 15 at 64³, 41 and
-# 30 at 128³.
+# Multiplications of the smallest product for which oneDNN's longer set-up pays off. Measured: 64³ takes torch 7 µs and
+# oneDNN 15, 128³ takes torch 41 and oneDNN 30.
 _MIN_ONEDNN_SIZE = 1 << 20
-# Values of ONEDNN_MAX_CPU_ISA under which oneDNN takes bfloat16, but has no instructions for it; below them it refuses.
+# Values of ONEDNN_MAX_CPU_ISA at which oneDNN accepts bfloat16 without using instructions for it. It refuses bfloat16
+# at lower values.
 _ISA_WITHOUT_BFLOAT16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 
 @functools.cache
-@_disable_current_modes()  # the question may come in a run on shapes alone
+@_disable_current_modes()  # the first call may be under a fake-tensor mode
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32.
 
-    So it does where it has instructions for that (on x86 AVX512-BF16 or AMX) and torch's oneDNN is allowed to use them
-    (ONEDNN_MAX_CPU_ISA).
+    True if it has the instructions (x86: AVX512-BF16 or AMX) and ONEDNN_MAX_CPU_ISA allows torch's oneDNN to use them.
     """
     mkldnn: Any = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not mkldnn._is_mkldnn_bf16_supported():
         return False
     features = torch.cpu.get_capabilities()
     if features.get("architecture") != "x86_64":
-        return True  # oneDNN's answer is that of the processor
+        return True  # here oneDNN's answer above already depends on the processor
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     allowed = limit not in _ISA_WITHOUT_BFLOAT16
     return allowed and any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """Multiply two matrices, without a gradient of its own.
+    """Multiply two matrices. Defines no gradient.
 
     Args:
         a, b: [M, K] and [K, N] of one floating dtype, any strides.
-        out: [M, N] in their dtype, to be written; None for a new one.
+        out: [M, N] in their dtype, the tensor to write; None allocates one.
         backend: "auto" or one of the module's backends; "auto" takes torch for small products in float32.
 
     Returns:
@@ -83,11 +83,11 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None, backend: str = "a
 
 
 def batched_matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
-    """Multiply every pair of matrices, without a gradient of its own.
+    """Multiply every pair of matrices. Defines no gradient.
 
     Args:
         a, b: [X, M, K] and [X, K, N] of one floating dtype, any strides.
-        backend: as in `matmul`, for each product.
+        backend: as in `matmul`; "small" refers to a single product.
 
     Returns:
         [X, M, N] in their dtype.
@@ -103,12 +103,12 @@ def batched_matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` as torch has it."""
+    """`linear` by torch.nn.functional.linear."""
     return F.linear(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Project x · weightᵀ + bias, differentiable.
+    """Compute x · weightᵀ + bias, differentiable.
 
     Args:
         x: [..., K], floating.
@@ -127,7 +127,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 def _choose(x: Tensor, backend: str, size: int) -> str:
-    """The backend, torch, onednn or float32, for a product of `size` multiplications."""
+    """Choose torch, onednn or float32 for a product of `size` multiplications."""
     available: tuple[str, ...] = ("torch", "reference")
     if x.is_cpu and x.dtype == torch.bfloat16:
         available = (*available, "float32") if multiplies_bfloat16() else ("float32", *available)
@@ -156,24 +156,24 @@ def _float32_precision(allowed: str) -> Iterator[None]:
 
 
 def through_onednn() -> AbstractContextManager[None]:
-    """In here torch multiplies float32 matrices on the CPU through oneDNN."""
+    """Context in which torch multiplies float32 matrices on the CPU with oneDNN."""
     return _float32_precision("bf16")
 
 
 def through_mkl() -> AbstractContextManager[None]:
-    """In here torch multiplies float32 matrices on the CPU as it does by default: for batches of tiny products."""
+    """Context in which torch multiplies float32 matrices on the CPU with MKL, its default; for many tiny products."""
     return _float32_precision("ieee")
 
 
 def fastest_products(x: Tensor) -> AbstractContextManager[None]:
-    """In here torch multiplies float32 matrices by what `matmul` would choose for large ones on x's device."""
+    """Context in which torch uses the library that `matmul` chooses for large float32 matrices on x's device."""
     if x.is_cpu and _onednn_is_faster() and resolve("matmul", "auto", ("onednn", "torch", "reference")) == "onednn":
         return through_onednn()
     return nullcontext()
 
 
 def with_fastest_products(backward: _Backward) -> _Backward:
-    """An autograd Function's backward, `fastest_products` of its first gradient around it."""
+    """Decorate an autograd Function's backward to run within `fastest_products` of its first gradient."""
 
     @functools.wraps(backward)
     def call(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
@@ -185,7 +185,7 @@ def with_fastest_products(backward: _Backward) -> _Backward:
 
 @functools.cache
 def _onednn_is_faster() -> bool:
-    """An AMD processor with AVX-512 under Linux on which oneDNN keeps float32's digits."""
+    """Whether this is an AMD processor with AVX-512, under Linux, on which oneDNN keeps float32 precision."""
     cpu_info = Path("/proc/cpuinfo")
     return (
         cpu_info.is_file()
@@ -198,9 +198,9 @@ def _onednn_is_faster() -> bool:
     )
 
 
-@_disable_current_modes()  # the question may come in a run on shapes alone, or while operations are counted
+@_disable_current_modes()  # the first call may be under a fake-tensor mode or an operation counter
 def _keeps_digits() -> bool:
-    """Whether a product through oneDNN is a float32 one: it has the last word over what is known of the processor."""
+    """Whether oneDNN's product has float32 precision. Measured, because the processor's features are not proof."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(128, 128, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
@@ -210,11 +210,11 @@ def _keeps_digits() -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` by onednn or in float32, and its gradients dx = g · W, dW = gᵀ · x, db = sum(g)."""
+    """`linear` by the onednn or float32 backend, with gradients dx = g · W, dW = gᵀ · x, db = sum(g)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, choice: str) -> Tensor:
-        # As they are: what is kept for the backward is the same on every processor.
+        # Save the unconverted tensors, so that every processor keeps the same bytes for backward.
         save(ctx, activations=(x,), weights=(weight,))
         ctx.choice = choice
         if choice == "float32":
@@ -229,7 +229,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         g_MN, x_MK, w_NK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), weight
         backend = ctx.choice
-        if backend == "float32":  # the gradient, which both products take, is converted once
+        if backend == "float32":  # convert the gradient once for both products
             g_MN, x_MK, w_NK, backend = g_MN.float(), x_MK.float(), w_NK.float(), "auto"
         return (
             matmul(g_MN, w_NK, backend=backend).to(x.dtype).view(x.shape) if needs_x else None,

@@ -1,14 +1,14 @@
 """Normalisation over the last dimension: RMSNorm, RMSNorm times a gate, and the l2 norm of queries and keys.
 
     rms_norm(x)       = x · (mean(x²) + eps)^(-1/2) · weight     Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4
-    gated_rms_norm(x) = rms_norm(x) · act(gate)                  the output norm of gated linear attention
+    gated_rms_norm(x) = rms_norm(x) · act(gate)                  output norm of gated linear attention
     l2_norm(x)        = x · (sum(x²) + eps)^(-1/2)
 
-With n = x · rstd and g the gradient that reaches n, all three share one backward:
+With n = x · rstd and g the gradient of n, all three share one backward:
 
     dx = rstd · (g − n · mean(g · n))          (the sum, not the mean, for l2_norm)
 
-Statistics are float32 (float64 for float64 inputs). Each Function saves its inputs and one number a row.
+Statistics are float32 (float64 for float64 inputs). Each Function saves its inputs and one number per row.
 """
 
 from typing import Any, Literal
@@ -24,8 +24,8 @@ from kernels.triton import LARGEST_ROW, implementations
 
 Activation = Literal["silu", "sigmoid"]
 
-# Elements per block of rows on the CPU: few enough for a block's temporaries to stay in the cache and their memory to
-# be used again, enough to hide the calls. Measured on a Zen 5: a quarter or eight times as many cost 10 to 40 %.
+# Elements per block of rows on the CPU: few enough that a block's temporaries stay in the cache and reuse their memory,
+# enough to hide the cost of the calls. Measured on a Zen 5: a quarter or eight times as many cost 10 to 40 %.
 _BLOCK_ELEMENTS = 1 << 18
 
 _BACKENDS = ("torch", "reference")
@@ -55,7 +55,7 @@ def l2_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
-    """X · (mean(x²) + eps)^(-1/2) · weight over the last dimension.
+    """Compute x · (mean(x²) + eps)^(-1/2) · weight over the last dimension.
 
     Args:
         x: [..., D], floating.
@@ -74,7 +74,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     if choice == "reference":
         return rms_norm_reference(x, weight, eps)
     if choice == "triton":
-        from kernels.triton import norms  # here, for machines without triton
+        from kernels.triton import norms  # lazily: not every machine has Triton
 
         return norms.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
@@ -83,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu", *, backend: str = "auto"
 ) -> Tensor:
-    """rms_norm(x, weight, eps) · activation(gate).
+    """Compute rms_norm(x, weight, eps) · activation(gate).
 
     Args:
         x, gate: [..., D], the same shape, floating.
@@ -115,7 +115,7 @@ def gated_rms_norm(
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
-    """X · (sum(x²) + eps)^(-1/2) over the last dimension.
+    """Compute x · (sum(x²) + eps)^(-1/2) over the last dimension.
 
     Args:
         x: [..., K], floating.
@@ -155,24 +155,24 @@ def _check_floating(op: str, x: Tensor) -> None:
 
 
 def _widen(x: Tensor) -> Tensor:
-    """X in the dtype of the arithmetic: float32, or float64 if x has it."""
+    """Convert x to the dtype of the arithmetic: float64 for float64, float32 for all others."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """X as a matrix of its last dimension's rows."""
+    """Reshape x [..., D] to [N, D]."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _inverse_norm(x_ND: Tensor, eps: float, divisor: int) -> Tensor:
-    """(sum(x²) / divisor + eps)^(-1/2) for each row, [N, 1], in the dtype of the arithmetic."""
+    """Compute (sum(x²) / divisor + eps)^(-1/2) of each row, [N, 1], in the dtype of the arithmetic."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True, dtype=wide)
     return norm_N1.square_().div_(divisor).add_(eps).rsqrt_()
 
 
 def _block_rows(x: Tensor) -> int:
-    """Rows per block; one block where there is no CPU cache to keep them in."""
+    """Return the rows per block: as many as fit a CPU's cache; all on a GPU."""
     rows = x.numel() // x.shape[-1]
     return max(1, min(rows, block_limit(_BLOCK_ELEMENTS) // x.shape[-1]) if x.is_cpu else rows)
 
@@ -208,7 +208,7 @@ class _RMSNorm(torch.autograd.Function):
             wide, wide_grad = _widen(block), _widen(grad_block)
             product = wide * wide_grad
             grad_weight.addmv_(product.T, rstd[:, 0])
-            # rstd · mean(g · n) · n of the module's formula, as a factor of x.
+            # The term rstd · mean(g · n) · n of the module docstring's formula, as a factor of x.
             factor = torch.mv(product, scale)[:, None].mul_(rstd.pow(3)).div_(x.shape[-1])
             block_grad = torch.mul(wide_grad, scale, out=out if out.dtype == scale.dtype else product)
             block_grad.mul_(rstd).addcmul_(wide, factor, value=-1)
@@ -258,7 +258,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 
 def _gate_terms(gate: Tensor, grad_act: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """act(gate) and the gradient of gate, given the gradient of act(gate)."""
+    """Return act(gate) and the gradient of gate, given the gradient of act(gate)."""
     if activation == "silu":
         return F.silu(gate), torch.ops.aten.silu_backward(grad_act, gate)
     act = gate.sigmoid()

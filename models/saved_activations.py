@@ -1,16 +1,21 @@
-"""What backward keeps of a block: one policy, by block and module, and the saved-tensor hooks that carry it out.
+"""The tensors kept for backward: a policy per block and module, and the saved-tensor hooks that implement it.
 
-Of a module of a block, backward keeps what autograd saves (KEEP), or what enters it, and runs it again (RECOMPUTE,
-arXiv 1604.06174), or what autograd saves with its activations stored by a codec (COMPRESS, arXiv 2111.11124). A
-mixer and a feed-forward are recomputed each with the norm before it: the norm costs next to nothing, and alone it would
-save nothing, for what it gives is kept by the projections that follow. Collectives inside what is recomputed run again,
-too, and before the collectives of its backward, on every rank alike.
+Each module of a block has one of three settings:
 
-No random state is kept: nothing in a block draws random numbers (there is no dropout), and reading the generators'
-state would cost a copy to the host for every region. What a router's noise is drawn from are the tokens themselves.
+    KEEP       keep the tensors that autograd saves
+    RECOMPUTE  keep the module's inputs only, and run its forward again in backward (arXiv 1604.06174)
+    COMPRESS   keep the tensors that autograd saves, with activations encoded by a codec (arXiv 2111.11124)
 
-torch calls the innermost saved-tensor hooks alone. Those of here (`hooks`) hand what they keep to the ones around them:
-recomputation, compression and a count of bytes work in any nesting, and each sees what the ones within it left.
+A mixer or a feed-forward is recomputed together with the norm before it. Recomputing the norm costs almost nothing, but
+recomputing it alone would save nothing, because the projections after it keep its output. Collectives in a recomputed
+module run again too, on every rank, before the collectives of the module's backward.
+
+No random state is saved. Nothing in a block draws from a random generator: there is no dropout, and a router's noise is
+a function of the tokens. Reading the generators' state would cost a copy to the host per recomputed region.
+
+torch calls only the innermost saved-tensor hooks. The hooks of this module (`hooks`) pass the tensors they keep to the
+hooks around them. Recomputation, compression and a count of bytes therefore nest in any order, and each sees the
+tensors left by the hooks inside it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,16 +36,16 @@ from kernels.autograd import Role, name, role_of
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
-# Which run of a region that is recomputed this is, 1 or 2; 0 outside of one.
+# 1 in the first run of a recomputed region, 2 in the second, 0 outside of any region.
 _RUN = ContextVar("run", default=0)
 
 
 class Kept(NamedTuple):
-    """What is kept in the place of a tensor.
+    """The stored form of a saved tensor.
 
     Attributes:
-        tensors: From forward to backward.
-        restore: Gives the tensor from them, without a gradient of its own.
+        tensors: The tensors kept from forward to backward.
+        restore: Computes the saved tensor from `tensors`, without a gradient.
     """
 
     tensors: tuple[Tensor, ...]
@@ -48,11 +53,11 @@ class Kept(NamedTuple):
 
 
 Codec = Callable[[Tensor], Kept]
-"""Stores an activation in fewer bytes. It must not keep the activation itself, nor depend on anything random."""
+"""Encodes an activation in fewer bytes. It must not keep the activation itself, and must not be random."""
 
 
 def as_it_is(x: Tensor) -> Kept:
-    """Keep a tensor itself."""
+    """Keep the tensor itself."""
     return Kept((x,), _same)
 
 
@@ -61,15 +66,15 @@ def _same(x: Tensor) -> Tensor:
 
 
 def bfloat16(x: Tensor) -> Kept:
-    """The codec that keeps float32 activations as bfloat16, half the bytes, eight bits of mantissa; others as they are.
+    """Codec that stores float32 activations as bfloat16 (half the bytes, 8 significant bits) and others unchanged.
 
-    What forward computes does not change; gradients are those of the rounded activations.
+    The forward's results do not change. Gradients are computed from the rounded activations.
     """
     return Kept((x.to(torch.bfloat16),), torch.Tensor.float) if x.dtype == torch.float32 else as_it_is(x)
 
 
 class Saving(Enum):
-    """What backward keeps of a module: everything, what enters it, or everything with activations compressed."""
+    """What a module keeps for backward: everything, only its inputs, or everything with compressed activations."""
 
     KEEP = "keep"
     RECOMPUTE = "recompute"
@@ -82,17 +87,17 @@ Part = Literal["block", "mixer", "ffn", "moe_activation", "moe_experts"]
 
 @dataclass(frozen=True)
 class BlockPolicy:
-    """What one block keeps. Within what runs again as a whole, what is said of its modules means nothing.
+    """The settings of one block. Inside a recomputed module, the settings of its submodules have no effect.
 
     Attributes:
-        block: Of the whole block.
-        mixer: Of the mixer and the norm before it.
-        ffn: Of the feed-forward, dense or of experts, and the norm before it.
-        moe_activation: Of a mixture of experts' router, and of the activation between the experts' products.
-        moe_experts: Of routed and shared experts, without the exchange of tokens.
-        recompute_above: A routed expert with more than this times the mean number of rows, over a rank's own experts,
-            is recomputed by itself; None: none is.
-        codec: Of the modules to compress.
+        block: The whole block.
+        mixer: The mixer and the norm before it.
+        ffn: The feed-forward, dense or MoE, and the norm before it.
+        moe_activation: The router of an MoE layer, and the activation between the experts' matrix products.
+        moe_experts: The routed and shared experts, without the token exchange.
+        recompute_above: A routed expert whose number of rows exceeds this multiple of the mean over the rank's experts
+            is recomputed on its own. None recomputes no single expert.
+        codec: Codec of the compressed modules.
     """
 
     block: Saving = KEEP
@@ -105,12 +110,12 @@ class BlockPolicy:
 
     @classmethod
     def of_config(cls, recompute: str, modules: Sequence[str] | None, recompute_above: float | None) -> "BlockPolicy":
-        """The policy of train.recompute, train.recompute_modules and model.moe.recompute_above.
+        """Build the policy from train.recompute, train.recompute_modules and model.moe.recompute_above.
 
         Raises:
-            ValueError: a choice or a module that a block does not have.
+            ValueError: `recompute` or one of `modules` is unknown.
         """
-        # Measured on the study's 340M shapes: see docs/parallelism.md.
+        # The default of "selective" was measured on the study's 340M shapes, see docs/parallelism.md.
         choices = {"none": (), "selective": modules or ("mixer",), "full": ("block",)}
         if recompute not in choices:
             raise ValueError(f"train.recompute={recompute} is unknown; use one of {', '.join(choices)}")
@@ -121,18 +126,18 @@ class BlockPolicy:
         return cls(recompute_above=recompute_above, **parts)
 
     def _saving(self, part: Part) -> Saving:
-        """What is to be done now: nothing without a backward, nor in what runs again as a whole."""
+        """Return the part's setting; KEEP if gradients are disabled or an enclosing region is recomputed."""
         wanted: Saving = getattr(self, part)
         return wanted if torch.is_grad_enabled() and not _RUN.get() else KEEP
 
     @property
     def busy_experts_above(self) -> float | None:
-        """`recompute_above`, where there is a backward and experts are not all recomputed anyway."""
+        """`recompute_above`; None if gradients are disabled or all experts are recomputed anyway."""
         idle = not torch.is_grad_enabled() or _RUN.get() or self.moe_experts is RECOMPUTE
         return None if idle else self.recompute_above
 
     def run(self, part: Part, function: Callable[[*Ts], R], *args: *Ts) -> R:
-        """What `function`, this part of the block, gives; with gradients asked for, keeping what the policy says."""
+        """Run `function`, the given part of the block, under the policy's setting, and return its result."""
         saving = self._saving(part)
         if saving is RECOMPUTE:
             return run_region(function, *args)
@@ -146,10 +151,10 @@ class BlockPolicy:
         inputs: Sequence[Tensor],
         product: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """product(second(*first(*inputs))), the experts' moe_activation around its two steps.
+        """Compute product(second(*first(*inputs))), with the setting of moe_activation applied to first and second.
 
-        Recomputed, the second step's result is kept by what the first gave. As a region of the activation and the
-        product after it, the product would run again, too.
+        If it is RECOMPUTE, backward keeps the results of `first` and runs `second` again. A recomputed region of the
+        activation and the product would run the product again too.
         """
         saving = self._saving("moe_activation")
         with compressing(self.codec) if saving is COMPRESS else nullcontext():
@@ -166,23 +171,23 @@ EVERYTHING = BlockPolicy()
 
 @dataclass(frozen=True)
 class Policy:
-    """What every block of a model keeps.
+    """The settings of every block of a model.
 
     Attributes:
-        everywhere: Of all blocks.
-        blocks: Of some of them, by their numbers in the whole model, in its place.
+        everywhere: The default.
+        blocks: Exceptions, by block number in the whole model.
     """
 
     everywhere: BlockPolicy = EVERYTHING
     blocks: Mapping[int, BlockPolicy] = field(default_factory=dict)
 
     def of(self, layer: int) -> BlockPolicy:
-        """What the block of a layer keeps."""
+        """Return the settings of the block of a layer."""
         return self.blocks.get(layer, self.everywhere)
 
 
 def is_recomputing() -> bool:
-    """Whether a region runs for the second time: what is counted in the first must not be counted again."""
+    """Whether a region is in its second run. Counters must skip that run, because the first was counted."""
     return _RUN.get() == 2
 
 
@@ -200,25 +205,25 @@ def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[No
 
 
 def run_region(function: Callable[[*Ts], R], *args: *Ts) -> R:
-    """What `function` gives; with gradients asked for, it runs again in backward, and only its arguments are kept.
+    """Return function(*args). If gradients are enabled, keep only the arguments and run it again in backward.
 
-    The second run ends with the last tensor that backward needs, which enters the last matrix product of the region;
-    the sum over tensor-parallel ranks that follows the product is not taken again, on any of them. Where mixers run
-    side by side, their sums are, for the norms that follow keep them.
+    The second run stops at the last tensor that backward needs: the input of the region's last matrix product. The
+    tensor-parallel all-reduce after that product does not run again, on any rank. With parallel mixer branches the
+    branches' all-reduces do run again, because the norms after them keep the results.
     """
     if not torch.is_grad_enabled():
         return function(*args)
-    # Not to be compressed: on rounded tokens a router might choose other experts.
+    # A statistic is never compressed: from rounded tokens a router might choose other experts.
     name((x, Role.STATISTIC) for x in args if isinstance(x, Tensor))
     output: R = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
     return output
 
 
 def hooks(keep: Callable[[Tensor], Kept]) -> AbstractContextManager[None]:
-    """In here backward keeps of a tensor what `keep` says; what that is goes to the hooks around these, if any."""
-    # The only way to the hooks around: torch itself calls the innermost alone.
+    """Context in which saved tensors are stored as `keep` returns them, and passed to the enclosing hooks, if any."""
+    # torch calls only the innermost hooks, so the enclosing ones are looked up and called here.
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    # What a node gives, kept as it is, would hold the node that holds it.
+    # Detach: a node that keeps its own output would otherwise form a reference cycle with it.
     outer_pack, outer_unpack = (Tensor.detach, _same) if outer is None else outer
 
     def pack(x: Tensor) -> tuple[list[Any], Callable[..., Tensor]]:
@@ -235,10 +240,10 @@ def hooks(keep: Callable[[Tensor], Kept]) -> AbstractContextManager[None]:
 
 @contextmanager
 def compressing(codec: Codec) -> Iterator[None]:
-    """In here backward keeps activations (kernels.autograd.Role) by `codec`, and everything else as it is.
+    """Context in which saved activations (`kernels.autograd.Role`) are encoded by `codec`, and other tensors kept.
 
-    What several operations save, or views of it, is compressed once; in a region that is recomputed, whose activations
-    are dropped at once or read at once, nothing is.
+    A tensor that several operations save, directly or as a view, is encoded once. Inside a recomputed region nothing is
+    encoded, because its activations are dropped, or read in backward, immediately.
     """
     if _RUN.get():
         yield
@@ -247,14 +252,14 @@ def compressing(codec: Codec) -> Iterator[None]:
 
     def keep(x: Tensor) -> Kept:
         repeats = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
-        # Of what is expanded, compressing would write every copy.
+        # Encoding an expanded tensor would write out every copy.
         if repeats or role_of(x) is not Role.ACTIVATION:
             return as_it_is(x)
         storage, contiguous = x.untyped_storage(), x.is_contiguous()
         layout = (x.numel(),) if contiguous else (x.shape, x.stride())
         key = storage._cdata, x.storage_offset(), x._version, x.dtype, *layout
         if key not in once:
-            # A weak reference keeps the address from coming again.
+            # The weak reference prevents the address from being reused for another storage.
             once[key] = StorageWeakRef(storage), codec(x)
         kept = once[key][1]
         return Kept(kept.tensors, partial(_reshaped, kept.restore, x.shape)) if contiguous else kept
@@ -273,8 +278,8 @@ def _reshaped(restore: Callable[..., Tensor], shape: torch.Size, *tensors: Tenso
 def _keeping_by_recipe(
     x: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> AbstractContextManager[None]:
-    """In here backward keeps x = function(*inputs) by the inputs, and everything else as it is."""
-    # By the storage's address alone, so that the hooks do not keep the tensor.
+    """Context in which x = function(*inputs) is kept as its inputs and recomputed, and other tensors are kept."""
+    # Compare addresses: a reference to the tensor would keep its memory.
     address = x.untyped_storage()._cdata
 
     def keep(saved: Tensor) -> Kept:

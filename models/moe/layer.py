@@ -1,7 +1,7 @@
 """The mixture-of-experts feed-forward: routed and shared experts (axes: N tokens, E experts, O outputs, D inputs).
 
-y = sum over the kept experts e of gate_e(x) FFN_e(x), plus FFN_shared(x) (arXiv 1701.06538, 2401.06066). Nothing has a
-size of tokens times experts times width: rows are gathered by expert, multiplied group by group, and added up.
+y = sum over the chosen experts e of gate_e(x) FFN_e(x), plus FFN_shared(x) (arXiv 1701.06538, 2401.06066). No tensor
+has N * E * D elements: rows are gathered by expert, multiplied group by group, and summed per token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,8 @@ from models.parallel import (
 from models.parameters import Groups, Module, Placement, normal
 from models.saved_activations import EVERYTHING, BlockPolicy, run_region
 
-# Each activation in two steps: what its own backward keeps of the first is enough to compute the second again.
+# Each activation is split in two steps. The first step's results are all that the activation's backward saves, and the
+# second step can be recomputed from them.
 _GATED: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]] = {
     "swiglu": (lambda gate, up: (gate, up), swiglu),
     "geglu": (lambda gate, up: (F.gelu(gate), up), torch.mul),
@@ -41,7 +42,7 @@ _PLAIN: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]
 
 
 class ExpertLinear(Module):
-    """One linear layer for each expert. Weight [E, O, D]; expert-parallel ranks have consecutive experts of it."""
+    """One linear layer per expert. Weight [E, O, D]; each expert-parallel rank holds a consecutive range of experts."""
 
     placements: ClassVar[Mapping[str, Placement]] = {"weight": Placement(normal, expert=True)}
 
@@ -50,18 +51,18 @@ class ExpertLinear(Module):
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
 
     def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-        """Multiply the rows, of which each expert has so many one after the other: [N, D] to [N, O]."""
+        """Multiply each row by its expert's weight: [N, D] to [N, O]. Rows are sorted by expert."""
         return grouped_linear(rows_ND, self.weight, tokens_per_expert_E)
 
 
 class ExpertRowLinear(ExpertLinear):
-    """ExpertLinear that writes into the residual stream."""
+    """An ExpertLinear whose output is added to the residual stream."""
 
     placements: ClassVar = {"weight": Placement(normal, expert=True, writes_residual=True)}
 
 
 class Experts(Module):
-    """The routed experts that this rank has."""
+    """The routed experts of this rank."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Experts(Module):
         self.down_proj = ExpertRowLinear(experts, d_ffn, d_model)
 
     def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor, policy: BlockPolicy = EVERYTHING) -> Tensor:
-        """Transform the rows, sorted by expert."""
+        """Transform the rows [N, D], sorted by expert. tokens_per_expert [E] counts each expert's rows."""
         up = self.up_proj(rows_ND, tokens_per_expert_E)
         gate = None if self.gate_proj is None else self.gate_proj(rows_ND, tokens_per_expert_E)
         down = partial(self.down_proj, tokens_per_expert_E=tokens_per_expert_E)
@@ -80,7 +81,7 @@ class Experts(Module):
 
 
 class SharedExperts(Module):
-    """The experts that every token goes to, as one feed-forward of their width together; sharded as a dense one is."""
+    """The experts that every token visits, as one feed-forward of their total width, sharded like a dense one."""
 
     in_region: ClassVar = True
 
@@ -100,17 +101,17 @@ class SharedExperts(Module):
 
 
 Exchange = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor], Groups], Tensor]
-"""Of tokens [N, D], gates [N, E] and what runs the experts' rows: what the tokens get, [N, D]."""
+"""Maps tokens [N, D], gates [N, E], a function that runs the experts, and process groups to the output [N, D]."""
 
 
 class MoELayer(Module):
     """Routed and shared experts in place of a feed-forward.
 
     Attributes:
-        policy: What the block keeps for backward. Of it this layer heeds moe_activation, moe_experts and
-            recompute_above; the block, what contains all of it.
-        exchange: Takes tokens to experts and back in place of `apply_experts`, where there are no values to route by
-            (trainer.planning.experts).
+        policy: The block's settings for tensors kept for backward. This layer applies moe_activation, moe_experts and
+            recompute_above; the block applies the settings that enclose the whole layer.
+        exchange: Replaces `apply_experts` in a run on shapes alone, which has no values to route by
+            (trainer.planning.experts). None otherwise.
     """
 
     policy: BlockPolicy = EVERYTHING
@@ -126,15 +127,15 @@ class MoELayer(Module):
 
     @property
     def dispatcher(self) -> Any:
-        """The exchange of tokens between the ranks that share the experts; None where one rank has them all."""
+        """Exchanges tokens between expert-parallel ranks. None if one rank holds all experts."""
         if self._dispatcher is None and self.groups.expert is not None:
             self._dispatcher = token_dispatcher(self.config.num_experts, self.groups.expert)
         return self._dispatcher
 
     def forward(self, x: Tensor, token_keys: Tensor | None = None) -> Tensor:
-        """Transform the residual stream x [T, B, D], with sequence parallelism this rank's part of it.
+        """Transform the residual stream x [T, B, D]. With sequence parallelism x is this rank's shard of it.
 
-        token_keys, int64 [T, B], tell the tokens apart for the router's noise.
+        token_keys, int64 [T, B], identify tokens for the router's noise.
         """
         routing = self.policy.run("moe_activation", self.router, x, token_keys)
         tokens_ND = x.flatten(0, 1)
@@ -155,9 +156,9 @@ class MoELayer(Module):
     def _apply_with_copies(
         self, x_ND: Tensor, gates_NE: Tensor, routing_map_NE: Tensor, copied: Sequence[int]
     ) -> Tensor:
-        """`apply_experts`, but tokens of the experts that every rank gets a copy of stay where they are.
+        """`apply_experts`, except that tokens for the replicated experts `copied` stay on their rank.
 
-        A rank without such tokens takes part all the same: the others wait for its share of the gradients, zeros.
+        A rank without such tokens takes part too: the other ranks wait for its gradients of the copies, which are zero.
         """
         weights = {
             name: replicate_experts(weight, copied, self.groups) for name, weight in self.experts.named_parameters()
@@ -198,17 +199,20 @@ class MoELayer(Module):
             return self._run(experts, rows_ND, tokens_per_expert_E)
         kept = self._run(experts, rows_ND.index_select(0, others_N), tokens_per_expert_E * ~busy_E)
         again = run_region(experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E)
-        # Not by index_copy, which would keep what it copies.
+        # index_copy would save its source for backward.
         return torch.cat([kept, again]).index_select(0, torch.cat([others_N, busy_N]).argsort())
 
 
 def find_busy(
     tokens_per_expert_E: Tensor, rows: int, above: float, mean: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which experts have more than `above` times the `mean` of rows, bool [E]; the places of their rows, and of others.
+    """Find the experts with more than `above` times `mean` rows.
 
-    Together the places are those of all `rows`, ascending on each side. Without values, as in a plan, all experts have
-    the mean: either all are busy, or none is.
+    Without values (in a run on shapes alone) every expert is assumed to have the mean: all are busy, or none is.
+
+    Returns:
+        Whether each expert is busy, bool [E]; the indices of the busy experts' rows, and of the other rows. Both lists
+        are ascending, and together they hold all `rows`.
     """
     if not has_values():
         busy = rows if above < 1 else 0
@@ -221,7 +225,7 @@ def find_busy(
 def _activate_and_project(
     policy: BlockPolicy, activation: str, gate: Tensor | None, up: Tensor, down: Callable[..., Tensor]
 ) -> Tensor:
-    """down(activation), of which the policy says what is kept."""
+    """Compute down(activation(gate, up)). The policy decides which tensors are kept for backward."""
     if gate is None:
         return policy.run_product(*_PLAIN[activation], (up,), down)
     return policy.run_product(*_GATED[activation], (gate, up), down)
