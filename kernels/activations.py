@@ -37,7 +37,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
         raise ValueError(
-            f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must agree, and float"
+            f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must have the same "
+            "shape and floating dtype"
         )
     choice = resolve("swiglu", backend, implementations(_BACKENDS, gate, up))
     if choice == "reference":
@@ -91,7 +92,7 @@ def _forward_rows(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 def _backward_rows(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor) -> None:
-    """Write both gradients in place: d up = g silu(gate), d gate = g up silu'(gate)."""
+    """Write both gradients to grad_gate and grad_up: d up = g silu(gate), d gate = g up silu'(gate)."""
     rows = _block_rows(gate_NF)
     tensors = (grad_NF, gate_NF, up_NF, grad_gate_NF, grad_up_NF)
     for grad, gate, up, grad_gate, grad_up in zip(*(tensor.split(rows) for tensor in tensors)):

@@ -18,8 +18,8 @@ from torch import Tensor
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
 _REFUSED = (
-    "second derivatives: an operation of kernels/ has only first ones here, for its backward is written by hand; "
-    "backend='reference', of operations that have it, gives every one"
+    "second derivatives: the kernels' hand-written backwards have only first ones; use backend='reference' where there "
+    "is one"
 )
 
 

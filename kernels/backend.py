@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the argument, then the environment, then the first that is available."""
+"""Choice of an operation's implementation: by argument, else by the environment, else the first available one."""
 
 import logging
 import os
@@ -15,17 +15,17 @@ def resolve(op: str, backend: str, available: Sequence[str]) -> str:
 
     Args:
         op: the operation's public name, such as "attention".
-        backend: the caller's wish; "auto" leaves the choice to the environment and then to `available`.
-        available: the implementations that can run on these inputs, the preferred one first.
+        backend: the caller's choice; "auto" leaves it to the environment, then to `available`.
+        available: the implementations that support these inputs, the preferred one first.
 
     Returns:
         One of `available`. Each new (op, choice) is logged once, at INFO, to the logger "spiketrain".
 
     Raises:
-        ValueError: the argument or SPIKETRAIN_BACKEND asks for something that is not in `available`.
+        ValueError: the argument or SPIKETRAIN_BACKEND names an implementation that is not in `available`.
 
-    SPIKETRAIN_BACKEND holds one name for every operation ("reference") or a list by operation
-    ("gla=reference,attention=sdpa"); the two mix, and an entry for the operation beats the general one.
+    SPIKETRAIN_BACKEND holds one name for all operations ("reference"), a list by operation
+    ("gla=reference,attention=sdpa"), or both. An entry for the operation overrides the general one.
     """
     choice, origin = backend, "argument backend"
     if choice == "auto":
@@ -44,7 +44,7 @@ def resolve(op: str, backend: str, available: Sequence[str]) -> str:
 
 
 def _from_environment(op: str) -> str:
-    """The name that SPIKETRAIN_BACKEND gives `op`, "auto" where it gives none."""
+    """Return the name in SPIKETRAIN_BACKEND for `op`; "auto" if there is none."""
     general = "auto"
     for entry in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
         name, equals, value = (part.strip() for part in entry.partition("="))

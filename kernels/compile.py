@@ -1,18 +1,19 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and report what it takes of one.
+"""Compile every Triton kernel ahead of time, without a GPU, and report the GPU resources it uses.
 
     python -m kernels.compile --all
     python -m kernels.compile --target sm_90 --target gfx942 --head-dim 128 --dtype bf16 --json kernels.json
     python -m kernels.compile --target sm_90 --kernel gla.scan
     python -m kernels.compile --peer fla
 
-Each module in kernels/triton/ that has `specs(target, head_dim, dtype)` names its kernels as it would launch them. The
-table has, for each: registers of a thread, bytes spilled to memory, shared memory beside the target's limit, matrix
-instructions, and the bytes and FLOPs of the stated problem. The numbers come from the machine code: NVIDIA's through
-cuobjdump, AMD's from the assembly's own notes. `--peer fla` does the same with flash-linear-attention's kernels, as far
-as it can be compared (see kernels/compile_fla.py).
+`specs(target, head_dim, dtype)` of a module in kernels/triton/ lists its kernels with the arguments of their launches.
+The table shows for each kernel: registers per thread, bytes spilled to memory, shared memory and the target's limit,
+matrix instructions, and the bytes and FLOPs of the stated problem. Resources are read from the compiled code: NVIDIA's
+by cuobjdump, AMD's from metadata in the assembly. `--peer fla` does the same with the comparable kernels of
+flash-linear-attention (see kernels/compile_fla.py).
 
-Exit codes: 0; 1 if a kernel does not compile, spills, wants more shared memory than there is, or multiplies matrices
-without a matrix instruction (a peer's are reported only); 2 for wrong arguments or a machine that cannot compile.
+Exit codes: 0; 1 if a kernel does not compile, spills, needs more shared memory than the target has, or multiplies
+matrices without a matrix instruction (a peer's kernels never cause 1); 2 for wrong arguments or a machine that cannot
+compile.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -47,7 +48,7 @@ PEERS = ("fla",)
 
 @dataclass(frozen=True)
 class Report:
-    """One kernel for one target. `error` is the compiler's last line if it failed; the resources are then 0."""
+    """One kernel for one target. If it does not compile, `error` is the compiler's last line, and resources are 0."""
 
     target: str
     head_dim: int
@@ -67,7 +68,7 @@ class Report:
     error: str = ""
 
     def problems(self) -> list[str]:
-        """What makes the kernel unfit for the target."""
+        """Return the reasons why the kernel is unfit for the target; empty if it is fit."""
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
@@ -81,18 +82,18 @@ class Report:
 
 
 def kernel_modules() -> list[str]:
-    """The names of the modules in kernels/triton/ that have `specs`."""
+    """Return the names of the modules in kernels/triton/ that define `specs`."""
     package = import_module("kernels.triton")
     names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
     return [name for name in names if hasattr(import_module(f"kernels.triton.{name}"), "specs")]
 
 
 def compile_spec(module: str, spec: Any, target: str, head_dim: int, dtype: str, error: str = "") -> Report:
-    """Compile one `KernelSpec` and read its resources; never raises for what the compiler says.
+    """Compile one `KernelSpec` and read its resources. A compiler error is reported, not raised.
 
-    With `error`, it is known not to compile, and this only reports it.
+    A given `error` is reported without compiling.
     """
-    from kernels.triton.launch import SHARED_BYTES  # here: --help and wrong arguments need no triton
+    from kernels.triton.launch import SHARED_BYTES  # lazily: --help and wrong arguments need no Triton
 
     if error:
         found = dict(NO_RESOURCES)
@@ -124,12 +125,12 @@ def _compile(spec: Any, target: str) -> Any:
     unknown = [name for name in (*spec.signature, *spec.constexprs) if name not in spec.fn.arg_names]
     missing = [name for name in spec.fn.arg_names if name not in spec.signature and name not in spec.constexprs]
     if unknown or missing:
-        raise ValueError(f"its specification lacks {missing} and has {unknown}, which the kernel does not take")
+        raise ValueError(f"the specification lacks the arguments {missing} and has the unknown arguments {unknown}")
     signature, attributes = {}, {}
     for index, name in enumerate(spec.fn.arg_names):
         kind, _, multiple = spec.signature.get(name, "constexpr").partition(":")
         signature[name] = kind
-        # What a launch finds out about its arguments: the allocator aligns pointers to more than 16 bytes.
+        # A launch would detect these divisibilities. torch's allocator aligns pointers to more than 16 bytes.
         if kind.startswith("*") or multiple == "16":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.fn, signature, dict(spec.constexprs), attributes)
@@ -140,7 +141,7 @@ Task = tuple[str, int, str, int, str]
 
 
 def _tasks(targets: list[str], head_dims: list[int], dtypes: list[str], name: str) -> list[Task]:
-    """(module, place in its `specs`, target, head_dim, dtype) of all that `name` is a part of."""
+    """Return (module, index in its `specs`, target, head_dim, dtype) of the kernels with `name` in their name."""
     modules = kernel_modules()
     return [
         (module, index, target, head_dim, dtype)
@@ -160,12 +161,12 @@ def _run(task: Task, error: str = "") -> Report:
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    # Processes of their own, not forks: the compiler keeps threads.
+    # Spawned, not forked: the compiler has threads, which do not survive a fork.
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _run_alone(task: Task) -> Report:
-    """`_run` in a process of its own, whose death is the kernel's fault."""
+    """`_run` in a separate process. If the process dies, the report blames this kernel."""
     with _pool(1) as pool:
         try:
             return pool.submit(_run, task).result()
@@ -174,16 +175,16 @@ def _run_alone(task: Task) -> Report:
 
 
 def compile_all(targets: list[str], head_dims: list[int], dtypes: list[str], jobs: int, name: str = "") -> list[Report]:
-    """Compile what `name` is a part of in `jobs` processes, all by default.
+    """Compile the kernels with `name` in their name (default: all) in `jobs` processes.
 
-    Progress goes to standard error, reports come in a fixed order.
+    Prints progress to standard error. The order of the reports is fixed.
     """
     tasks = _tasks(targets, head_dims, dtypes, name)
     reports: dict[Task, Report] = {}
 
     def note(task: Task, report: Report) -> None:
         reports[task] = report
-        # One line that counts on a terminal; in a file, a few.
+        # A terminal gets one updating line, a file a line per 50 kernels.
         if sys.stderr.isatty():
             print(f"\r{len(reports)}/{len(tasks)} kernels", end="", file=sys.stderr, flush=True)
         elif len(reports) % 50 == 0 or len(reports) == len(tasks):
@@ -192,7 +193,7 @@ def compile_all(targets: list[str], head_dims: list[int], dtypes: list[str], job
     with _pool(jobs) as pool:
         futures = {pool.submit(_run, task): task for task in tasks}
         for future in as_completed(futures):
-            # A compiler that aborts takes the whole pool along; what it left is done one by one, to find the culprit.
+            # A compiler that aborts breaks the whole pool. The remaining kernels then run one by one, to find which.
             if not isinstance(future.exception(), BrokenProcessPool):
                 note(futures[future], future.result())
     for task in tasks:
@@ -204,7 +205,7 @@ def compile_all(targets: list[str], head_dims: list[int], dtypes: list[str], job
 
 
 def table(reports: Iterable[Report]) -> str:
-    """The reports as lines of aligned columns."""
+    """Format the reports as aligned columns."""
     rows = [
         ["target", "K", "dtype", "kernel", "warps", "registers", "spilled", "shared/limit", "matrix", "MB", "GFLOP", ""]
     ]
@@ -224,8 +225,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--target", action="append", choices=TARGETS, help="may be given several times")
     choice.add_argument("--all", action="store_true", help="every target")
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, help="all; of a peer's kernels, 128")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="all; of a peer's kernels, bf16 only")
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, help="default: all; with --peer: 128")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all; with --peer: bf16 only")
     parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels with this in their name")
     parser.add_argument("--peer", choices=PEERS, help="another project's kernels, for sm_90 unless a target is given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports here as well")
@@ -245,12 +246,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     options = _parse(arguments)
-    # Triton 3.9 warns of a default that is going to change; this is what launches have until then.
+    # Triton 3.9 warns that this default will change. Set the current one explicitly, which launches also use.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if options.peer:
-        from kernels import compile_fla  # here: our own kernels need nothing of it
+        from kernels import compile_fla  # lazily: only --peer needs it
 
         return compile_fla.main(options)
     targets = list(TARGETS) if options.all else options.target

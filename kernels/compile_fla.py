@@ -1,14 +1,14 @@
 """Compile flash-linear-attention's Triton kernels ahead of time, as it launches them: `kernels.compile --peer fla`.
 
-FLA's public functions are called, forwards and backwards, on tensors without storage, and every launch of a kernel
-becomes a compilation: FLA's own code gives the arguments, its heuristics and its autotuners the constants. As a
-launch would, an autotuner offers configurations, of which all with 4 warps are compiled (or where it has none, with
-the number nearest to 4). Which of them is the fastest only a GPU can say; the table shows the one that spills least
-among those that fit the shared memory, and beside it the most that any spills.
+FLA's public functions run forward and backward on tensors without storage, and every kernel launch is replaced by a
+compilation. The arguments come from FLA's own code, the constants from its heuristics and autotuners. Of the
+configurations that an autotuner offers for a launch, all with 4 warps are compiled (or with the nearest number to 4).
+Only a GPU can tell which one is fastest. The table shows the one that spills least among those that fit in shared
+memory, and the largest spill of any.
 
-No GPU is needed, but one must seem to be there. FLA reads its name, capability and shared memory when it is imported,
-and makes its lists of configurations from them; Triton asks its driver what to compile for. Both get the answers of
-the target from stand-ins, in processes that do nothing else; FLA's files and settings stay as they are.
+No GPU is needed, but FLA and Triton must see one. FLA reads the GPU's name, capability and shared memory at import, to
+build its lists of configurations. Triton asks its driver for the target. Stand-ins answer both for the chosen target,
+in separate processes. FLA's files and settings are not changed.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -34,9 +34,9 @@ from unittest.mock import patch
 from kernels.compiler import MachineError, aligned, check_machine, try_to_compile, write_json
 
 PREFERRED_WARPS = 4
-# The problem that our own kernels are compiled for.
+# The same problem size as for our own kernels.
 TOKENS, HEADS = 8192, 16
-DTYPE = "bf16"  # the only one that FLA's delta rule takes
+DTYPE = "bf16"  # the only dtype that FLA's delta rule supports
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,15 @@ class PeerReport:
 
     @property
     def cost(self) -> tuple[bool, bool, int, int]:
-        """Orders a kernel's configurations, the one to show first."""
+        """Sort key of a kernel's configurations; the lowest is shown."""
         return bool(self.error), self.shared_bytes > self.shared_limit, self.spilled_bytes, self.registers
 
 
 @dataclass(frozen=True)
 class Function:
-    """A public function of FLA's: where it is, and the shapes of its inputs, "THK" for `[B, T, H, K]`.
+    """A public function of FLA: its module, name and input shapes, where "THK" stands for `[B, T, H, K]`.
 
-    Those in lower case, the decays, are float32, the others bfloat16.
+    Inputs in lower case (the decays) are float32, the others bfloat16.
     """
 
     module: str
@@ -90,7 +90,7 @@ Task = tuple[str, str, int, str]
 
 
 class _StandInDriver:
-    """What Triton's driver says where it finds a GPU: enough for compiling, not for launching."""
+    """Stands in for Triton's driver on a GPU machine. Sufficient for compiling, not for launching."""
 
     def __init__(self, target: str, shared_bytes: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -111,7 +111,7 @@ class _StandInDriver:
 
 @contextmanager
 def _gpu_stands_in(target: str, shared_bytes: int) -> Iterator[None]:
-    """Makes FLA and Triton believe in one GPU; FLA's modules keep what they read of it when they were imported."""
+    """Context in which FLA and Triton see one GPU. FLA's modules keep the properties that they read at import."""
     import torch
     import triton
 
@@ -126,7 +126,7 @@ def _gpu_stands_in(target: str, shared_bytes: int) -> Iterator[None]:
 
 
 class _Launches:
-    """Stands in for launching: compiles every configuration of what would be launched, and keeps the reports."""
+    """Replaces launches: compiles every configuration of each launched kernel, and collects the reports."""
 
     def __init__(self, report: Callable[..., PeerReport], target: str, wanted: Callable[[str], bool]) -> None:
         self.report, self.target, self.wanted = report, target, wanted
@@ -135,14 +135,14 @@ class _Launches:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Within, no kernel is launched."""
+        """Context in which launches are compiled instead."""
         from triton.runtime.autotuner import Autotuner, Config
         from triton.runtime.jit import JITFunction
 
         compile_or_launch = JITFunction.run
 
         def autotuned(tuner: Any, *args: Any, **kwargs: Any) -> None:
-            tuner.nargs = dict(zip(tuner.arg_names, args))  # what pruning reads, as in Autotuner.run
+            tuner.nargs = dict(zip(tuner.arg_names, args))  # pruning reads it; set as in Autotuner.run
             offered = tuner.prune_configs(kwargs)
             warps = min((config.num_warps for config in offered), key=lambda n: abs(n - PREFERRED_WARPS))
             launch(tuner.fn, [config for config in offered if config.num_warps == warps], *args, **kwargs)
@@ -161,7 +161,7 @@ class _Launches:
 
     def _compile(self, kernel: str, configs: list[Any], runs: Sequence[Callable[[], Any]]) -> None:
         compiled = [try_to_compile(run, self.target) for run in runs]
-        # A function may launch a kernel twice: the same code is told once, other code of the same kernel apart.
+        # A function may launch a kernel several times. Identical code is reported once, different code separately.
         code = (kernel, *("" if binary is None else binary.hash for binary, _, _ in compiled))
         if code in self.seen:
             return
@@ -181,9 +181,9 @@ class _Launches:
 
 
 def compile_function(task: Task) -> list[PeerReport]:
-    """The reports of what (function, target, head_dim, part of FUNCTION.KERNEL) launches.
+    """Compile the launches of one task (function, target, head_dim, part of FUNCTION.KERNEL) and return the reports.
 
-    To be called in a process of its own: what FLA reads of the GPU at its import stays.
+    Call it in a separate process, because FLA keeps the GPU properties that it reads at import.
     """
     import torch
 
@@ -205,14 +205,14 @@ def compile_function(task: Task) -> list[PeerReport]:
             for shape in FUNCTIONS[function].shapes
         ]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of FLA's import and of its inputs
+            warnings.simplefilter("ignore")  # FLA warns at import and about these inputs
             o, _ = getattr(import_module(FUNCTIONS[function].module), FUNCTIONS[function].name)(*inputs)
             o.sum().backward()
     return launches.reports
 
 
 def table(reports: Iterable[PeerReport]) -> str:
-    """A line a kernel: its configuration that spills least, how many spill, and how much the worst."""
+    """Format one line per kernel: the configuration that spills least, the number that spill, and the largest spill."""
     headers = ["target", "K", "dtype", "kernel", "configuration", "warps", "stages", "registers", "spilled"]
     rows = [[*headers, "shared/limit", "matrix", "configurations", "spilling", "worst", ""]]
     for _, group in groupby(reports, lambda r: (r.target, r.head_dim, r.dtype, r.function, r.kernel)):
@@ -232,7 +232,7 @@ def table(reports: Iterable[PeerReport]) -> str:
 
 
 def _compile_all(tasks: list[Task], jobs: int) -> list[PeerReport]:
-    """The reports of all tasks, each done in a process of its own, `jobs` at once."""
+    """Run each task in a separate process, `jobs` at a time, and return all reports."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         return [report for reports in pool.map(compile_function, tasks) for report in reports]
@@ -244,7 +244,7 @@ def _refuse(message: str) -> int:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command with the options of `kernels.compile`; returns its exit code."""
+    """Run the command with the options of `kernels.compile`, and return its exit code."""
     targets = options.target or ["sm_90"]
     head_dims = options.head_dim or [128]
     try:
@@ -253,7 +253,7 @@ def main(options: argparse.Namespace) -> int:
         return _refuse(str(error))
     if find_spec("fla") is None:
         return _refuse("--peer fla: it is not installed: pip install 'fla-core>=0.6,<0.7'")
-    # A name with a point in it says which functions need not be looked at.
+    # A name with a dot restricts the functions to run.
     of_function, point, _ = options.kernel.rpartition(".")
     functions = [name for name in FUNCTIONS if not point or name.endswith(of_function)]
     tasks = [

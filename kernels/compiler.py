@@ -1,7 +1,7 @@
-"""Triton's compiler on a machine without a GPU, and what the machine code says of a kernel.
+"""Run Triton's compiler without a GPU, and read a kernel's resources from the machine code.
 
-What `kernels.compile` and `kernels.compile_fla` share: registers, spilled bytes and the like of a compiled kernel,
-whether this machine can compile at all, and how reports are shown.
+Shared by `kernels.compile` and `kernels.compile_fla`: the resources of a compiled kernel (registers, spilled bytes and
+so on), the check that this machine can compile, and the format of reports.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -23,17 +23,17 @@ _AMD_MATRIX = re.compile(r"^\s*v_mfma_\w+", re.MULTILINE)
 
 
 class MachineError(Exception):
-    """No kernel can be compiled on the machine as it is; the message says why and how to mend it."""
+    """The machine cannot compile kernels. The message says why, and how to fix it."""
 
 
 def try_to_compile(compile_kernel: Callable[[], Any], target: str) -> tuple[Any, dict[str, int], str]:
-    """What `compile_kernel` returns and its resources; if it fails, None, zeros and the compiler's last line."""
+    """Return (kernel, resources, "") if `compile_kernel` succeeds, else (None, zeros, the compiler's last line)."""
     from triton.errors import TritonError
 
     try:
         compiled = compile_kernel()
         return compiled, _resources(compiled, target), ""
-    # The passes behind the front end raise RuntimeError and its like.
+    # Compiler passes after the front end raise RuntimeError and similar errors.
     except (TritonError, RuntimeError, ValueError, AssertionError, subprocess.CalledProcessError) as failure:
         lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
         return None, dict(NO_RESOURCES), lines[-1] if lines else type(failure).__name__
@@ -80,7 +80,7 @@ def _cuobjdump() -> Path:
 
 
 def check_machine(targets: Iterable[str]) -> None:
-    """Raises MachineError where nothing could be compiled."""
+    """Raise MachineError if this machine cannot compile for the targets."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
         raise MachineError("TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it")
     try:
@@ -92,7 +92,7 @@ def check_machine(targets: Iterable[str]) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]], words: Iterable[str]) -> str:
-    """Rows, headers first, as lines of columns; those headed by one of `words` to the left, numbers to the right."""
+    """Format rows, headers first, in aligned columns: left if the header is in `words`, else right, for numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numeric = [header not in words for header in rows[0]]
     return "\n".join(
@@ -102,6 +102,6 @@ def aligned(rows: Sequence[Sequence[str]], words: Iterable[str]) -> str:
 
 
 def write_json(file: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Write `rows` to the file of --json, if there is one."""
+    """Write `rows` to `file` as JSON; None writes nothing."""
     if file is not None:
         file.write_text(json.dumps(rows, indent=1) + "\n")

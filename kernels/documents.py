@@ -86,10 +86,10 @@ def _cu_seqlens(bounds: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def takes_cu_seqlens(kernel: Callable[P, R]) -> Callable[P, R]:
-    """Let callers give `cu_seqlens`, int32 `[N+1]`, in place of `documents`, as flash-attn and fla name it.
+    """Decorate a kernel to accept `cu_seqlens`, int32 `[N+1]` as in flash-attn and fla, in place of `documents`.
 
-    On a GPU each such call reads the bounds back and waits for it. Whoever calls more than one kernel on the same
-    documents makes the `Documents` once.
+    On a GPU each such call copies the bounds to the host, which synchronises. To call several kernels on the same
+    documents, build the `Documents` once.
     """
 
     @wraps(kernel)

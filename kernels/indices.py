@@ -1,7 +1,7 @@
-"""Integers that say where to read: labels, token ids, positions, counts of rows.
+"""Checks of integer inputs that index other tensors: labels, token ids, positions, counts of rows.
 
-On a CPU a number that points nowhere is a ValueError before anything is computed. On a GPU, looking at the numbers
-would make the host wait for the device: there the kernels read nothing out of bounds and the result is not finite.
+On a CPU a number out of range raises ValueError before anything is computed. On a GPU checking would synchronise.
+There the kernels never read out of bounds, and the result is not finite.
 """
 
 from typing import Any
@@ -15,31 +15,31 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the numbers of x can be looked at without waiting for a device; a run on shapes alone has none."""
+    """Whether x's numbers can be read without synchronising. Fake tensors have none."""
     return x.is_cpu and not isinstance(x, FakeTensor)
 
 
 def host_numbers(x: Tensor) -> Any:
-    """The numbers of a CPU's tensor, as its `tolist` gives them; what a step reads on a CPU alone, it reads here."""
+    """Return a CPU tensor's numbers, as `tolist`. Reads that a training step may do on a CPU only go through here."""
     assert x.is_cpu, "a read would wait for the device"
     return x.tolist()
 
 
 def rows_by_token(row_tokens_N: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The rows in order of their tokens `[N]`, and where each token's begin and the last one's end `[T + 1]`; int64."""
+    """Return the rows sorted by token `[N]`, and the bounds of each token's rows in that order `[T + 1]`; int64."""
     tokens, order_N = row_tokens_N.sort(stable=True)
     return order_N, torch.searchsorted(tokens, torch.arange(num_tokens + 1, device=tokens.device))
 
 
 def check_range(op: str, name: str, x: Tensor, end: int, *, besides: int | None = None) -> None:
-    """Raise ValueError unless x holds integers in [0, end), or `besides`; of a GPU's tensor only the dtype is checked.
+    """Raise ValueError unless x holds integers in [0, end), or `besides`. On a GPU only the dtype is checked.
 
     Args:
         op: the operation's public name, for the message.
-        name: of the integers, for the message, in the singular.
+        name: name of one of the integers, for the message.
         x: int32 or int64, any shape.
         end: the first number that is too large.
-        besides: one further number that is allowed.
+        besides: one further allowed number.
     """
     if x.dtype not in _INTEGERS:
         raise ValueError(f"{op}: a {name} must be an integer (int64 or int32), not {x.dtype}")
@@ -62,7 +62,7 @@ def check_range(op: str, name: str, x: Tensor, end: int, *, besides: int | None 
 
 
 def check_counts(op: str, counts: Tensor, rows: int) -> None:
-    """Raise ValueError unless counts are integers >= 0 with the sum `rows`; of a GPU's only the dtype is checked."""
+    """Raise ValueError unless counts are integers >= 0 with the sum `rows`. On a GPU only the dtype is checked."""
     if counts.dtype not in _INTEGERS:
         raise ValueError(f"{op}: counts of rows must be integers (int64 or int32), not {counts.dtype}")
     if not on_host(counts):

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34) in the half-split layout of Llama and Qwen.
 
-Channel i of the first half and channel i of the second half form a pair that position t turns by the angle
+Channel i of the first half and channel i of the second half form a pair. At position t it is rotated by the angle
 t · theta^(-2i/K):
 
     out_1 = x_1 cos − x_2 sin
@@ -18,18 +18,18 @@ from kernels.indices import check_range
 from kernels.shapes import block_limit
 from kernels.triton import implementations
 
-# float32 has every integer below it.
+# float32 represents every integer up to this one.
 _MAX_POSITIONS = 1 << 24
 
-# Elements per block of time on the CPU, so that a block's temporaries stay in the cache; measured on a Zen 5.
+# Elements per block of time steps on the CPU, so that its temporaries stay in the cache. Measured on a Zen 5.
 _BLOCK_ELEMENTS = 1 << 17
 
 
 def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles.
+    """Compute the cosines and sines of the angles.
 
     Args:
-        positions: integers [T] or [B, T] in [0, 2^24); they may start again at every packed document.
+        positions: integers [T] or [B, T] in [0, 2^24); they may restart at every packed document.
         dim: the head dimension K, even.
         theta: the base of the wavelengths, 10000 in the paper.
 
@@ -37,20 +37,20 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Te
         (cos, sin), float32 [T, K/2] or [B, T, K/2].
 
     Raises:
-        ValueError: dim is odd, or a position is none of these; on a GPU, its angles are NaN.
+        ValueError: dim is odd, or a position is out of range. On a GPU a position out of range gets NaN instead.
     """
     if dim % 2 or dim < 2:
         raise ValueError(f"rotary_tables: the head dimension must be even to be split in halves, not {dim}")
     check_range("rotary_tables", "position", positions, _MAX_POSITIONS)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    # Rounded as transformers and Megatron round it: far positions of imported models depend on it.
+    # Same rounding as in transformers and Megatron, because distant positions of imported models depend on it.
     known = positions.float().masked_fill((positions < 0) | (positions >= _MAX_POSITIONS), torch.nan)
     angles = known[..., None] * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rotary` in plain operations; float32 inside, float64 for float64."""
+    """`apply_rotary` in plain operations. Computes in float32, or in float64 for float64 inputs."""
     math_dtype = torch.promote_types(x.dtype, torch.float32)
     first, second = x.to(math_dtype).chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2).to(math_dtype), sin.unsqueeze(-2).to(math_dtype)
@@ -58,7 +58,7 @@ def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> Tensor:
-    """Turn every head of x by its position's angles.
+    """Rotate every head of x by the angles of its position.
 
     Args:
         x: [B, T, H, K], floating, any strides.
@@ -74,7 +74,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") 
     if not all(tensor.is_floating_point() for tensor in (x, cos, sin)):
         raise ValueError(f"apply_rotary: x {x.dtype}, cos {cos.dtype} and sin {sin.dtype} must be floating")
     fit = x.dim() == 4 and x.shape[3] % 2 == 0 and min(x.shape[2:]) > 0 and cos.shape == sin.shape
-    # A batch of one table serves every example.
+    # A table with batch size 1 is used for every example.
     if not fit or cos.shape[-2:] != (x.shape[1], x.shape[3] // 2) or cos.shape[:-2] not in ((), (1,), x.shape[:1]):
         raise ValueError(
             f"apply_rotary: x {tuple(x.shape)} as [B, T, H, K], H and K positive and K even, needs tables [T, K/2] "
@@ -84,14 +84,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") 
     if choice == "reference":
         return apply_rotary_reference(x, cos, sin)
     if choice == "triton":
-        from kernels.triton import rotary  # here, for machines without triton
+        from kernels.triton import rotary  # lazily: not every machine has Triton
 
         return rotary.apply_rotary(x, cos, sin)
     return _Rotary.apply(x, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """Turn x by direction × angle, direction being 1 or −1, in blocks of time that stay in the cache."""
+    """Rotate x by direction × angle, with direction 1 or −1, in blocks of time steps that stay in the cache."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     wide = torch.promote_types(x.dtype, torch.float32)
     cos_BT1K = torch.cat((cos, cos), dim=-1).unsqueeze(-2).to(wide).expand(x.shape[0], -1, -1, -1)
@@ -100,7 +100,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     for example in zip(x, cos_BT1K, sin_BT1K, out):
         for block, block_cos, block_sin, block_out in zip(*(tensor.split(steps) for tensor in example)):
             block = block.to(wide)
-            # The partner of a channel is half a head away, for both halves.
+            # A channel's partner is half a head away in both halves, so one roll finds it.
             partner = block.roll(x.shape[3] // 2, dims=-1)
             turned = torch.mul(block, block_cos, out=block_out) if block_out.dtype == wide else block * block_cos
             turned.addcmul_(partner, block_sin, value=direction)
@@ -110,7 +110,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """A rotation; its transpose is the rotation by the negative angle, so nothing of x is saved."""
+    """A rotation. Its transpose is the rotation by the negative angle, so x is not saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Running kernels for the shapes of what they make: on tensors without memory, as the planner does.
+"""Running kernels on shapes alone: on tensors without memory, as the planner does.
 
-Kernels on a CPU go through their inputs in blocks that fit its cache, and loop over experts or tiles by numbers that
-are in tensors. What autograd saves depends on none of it. Within `shapes_only` they take one block, and leave out loops
-that only fill what is allocated already.
+CPU kernels process their inputs in cache-sized blocks, and loop over experts or tiles by numbers read from tensors. The
+tensors that autograd saves depend on neither. Within `shapes_only` kernels use one block, and skip loops that only fill
+allocated memory.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _SHAPES_ONLY = ContextVar("shapes_only", default=False)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """In here tensors have shapes and no values."""
+    """Context in which tensors have shapes but no values."""
     token = _SHAPES_ONLY.set(True)
     try:
         yield
@@ -23,10 +23,10 @@ def shapes_only() -> Iterator[None]:
 
 
 def has_values() -> bool:
-    """Whether tensors have values, so that loops over what they hold can run."""
+    """Whether tensors have values, so that loops over their values can run."""
     return not _SHAPES_ONLY.get()
 
 
 def block_limit(elements: int) -> int:
-    """The elements of a block on the CPU: so many, or no limit where there is nothing to fit into a cache."""
+    """Return the elements per block on the CPU: `elements`, or no limit on shapes alone."""
     return elements if has_values() else 1 << 62

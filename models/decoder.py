@@ -39,7 +39,7 @@ class Block(Module):
     """x = x + mixer(norm(x)); x = x + ffn(norm(x)).
 
     Attributes:
-        policy: What this block keeps for backward.
+        policy: The settings for tensors kept for backward.
     """
 
     policy: BlockPolicy = EVERYTHING
@@ -52,7 +52,7 @@ class Block(Module):
         self.ffn = MoELayer(config) if experts else SwiGLU(config)
 
     def keep(self, policy: BlockPolicy) -> None:
-        """Keep for backward what the policy says."""
+        """Set the policy for tensors kept for backward."""
         self.policy = policy
         if isinstance(self.ffn, MoELayer):
             self.ffn.policy = policy
@@ -133,7 +133,7 @@ class Decoder(Module):
         return self.is_first and self.is_last and self.groups == WHOLE
 
     def keep(self, policy: Policy) -> None:
-        """Set, for every block, what it keeps for backward."""
+        """Set every block's policy for tensors kept for backward."""
         for number, block in self.layers.items():
             assert isinstance(block, Block)
             block.keep(policy.of(int(number)))

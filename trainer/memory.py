@@ -1,13 +1,13 @@
-"""Resident memory of this process, as Linux tells it."""
+"""Resident memory of this process, from Linux's /proc."""
 
 from pathlib import Path
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """Bytes of memory that this process has in use now, or had in use at most.
+    """Return the resident memory of this process in bytes: the current value, or the peak.
 
     Raises:
-        RuntimeError: the system does not say.
+        RuntimeError: /proc/self/status does not contain it.
     """
     name = "VmHWM" if peak else "VmRSS"
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,7 +1,7 @@
-"""What a YAML or JSON file of settings must look like. Imports neither torch nor megatron.
+"""Checks of the structure of YAML or JSON settings files. Imports neither torch nor megatron.
 
-The parser behind trainer.cli takes the later of two equal keys, and reports an empty section without key or file.
-Files are read here first, as trees of nodes that still know their lines.
+The parser used by trainer.cli silently takes the later of two equal keys, and names neither key nor file when a section
+is empty. Files are therefore first checked here, as trees of nodes with line numbers.
 """
 
 import difflib
@@ -17,19 +17,20 @@ _NULL = "tag:yaml.org,2002:null"
 
 
 class FileError(ValueError):
-    """A settings file that cannot be taken as it is. The message is one line: file, line, key, and what to do."""
+    """An invalid settings file. The message is one line: file, line, key, and what to do."""
 
 
 def check(path: Path, config_class: type, prefix: str = "") -> None:
-    """Refuse a file whose structure cannot be that of `config_class`; unknown keys and types are the parser's to say.
+    """Raise FileError if a file's structure does not fit `config_class`. The parser later checks keys and types.
 
     Args:
         path: The file.
-        config_class: The dataclass that it fills.
-        prefix: The dotted key of the section that the file stands for, with its dot; empty for a whole configuration.
+        config_class: The dataclass that the file fills.
+        prefix: Dotted key of the section that the file fills, including the last dot; empty for a whole configuration.
 
     Raises:
-        FileError: it is not UTF-8 or not YAML, has a key twice, or a section or value that is null or of another kind.
+        FileError: the file is not UTF-8 or not YAML, repeats a key, or has a section or value that is null or of the
+            wrong kind.
     """
     root = _compose(path)
     if not isinstance(root, yaml.MappingNode):
@@ -63,7 +64,7 @@ def _check_duplicates(path: Path, node: yaml.Node) -> None:
     seen: dict[Any, int] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise FileError(f"{path}:{_line(key)}: a key is a list or a section; keys are plain words")
+            raise FileError(f"{path}:{_line(key)}: a key must be a plain word, not a list or a section")
         if key.value in seen:
             raise FileError(
                 f"{path}:{_line(key)}: {key.value!r} was given on line {seen[key.value]} already; keep one of the two"
@@ -86,13 +87,13 @@ def _check_section(path: Path, section: yaml.MappingNode, config_class: type, pr
 
 
 def _check_group(path: Path, value: yaml.Node, config_class: Any, name: str, where: str) -> None:
-    """A section is a mapping, or the name of a file that holds one."""
+    """Check a section: a mapping, or the name of a file that holds one."""
     if isinstance(value, yaml.MappingNode):
         _check_section(path, value, config_class, f"{name}.")
     elif value.tag == _NULL:
         raise FileError(f"{where}: {name} is empty; give its keys, or leave the line out")
     elif isinstance(value, yaml.ScalarNode) and value.tag.endswith(":str"):
-        # Relative to the file that names it, as the parser resolves it.
+        # Relative to the file that contains the name, as in the parser.
         file = path.parent / Path(value.value).expanduser()
         if not file.is_file():
             raise FileError(f"{where}: {name} names the file {file}, which does not exist{_near(file)}")
@@ -104,10 +105,10 @@ def _check_group(path: Path, value: yaml.Node, config_class: Any, name: str, whe
 
 
 def check_named(value: str, config_class: type, name: str) -> None:
-    """Check the file that an option `--NAME FILE` gives for a section.
+    """Check the file given for a section by an option `--NAME FILE`.
 
     Raises:
-        FileError: there is no such file, or `check` refuses it.
+        FileError: the file does not exist, or `check` rejects it.
     """
     file = Path(value).expanduser()
     if not file.is_file():
@@ -116,7 +117,7 @@ def check_named(value: str, config_class: type, name: str) -> None:
 
 
 def _near(file: Path) -> str:
-    """A hint at the file that may have been meant."""
+    """Return a hint at an existing file with a similar name, or an empty string."""
     siblings = list(_files_of(file.parent))
     close = difflib.get_close_matches(file.name, siblings, n=1)
     return f" (did you mean {file.parent / close[0]}?)" if close else ""
@@ -127,7 +128,7 @@ def _files_of(folder: Path) -> Iterator[str]:
 
 
 def _example(config_class: Any, prefix: str) -> str:
-    """The first key of a section that takes a plain value."""
+    """Return the first key of a section that takes a plain value."""
     name, hint = next(iter(get_type_hints(config_class).items()))
     return _example(hint, f"{prefix}{name}.") if is_dataclass(hint) else f"{prefix}{name}"
 

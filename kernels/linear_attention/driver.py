@@ -91,8 +91,8 @@ class Recurrence(ABC):
         value: index of the input that determines the output's dtype.
         unread: indices of inputs that the backward does not need and that are therefore not saved.
         segment_factor: multiplier of the usual number of tokens in a segment.
-        activations: number of leading inputs that may be stored in fewer bits for backward. The others, decays and
-            write strengths, keep their digits, as states do.
+        activations: number of leading inputs that may be stored in fewer bits for backward. The other inputs (decays
+            and write strengths) and the states keep full precision.
     """
 
     scale: float = 1.0
@@ -297,7 +297,7 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     @with_fastest_products
     def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        # Read once: torch refuses a second time where a region is recomputed.
+        # Read once: in a recomputed region torch refuses a second read.
         tensors = ctx.saved_tensors
         inputs, initial_state, kept = (
             tensors[: len(ctx.like)],

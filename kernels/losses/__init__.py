@@ -1,1 +1,1 @@
-"""Training losses; each file holds one."""
+"""Training losses, one per file."""

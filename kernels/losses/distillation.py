@@ -1,22 +1,22 @@
-"""The divergence of a student's next-token distributions from a teacher's, without the logits of more than one block.
+"""KL divergence between a teacher's and a student's next-token distributions, computed block by block of tokens.
 
     p_t = softmax(W_T h_Tt / temperature),   q_t = softmax(W_S h_St / temperature)
     forward: KL(p_t || q_t) = sum_v p_tv (log p_tv − log q_tv),   reverse: KL(q_t || p_t)
     loss = sum_t w_t KL_t
 
-The forward one is what distillation minimises (Hinton et al. 2015, arXiv:1503.02531, section 2; of words Kim and Rush
-2016, arXiv:1606.07947, section 3.1); the reverse one has the student choose among the teacher's modes (Gu et al. 2023,
-arXiv:2306.08543, section 2). The teacher has no gradient. That of the student's scaled logits z_t is
+Distillation usually minimises the forward divergence (Hinton et al. 2015, arXiv:1503.02531, section 2; per word: Kim
+and Rush 2016, arXiv:1606.07947, section 3.1). The reverse divergence lets the student pick among the teacher's modes
+(Gu et al. 2023, arXiv:2306.08543, section 2). The teacher gets no gradient. The student's scaled logits z_t get
 
     forward: d KL_t / d z_t = q_t − p_t,   reverse: d KL_t / d z_t = q_t (log q_t − log p_t − KL_t)
 
-The loss is a plain sum, so both gradients are computed block by block in the forward, as in linear_cross_entropy, and
-the teacher's logits once.
+The loss is a plain sum, so the forward computes both gradients block by block, as in linear_cross_entropy, and the
+teacher's logits only once.
 
-Over a group of ranks, each of which holds consecutive rows of both heads, three numbers a token and rank make the whole
-divergence, in one all-gather a block: the logsumexps of both parts, and the divergence D_tp between the softmaxes of
-the parts. With A_tp and B_tp the shares that the parts have of the two distributions, the chain rule of relative
-entropy (Cover and Thomas, "Elements of information theory", theorem 2.5.3) makes of them
+Each rank of a group holds consecutive rows of both heads. The whole divergence takes three numbers per token and rank,
+in one all-gather per block: the logsumexps of the rank's two parts, and the divergence D_tp between the softmaxes of
+these parts. With A_tp and B_tp the probability of part p under the two distributions, the chain rule of relative
+entropy (Cover and Thomas, "Elements of information theory", theorem 2.5.3) gives
 
     KL(a_t || b_t) = sum_p A_tp (D_tp + log A_tp − log B_tp)
 """
@@ -37,8 +37,8 @@ from kernels.triton import implementations
 
 Direction = Literal["forward", "reverse"]
 
-# (logits_CV, teacher_CV, scale_C, kl_C, wants_gradient): writes the divergences and, over the student's logits, their
-# gradients.
+# Called with (logits_CV, teacher_CV, scale_C, kl_C, wants_gradient). Writes the divergences to kl, and overwrites the
+# student's logits with their gradients.
 _ToGradient = Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
 
 
@@ -52,7 +52,7 @@ def distillation_kl_reference(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`distillation_kl` through log_softmax on the whole logits of both; float64 stays float64."""
+    """`distillation_kl` by log_softmax of both models' full logits; float64 stays float64."""
     ignored_N = torch.zeros_like(hidden[:, 0], dtype=torch.bool) if token_weights is None else token_weights == 0
     log_q_NV, log_p_NV = (
         (_blocks.whole_logits(x.masked_fill(ignored_N[:, None], 0.0), head, group) / temperature).log_softmax(-1)
@@ -75,46 +75,46 @@ def distillation_kl(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the divergences between a teacher's and a student's distributions of each token.
+    """Compute the weighted sum over tokens of the KL divergence between a teacher's and a student's distributions.
 
     Args:
-        hidden: The student's, [N, D_S], floating.
-        weight: Its output embedding, [V, D_S] in hidden's dtype.
-        teacher_hidden: The teacher's, [N, D_T], floating, of any width and dtype.
-        teacher_weight: Its output embedding, [V, D_T] in teacher_hidden's dtype. Row v is the same token in both.
-        token_weights: float32 [N] or None for ones, without a gradient; a token whose weight is 0 counts nothing.
+        hidden: the student's hidden states, [N, D_S], floating.
+        weight: the student's output embedding, [V, D_S] in hidden's dtype.
+        teacher_hidden: the teacher's hidden states, [N, D_T], floating, of any width and dtype.
+        teacher_weight: the teacher's output embedding, [V, D_T] in teacher_hidden's dtype. Row v is the same token in
+            both embeddings.
+        token_weights: float32 [N] without a gradient, or None for ones; a token with weight 0 is ignored.
         direction: forward, KL(teacher || student), or reverse, KL(student || teacher).
-        temperature: divides the logits of both, in float32; above 0. The gradient falls with its square: a loss that is
-            to keep its size is multiplied by temperature² (Hinton et al. 2015, section 2), which is not done here.
-        group: the ranks over which the vocabulary is cut, or None. Both weights are then this rank's parts, [V, D] on
-            each: rank r holds rows r · V to (r + 1) · V of the whole. All else is the same on every rank.
-        backend: auto, reference, torch or triton, of which the last two differ in the softmaxes alone.
+        temperature: divides both models' logits, in float32; above 0. The gradient scales as 1 / temperature². To keep
+            its size, multiply the loss by temperature² (Hinton et al. 2015, section 2); this function does not.
+        group: the ranks over which the vocabulary is sharded, or None. Both weights are then this rank's shards: rank r
+            holds rows r · V to (r + 1) · V. The other inputs are the same on every rank.
+        backend: auto, reference, torch or triton; torch and triton differ in the softmaxes only.
 
     Returns:
         (loss_sum, kl): a float32 scalar, differentiable in hidden and weight, and the unweighted divergences in nats,
-        float32 [N] without a gradient, 0 where a token counts nothing. Both are float64 for float64 inputs. With
-        `group` they are those of the whole vocabulary, the same on every rank.
+        float32 [N] without a gradient, 0 for ignored tokens. Both are float64 for float64 inputs. With `group` they
+        refer to the whole vocabulary and are the same on every rank.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other, the heads have different numbers of rows, the temperature is
-            not above 0, the direction is another, the token weights want a gradient, or the backend cannot serve these
-            inputs.
-        RuntimeError: a second derivative is asked for, of another backend than the reference.
+        ValueError: shapes or dtypes do not fit, the heads have different numbers of rows, the temperature is not above
+            0, the direction is unknown, the token weights require a gradient, or the backend cannot serve these inputs.
+        RuntimeError: a second derivative is computed with a backend other than reference.
 
-    With `group`, the gradient of weight is that of this rank's rows and whole, while the gradient of hidden is this
-    rank's PARTIAL one, through its own rows: the caller adds up the ranks', as where any tensor-parallel region is
-    entered. Every rank backpropagates from the whole loss, not from a share of it.
+    With `group`, the gradient of weight is complete for this rank's rows. The gradient of hidden is PARTIAL: it covers
+    this rank's rows only, and the caller sums it over the ranks, as on entering any tensor-parallel region. Every rank
+    backpropagates from the whole loss, not from a share of it.
 
-    Logits come from matmuls in the inputs' dtypes and are float32 after them. The largest temporaries hold both models'
-    logits of one block of tokens; the gradient of weight is summed in float32. A token that counts nothing has no part
-    in the gradients, whatever its hidden states hold.
+    Logits are computed by matmuls in the inputs' dtypes and converted to float32. The largest temporaries hold both
+    models' logits of one block of tokens. The gradient of weight is summed in float32. An ignored token does not affect
+    the gradients, even if its hidden states are not finite.
     """
     _check(hidden, weight, teacher_hidden, teacher_weight, token_weights, direction, temperature)
     inputs = hidden, weight, teacher_hidden, teacher_weight, token_weights
     choice = resolve("distillation_kl", backend, implementations(("torch", "reference"), *inputs))
     if choice == "reference":
         return distillation_kl_reference(*inputs, direction, temperature, group)
-    # Inside a Function grad mode is always off and needs_input_grad ignores it, so the answer is taken along.
+    # Grad mode is passed as an argument: inside a Function it is always off, and needs_input_grad ignores it.
     wants_gradients = torch.is_grad_enabled()
     return _DistillationKL.apply(*inputs, direction == "reverse", 1 / temperature, wants_gradients, choice, group)
 
@@ -133,7 +133,7 @@ def _check(
     _blocks.check_projection(f"{op}, teacher", teacher_hidden, teacher_weight, "token")
     if len(hidden) != len(teacher_hidden) or len(weight) != len(teacher_weight):
         raise ValueError(
-            f"{op}: both models need a hidden state of every token and a row of every id, not "
+            f"{op}: student and teacher must have equally many hidden states and equally many rows, not "
             f"{len(hidden)} and {len(teacher_hidden)} states, {len(weight)} and {len(teacher_weight)} rows"
         )
     _blocks.check_token_weights(op, token_weights, len(hidden))
@@ -144,7 +144,7 @@ def _check(
 
 
 class _DistillationKL(torch.autograd.Function):
-    """The loss and, where asked for, both of the student's gradients for a grad_output of 1."""
+    """The loss, and if gradients are enabled, both of the student's gradients for a grad_output of 1."""
 
     @staticmethod
     def forward(
@@ -165,7 +165,7 @@ class _DistillationKL(torch.autograd.Function):
         kl_N = torch.empty_like(scale_N)
         needs_hidden, needs_weight = (wants_gradients and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Without a token there is no block to write it.
+        # Without tokens no block writes it.
         new_weight = torch.empty_like if len(hidden) else torch.zeros_like
         grad_weight = new_weight(weight, dtype=wide) if needs_weight else None
         wants_any = needs_hidden or needs_weight
@@ -173,7 +173,7 @@ class _DistillationKL(torch.autograd.Function):
         tokens = _blocks.block_tokens(weight)
         blocks = zip(*(x.split(tokens) for x in (hidden, teacher_hidden, scale_N, kl_N)))
         for start, (hidden_CD, teacher_CD, scale_C, kl_C) in zip(range(0, len(hidden), tokens), blocks):
-            # 0 times what a token that counts nothing holds might be NaN.
+            # Zero the ignored tokens: their scale 0 times a non-finite number would be NaN.
             ignored_C1 = (scale_C == 0)[:, None]
             hidden_CD, teacher_CD = (x.masked_fill(ignored_C1, 0.0) for x in (hidden_CD, teacher_CD))
             logits = matmul(hidden_CD, weight.T)
@@ -182,7 +182,7 @@ class _DistillationKL(torch.autograd.Function):
                 grad_hidden[start : start + tokens] = matmul(logits, weight)
             if grad_weight is not None:
                 _blocks.add_weight_gradient(grad_weight, logits, hidden_CD, first=start == 0)
-            # Not to be there with the next block's, and its teacher's.
+            # Free the logits before the next block allocates its own and its teacher's.
             del logits
         kl_N.masked_fill_(scale_N == 0, 0.0)
         save(ctx, statistics=(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)))
@@ -196,9 +196,9 @@ class _DistillationKL(torch.autograd.Function):
 
 
 def _choose_halves(backend: str) -> tuple[_blocks.Half, _blocks.Half]:
-    """`_divergence` and `_to_gradient` of a backend."""
+    """Return a backend's `_divergence` and `_to_gradient`."""
     if backend == "triton":
-        from kernels.triton import losses  # here, for machines without triton
+        from kernels.triton import losses  # lazily: not every machine has Triton
 
         return losses.divergence, losses.divergence_to_gradient
     return _divergence, _to_gradient
@@ -211,7 +211,7 @@ def _over_ranks(
     reverse: bool,
     group: dist.ProcessGroup | None,
 ) -> _ToGradient:
-    """What is done with a block's logits: both halves, and one all-gather between them where there is a group."""
+    """Return the function for a block's logits: both halves, with one all-gather between them if there is a group."""
 
     def both(logits_CV: Tensor, teacher_CV: Tensor, scale_C: Tensor, kl_C: Tensor, wants_gradient: bool) -> None:
         told_3C = kl_C.new_empty(3, len(kl_C))
@@ -227,31 +227,31 @@ def _over_ranks(
 def _divergence(
     logits_CV: Tensor, teacher_CV: Tensor, scale_C: Tensor, told_3C: Tensor, inverse_temperature: float, reverse: bool
 ) -> None:
-    """Write what a rank must tell the others of its part of the vocabulary.
+    """Write the statistics of this rank's part of the vocabulary, which the ranks then exchange.
 
     Args:
-        logits_CV, teacher_CV: floating; they stay as they are.
-        scale_C: 0 where a token counts nothing, whose statistics may then be anything.
-        told_3C: float32 or wider; of the logits times inverse_temperature it gets each token's logsumexps, student's
-            and teacher's, and the divergence between their softmaxes.
+        logits_CV, teacher_CV: floating; not modified.
+        scale_C: 0 for an ignored token, whose statistics may be anything.
+        told_3C: float32 or wider, the output. Per token, of the logits times inverse_temperature: the student's
+            logsumexp, the teacher's, and the divergence between their softmaxes.
         inverse_temperature: above 0.
-        reverse: of the student's from the teacher's, not of the teacher's from the student's.
+        reverse: KL(student || teacher) if true, else KL(teacher || student).
     """
-    del scale_C  # which the Triton kernel reads, to pass over tokens that count nothing
+    del scale_C  # read by the Triton kernel only, to skip ignored tokens
     rows = _blocks.softmax_rows(logits_CV)
     for *logits, told in zip(logits_CV.split(rows), teacher_CV.split(rows), told_3C.split(rows, dim=1)):
         logs = []
         for log_total, part in zip(told, logits):
             scaled = _scaled(part, told.dtype, inverse_temperature)
             logs.append(scaled.log_softmax(-1))
-            # logsumexp = max(z) − max(log p), for log_softmax does not tell it.
+            # log_softmax does not return logsumexp = max(z) − max(log p).
             torch.sub(scaled.amax(-1), logs[-1].amax(-1), out=log_total)
         log_a, log_b = logs if reverse else logs[::-1]
         torch.sum(log_a.exp() * (log_a - log_b), -1, out=told[2])
 
 
 def _combine(all_P3C: Tensor, kl_C: Tensor, reverse: bool) -> Tensor:
-    """From what all ranks tell: both logsumexps over all parts [2, C]; the divergence is written to kl_C."""
+    """Combine all ranks' statistics: write the divergence to kl_C, return both logsumexps over all parts, [2, C]."""
     totals_2C = all_P3C[:, :2].logsumexp(0)
     log_shares = (all_P3C[:, :2] - totals_2C).unbind(1)
     log_a_PC, log_b_PC = log_shares if reverse else log_shares[::-1]
@@ -268,12 +268,14 @@ def _to_gradient(
     inverse_temperature: float,
     reverse: bool,
 ) -> None:
-    """Write, over the student's logits, factor (q − p), or factor q (log q − log p − KL) for the reverse divergence.
+    """Overwrite the student's logits with factor (q − p), or factor q (log q − log p − KL) if reverse.
 
     Args:
-        logits_CV, teacher_CV, inverse_temperature, reverse: as in `_divergence`.
+        logits_CV: the student's, overwritten.
+        teacher_CV, inverse_temperature, reverse: as in `_divergence`.
+        factor_C: a factor per token.
         totals_2C: the logsumexps of student and teacher over all parts.
-        kl_C, factor_C: of each token.
+        kl_C: the divergence of each token, over all parts.
     """
     rows = _blocks.softmax_rows(logits_CV)
     blocks = zip(*(x.split(rows) for x in (logits_CV, teacher_CV, kl_C, factor_C)), totals_2C.split(rows, dim=1))
@@ -288,6 +290,6 @@ def _to_gradient(
 
 
 def _scaled(logits: Tensor, dtype: torch.dtype, inverse_temperature: float) -> Tensor:
-    """The logits over the temperature, rounded alike in both halves: of large ones the rounding shows."""
+    """Divide logits by the temperature. Both halves must round identically, because errors of large logits show."""
     wide = logits.to(dtype)
     return wide if inverse_temperature == 1 else wide * inverse_temperature

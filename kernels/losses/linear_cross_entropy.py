@@ -1,13 +1,13 @@
-"""Cross entropy of a linear head without the logits of more than one block of tokens.
+"""Cross entropy of a linear head, computed block by block of tokens: the full logits never exist.
 
     z_t = W h_t,   nll_t = logsumexp(z_t) − z_t[y_t],   loss = sum_t w_t nll_t
 
-The loss is a plain sum, so d loss / d z_t = w_t (softmax(z_t) − onehot(y_t)) is known as soon as the block's logits
-are: the forward computes both gradients block by block and the backward only scales them (as in Liger-Kernel's
+The loss is a plain sum, so d loss / d z_t = w_t (softmax(z_t) − onehot(y_t)) follows from the block's logits alone. The
+forward computes both gradients block by block, and the backward only scales them (as in Liger-Kernel's
 fused_linear_cross_entropy, Hsu et al. 2024, arXiv:2410.10989, section 3.2).
 
-Over a group of ranks, each of which holds consecutive rows W_p of W (the parallel output embedding of Shoeybi et al.
-2019, arXiv:1909.08053, section 3), two numbers a token and rank make the whole softmax, in one all-gather a block:
+Each rank of a group holds consecutive rows W_p of W (the parallel output embedding of Shoeybi et al. 2019,
+arXiv:1909.08053, section 3). The whole softmax takes two numbers per token and rank, in one all-gather per block:
 
     l_tp = logsumexp(W_p h_t),   a_tp = z_t[y_t] where W_p has row y_t, else −inf
     nll_t = logsumexp_p(l_tp) − max_p(a_tp),   d loss / d (W_p h_t) = w_t (exp(W_p h_t − logsumexp_p(l_tp)) − onehot_p)
@@ -28,7 +28,8 @@ from kernels.losses._blocks import IGNORE_LABEL, Half
 from kernels.matmul import matmul
 from kernels.triton import implementations
 
-# (logits_CV, target_C, scale_C, nll_C, wants_gradient): writes the losses and, over the logits, their gradients.
+# Called with (logits_CV, target_C, scale_C, nll_C, wants_gradient). Writes the losses to nll, and overwrites the logits
+# with their gradients.
 _ToGradient = Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
 
 
@@ -56,33 +57,33 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the tokens' negative log-likelihoods under softmax(hidden · weightᵀ).
+    """Compute the weighted sum of the tokens' negative log-likelihoods under softmax(hidden · weightᵀ).
 
     Args:
         hidden: [N, D], floating.
-        weight: [V, D] in hidden's dtype; the (perhaps tied) output embedding.
-        labels: int64 [N] in [0, V), or -100 for a token that counts nothing; with `group` V is that of all ranks.
-        token_weights: float32 [N] or None for ones, without a gradient; a token whose weight is 0 counts nothing.
-        group: the ranks over which the vocabulary is cut, or None. weight is then this rank's part, [V, D] on each:
-            rank r holds rows r · V to (r + 1) · V of the whole. All else is the same on every rank.
-        backend: auto, reference, torch or triton, of which the last two differ in the softmax alone.
+        weight: [V, D] in hidden's dtype; the (possibly tied) output embedding.
+        labels: int64 [N] in [0, V), or -100 for an ignored token; with `group`, V counts all ranks' rows.
+        token_weights: float32 [N] without a gradient, or None for ones; a token with weight 0 is ignored.
+        group: the ranks over which the vocabulary is sharded, or None. weight is then this rank's shard: rank r holds
+            rows r · V to (r + 1) · V. The other inputs are the same on every rank.
+        backend: auto, reference, torch or triton; torch and triton differ in the softmax only.
 
     Returns:
         (loss_sum, nll): a float32 scalar, differentiable in hidden and weight, and the unweighted losses, float32 [N]
-        without a gradient, 0 where a token counts nothing. Both are float64 for float64 inputs. The sum is not divided
-        by the token count. With `group` they are those of the whole vocabulary, the same on every rank.
+        without a gradient, 0 for ignored tokens. Both are float64 for float64 inputs. The sum is not divided by the
+        token count. With `group` they refer to the whole vocabulary and are the same on every rank.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other, a label is outside the vocabulary, the token weights want a
-            gradient, or the backend cannot serve these inputs. On a GPU, where looking at labels would wait for it, one
-            that is outside makes the loss, its token's and every gradient NaN.
+        ValueError: shapes or dtypes do not fit, a label is outside the vocabulary, the token weights require a
+            gradient, or the backend cannot serve these inputs. On a GPU labels are not checked, which would
+            synchronise; a label outside the vocabulary makes its nll, the loss and every gradient NaN.
 
-    With `group`, the gradient of weight is that of this rank's rows and whole, while the gradient of hidden is this
-    rank's PARTIAL one, through its own rows: the caller adds up the ranks', as where any tensor-parallel region is
-    entered. Every rank backpropagates from the whole loss, not from a share of it.
+    With `group`, the gradient of weight is complete for this rank's rows. The gradient of hidden is PARTIAL: it covers
+    this rank's rows only, and the caller sums it over the ranks, as on entering any tensor-parallel region. Every rank
+    backpropagates from the whole loss, not from a share of it.
 
-    Logits come from a matmul in hidden's dtype and are float32 after it. The largest temporary holds the logits of one
-    block of tokens; the gradient of weight is summed in float32.
+    Logits are computed by a matmul in hidden's dtype and converted to float32. The largest temporary holds the logits
+    of one block of tokens. The gradient of weight is summed in float32.
     """
     vocabulary = _blocks.vocabulary_rows(weight, group)
     _blocks.check_head("linear_cross_entropy", hidden, weight, labels, "label", vocabulary)
@@ -91,12 +92,12 @@ def linear_cross_entropy(
     choice = resolve("linear_cross_entropy", backend, available)
     if choice == "reference":
         return linear_cross_entropy_reference(hidden, weight, labels, token_weights, group)
-    # Inside a Function grad mode is always off and needs_input_grad ignores it, so the answer is taken along.
+    # Grad mode is passed as an argument: inside a Function it is always off, and needs_input_grad ignores it.
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, torch.is_grad_enabled(), choice, group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss and, where asked for, both gradients for a grad_output of 1."""
+    """The loss, and if gradients are enabled, both gradients for a grad_output of 1."""
 
     @staticmethod
     def forward(
@@ -116,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N = torch.empty_like(scale_N)
         needs_hidden, needs_weight = (wants_gradients and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Without a token there is no block to write it.
+        # Without tokens no block writes it.
         new_weight = torch.empty_like if len(hidden) else torch.zeros_like
         grad_weight = new_weight(weight, dtype=nll_N.dtype) if needs_weight else None
         to_gradient = _choose_softmax(backend, group)
@@ -129,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + tokens] = matmul(logits, weight)
             if grad_weight is not None:
                 _blocks.add_weight_gradient(grad_weight, logits, hidden_CD, first=start == 0)
-        # First the zeros, then the sum: an infinite loss that counts nothing would make it nan.
+        # Zero the ignored losses before the sum, because 0 times an infinite loss would make it NaN.
         nll_N.masked_fill_(scale_N == 0, 0.0).masked_fill_(unknown_N, torch.nan)
         loss = torch.dot(nll_N, scale_N)
         save(ctx, statistics=(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)))
@@ -143,18 +144,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _choose_softmax(backend: str, group: dist.ProcessGroup | None) -> _ToGradient:
-    """The backend's softmax of a block, over the ranks of `group` if there is one."""
+    """Return the backend's softmax of a block, over the ranks of `group` if it is not None."""
     if group is not None:
         return _over_ranks(*_blocks.choose_halves(backend), group)
     if backend == "triton":
-        from kernels.triton import losses  # here, for machines without triton
+        from kernels.triton import losses  # lazily: not every machine has Triton
 
         return losses.to_gradient
     return _to_gradient
 
 
 def _over_ranks(statistics: Half, part_to_gradient: Half, group: dist.ProcessGroup) -> _ToGradient:
-    """The softmax of a block whose vocabulary is cut over ranks: both halves, and one all-gather between them."""
+    """Return the softmax of a block with a sharded vocabulary: both halves, with one all-gather between them."""
 
     def to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Tensor, wants_gradient: bool) -> None:
         local_2C = nll_C.new_empty(2, len(nll_C))
@@ -169,12 +170,12 @@ def _over_ranks(statistics: Half, part_to_gradient: Half, group: dist.ProcessGro
 
 
 def _to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Tensor, wants_gradient: bool) -> None:
-    """Write the tokens' losses to nll and, if asked, their gradients over the logits."""
+    """Write the tokens' losses to nll, and if `wants_gradient`, overwrite the logits with their gradients."""
     rows = _blocks.softmax_rows(logits_CV)
     for logits, target, scale, nll in zip(*(x.split(rows) for x in (logits_CV, target_C[:, None], scale_C, nll_C))):
         wide = logits.to(nll.dtype)
         probabilities = torch.softmax(wide, dim=-1)
-        # logsumexp = max(z) − log max(p): two cheap passes where log_softmax and exp would take the exponentials twice.
+        # logsumexp = max(z) − log max(p): two cheap passes. log_softmax and exp would compute the exponentials twice.
         largest = wide.amax(-1).sub_(probabilities.amax(-1).log_())
         torch.sub(largest, wide.gather(1, target)[:, 0], out=nll)
         if wants_gradient:

@@ -1,18 +1,18 @@
-"""Log-probabilities of given tokens under a linear head, and its entropy, without the logits of more than one block.
+"""Log-probabilities of given tokens under a linear head, and the head's entropy, computed block by block of tokens.
 
     z_t = W h_t / temperature,   log p_t = z_t[y_t] − L_t,   L_t = logsumexp(z_t),   H_t = −sum_v p_tv log p_tv
 
-The base of losses sum_t w_t log p_t: supervised fine-tuning, and policy gradients, of whose bonus H is a part (Williams
-1992, "Simple statistical gradient-following algorithms", sections 4 and 5; Mnih et al. 2016, arXiv:1602.01783, section
-4). The weights may depend on the log-probabilities themselves, so the backward comes later than the forward and
-computes each block's logits again:
+These are the basis of losses sum_t w_t log p_t: supervised fine-tuning, and policy gradients, with H as the entropy
+bonus (Williams 1992, "Simple statistical gradient-following algorithms", sections 4 and 5; Mnih et al. 2016,
+arXiv:1602.01783, section 4). The weights may depend on the log-probabilities, so the gradients cannot be computed in
+the forward. The backward recomputes each block's logits:
 
     d log p_t / d z_t = onehot(y_t) − p_t,   d H_t / d z_t = −p_t (log p_t + H_t)
 
-Over a group of ranks, each of which holds consecutive rows of W, three numbers a token and rank make both, in one
-all-gather of the forward: l_tp and H_tp, logsumexp and entropy of this rank's part z_tp, and a_tp = z_t[y_t] where it
-has row y_t, else −inf. The entropy is the mean of the parts' and that of the choice among parts (Shannon 1948, "A
-mathematical theory of communication", section 6), all terms of one sign:
+Each rank of a group holds consecutive rows of W. Both results take three numbers per token and rank, in one all-gather
+of the forward: l_tp and H_tp, the logsumexp and entropy of the rank's part z_tp, and a_tp = z_t[y_t] if the rank has
+row y_t, else −inf. The entropy is the mean of the parts' entropies plus the entropy of the choice among parts (Shannon
+1948, "A mathematical theory of communication", section 6). All its terms have one sign:
 
     L_t = logsumexp_p(l_tp),   log p_t = max_p(a_tp) − L_t,   H_t = sum_p exp(l_tp − L_t) (H_tp + L_t − l_tp)
 """
@@ -41,7 +41,7 @@ def token_log_probs_reference(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_log_probs` through log_softmax on the whole logits; float64 stays float64."""
+    """`token_log_probs` by log_softmax of the full logits; float64 stays float64."""
     ignored_N = tokens == IGNORE_LABEL
     logits_NV = _blocks.whole_logits(hidden.masked_fill(ignored_N[:, None], 0.0), weight, group)[:, :vocab_size]
     log_p_NV = (logits_NV / temperature).log_softmax(-1)
@@ -62,40 +62,40 @@ def token_log_probs(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """The tokens' log-probabilities under softmax(hidden · weightᵀ / temperature), and its entropies, in nats.
+    """Compute the tokens' log-probabilities under softmax(hidden · weightᵀ / temperature), and its entropies, in nats.
 
     Args:
         hidden: [N, D], floating.
-        weight: [V, D] in hidden's dtype; the (perhaps tied) output embedding.
-        tokens: int64 [N] in [0, vocab_size), or -100 for one that counts nothing.
-        temperature: divides the logits, in float32; above 0. 1 costs nothing.
-        entropy: whether the entropies are wanted.
-        vocab_size: rows of the whole head that stand for tokens, the first ones; None for all. The others, the
-            embedding's padding, have probability 0, as in generation, and a gradient of 0.
-        group: the ranks over which the vocabulary is cut, or None. weight is then this rank's part, [V, D] on each:
-            rank r holds rows r · V to (r + 1) · V of the whole. All else is the same on every rank.
-        backend: auto, reference, torch or triton, of which the last two differ in the softmax alone.
+        weight: [V, D] in hidden's dtype; the (possibly tied) output embedding.
+        tokens: int64 [N] in [0, vocab_size), or -100 for an ignored token.
+        temperature: divides the logits, in float32; above 0. A temperature of 1 costs nothing.
+        entropy: whether to compute the entropies.
+        vocab_size: number of leading rows of the whole head that stand for tokens; None for all. The other rows are
+            padding: their probability is 0, as in generation, and so is their gradient.
+        group: the ranks over which the vocabulary is sharded, or None. weight is then this rank's shard: rank r holds
+            rows r · V to (r + 1) · V. The other inputs are the same on every rank.
+        backend: auto, reference, torch or triton; torch and triton differ in the softmax only.
 
     Returns:
-        (log_probs, entropies), float32 [N], or float64 for float64 inputs, both differentiable in hidden and weight
-        and 0 where a token counts nothing; entropies is None unless wanted. With `group` they are those of the whole
-        vocabulary, the same on every rank.
+        (log_probs, entropies), float32 [N], or float64 for float64 inputs. Both are differentiable in hidden and
+        weight, and 0 for ignored tokens. entropies is None if not requested. With `group` they refer to the whole
+        vocabulary and are the same on every rank.
 
     Raises:
-        ValueError: shapes or dtypes do not fit each other, a token is outside the vocabulary, the temperature is not
-            above 0, vocab_size is not among the rows of the head, or the backend cannot serve these inputs. On a GPU,
-            where looking at tokens would wait for it, one that is outside makes its own results NaN, its row of the
-            gradient of hidden, and the gradient of weight.
-        RuntimeError: a second derivative is asked for, of another backend than the reference.
+        ValueError: shapes or dtypes do not fit, a token is outside the vocabulary, the temperature is not above 0,
+            vocab_size is not 1 to the head's rows, or the backend cannot serve these inputs. On a GPU tokens are not
+            checked, which would synchronise; a token outside the vocabulary makes its own results, its row of hidden's
+            gradient, and the gradient of weight NaN.
+        RuntimeError: a second derivative is computed with a backend other than reference.
 
-    With `group`, the gradient of weight is that of this rank's rows and whole, while the gradient of hidden is this
-    rank's PARTIAL one, through its own rows: the caller adds up the ranks', as where any tensor-parallel region is
-    entered. Every rank backpropagates the same gradients of the results. The forward has one exchange, of all tokens,
-    and the backward none.
+    With `group`, the gradient of weight is complete for this rank's rows. The gradient of hidden is PARTIAL: it covers
+    this rank's rows only, and the caller sums it over the ranks, as on entering any tensor-parallel region. Every rank
+    must backpropagate the same gradients of the results. The forward has one all-gather for all tokens, the backward
+    no communication.
 
-    Logits come from a matmul in hidden's dtype and are float32 after it. The largest temporary holds the logits of one
-    block of tokens; the gradient of weight is summed in float32. A token without a gradient, and one that counts
-    nothing, has no part in the backward, whatever its hidden state holds.
+    Logits are computed by a matmul in hidden's dtype and converted to float32. The largest temporary holds the logits
+    of one block of tokens. The gradient of weight is summed in float32. Ignored tokens, and tokens whose gradient is 0,
+    do not affect the backward, even if their hidden states are not finite.
     """
     rows = _blocks.vocabulary_rows(weight, group)
     if not (temperature > 0 and math.isfinite(temperature)):
@@ -111,7 +111,7 @@ def token_log_probs(
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Both results from the statistics of each block of tokens; the backward makes its logits again."""
+    """Both results, from the statistics of each block of tokens. The backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -130,7 +130,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.own_rows = min(max(vocabulary - first_row, 0), len(weight))
         weight_VD = weight[: ctx.own_rows]
         statistics, ctx.part_to_gradient = _blocks.choose_halves(backend)
-        # What a rank tells of no rows at all: −inf, −inf and an entropy of 0.
+        # The statistics of a rank that holds padding only: −inf, −inf and an entropy of 0.
         local_SN = scale_N.new_full((3 if entropy else 2, len(hidden)), -torch.inf)
         local_SN[2:] = 0.0
         size = _blocks.block_tokens(weight)
@@ -144,7 +144,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.temperature = temperature
         of_rows = scale_N, log_total_N, entropy_N
         save(ctx, activations=(hidden,), weights=(weight,), statistics=of_rows, indices=(target_N,))
-        # A result that no loss reads has no gradient, rather than one of zeros: the entropy's costs work.
+        # An unused result then gets None instead of a gradient of zeros, which would cost work for the entropy.
         ctx.set_materialize_grads(False)
         return log_probs_N, entropy_N
 
@@ -161,7 +161,7 @@ class _TokenLogProbs(torch.autograd.Function):
             entropy_scale_N = _counted(grad_entropy / ctx.temperature, scale_N)
             counts_N |= entropy_scale_N != 0
             entropies = [entropy_scale_N, entropy_N.masked_fill(~counts_N, 0.0)]
-        # Finite numbers in the place of what has no part: 0 times a NaN would be one.
+        # Replace the numbers of tokens without a gradient by finite ones, because 0 times NaN is NaN.
         log_total_N = log_total_N.masked_fill(~counts_N, 0.0)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         weight_VD = weight[: ctx.own_rows]
@@ -183,11 +183,11 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _counted(x_N: Tensor, scale_N: Tensor) -> Tensor:
-    """0 where a token counts nothing, whatever x is there; NaN where it counts NaN."""
+    """Return x · scale, but 0 where the scale is 0, even if x is not finite."""
     return torch.where(scale_N == 0, 0.0, x_N * scale_N)
 
 
 def _whole_entropy(all_PSN: Tensor, log_total_N: Tensor) -> Tensor:
-    """The entropy of the whole softmax from the parts' logsumexps and entropies."""
+    """Compute the entropy of the whole softmax from the parts' logsumexps and entropies."""
     log_share_PN = (all_PSN[:, 0] - log_total_N).clamp_min_(_blocks.LOG_ZERO)
     return (log_share_PN.exp() * (all_PSN[:, 2] - log_share_PN)).sum(0)

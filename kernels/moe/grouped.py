@@ -1,14 +1,15 @@
-"""The experts' linear layers: rows sorted by expert, each expert's by its own matrix.
+"""The experts' linear layers: rows sorted by expert, multiplied by one matrix per expert.
 
     y_n = W_e(n) · x_n        dx_n = W_e(n)ᵀ · dy_n        dW_e = sum over the rows n of e of dy_n ⊗ x_n
 
-The work is that of one product of all rows with one matrix, whatever the number of experts; nothing is padded.
+The number of operations is that of one product of all rows with one matrix, for any number of experts. Nothing is
+padded.
 
 Backends:
     reference  a loop over experts in plain operations
-    torch      on a CPU a loop over the experts that have rows, through the library of `kernels.matmul`, each product
-               written to its place; on a GPU `F.grouped_mm`, for sizes that it takes
-    triton     one kernel for y and dx and one for dW; the host never learns how many rows an expert has
+    torch      on a CPU, a loop over the experts with `kernels.matmul`, each product written in place; on a GPU,
+               `F.grouped_mm` for the sizes it supports
+    triton     one kernel for y and dx and one for dW; the counts of rows are never copied to the host
 """
 
 from collections.abc import Iterator
@@ -27,26 +28,26 @@ from kernels.triton import LARGEST_ROW, implementations
 
 
 def grouped_linear_reference(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-    """`grouped_linear` one expert after another."""
+    """`grouped_linear` as a loop over experts."""
     rows = x_ND.split(tokens_per_expert_E.tolist())
     return torch.cat([expert_rows @ weight.T for expert_rows, weight in zip(rows, weight_EOD)])
 
 
 def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor, *, backend: str = "auto") -> Tensor:
-    """The product x · W_eᵀ of the rows of each expert e.
+    """Multiply the rows of each expert e by its matrix: x · W_eᵀ.
 
     Args:
-        x_ND: rows sorted by expert, as `permute` gives them.
-        weight_EOD: a matrix for each expert, in x's dtype.
-        tokens_per_expert_E: int64, how many rows each expert has; they add up to N.
+        x_ND: rows sorted by expert, as returned by `permute`.
+        weight_EOD: one matrix per expert, in x's dtype.
+        tokens_per_expert_E: int64, the number of rows of each expert, with sum N.
         backend: auto, reference, torch or triton.
 
     Returns:
-        `[N, O]` in x's dtype. The gradient of the matrix of an expert without rows is zero.
+        `[N, O]` in x's dtype. An expert without rows gets a gradient of zeros.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, the counts do not add up to N, or the backend cannot serve these
-            inputs. On a GPU, where looking at the counts would wait for it, wrong ones make the output NaN.
+        ValueError: shapes or dtypes do not fit, the counts do not sum to N, or the backend cannot serve these inputs.
+            On a GPU counts are not checked, which would synchronise; wrong counts make the output NaN.
     """
     fits = x_ND.ndim == 2 and weight_EOD.ndim == 3 and x_ND.shape[1] == weight_EOD.shape[2]
     if not fits or tokens_per_expert_E.shape != weight_EOD.shape[:1] or x_ND.dtype != weight_EOD.dtype:
@@ -63,7 +64,7 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor
     if choice == "reference":
         return grouped_linear_reference(x_ND, weight_EOD, tokens_per_expert_E)
     if choice == "triton":
-        from kernels.triton import grouped  # here, for machines without triton
+        from kernels.triton import grouped  # lazily: not every machine has Triton
 
         return grouped.grouped_linear(x_ND, weight_EOD, tokens_per_expert_E)
     if x_ND.is_cpu:
@@ -72,12 +73,12 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor
 
 
 def _grouped_mm(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-    """`grouped_linear` through torch, which checks no count."""
-    # No sum of counts in these bounds wraps in int64; one of int32 can, back to the right one.
+    """`grouped_linear` by F.grouped_mm, which does not check the counts."""
+    # Sums of counts within these bounds cannot overflow int64. In int32 a wrapped sum could look right.
     ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int64)
     bounded = (tokens_per_expert_E >= 0) & (tokens_per_expert_E <= len(x_ND))
     fit = bounded.all() & (ends_E[-1] == len(x_ND))
-    # Where they do not, one expert takes all rows: nothing is read out of bounds.
+    # With wrong counts one expert takes all rows, so that nothing is read out of bounds.
     y_NO = F.grouped_mm(x_ND, weight_EOD.mT, offs=torch.where(fit, ends_E, len(x_ND)).int())
     return torch.where(fit, y_NO, torch.nan)
 
@@ -107,13 +108,13 @@ class _GroupedLinear(torch.autograd.Function):
         for expert, rows in _experts(tokens_per_expert_E):
             if grad_x is not None:
                 matmul(grad[rows], weight_EOD[expert], out=grad_x[rows])
-            if grad_weight is not None:  # without rows it is zero, which the product of nothing is
+            if grad_weight is not None:  # a product over no rows writes zeros
                 matmul(grad[rows].T, x_ND[rows], out=grad_weight[expert])
         return grad_x, grad_weight, None
 
 
 def _experts(tokens_per_expert_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert and its rows, which may be none."""
+    """Yield each expert and its slice of rows, which may be empty."""
     begin = 0
     for expert, rows in enumerate(host_numbers(tokens_per_expert_E) if has_values() else ()):
         yield expert, slice(begin, begin + rows)

@@ -1,4 +1,4 @@
-"""Copies of tokens as rows sorted by expert, and the sum of a token's rows: any number of experts a token.
+"""Copy tokens to rows sorted by expert, and sum each token's rows. A token may have any number of experts.
 
     rows_n = x_t(n)     for every pair (token t, expert e) of the map, in order of e, then of t
     x_t    = sum over the rows n of token t of w_n · rows_n
@@ -8,9 +8,9 @@ Each is the transpose of the other, so each is the other's backward:
     permute:    dx = unpermute(drows)            dprobs[t, e] = drow_probs_n
     unpermute:  drows_n = w_n · dx_t(n)          dw_n = ⟨rows_n, dx_t(n)⟩
 
-Nothing has a size of tokens × experts × capacity: beyond the rows there are a few integers for each. The number of rows
-is the map's sum, which the host must know. A gate that gives every token as many experts knows it; where nobody does,
-`permute` waits for the device once, there and nowhere else.
+No tensor has tokens × experts × capacity elements: beyond the rows there are a few integers per row. The number of rows
+is the map's sum, and the host must know it. With a fixed number of experts per token the caller knows it. Otherwise
+`permute` synchronises with the device once.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ _BACKENDS = ("torch", "reference")
 def permute_reference(
     x_TD: Tensor, routing_map_TE: Tensor, probs_TE: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """`permute` one expert after another, in plain operations."""
+    """`permute` as a loop over experts, in plain operations."""
     tokens = [column.nonzero()[:, 0] for column in routing_map_TE.unbind(1)]
     row_tokens_N = torch.cat(tokens)
     row_probs_N = None
@@ -56,22 +56,22 @@ def permute(
     num_rows: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Copy every token to a row for each expert that takes it.
+    """Copy every token to one row per expert that takes it.
 
     Args:
         x_TD: tokens, floating.
-        routing_map_TE: bool; which expert takes which token. A token may have no expert, an expert no token.
-        probs_TE: the tokens' weights at the experts; read where the map is true.
-        num_rows: the map's sum, if the host knows it; it is counted without.
+        routing_map_TE: bool, whether an expert takes a token. A token may have no expert, an expert no token.
+        probs_TE: the tokens' weights at the experts, read where the map is true.
+        num_rows: the map's sum, if known; None counts it.
         backend: auto, reference, torch or triton.
 
     Returns:
-        rows_ND in x's dtype, sorted by expert, then by token; their weights `[N]`, None without probs_TE; their tokens
-        `[N]`, int64; the number of rows of each expert `[E]`, int64, on the device of x. N is the map's sum.
+        rows_ND in x's dtype, sorted by expert, then by token; the rows' weights `[N]`, None without probs_TE; the rows'
+        tokens `[N]`, int64; the number of rows per expert `[E]`, int64, on the device of x. N is the map's sum.
 
     Raises:
-        ValueError: the shapes do not fit, the map is not bool, its sum is not `num_rows` (on a GPU, where looking at it
-            would wait for it, nobody notices), or the backend cannot serve these inputs.
+        ValueError: the shapes do not fit, the map is not bool, its sum is not `num_rows` (not checked on a GPU, where
+            it would synchronise), or the backend cannot serve these inputs.
     """
     if not x_TD.is_floating_point() or x_TD.ndim != 2:
         raise ValueError(f"permute: x must be floating [tokens, D], not {x_TD.dtype} {tuple(x_TD.shape)}")
@@ -92,7 +92,7 @@ def permute(
     if probs_TE is not None:
         row_probs_N = _TakeOnce.apply(probs_TE, tokens * probs_TE.shape[1] + experts)
     if choice == "triton":
-        from kernels.triton import permutation  # here, for machines without triton
+        from kernels.triton import permutation  # lazily: not every machine has Triton
 
         rows_ND = permutation.permute(x_TD, tokens)
     else:
@@ -101,7 +101,7 @@ def permute(
 
 
 def _rows(routing_map_TE: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor]:
-    """The expert and the token of each row, int64 `[N]`."""
+    """Return the expert and the token of each row, int64 `[N]`."""
     if num_rows is not None and not on_host(routing_map_TE):
         experts, tokens = torch.nonzero_static(routing_map_TE.T, size=num_rows).unbind(1)
         return experts, tokens
@@ -119,22 +119,22 @@ def unpermute(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Add up the rows of each token.
+    """Sum the rows of each token.
 
     Args:
         rows_ND: floating, in any order.
         row_tokens_N: int64 in [0, num_tokens), the token of each row.
         num_tokens: T.
-        row_probs_N: a weight for each row, floating; 1 without it.
+        row_probs_N: a weight per row, floating; None means 1.
         backend: auto, reference, torch or triton.
 
     Returns:
-        `[T, D]` in the rows' dtype, added in float32 (float64 for float64 rows); zeros for a token without rows. The
-        order of the sum is that of the rows, in every run.
+        `[T, D]` in the rows' dtype, summed in float32 (float64 for float64 rows); zeros for a token without rows. Rows
+        are always summed in their order, so the result is deterministic.
 
     Raises:
         ValueError: the shapes do not fit, a row's token is out of range, or the backend cannot serve these inputs. On a
-            GPU, where looking at the tokens would wait for it, one out of range makes the output NaN.
+            GPU tokens are not checked, which would synchronise; a token out of range makes the output NaN.
     """
     if not rows_ND.is_floating_point() or rows_ND.ndim != 2:
         raise ValueError(f"unpermute: rows must be floating [N, D], not {rows_ND.dtype} {tuple(rows_ND.shape)}")
@@ -155,24 +155,24 @@ def unpermute(
 
 
 def _add_up(rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N: Tensor | None) -> Tensor:
-    """`unpermute` by embedding_bag: 1.5 to 10 times as fast on a CPU as index_add."""
+    """`unpermute` by embedding_bag, on a CPU 1.5 to 10 times as fast as index_add."""
     if not len(rows_ND):
         return rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
     order_N, bounds = rows_by_token(row_tokens_N, num_tokens)
-    # It wants weights in the rows' dtype, and adds narrow rows in float32 itself.
+    # embedding_bag requires weights in the rows' dtype, and sums narrow rows in float32 itself.
     weights, narrow = None, rows_ND.dtype
     if row_probs_N is not None:
         rows_ND = rows_ND.to(torch.promote_types(rows_ND.dtype, row_probs_N.dtype))
         weights = row_probs_N.to(rows_ND.dtype)[order_N]
     bags = torch.embedding_bag(rows_ND, order_N, bounds, per_sample_weights=weights, include_last_offset=True)[0]
     if not on_host(row_tokens_N):
-        # Rows of tokens that do not exist are in no sum: it must not look whole.
+        # Rows of tokens out of range are missing from every sum, so the result must not look complete.
         bags = torch.where((bounds[0] == 0) & (bounds[-1] == len(order_N)), bags, torch.nan)
     return bags.to(narrow)
 
 
 class _TakeOnce(torch.autograd.Function):
-    """Elements of x at flat places, of which none comes twice: the gradient needs no sum."""
+    """Take the elements of x at distinct flat indices, so that the gradient needs no sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places_N: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """`unpermute`: saves the tokens and, with weights, the rows and the weights."""
+    """`unpermute`: saves the tokens, and if there are weights, the rows and the weights."""
 
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N: Tensor | None) -> Tensor:

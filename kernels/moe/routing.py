@@ -1,33 +1,33 @@
-"""Gates: from a router's logits to the experts that take a token, and the weights of what they return.
+"""Gates: choose each token's experts from the router's logits, and compute the weights of the experts' outputs.
 
-`top_k_gate`, k experts a token, from scores s = softmax(z) or σ(z), with p = s / sum(s) over all experts:
+`top_k_gate` chooses k experts per token from scores s = softmax(z) or σ(z), with p = s / sum(s) over all experts:
 
-    chosen = the k largest of s + bias, in the best groups only      (z in the place of s without bias and groups)
-    gates  = chosen · p            normalize = before: the scores of all experts add up to one
-             chosen · s / sum(chosen · s)      after: those of the chosen experts do
+    chosen = the k largest of s + bias, in the best groups only      (of z, if there are no bias and no groups)
+    gates  = chosen · p            normalize = before: the scores of all experts sum to one
+             chosen · s / sum(chosen · s)      after: the scores of the chosen experts sum to one
              chosen · s                        none
     times `scale`. The value of a group is the sum of its best k / group_top_k experts (DeepSeek-V3, arXiv:2412.19437,
-    section 2.1.2, with the bias that balances loads without a loss: it takes part in the choice alone).
+    section 2.1.2). The bias, which balances loads without a loss, affects only the choice (same section).
 
-`dense_to_sparse_gate`, a varying number (EvoMoE, arXiv:2112.14397; with an activation, arXiv:2401.13875):
+`dense_to_sparse_gate` chooses a varying number (EvoMoE, arXiv:2112.14397; with an activation, arXiv:2401.13875):
 
     p = softmax(u / τ),   u = act(z) + noise
-    keep = (p ≥ threshold, or the largest), of these the first `max_experts` in order of u
+    keep = (p ≥ threshold, or the largest), limited to the first `max_experts` in order of u
     gates = keep · p, divided by their sum if renormalised
 
-With q = gates / scale, g the gradient of the gates, ⟨·,·⟩ a sum over experts, what is hand-written of the backward:
+The hand-written backward, with q = gates / scale, g the gradient of the gates, and ⟨·,·⟩ a sum over experts:
 
     softmax      dz = p (dp − ⟨dp, p⟩)
     divide       d(chosen · s) = (g − ⟨g, q⟩) / sum(chosen · s)
     temperature  dτ = −sum(du · u) / τ,   du = dz of the softmax / τ
 
-The arithmetic is float32 (float64 of float64 logits), and so are the results. Equal values go to the lower index in all
-implementations: they compare logits, activated logits, or scores with their bias, whichever rounds least. A choice
-between values that differ in their last digit alone is not the same everywhere.
+Arithmetic and results are float32 (float64 for float64 logits). All implementations break ties towards the lower index,
+and all compare the quantity that rounds least: logits, activated logits, or biased scores. Values that differ only in
+the last digit may be ordered differently by different implementations.
 
-NaN counts as the largest value, the first NaN before the others, in all implementations. So a token with a NaN logit
-has as many experts as any other, a NaN gate among them, and the output is NaN: what went wrong shows. It is chosen by
-`dense_to_sparse_gate` for one expert alone, since NaN reaches no threshold.
+All implementations treat NaN as the largest value, and order NaNs by index. A token with a NaN logit therefore gets
+the usual number of experts, one with a NaN gate, and its output is NaN, so the error shows. `dense_to_sparse_gate`
+chooses one expert for such a token, because NaN reaches no threshold.
 """
 
 from typing import Any, Literal
@@ -116,23 +116,23 @@ def top_k_gate(
     scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The top_k experts of each token.
+    """Choose the top_k experts of each token.
 
     Args:
         logits_TE: floating.
-        top_k: how many experts take a token.
+        top_k: number of experts per token.
         score: "softmax" or "sigmoid".
-        normalize: "before" makes the scores of all experts add up to one, "after" those of the chosen ones, "none"
-            keeps them. With "after" and top_k = 1 every gate is `scale`, and no gradient goes through it.
-        num_groups, group_top_k: the experts in groups of equal size, neighbours together, of which the best
-            group_top_k may be chosen from.
-        bias_E: added to the scores for the choice; has no gradient.
+        normalize: "before" makes the scores of all experts sum to one, "after" those of the chosen experts, "none"
+            leaves them. With "after" and top_k = 1 every gate is `scale`, and no gradient flows through it.
+        num_groups, group_top_k: number of groups of consecutive experts, all of equal size, and number of best groups
+            from which experts are chosen.
+        bias_E: added to the scores for the choice only; has no gradient.
         scale: a positive factor of the gates.
         backend: auto, reference, torch or triton.
 
     Returns:
-        probs_TE, the scores of all experts divided by their sum, for losses that balance; gates_TE, zero but for the
-        chosen experts; both float32 (float64 of float64 logits); and chosen_TE, bool, top_k a token.
+        probs_TE, the scores of all experts divided by their sum, for balancing losses; gates_TE, zero except for the
+        chosen experts; both float32 (float64 for float64 logits); and chosen_TE, bool, top_k per token.
 
     Raises:
         ValueError: an argument is out of range, or the backend cannot serve these inputs.
@@ -163,7 +163,7 @@ def top_k_gate(
         )
     arguments = logits_TE, bias_E, top_k, score, normalize, num_groups, group_top_k, scale
     if choice == "triton":
-        from kernels.triton import routing  # here, for machines without triton
+        from kernels.triton import routing  # lazily: not every machine has Triton
 
         return routing.top_k_gate(*arguments)
     return _TopKGate.apply(*arguments)
@@ -180,22 +180,22 @@ def dense_to_sparse_gate(
     renormalize: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every expert whose probability reaches the threshold, and always the most probable one.
+    """Choose every expert whose probability reaches the threshold, and always the most probable one.
 
     Args:
         logits_TE: floating.
         temperature: positive; a number, or a tensor of one element, which gets a gradient.
-        threshold: the least probability that is kept.
-        activation: of the logits, before the noise. With "none" and "relu", which are positively homogeneous, scaling
-            logits and temperature alike changes nothing: a learned temperature means nothing.
-        noise_TE: added to the activated logits, as Gumbel's; has no gradient.
-        max_experts: keep no more, the most probable first; without it there is no limit.
-        renormalize: make the gates of a token add up to one.
+        threshold: the lowest probability that is kept.
+        activation: applied to the logits before the noise. "none" and "relu" are positively homogeneous: scaling logits
+            and temperature by the same factor changes nothing, so a learned temperature is meaningless with them.
+        noise_TE: added to the activated logits, for example Gumbel noise; has no gradient.
+        max_experts: keep at most this many, the most probable first; None sets no limit.
+        renormalize: make the gates of a token sum to one.
         backend: auto, reference, torch or triton.
 
     Returns:
-        probs_TE of all experts, gates_TE, zero where an expert is not kept, both float32 (float64 of float64 logits);
-        and keep_TE, bool, at least one a token. With threshold 0 max_experts are kept: a hard top-k.
+        probs_TE, of all experts; gates_TE, zero for experts that are not kept; both float32 (float64 for float64
+        logits); and keep_TE, bool, at least one per token. With threshold 0, max_experts are kept: a hard top-k.
 
     Raises:
         ValueError: an argument is out of range, or the backend cannot serve these inputs.
@@ -253,7 +253,7 @@ def _check_choices(op: str, *choices: tuple[str, str, tuple[str, ...]]) -> None:
 
 
 def _check_groups(experts: int, top_k: int, num_groups: int, group_top_k: int) -> None:
-    """Raise ValueError unless group_top_k groups can give top_k experts, and the value of a group can be formed."""
+    """Raise ValueError unless group_top_k groups hold top_k experts, and k / group_top_k is a whole number."""
     if num_groups < 1 or experts % num_groups or not 1 <= group_top_k <= num_groups:
         raise ValueError(
             f"top_k_gate: num_groups {num_groups} must divide {experts} experts, and group_top_k {group_top_k} be "
@@ -261,13 +261,13 @@ def _check_groups(experts: int, top_k: int, num_groups: int, group_top_k: int) -
         )
     if num_groups > 1 and (top_k % group_top_k or top_k > group_top_k * (experts // num_groups)):
         raise ValueError(
-            f"top_k_gate: top_k {top_k} must be a multiple of group_top_k {group_top_k} and fit in so many groups of "
-            f"{experts // num_groups} experts"
+            f"top_k_gate: top_k {top_k} must be a multiple of group_top_k {group_top_k} and at most "
+            f"{group_top_k} groups of {experts // num_groups} experts"
         )
 
 
 def _widen(x: Tensor) -> Tensor:
-    """X in the dtype of the arithmetic: float32, or float64 if x has it."""
+    """Convert x to the dtype of the arithmetic: float64 for float64, float32 for all others."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -282,27 +282,27 @@ def _activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def _values(wide_TE: Tensor, scores_TE: Tensor, num_groups: int, bias_E: Tensor | None) -> Tensor:
-    """What the choice compares: the logits while their order is that of the scores, since scores saturate."""
+    """Return the values that the choice compares: logits if they have the scores' order, because scores saturate."""
     if bias_E is not None:
         return (scores_TE + bias_E).detach()
     return (wide_TE if num_groups == 1 else scores_TE).detach()
 
 
 def _keep(x_TE: Tensor, mask_TE: Tensor) -> Tensor:
-    """X where the mask is true, else zero; a product would make NaN of the zeros beside a NaN."""
+    """Return x where the mask is true, else zero. Multiplying by the mask would keep a masked NaN."""
     return x_TE.masked_fill(~mask_TE, 0.0)
 
 
 def _largest_by_sort(values_TE: Tensor, count: int) -> Tensor:
-    """`largest` by its definition."""
+    """`largest` by a stable sort, its definition."""
     order = values_TE.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(values_TE, dtype=torch.bool).scatter(-1, order, True)
 
 
 def largest(values_TE: Tensor, count: int) -> Tensor:
-    """Marks the `count` largest of each row, at least one; NaN is above all, and of equal ones the first are taken.
+    """Mark the `count` >= 1 largest values of each row. NaN is the largest, and ties go to the lower index.
 
-    By topk, which is faster than a stable sort, and whose own choice among equal values is arbitrary.
+    Uses topk, which is faster than a stable sort, and breaks its arbitrary ties here.
     """
     last_T1 = values_TE.topk(count, -1).values[..., -1:]
     nan, nan_T1 = values_TE.isnan(), last_T1.isnan()
@@ -312,7 +312,7 @@ def largest(values_TE: Tensor, count: int) -> Tensor:
 
 
 def _choose(values_TE: Tensor, top_k: int, num_groups: int, group_top_k: int) -> Tensor:
-    """The experts of `top_k_gate`."""
+    """Choose the experts of `top_k_gate`."""
     if num_groups > 1:
         grouped = values_TE.unflatten(-1, (num_groups, -1))
         best = grouped.topk(top_k // group_top_k, -1).values.sum(-1)
@@ -326,12 +326,12 @@ def _softmax_backward(grad_TE: Tensor, probs_TE: Tensor) -> Tensor:
 
 
 def _dot(a_TE: Tensor, b_TE: Tensor) -> Tensor:
-    """⟨a, b⟩ of each row, `[T, 1]`."""
+    """Compute ⟨a, b⟩ of each row, `[T, 1]`."""
     return torch.linalg.vecdot(a_TE, b_TE).unsqueeze(-1)
 
 
 class _TopKGate(torch.autograd.Function):
-    """`top_k_gate`: saves the scores and what is chosen, and computes the rest again."""
+    """`top_k_gate`: saves the scores, the gates and the choice, and recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -386,7 +386,7 @@ class _TopKGate(torch.autograd.Function):
 
 
 class _DenseToSparseGate(torch.autograd.Function):
-    """`dense_to_sparse_gate`: saves its inputs, the probabilities and what is kept."""
+    """`dense_to_sparse_gate`: saves its inputs, the probabilities and the kept experts."""
 
     @staticmethod
     def forward(
@@ -434,7 +434,7 @@ class _DenseToSparseGate(torch.autograd.Function):
 
 
 def _activation_backward(grad: Tensor, x: Tensor, activation: Activation) -> Tensor:
-    """Grad · act'(x)."""
+    """Compute grad · act'(x)."""
     if activation == "none":
         return grad
     if activation == "gelu":

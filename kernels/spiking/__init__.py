@@ -1,4 +1,4 @@
-"""Spikes: activations as integer counts of spikes, and the codings of counts into time steps."""
+"""Spikes: activations as integer spike counts, and codings of counts into time steps."""
 
 from kernels.spiking.coding import (
     CODINGS,

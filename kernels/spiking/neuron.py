@@ -1,26 +1,27 @@
 """The adaptive-threshold spike of SpikingBrain (arXiv:2509.05276, section 3.3): activations as integer spike counts.
 
-    V = clamp(mean|x| / k, 1e-5, 1e4)        one threshold a token, the mean over its channels; or V is given
-    s = round(x / V)                         the spike count, half to even; clipped to a range where one is given
+    V = clamp(mean|x| / k, 1e-5, 1e4)        one threshold per token, the mean over its channels; or a given V
+    s = round(x / V)                         the spike count, half to even; optionally clipped to a range
     x̂ = s · V
 
-Gradients. round has none, so x gets one straight through it, V taken as a constant (the report's rule):
+Gradient of x. round has none, so a straight-through estimator is used, with V taken as a constant (the report's rule):
 
     plain        dx̂/dx = 1
     clipped      dx̂/dx = 1, and 0 where the count was clipped (Bengio et al. 2013, arXiv:1308.3432, for a hard limit)
     surrogate    dx̂/dx = 4 |x/V − s|, and 0 where the count was clipped. This is the triangular pseudo-derivative of
-                 Bellec et al. 2018 (arXiv:1803.09574) around each half-integer at which the count steps, V/2 wide to
-                 either side and of area V: from 0 in the middle of a step to 2 at its edge, 1 on average.
+                 Bellec et al. 2018 (arXiv:1803.09574) around each half-integer at which the count changes. Each
+                 triangle extends V/2 to either side and has area V: 0 in the middle of a step, 2 at its edge, 1 on
+                 average.
 
-s is constant almost everywhere, so V and k have exact gradients: dx̂/dV = s and dV/dk = −mean|x| / k² = −V / k, with 0
-where V was clamped.
+Gradients of V and k. s is constant almost everywhere, so they are exact: dx̂/dV = s and dV/dk = −mean|x| / k² = −V / k,
+with 0 where V was clamped.
 
-Arithmetic is float32, float64 for float64 inputs. The mean alone is added up wider: in float32 over 64 channels (or not
-at all, where the channels are no multiple of 64), those sums in float64. So tensor-parallel ranks that hold multiples
-of 64 channels get the V of one process, and with it every count.
+Arithmetic is float32, or float64 for float64 inputs. Only the mean is summed in higher precision: groups of 64 channels
+in float32, and the groups' sums in float64 (all channels in float64 if their number is no multiple of 64).
+Tensor-parallel ranks that hold multiples of 64 channels therefore get the V of a single process, and the same counts.
 
-What is not finite stays so: a NaN or an infinity, or numbers above 1e33, whose float32 sum may be infinite, make their
-whole token NaN; under a given V, which other channels have no part in, that one channel. Nothing wraps around.
+Non-finite values propagate. A NaN, an infinity, or numbers above 1e33 (whose float32 sum may be infinite) make the
+whole token NaN. Under a given V, which does not depend on other channels, only that channel becomes NaN.
 """
 
 import math
@@ -41,14 +42,15 @@ Gradient = Literal["plain", "clipped", "surrogate"]
 
 # The limits of V in the published code (W8ASpike/quant_linear.py).
 LEAST_THRESHOLD, LARGEST_THRESHOLD = 1e-5, 1e4
-# Where V has a gradient: the limits themselves, from which a learned V must find back, with a hair to either side.
+# V has a gradient inside these bounds. They include the limits, with a margin for rounding, so that a learned V can
+# move away from a limit.
 _FREE = (LEAST_THRESHOLD * (1 - 1e-6), LARGEST_THRESHOLD * (1 + 1e-6))
-# Beyond it float32 skips integers, so that a clipped count would not be what was asked for.
+# Beyond 2^24 float32 skips integers, so a count might be clipped to another number than the requested one.
 _LARGEST_COUNT = 1 << 24
 
-# Elements per block of rows on the CPU: the block and its temporaries stay in a core's second cache.
+# Elements per block of rows on the CPU: the block and its temporaries stay in a core's L2 cache.
 _BLOCK_ELEMENTS = 1 << 17
-# Channels that are added up in float32 before float64, which costs five times as much.
+# Channels that are summed in float32 first, because summing all of them in float64 costs five times as much.
 _NARROW_SUM = 64
 
 _BACKENDS = ("torch", "reference")
@@ -56,7 +58,7 @@ _BACKENDS = ("torch", "reference")
 
 @dataclass(frozen=True)
 class _Neuron:
-    """What is fixed about a spike: whether its parameter is k or V, the range of counts, and the gradient's rule."""
+    """Settings of a spike: whether its parameter is k (adaptive) or V, the range of counts, and x's gradient."""
 
     adaptive: bool
     low: float
@@ -77,7 +79,7 @@ def spike_reference(
     gradient: Gradient = "plain",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`spike` in plain operations, any floating dtype; its derivatives are autograd's, with the module's rule for x."""
+    """`spike` in plain operations, any floating dtype. Gradients are autograd's, with the module's rule for x."""
     neuron, parameter = _checked("spike", x, k, threshold, count_range, gradient)
     wide = _widen(x)
     mean = mean_abs(wide.detach(), group) if neuron.adaptive else None
@@ -103,26 +105,27 @@ def spike(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """X̂ = round(x / V) · V with V = mean|x| / k for each token, or a given V.
+    """Compute x̂ = round(x / V) · V, with V = mean|x| / k of each token or a given V.
 
     Args:
         x: [..., D], floating; with `group`, this rank's channels.
-        k: spikes that the mean magnitude fires: a number (the report takes 3), or a tensor [] or [D], which may be
-            learned. A tensor's numbers must be positive, which is not looked at.
-        threshold: V itself in place of k: a number, or a tensor [] or [D] (running or learned), clamped alike.
-        count_range: (low, high) that counts are clipped to; None does not clip.
-        gradient: that of x, see the module: "plain", "clipped" or "surrogate".
-        group: ranks that hold equally many of a token's channels each. The mean is over all of them: one number a
-            token is all-reduced in forward and nothing in backward. A k [] that all ranks hold gets a partial gradient.
-        backend: auto, reference, torch or triton. Triton adds the mean up in float32 where there is no group: a count
-            whose x / V is within rounding of a half may differ by one.
+        k: the count of a channel of mean magnitude: a number (3 in the report), or a tensor [] or [D], which may be
+            learned. A tensor's values must be positive; they are not checked.
+        threshold: V, in place of k: a number, or a tensor [] or [D] (running or learned). Clamped to the same limits.
+        count_range: (low, high) to clip counts to; None does not clip.
+        gradient: the rule for x's gradient, "plain", "clipped" or "surrogate"; see the module docstring.
+        group: ranks that each hold the same number of a token's channels. The mean is over all ranks: forward
+            all-reduces one number per token, backward communicates nothing. A k [] shared by the ranks gets a partial
+            gradient on each.
+        backend: auto, reference, torch or triton. Without a group, triton sums the mean in float32, so a count whose
+            x / V is within rounding of a half may differ by one.
 
     Returns:
-        [..., D] in x's dtype. Saves nothing for "plain" with a fixed k or V, else x and one number a token.
+        [..., D] in x's dtype. Saves nothing for "plain" with a fixed k or V, else x and one number per token.
 
     Raises:
-        ValueError: not exactly one of k and threshold, a number or shape that does not fit, an unknown gradient, an
-            empty count_range, or a backend that cannot serve these inputs.
+        ValueError: not exactly one of k and threshold is given, a number or shape does not fit, the gradient is
+            unknown, count_range is empty, or the backend cannot serve these inputs.
     """
     neuron, parameter = _checked("spike", x, k, threshold, count_range, gradient)
     choice = resolve("spike", backend, _implementations(x, k, threshold))
@@ -130,7 +133,7 @@ def spike(
         return spike_reference(x, k=k, threshold=threshold, count_range=count_range, gradient=gradient, group=group)
     mean_N1 = mean_abs(_rows(x).detach(), group) if neuron.adaptive and group is not None else None
     if choice == "triton":
-        from kernels.triton import spiking  # here, for machines without triton
+        from kernels.triton import spiking  # lazily: not every machine has Triton
 
         limits = neuron.low, neuron.high, LEAST_THRESHOLD, LARGEST_THRESHOLD
         return spiking.spike(x, parameter, mean_N1, neuron.adaptive, limits, gradient)
@@ -145,17 +148,17 @@ def spike_counts(
     count_range: tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The counts s and the thresholds V of `spike`, whose x̂ is s · V; without gradients, in plain operations.
+    """Return the counts s and thresholds V of `spike`, with x̂ = s · V. No gradients; plain operations.
 
     Args:
         x, k, threshold, count_range, group: as in `spike`.
 
     Returns:
-        s [..., D] in the least of int8, int16 and int32 that holds `count_range`, or without one the counts there are
-        (which a GPU's host waits for); and V, which broadcasts against it, in the dtype of the arithmetic.
+        s [..., D] in the smallest of int8, int16 and int32 that holds `count_range`, or if that is None, the counts
+        (finding their maximum synchronises with a GPU); and V, broadcastable to s, in the dtype of the arithmetic.
 
     Raises:
-        ValueError: as in `spike`; x is not finite, for which there is no integer; or a count that int32 does not hold.
+        ValueError: as in `spike`; x is not finite, which no integer represents; or a count exceeds int32.
     """
     neuron, parameter = _checked("spike_counts", x, k, threshold, count_range, "plain")
     with torch.no_grad():
@@ -163,7 +166,7 @@ def spike_counts(
         mean = mean_abs(wide, group) if neuron.adaptive else None
         thresholds = _thresholds(mean, _widen(parameter))
         counts = torch.div(wide, thresholds).round_().clamp_(neuron.low, neuron.high)
-        # A NaN or infinite token has no finite sum, whatever the clipping made of it.
+        # Adding 0 * x exposes NaN and infinities that clipping has hidden.
         if not bool((counts + 0 * wide).isfinite().all()):
             raise ValueError("spike_counts: x has numbers that are not finite; spike() passes them on as NaN")
         largest = float(counts.abs().amax()) if counts.numel() and not neuron.clips else 0.0
@@ -173,22 +176,22 @@ def spike_counts(
 
 
 def mean_abs(x: Tensor, group: dist.ProcessGroup | None = None, *, scratch: Tensor | None = None) -> Tensor:
-    """mean|x| over the last dimension, [..., 1] in the dtype of the arithmetic; NaN where it is not finite.
+    """Compute mean|x| over the last dimension, [..., 1] in the dtype of the arithmetic; NaN where it is not finite.
 
-    With `group` over the channels of all its ranks: one float64 a token is all-reduced. |x| is written to `scratch`,
-    of x's shape in the dtype of the arithmetic, if given.
+    With `group`, the mean is over the channels of all ranks, by an all-reduce of one float64 per token. If `scratch` is
+    given, |x| is written to it; it has x's shape and the dtype of the arithmetic.
     """
     total, channels = _sum_abs(torch.abs(_widen(x), out=scratch)), x.shape[-1]
     if group is not None:
         dist.all_reduce(total, group=group)
         channels *= dist.get_world_size(group)
     mean = total.div_(channels).to(torch.promote_types(x.dtype, torch.float32))
-    # An infinite V would be clamped to a finite one, which hides it.
+    # inf + 0 · inf is NaN. Clamping would turn an infinite V into a finite one.
     return mean.add_(mean, alpha=0)
 
 
 def _sum_abs(magnitude: Tensor) -> Tensor:
-    """The sum of |x| over the last dimension, [..., 1] in float64; see the module for its order."""
+    """Sum |x| over the last dimension, [..., 1] in float64. See the module docstring for the order."""
     if magnitude.dtype == torch.float32 and magnitude.shape[-1] % _NARROW_SUM == 0:
         magnitude = magnitude.unflatten(-1, (-1, _NARROW_SUM)).sum(-1)
     return magnitude.sum(-1, keepdim=True, dtype=torch.float64)
@@ -202,11 +205,11 @@ def _checked(
     count_range: tuple[int, int] | None,
     gradient: str,
 ) -> tuple[_Neuron, Tensor]:
-    """The neuron and its parameter, k or V, as a tensor [] or [D]; ValueError where arguments do not fit."""
+    """Return the neuron and its parameter (k or V) as a tensor [] or [D]. Raise ValueError for unfit arguments."""
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must be floating [..., D] with D > 0, not {x.dtype} {tuple(x.shape)}")
     if (k is None) == (threshold is None):
-        raise ValueError(f"{op}: give k, of V = mean|x| / k, or threshold, V itself: one of the two")
+        raise ValueError(f"{op}: give either k (V = mean|x| / k) or threshold (V)")
     name, given = ("k", k) if k is not None else ("threshold", threshold)
     if isinstance(given, Tensor):
         if not given.is_floating_point() or given.shape not in ((), x.shape[-1:]):
@@ -219,7 +222,7 @@ def _checked(
     low, high = (-math.inf, math.inf) if count_range is None else count_range
     if count_range is not None and not -_LARGEST_COUNT <= low <= high <= _LARGEST_COUNT:
         raise ValueError(f"{op}: count_range {count_range} must be (low, high), low <= high, both within 2^24 of 0")
-    # A number stays on the host, where every device's operations take it from.
+    # A number stays on the CPU: operations on every device accept a CPU scalar.
     wide = torch.promote_types(x.dtype, torch.float32)
     parameter = given if isinstance(given, Tensor) else torch.tensor(given, dtype=wide, device="cpu")
     return _Neuron(k is not None, low, high, gradient), parameter  # type: ignore[arg-type]
@@ -231,7 +234,7 @@ def _implementations(x: Tensor, *parameters: float | Tensor | None) -> tuple[str
 
 
 def _integer(largest: float) -> torch.dtype:
-    """The least integer dtype that holds ± `largest`."""
+    """Return the smallest integer dtype that holds ± `largest`."""
     for dtype in (torch.int8, torch.int16, torch.int32):
         if largest <= torch.iinfo(dtype).max:
             return dtype
@@ -239,30 +242,30 @@ def _integer(largest: float) -> torch.dtype:
 
 
 def _widen(x: Tensor) -> Tensor:
-    """X in the dtype of the arithmetic: float32, or float64 if x has it."""
+    """Convert x to the dtype of the arithmetic: float64 for float64, float32 for all others."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """X as a matrix of its last dimension's rows."""
+    """Reshape x [..., D] to [N, D]."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _thresholds(mean: Tensor | None, parameter: Tensor) -> Tensor:
-    """V of k and mean [..., 1], or of a given V: shaped as these broadcast."""
+    """Compute V from mean [..., 1] and k, or from a given V, with the shape that they broadcast to."""
     raw = parameter if mean is None else mean / parameter
     return raw.clamp(LEAST_THRESHOLD, LARGEST_THRESHOLD)
 
 
 def _pass(grad: Tensor, x: Tensor, low: float, high: float, out: Tensor | None = None) -> Tensor:
-    """Grad where low < x < high, else 0, in one pass; bool masks take two more, and slow ones."""
+    """Return grad where low < x < high, else 0, in one pass. Boolean masks would take two more, slower passes."""
     if out is None:
         return torch.ops.aten.hardtanh_backward(grad, x, low, high)
     return torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=out)
 
 
 def _blocks(x_ND: Tensor, *others_ND: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of rows; one block where there is no CPU cache to keep them in."""
+    """Yield blocks of rows: as many rows as fit a CPU's cache; all on a GPU."""
     rows = _block_rows(x_ND)
     yield from zip(*(tensor.split(rows) for tensor in (x_ND, *others_ND)))
 
@@ -273,7 +276,7 @@ def _block_rows(x_ND: Tensor) -> int:
 
 
 class _Spike(torch.autograd.Function):
-    """`spike`; mean [N, 1] is given where the channels lie on several ranks."""
+    """`spike`. The mean [N, 1] is given if the channels are sharded over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor, mean_N1: Tensor | None, neuron: _Neuron) -> Tensor:
@@ -296,12 +299,12 @@ class _Spike(torch.autograd.Function):
                 spikes.clamp_(neuron.low, neuron.high)
             spikes.mul_(thresholds)
             if not neuron.adaptive:
-                spikes.add_(block, alpha=0)  # NaN where x is not finite, which V does not show here
+                spikes.add_(block, alpha=0)  # NaN where x is not finite; a given V does not propagate it
             if spikes is not out:
                 out.copy_(spikes)
         ctx.neuron = neuron
         if neuron.gradient != "plain" or ctx.needs_input_grad[1]:
-            # Backward counts anew: a rounded x could give other counts, so it is kept with all its digits.
+            # Backward recomputes the counts. A compressed x could give other counts, so x is saved as a statistic.
             save(ctx, weights=(parameter,), statistics=(x, means_N1))
         return out_ND.view(x.shape)
 
@@ -322,7 +325,8 @@ class _Spike(torch.autograd.Function):
             _backward_block(neuron, block, grad_block, out, mean[0] if mean else None, _widen(parameter), total)
         if total is not None:
             wide = _widen(parameter)
-            # Of a given V the sum is of dy · s, of k of dy · s · V: see the module for what is left.
+            # The sum is over dy · s for a given V, and over dy · s · V for k. Apply the remaining factor of the module
+            # docstring's formulas.
             total = total.neg_().div_(wide) if neuron.adaptive else _pass(total, wide, *_FREE)
             total = total.to(parameter.dtype)
         return grad_x, total, None, None
@@ -337,7 +341,7 @@ def _backward_block(
     parameter: Tensor,
     total: Tensor | None,
 ) -> None:
-    """Write x's gradient, unless it is grad itself, and add to `total`, [] or [D], if it is wanted."""
+    """Write x's gradient, unless it is grad itself, and add the parameter's to `total`, [] or [D], if not None."""
     wide_grad = _widen(grad_ND)
     raw = parameter if mean_N1 is None else mean_N1 / parameter
     ratio = _widen(x_ND) / raw.clamp(LEAST_THRESHOLD, LARGEST_THRESHOLD)
@@ -360,5 +364,5 @@ def _backward_block(
         if mean_N1 is not None:
             products.mul_(_pass(raw, raw, *_FREE))
         total.add_(products.sum(0) if total.dim() else products.sum())
-    else:  # one threshold a token
+    else:  # one threshold per token
         total.add_(torch.dot(products.sum(-1), _pass(raw, raw, *_FREE)[:, 0]))

@@ -1,8 +1,8 @@
-"""Triton kernels, the GPU path of the operations in `kernels/`; a file here serves the file of the same name there.
+"""Triton kernels, the GPU path of the operations in `kernels/`. Files here have the name of the file that they serve.
 
-This module says whether they can run and imports no triton: machines without it load nothing of it. The kernel modules
-are imported when an operation first chooses them. Each has `specs(target, head_dim, dtype)`, from which
-`python -m kernels.compile` builds its kernels without a GPU.
+This module tells whether the kernels can run, without importing triton, for machines that lack it. A kernel module is
+imported when an operation first chooses it. Each defines `specs(target, head_dim, dtype)`, from which
+`python -m kernels.compile` compiles its kernels without a GPU.
 """
 
 import os
@@ -12,17 +12,17 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# What the kernels take: key dimensions of the chunked recurrences, and the rows that one program holds whole.
+# Limits of the kernels: the key dimension of the chunked recurrences, and the length of a row that one program holds.
 LARGEST_KEY = 256
 LARGEST_ROW = 1 << 16
-# Keeps the sum of sigmoids of a gate off zero (DeepSeek-V3's code), here and in kernels/moe/routing.py alike.
+# Keeps a gate's sum of sigmoids above zero (as in DeepSeek-V3's code). Also used by kernels/moe/routing.py.
 TINY = 1e-20
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors; Triton itself asks when a kernel is defined."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when defining a kernel."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -32,7 +32,7 @@ def _installed() -> bool:
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether kernels can run on these inputs: on a GPU or in the interpreter, all floating ones of 32 bits or less."""
+    """Whether kernels can run on these inputs: on a GPU or in the interpreter, floating dtypes of at most 32 bits."""
     given = [x for x in tensors if x is not None]
     if not (interpreting() if given[0].is_cpu else given[0].is_cuda) or not _installed():
         return False
@@ -40,9 +40,9 @@ def usable(*tensors: Tensor | None) -> bool:
 
 
 def implementations(others: tuple[str, ...], *tensors: Tensor | None, fits: bool = True) -> tuple[str, ...]:
-    """`others`, the implementations that need no Triton, and "triton" where usable: on a GPU first, on a CPU last.
+    """Return `others`, the implementations without Triton, plus "triton" if usable: first on a GPU, last on a CPU.
 
-    `fits` says whether the kernels take inputs of these sizes; where they do not, `others` serve.
+    `fits` says whether the kernels support inputs of these sizes. If not, only `others` are returned.
     """
     if not fits or not usable(*tensors):
         return others

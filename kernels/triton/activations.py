@@ -1,11 +1,11 @@
-"""SwiGLU, silu(gate) · up, from two tensors or from one that holds both halves.
+"""SwiGLU, silu(gate) · up, of two tensors or of one that holds both halves.
 
     d gate = dy · up · silu'(gate)        d up = dy · silu(gate)        silu'(g) = σ(g) (1 + g (1 − σ(g)))
 
-The arithmetic is float32; a program has a block of rows and columns, which are read once in each pass.
+Arithmetic is float32. Each program handles a block of rows and columns, and reads it once per pass.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -32,7 +32,7 @@ _BLOCK_ELEMENTS = 2048
 
 @triton.jit
 def _block(rows, columns, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The program's rows and columns and the mask of those that exist."""
+    """Return the program's rows and columns, and the mask of those that exist."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     return row, column, (row < rows) & (column < columns)
@@ -85,7 +85,7 @@ def _backward_kernel(
 
 
 def _tile(target: str, columns: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_F, warps), 16 elements a thread."""
+    """Return (BLOCK_N, BLOCK_F, warps), for 16 elements per thread."""
     width = min(next_power(columns), _BLOCK_ELEMENTS)
     return _BLOCK_ELEMENTS // width, width, _BLOCK_ELEMENTS // (16 * warp_size(target))
 
@@ -104,7 +104,7 @@ def _forward(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 def _backward(dy_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, dgate_NF: Tensor, dup_NF: Tensor) -> None:
-    """Write both gradients, which have one row stride."""
+    """Write both gradients, which share one row stride."""
     rows, columns = gate_NF.shape
     block_n, block_f, warps = _tile(target_name(dy_NF.device), columns)
     if dy_NF.numel():
@@ -154,17 +154,17 @@ class _SwiGLUPacked(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`kernels.activations.swiglu` of checked arguments."""
+    """`kernels.activations.swiglu` with checked arguments."""
     return _SwiGLU.apply(gate, up)
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
-    """`kernels.activations.swiglu_packed` of a checked argument."""
+    """`kernels.activations.swiglu_packed` with a checked argument."""
     return _SwiGLUPacked.apply(gate_up)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """The kernels for 8192 tokens of a block four times as wide as a model of 16 heads."""
+    """Return the kernels for 8192 tokens of a feed-forward four times as wide as a model of 16 heads."""
     rows, columns = 8192, 64 * head_dim
     pointer, elements = f"*{dtype}", 8192 * 64 * head_dim
     block_n, block_f, warps = _tile(target, columns)

@@ -128,7 +128,7 @@ def plan_switches() -> dict[str, int]:
         name, _, value = (part.strip() for part in entry.partition("="))
         if value not in map(str, _SWITCHES.get(name, ())):
             known = "; ".join(f"{switch}={'|'.join(map(str, values))}" for switch, values in _SWITCHES.items())
-            raise ValueError(f"{PLAN_VARIABLE}: {entry!r} is none of {known}, which commas part")
+            raise ValueError(f"{PLAN_VARIABLE}: {entry!r} is not one of {known}; separate entries by commas")
         found[name] = int(value)
     return found
 

@@ -1,16 +1,16 @@
-"""The short causal depthwise convolution: W taps a channel, then SiLU, over sequences laid end to end.
+"""The short causal depthwise convolution: W taps per channel, then SiLU, over concatenated sequences.
 
     z_t = sum_s taps[s] · x_{t−s},   taps[s] = weight[:, W−1−s]        y_t = SiLU(z_t) or z_t
     dx_j = sum_s taps[s] · dz_{j+s}        dtaps[s] = sum_t dz_t · x_{t−s}        dz_t = dy_t · SiLU'(z_t)
 
-Every row knows its sequence, and with it where the sequence starts and ends. A row before the start lies in the
-sequence's state: `_input` reads both as one, and the state's rows, start − (W−1) … start − 1, have gradients by the
-formula of dx. z is computed again in the backward for the rows j … j + W − 1. These share 2W − 1 inputs, but the
-compiler loads a tile for each use, W² + 2W in all, of which the first cache serves most. Each program writes its part
-of dtaps, and the parts are added in a fixed order.
+A table gives each row's sequence, and so the sequence's start and end. Rows before the start are in the sequence's
+state. `_input` reads from both, and the state's rows, start − (W−1) … start − 1, get gradients by the formula of dx.
+The backward recomputes z for the rows j … j + W − 1. These need only 2W − 1 inputs, but the compiler loads a tile per
+use, W² + 2W in total, mostly from the L1 cache. Each program writes its part of dtaps, and the parts are summed in a
+fixed order.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -27,14 +27,14 @@ from kernels.triton.launch import KernelSpec, device_guard, dtype_bytes, next_po
 
 _BLOCK_ELEMENTS = 1024
 
-# Elements of a tile to a thread. At 8 the backward does not fit 255 registers.
+# Elements of a tile per thread. With 8 the backward does not fit in 255 registers.
 _FORWARD_PER_THREAD = 8
 _BACKWARD_PER_THREAD = 4
 
 
 @triton.jit
 def _input(x_ptr, state_ptr, row, first, sequence, channel, mask, dim, PAST: tl.constexpr):
-    """Rows of x, or of the state of `sequence` for those before its `first` row; 0 where the mask is false."""
+    """Load rows of x, or of the state for rows before the sequence's `first`; 0 where the mask is false."""
     value = tl.load(x_ptr + row * dim + channel, mask=mask & (row >= first), other=0.0).to(tl.float32)
     if state_ptr is not None:
         slot = row - first + PAST
@@ -45,7 +45,7 @@ def _input(x_ptr, state_ptr, row, first, sequence, channel, mask, dim, PAST: tl.
 
 @triton.jit
 def _sum(x_ptr, weight_ptr, state_ptr, row, first, sequence, channel, mask, dim, WIDTH: tl.constexpr):
-    """Z of the rows."""
+    """Compute z of the rows."""
     z = tl.zeros(mask.shape, dtype=tl.float32)
     for shift in tl.static_range(WIDTH):
         tap = tl.load(weight_ptr + channel * WIDTH + (WIDTH - 1 - shift), mask=channel < dim, other=0.0).to(tl.float32)
@@ -68,7 +68,7 @@ def _gradient_of_sum(
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Dz of the rows, 0 where the mask is false."""
+    """Compute dz of the rows; 0 where the mask is false."""
     dz = tl.load(dy_ptr + row * dim + channel, mask=mask, other=0.0).to(tl.float32)
     if SILU:
         z = _sum(x_ptr, weight_ptr, state_ptr, row, first, sequence, channel, mask, dim, WIDTH)
@@ -94,7 +94,7 @@ def _gradient_of_input(
     SILU: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Dx of the rows, or of those of the state, with what comes through the final state."""
+    """Compute dx of rows of x or of the state, including the gradient of the final state."""
     dx = tl.zeros(mask.shape, dtype=tl.float32)
     for shift in tl.static_range(WIDTH):
         reached = mask & (row + shift >= first) & (row + shift < end)
@@ -111,7 +111,7 @@ def _gradient_of_input(
 
 @triton.jit
 def _tile_of_rows(bounds_ptr, sequence_ptr, rows, dim, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The program's rows, their sequences, the sequences' first rows and ends, the channels, and the mask."""
+    """Return the program's rows, their sequences, the sequences' first rows and ends, the channels, and the mask."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     channel = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     sequence = tl.load(sequence_ptr + row, mask=row < rows, other=0).to(tl.int64)
@@ -122,7 +122,7 @@ def _tile_of_rows(bounds_ptr, sequence_ptr, rows, dim, BLOCK_T: tl.constexpr, BL
 
 @triton.jit
 def _tile_of_past(bounds_ptr, dim, before, PAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The W − 1 rows before a sequence's first row or, with `before` 1, its end: as `_tile_of_rows`, and the slots."""
+    """Like `_tile_of_rows`, for the W − 1 rows before a sequence's start (`before` 0) or end (1); also the slots."""
     sequence = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, BLOCK_P)[:, None]
     channel = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
@@ -224,20 +224,20 @@ def _state_gradient_kernel(
 
 
 def _tile(target: str, dim: int, per_thread: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_D, warps)."""
+    """Return (BLOCK_T, BLOCK_D, warps)."""
     width = min(next_power(dim), 64)
     return _BLOCK_ELEMENTS // width, width, _BLOCK_ELEMENTS // (per_thread * warp_size(target))
 
 
 def _past_tile(target: str, dim: int, width: int) -> tuple[int, int, int]:
-    """(BLOCK_P, BLOCK_D, warps) of the kernels over states."""
+    """Return (BLOCK_P, BLOCK_D, warps) of the kernels over states."""
     slots = next_power(width - 1)
     channels = min(next_power(dim), max(_BLOCK_ELEMENTS // slots, 16))
     return slots, channels, max(slots * channels // (_BACKWARD_PER_THREAD * warp_size(target)), 1)
 
 
 def _sequences(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bounds, int64 `[N+1]`, and the sequence of every row, int32."""
+    """Return the bounds, int64 `[N+1]`, and the sequence of every row, int32."""
     bounds_N = torch.tensor(bounds)
     sequence_R = torch.repeat_interleave(torch.arange(len(bounds) - 1, dtype=torch.int32), bounds_N.diff())
     return to_device(bounds_N, device), to_device(sequence_R, device)
@@ -315,7 +315,7 @@ def causal_conv1d(
     output_final_state: bool,
     sequences: Documents,
 ) -> tuple[Tensor, Tensor | None]:
-    """`kernels.convolution.causal_conv1d` of checked arguments; `sequences` are those in B · T rows."""
+    """`kernels.convolution.causal_conv1d` with checked arguments. `sequences` divide the B · T rows."""
     state_NWD = None if initial_state is None else initial_state.transpose(1, 2)
     rows = x.reshape(-1, x.shape[2])
     y, final = _CausalConv.apply(rows, weight, state_NWD, activation == "silu", sequences, output_final_state)
@@ -323,7 +323,7 @@ def causal_conv1d(
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """Four taps with SiLU over 8192 tokens of 16 heads in 8 sequences, with states."""
+    """Return the kernels for four taps with SiLU over 8192 tokens of 16 heads in 8 sequences, with states."""
     tokens, dim, width, sequences = 8192, 16 * head_dim, 4, 8
     pointer, size, elements = f"*{dtype}", dtype_bytes(dtype), tokens * dim
     state_bytes = sequences * (width - 1) * dim * size
@@ -342,7 +342,7 @@ def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
     backward = gradients | inputs | bounds | rows | {"dx_ptr": pointer, "dtaps_ptr": "*fp32"} | extent
     state = gradients | inputs | bounds | {"dstate_ptr": pointer, "dim": "i32:16"}
     parts = tokens // block_t * width * dim * 4
-    # Multiply-adds of z, of the W z's that the backward computes again with dx, and of dtaps; a SiLU takes about 5.
+    # Multiply-adds of z, of the W values of z that the backward recomputes for dx, and of dtaps. A SiLU is about 5.
     forward_flops = elements * (2 * width + 5)
     backward_flops = elements * (width * (2 * width + 8) + 2 * width)
     past_flops = sequences * (width - 1) * dim * width * (2 * width + 8)

@@ -21,27 +21,27 @@ def chunk_gla(
     scale: float,
     documents: Documents | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gated linear attention.
+    """Run gated linear attention.
 
     Args:
         q, k: `[B, T, H', K]`, K <= 256; float32, bfloat16 or float16.
         v: `[B, T, H', V]`.
         log_decay: `[B, T, H', K]` per channel, `[B, T, H']` per head, or None; natural logarithm, <= 0.
-        initial_state: `[N, H, K, V]` or None, zeros.
-        scale: multiplies the output.
+        initial_state: `[N, H, K, V]`; None for zeros.
+        scale: factor of the output.
         documents: the N documents packed into B = 1, or None.
 
-    Each H' divides the largest one, H; neighbours share a head.
+    Each H' divides the largest one, H; neighbouring heads share an input head.
 
     Returns:
         o `[B, T, H, V]` in v's dtype and the final states `[N, H, K, V]` in float32.
 
     Raises:
-        ValueError: if K is larger than 256, or `documents` are not those of one row.
+        ValueError: if K is larger than 256, or `documents` do not cover one row.
     """
     return chunked(q, k, v, log_decay, None, initial_state, scale, documents)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """Kernels for 8192 tokens of 16 heads, with a decay per channel and per head."""
+    """Return the kernels for 8192 tokens of 16 heads, with a decay per channel and per head."""
     return chunked_specs(target, head_dim, dtype, (4, 3), delta=False)

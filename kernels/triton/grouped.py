@@ -1,14 +1,14 @@
 """The experts' matrix products: one kernel for y = x · W_eᵀ and dx = dy · W_e, one for dW_e = dy_eᵀ · x_e.
 
-The rows of an expert are cut into tiles, of which the last may be in part empty. Which expert a tile has and where it
-begins is found on the device, by `_schedule_kernel`: the host knows only that there are at most N / BLOCK_M + E tiles,
-and launches so many; those that do not exist end at once. A product accumulates in float32.
+The rows of an expert are split into tiles; the last tile may be partly empty. `_schedule_kernel` finds each tile's
+expert and first row on the device. The host only knows that there are at most N / BLOCK_M + E tiles, and launches that
+many programs. Surplus programs return immediately. Products accumulate in float32.
 
-Counts that do not add up to the rows are found there, too: then no expert has rows, and all tiles are those of expert
-E, which does not exist and whose product is NaN. Nothing is read or written out of bounds.
+The schedule also detects counts that do not sum to the number of rows. Then no expert has rows, and all tiles belong to
+a nonexistent expert E, whose product is NaN. Nothing is read or written out of bounds.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -31,7 +31,7 @@ from kernels.triton.launch import (
     unit_stride,
 )
 
-# Elements of the schedule's comparison of tiles and experts: 16 a thread.
+# Elements of the schedule's comparison of tiles and experts: 16 per thread.
 _SCHEDULE_ELEMENTS = 2048
 
 
@@ -47,7 +47,7 @@ def _schedule_kernel(
     BLOCK_TILES: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Writes where the rows of each expert end, and for each tile its expert and the row where it begins."""
+    """Write the end of each expert's rows, and each tile's expert and first row."""
     column = tl.arange(0, BLOCK_E)
     count = tl.load(count_ptr + column, mask=column < experts, other=0).to(tl.int64)
     wrong = (tl.min(count, axis=0) < 0) | (tl.sum(count, axis=0) != rows)
@@ -58,7 +58,7 @@ def _schedule_kernel(
     expert_tiles = (count + BLOCK_M - 1) // BLOCK_M
     tile_end = tl.cumsum(expert_tiles, axis=0)
     tile = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
-    # A tile beyond the last has no expert: it finds none, and a number above `experts` marks it.
+    # A surplus tile gets a number above `experts`.
     before = tile_end[None, :] <= tile[:, None]
     expert = tl.sum((before & (column <= experts)[None, :]).to(tl.int32), axis=1)
     own = column[None, :] == expert[:, None]
@@ -89,13 +89,13 @@ def _rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of y[m, n] = sum over k of x[m, k] W_e[n, k]."""
-    # Neighbours share the rows of x, and the matrix of an expert stays in the cache over its tiles.
+    """Compute a tile of y[m, n] = sum over k of x[m, k] W_e[n, k]."""
+    # In this order neighbouring programs share rows of x, and an expert's matrix stays in the cache over its tiles.
     n_tiles = tl.cdiv(n_size, BLOCK_N)
     tile = tl.program_id(0) // n_tiles
     expert = tl.load(expert_ptr + tile)
     if expert <= experts:
-        # Expert E, of counts that are wrong, reads the last one's matrix, and has all rows.
+        # With wrong counts, expert E has all rows and reads the last expert's matrix.
         known = tl.minimum(expert, experts - 1)
         begin = tl.load(expert_ptr + tiles + tile)
         end = tl.where(expert < experts, tl.load(end_ptr + known), rows)
@@ -133,7 +133,7 @@ def _weight_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of dW_e[o, d] = sum over the rows r of e of dy[r, o] x[r, d]; zeros without rows."""
+    """Compute a tile of dW_e[o, d] = sum over the rows r of e of dy[r, o] x[r, d]; zeros without rows."""
     expert = tl.program_id(1)
     d_tiles = tl.cdiv(d_size, BLOCK_D)
     o = (tl.program_id(0) // d_tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -154,7 +154,7 @@ def _weight_kernel(
 
 
 def _tile(target: str, size: int) -> tuple[dict[str, int], int, int]:
-    """({BLOCK_M, BLOCK_N, BLOCK_K}, warps, stages) of products of elements of `size` bytes."""
+    """Return ({BLOCK_M, BLOCK_N, BLOCK_K}, warps, stages) for products of elements of `size` bytes."""
     if size == 4:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2
     stages = 2 if target.startswith("gfx") else 3
@@ -162,7 +162,7 @@ def _tile(target: str, size: int) -> tuple[dict[str, int], int, int]:
 
 
 def _weight_tile(target: str, size: int) -> tuple[dict[str, int], int, int]:
-    """`_tile`, with the names of the weight's gradient: its tile is [O, D], its sum over rows."""
+    """`_tile` with the block names of the weight's gradient, which has tiles [O, D] and sums over rows."""
     blocks, warps, stages = _tile(target, size)
     names = {"BLOCK_O": "BLOCK_M", "BLOCK_D": "BLOCK_N", "BLOCK_K": "BLOCK_K"}
     return {name: blocks[block] for name, block in names.items()}, warps, stages
@@ -174,7 +174,7 @@ def _schedule_blocks(experts: int, block_m: int) -> dict[str, int]:
 
 
 def _schedule(tokens_per_expert_E: Tensor, rows: int, block_m: int) -> tuple[Tensor, Tensor]:
-    """Where the rows of each expert end `[E]`, and the expert and first row of each tile `[2, tiles]`; int32."""
+    """Return the end of each expert's rows `[E]`, and each tile's expert and first row `[2, tiles]`; int32."""
     experts, device = len(tokens_per_expert_E), tokens_per_expert_E.device
     tiles = rows // block_m + experts
     ends_E = torch.empty(experts, dtype=torch.int32, device=device)
@@ -190,7 +190,7 @@ def _schedule(tokens_per_expert_E: Tensor, rows: int, block_m: int) -> tuple[Ten
 def _rows_product(
     x: Tensor, weight: Tensor, ends_E: Tensor, schedule: Tensor, n_stride: int, k_stride: int, n_size: int
 ) -> Tensor:
-    """Y or dx: each expert's rows of x times its matrix, read by these strides."""
+    """Compute y or dx: each expert's rows of x times its matrix, read with the given strides."""
     y = torch.empty((len(x), n_size), dtype=x.dtype, device=x.device)
     target, tiles = target_name(x.device), schedule.shape[1]
     blocks, warps, stages = _tile(target, x.element_size())
@@ -246,12 +246,12 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-    """`kernels.moe.grouped.grouped_linear` of checked arguments."""
+    """`kernels.moe.grouped.grouped_linear` with checked arguments."""
     return _GroupedLinear.apply(x_ND, weight_EOD, tokens_per_expert_E)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """32768 rows of 16 heads, and as many experts, as wide, as a head has channels."""
+    """Return the kernels for 32768 rows of 16 heads, and `head_dim` experts of the same width."""
     rows, experts, width = 32768, head_dim, 16 * head_dim
     pointer, size = f"*{dtype}", dtype_bytes(dtype)
     blocks, warps, stages = _tile(target, size)

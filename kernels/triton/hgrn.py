@@ -1,15 +1,18 @@
-"""HGRN's recurrence in Triton: h_t = exp(log_decay_t) h_{t-1} + x_t, every channel for itself.
+"""HGRN's recurrence in Triton: h_t = exp(log_decay_t) h_{t-1} + x_t, independently for every channel.
 
-Parallel over channels and over chunks of time, in three steps: each chunk's last h from zero, with the product of its
-decays; a scan of these over the chunks, which gives the h that each chunk starts from; and each chunk again, from that.
-The gradient g of h runs the same way backwards, g_t = dh_t + exp(log_decay_{t+1}) g_{t+1}, and
+Parallel over channels and over chunks of time, in three steps:
+1. Each chunk's last h, starting from zero, and the product of its decays.
+2. A scan of these over the chunks, which gives the h at each chunk's start.
+3. Each chunk again, from that h.
+
+The gradient g of h takes the same steps in reverse, g_t = dh_t + exp(log_decay_{t+1}) g_{t+1}, and
 
     dx_t = g_t        dlog_decay_t = g_t exp(log_decay_t) h_{t-1}
 
-Decays are only ever multiplied, so nothing overflows.
+Decays are only multiplied, never divided, so nothing overflows.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -31,7 +34,7 @@ _BLOCK = 128
 
 @triton.jit
 def _chunk_ends(x, log_decay, chunks, ends, products, DIM: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """What each chunk hands on if it starts from zero `[N, D]`, and the product of its decays `[N, D]`."""
+    """Compute each chunk's last value, starting from zero, and the product of its decays, `[N, D]` each."""
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < DIM
@@ -62,7 +65,7 @@ def _scan_chunks(
     REVERSE: tl.constexpr,
     INITIAL: tl.constexpr,
 ):
-    """What each chunk starts from `[N, D]`, and what the last one of each sequence hands on."""
+    """Compute the value at each chunk's start `[N, D]`, and the final value of each sequence."""
     sequence = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < DIM
@@ -82,7 +85,7 @@ def _scan_chunks(
 
 @triton.jit
 def _fill_chunks(x, log_decay, chunks, starts, h, wide, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """H `[T, D]` in x's dtype and, for the backward, in float32 if that is another one."""
+    """Compute h `[T, D]` in x's dtype, and with WIDE also in float32 for the backward."""
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < DIM
@@ -101,7 +104,7 @@ def _fill_chunks(x, log_decay, chunks, starts, h, wide, DIM: tl.constexpr, BLOCK
 def _fill_backward(
     d_h, log_decay, h, chunks, starts, d_starts, d_x, d_log_decay, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradients `[T, D]` of x and log_decay; `h` is float32, and `starts` what the forward's chunks start from."""
+    """Compute the gradients `[T, D]` of x and log_decay. `h` is float32; `starts` are the forward's chunk starts."""
     chunk = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < DIM
@@ -124,7 +127,7 @@ def _fill_backward(
 def _states(
     launch: Launcher, table: ChunkTable, x_TD: Tensor, log_decay_TD: Tensor, initial: Tensor | None, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """What each chunk starts from `[N, D]` and what each sequence ends with `[sequences, D]`, in float32."""
+    """Return the values at the chunks' starts `[N, D]`, and the final ones `[sequences, D]`, in float32."""
     dim = x_TD.shape[1]
     constants = {"DIM": dim, "BLOCK": _BLOCK, "REVERSE": reverse}
     ends, products, starts = (x_TD.new_empty(table.num_chunks, dim, dtype=torch.float32) for _ in range(3))
@@ -160,7 +163,7 @@ def _states(
 def _forward(
     launch: Launcher, table: ChunkTable, x_TD: Tensor, log_decay_TD: Tensor, initial: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """H, h in float32, what each chunk starts from, and the final states."""
+    """Return h, h in float32, the values at the chunks' starts, and the final states."""
     starts, final = _states(launch, table, x_TD, log_decay_TD, initial, reverse=False)
     h = torch.empty_like(x_TD)
     wide = None if h.dtype == torch.float32 else torch.empty_like(h, dtype=torch.float32)
@@ -190,7 +193,7 @@ def _backward(
     wide_TD: Tensor,
     starts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, log_decay and the initial states."""
+    """Return the gradients of x, log_decay and the initial states."""
     d_starts, d_initial = _states(launch, table, d_h_TD, log_decay_TD, d_final, reverse=True)
     d_x, d_log_decay = torch.empty_like(d_h_TD), torch.empty_like(log_decay_TD)
     launch(
@@ -212,7 +215,7 @@ def _backward(
 
 
 class _ScanHGRN(torch.autograd.Function):
-    """Saves log_decay, h in float32 and what each chunk starts from."""
+    """`scan_hgrn`: saves log_decay, h in float32, and the values at the chunks' starts."""
 
     @staticmethod
     def forward(
@@ -240,26 +243,26 @@ class _ScanHGRN(torch.autograd.Function):
 def scan_hgrn(
     x: Tensor, log_decay: Tensor, initial_state: Tensor | None, documents: Documents | None
 ) -> tuple[Tensor, Tensor]:
-    """HGRN's recurrence, h_t = exp(log_decay_t) h_{t-1} + x_t.
+    """Run HGRN's recurrence, h_t = exp(log_decay_t) h_{t-1} + x_t.
 
     Args:
         x: `[B, T, D]`, float32, bfloat16 or float16.
-        log_decay: `[B, T, D]`, natural logarithm, <= 0; float32 is advised.
-        initial_state: `[N, D]` or None, zeros.
+        log_decay: `[B, T, D]`, natural logarithm, <= 0; preferably float32.
+        initial_state: `[N, D]`; None for zeros.
         documents: the N documents packed into B = 1, or None.
 
     Returns:
         h `[B, T, D]` in x's dtype and the final states `[N, D]` in float32.
 
     Raises:
-        ValueError: if `documents` are not those of one row.
+        ValueError: if `documents` do not cover one row.
     """
     table = sequences_in(x.shape[0], x.shape[1], documents).made(chunk_table, _CHUNK, x.device)
     return _ScanHGRN.apply(x, log_decay, initial_state, table)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """Kernels for 8192 tokens of 16 * `head_dim` channels; the same ones for every target."""
+    """Return the kernels for 8192 tokens of 16 * `head_dim` channels, the same for every target."""
     tokens, dim = 8192, 16 * head_dim
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     launch = Launcher()

@@ -1,6 +1,6 @@
-"""What the Triton modules share: the target's name and limits, dot products, and what is needed to compile ahead."""
+"""Shared by the Triton modules: the target's name and limits, dot products, and specifications to compile ahead."""
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -36,7 +36,7 @@ __all__ = [
     "warp_size",
 ]
 
-# What one program may allocate of shared memory (NVIDIA: "maximum shared memory per block"; AMD: LDS per workgroup).
+# Shared memory available to one program, bytes (NVIDIA: maximum shared memory per block; AMD: LDS per workgroup).
 SHARED_BYTES = {
     "sm_80": 166912,
     "sm_86": 101376,
@@ -53,7 +53,7 @@ _INTERPRETING = tl.constexpr(interpreting())
 
 
 class _Fault(NamedTuple):
-    """What a compiler is known to do wrong to kernels like ours: from release `first` on, before release `mended`."""
+    """A known compiler fault in kernels like ours, from Triton release `first` on, fixed in release `mended`."""
 
     targets: tuple[str, ...]
     first: tuple[int, ...]
@@ -61,7 +61,7 @@ class _Fault(NamedTuple):
     text: str
 
 
-# docs/gpu.md has the reports in full. None of them was seen in these kernels, which had no GPU yet.
+# The full reports are in docs/gpu.md. None of the faults was seen in these kernels, which have not run on a GPU yet.
 _FAULTS = (
     _Fault(
         ("sm_90",),
@@ -97,25 +97,32 @@ _FAULTS = (
 
 
 def known_faults(target: str, version: str) -> list[str]:
-    """What this release of Triton, "3.6.0", is known to do wrong on `target`, with the way around it."""
+    """Return the known faults of a Triton release, such as "3.6.0", on `target`, with their workarounds."""
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     return [fault.text for fault in _FAULTS if target in fault.targets and fault.first <= release < fault.mended]
 
 
 @cache
 def log_known_faults(target: str) -> None:
-    """Warns of `known_faults`, once a process."""
+    """Warn of `known_faults`, once per process."""
     for fault in known_faults(target, triton.__version__):
-        logging.getLogger("spiketrain").warning("%s; python -m tests.gpu_check tells", fault)
+        logging.getLogger("spiketrain").warning("%s; run python -m tests.gpu_check to test for it", fault)
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel as one problem would launch it, for `kernels.compile`.
+    """One kernel with the arguments of one problem's launch, for `kernels.compile`.
 
-    `signature` names the type of every argument that is not in `constexprs`, in the order of `fn`: "*bf16", "i32",
-    "fp32"; "i32:16" is an integer known to be a multiple of 16. Pointers are taken to be aligned to 16 bytes.
-    `multiplies` says that the kernel uses `dot`. `bytes` (of global memory) and `flops` are those of the problem.
+    Attributes:
+        name: the name in the report.
+        fn: the `triton.jit` function.
+        signature: the type of every argument that is not in `constexprs`, in the order of `fn`: "*bf16", "i32",
+            "fp32"; "i32:16" is an integer known to be a multiple of 16. Pointers are assumed to be aligned to 16 bytes.
+        constexprs: the compile-time arguments.
+        num_warps, num_stages: of the launch.
+        multiplies: whether the kernel uses `dot`.
+        bytes: global memory traffic of the problem.
+        flops: floating-point operations of the problem.
     """
 
     name: str
@@ -138,49 +145,50 @@ def _device_target(index: int) -> str:
 
 
 def target_name(device: torch.device) -> str:
-    """The GPU's architecture, as in `SHARED_BYTES`; the interpreter takes the block sizes of sm_80."""
+    """Return the GPU's architecture, a key of `SHARED_BYTES`. The interpreter uses the block sizes of sm_80."""
     if device.type == "cpu":
         return "sm_80"
     return _device_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def warp_size(target: str) -> int:
-    """Lanes of a warp: 64 on AMD's data-centre GPUs, 32 on NVIDIA's."""
+    """Return the lanes of a warp: 64 on AMD's data-centre GPUs, 32 on NVIDIA's."""
     return 64 if target.startswith("gfx") else 32
 
 
 def dot_precision(target: str) -> str:
-    """`input_precision` of float32 products that keeps float32's digits and uses the matrix units.
+    """Return the `input_precision` that gives float32 products full precision on the matrix units.
 
-    NVIDIA's have no float32: three tf32 products make up for it. Products of narrower operands ignore this.
+    NVIDIA's matrix units have no float32, so three tf32 products are used. Narrower operands ignore this setting.
     """
     return "ieee" if target.startswith("gfx") else "tf32x3"
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of "fp32", "bf16" or "fp16"."""
+    """Return the bytes of "fp32", "bf16" or "fp16"."""
     return 4 if dtype == "fp32" else 2
 
 
 def next_power(n: int) -> int:
-    """The least power of two that is not below n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[object]:
-    """Makes x's GPU the current one, on which Triton launches; nothing for the interpreter."""
+    """Context in which x's GPU is the current one, where Triton launches. Does nothing for the interpreter."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """X, or a copy, as rows `[N, D]` of its last dimension with neighbours in a row beside each other."""
+    """Reshape x `[..., D]` to rows `[N, D]` with a stride of 1 in the last dimension, copying if necessary."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """A @ b in float32, both of one dtype; wide in the interpreter, where Triton 3.9 multiplies bfloat16 wrongly."""
+    """Compute a @ b in float32; a and b have the same dtype."""
+    # The interpreter of Triton 3.9 multiplies bfloat16 wrongly.
     if _INTERPRETING:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:

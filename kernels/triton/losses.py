@@ -1,21 +1,21 @@
-"""Softmax cross entropy of a block of tokens: the losses, and the gradients in the place of the logits.
+"""Softmax cross entropy of a block of tokens: computes the losses, and overwrites the logits with their gradients.
 
     nll_t = logsumexp(z_t) − z_t[y_t],   d (w_t nll_t) / d z_t = w_t (softmax(z_t) − onehot(y_t))
 
-A program goes through the vocabulary of one token twice: once for the running maximum and the sum below it (Milakov and
-Gimelshein 2018, arXiv:1805.02867, algorithm 3), once, while the row is still in the cache, for the gradient. A token of
+A program passes over one token's logits twice: first for the running maximum and the sum relative to it (Milakov and
+Gimelshein 2018, arXiv:1805.02867, algorithm 3), then for the gradient, while the row is still in the cache. A token of
 weight 0 is not read.
 
-Where the vocabulary is cut over ranks, they must meet between the two: `statistics` and `part_to_gradient` are the two
-halves, for a part of the vocabulary that may or may not have the target. They also serve log-probabilities and the
-entropy H = −sum p log p, whose sum U below the running maximum m comes along with the softmax's:
+With a vocabulary sharded over ranks, the ranks communicate between the two passes. The passes are then separate
+kernels, `statistics` and `part_to_gradient`, for a part of the vocabulary that may not contain the target. They also
+compute log-probabilities and the entropy H = −sum p log p, from a sum U next to the softmax's S, with the maximum m:
 
     S = sum exp(z − m),   U = sum exp(z − m) (z − m),   H = log S − U / S
 
-The divergence between a teacher's and a student's softmax has two halves of its own, over the logits of both.
+The divergence between a teacher's and a student's softmax is split in the same way, over the logits of both.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -33,18 +33,18 @@ _BLOCK_V = 4096
 
 @triton.jit
 def _log_sum_exp(logits_ptr, inverse_temperature, vocabulary, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(logsumexp, entropy or 0) of a row."""
+    """Return a row's (logsumexp, entropy); without ENTROPY the entropy is 0."""
     largest, total, moment = tl.cast(float("-inf"), tl.float32), tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
     for start in range(0, vocabulary, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
         z *= inverse_temperature
         new = tl.maximum(largest, tl.max(z, axis=0))
-        # Logits of −inf only: any finite number in the place of their maximum leaves a sum of 0.
+        # If all logits are −inf, replacing their maximum by a finite number keeps the sum at 0.
         finite = tl.where(new == float("-inf"), 0.0, new)
         shrink, p = tl.exp(largest - finite), tl.exp(z - finite)
         if ENTROPY:
-            # 0 log 0 = 0, of the maximum before the first logit as of logits of −inf.
+            # 0 log 0 = 0, both for the initial maximum and for logits of −inf.
             fall = tl.where(largest == float("-inf"), 0.0, largest - finite)
             moment = shrink * (moment + fall * total)
             moment += tl.sum(p * tl.where(z == float("-inf"), 0.0, z - finite), axis=0)
@@ -114,7 +114,7 @@ def _kernel(
         log_total, _ = _log_sum_exp(logits_ptr, 1.0, vocabulary, False, BLOCK_V)
         tl.store(nll_ptr + row, log_total - at_target)
         if GRADIENT:
-            # Another thread overwrites the target's logit, which must have been read by all.
+            # All threads must have read the target's logit before one of them overwrites it.
             tl.debug_barrier()
             _write_gradient(logits_ptr, target, scale, log_total, 1.0, 0.0, 0.0, vocabulary, False, BLOCK_V)
 
@@ -261,19 +261,19 @@ def _divergence_gradient_kernel(
 
 
 def _tile(target: str, vocabulary: int) -> tuple[int, int]:
-    """(BLOCK_V, warps), 16 elements a thread."""
+    """Return (BLOCK_V, warps), for 16 elements per thread."""
     width = min(next_power(vocabulary), _BLOCK_V)
     return width, max(width // (16 * warp_size(target)), 1)
 
 
 def to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Tensor, wants_gradient: bool) -> None:
-    """Write the tokens' losses to nll and, if asked, their gradients over the logits.
+    """Write the tokens' losses to nll, and if `wants_gradient`, overwrite the logits with their gradients.
 
     Args:
         logits_CV: float32, bfloat16 or float16, its last dimension contiguous.
-        target_C: int64, each in [0, V); the loss of another one is infinite.
-        scale_C, nll_C: float32, contiguous; the loss of a token whose scale is 0 is 0.
-        wants_gradient: otherwise the logits stay as they are.
+        target_C: int64 in [0, V); the loss of any other target is infinite.
+        scale_C, nll_C: float32, contiguous; the loss of a token with scale 0 is 0.
+        wants_gradient: if false, the logits are not modified.
     """
     tokens, vocabulary = logits_CV.shape
     block_v, warps = _tile(target_name(logits_CV.device), vocabulary)
@@ -287,15 +287,15 @@ def to_gradient(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, nll_C: Ten
 def statistics(
     logits_CV: Tensor, target_C: Tensor, scale_C: Tensor, statistics_SC: Tensor, inverse_temperature: float = 1.0
 ) -> None:
-    """Write what a rank must tell the others of its part of the vocabulary.
+    """Write the statistics of this rank's part of the vocabulary, which the ranks then exchange.
 
     Args:
-        logits_CV: float32, bfloat16 or float16, its last dimension contiguous.
-        target_C: int64; below 0 or from V on where another part has it.
+        logits_CV: float32, bfloat16 or float16, its last dimension contiguous; not modified.
+        target_C: int64; outside [0, V) if another rank has the row.
         scale_C: float32, contiguous.
-        statistics_SC: float32, its last dimension contiguous; of the logits times inverse_temperature it gets each
-            token's logsumexp, its target's logit, −inf where another part has it, and, if there is a third row, the
-            entropy of their softmax; zeros for a token whose scale is 0.
+        statistics_SC: float32, S = 2 or 3, its last dimension contiguous; the output. Per token, of the logits times
+            inverse_temperature: the logsumexp, the target's logit (−inf if another rank has it), and with S = 3 the
+            softmax's entropy. Zeros for a token with scale 0.
         inverse_temperature: above 0.
     """
     tokens, vocabulary = logits_CV.shape
@@ -317,12 +317,13 @@ def part_to_gradient(
     entropy_scale_C: Tensor | None = None,
     entropy_C: Tensor | None = None,
 ) -> None:
-    """Write, over the logits z, scale (p − onehot) − entropy_scale p (log p + H), log p = inverse_temperature z − L.
+    """Overwrite the logits z with scale (p − onehot) − entropy_scale p (log p + H), log p = inverse_temperature z − L.
 
     Args:
-        logits_CV, target_C, scale_C, inverse_temperature: as in `statistics`.
-        log_total_C: float32, contiguous; L, the logsumexp of each token's logits over all parts.
-        entropy_scale_C, entropy_C: likewise; H is the entropy of the softmax over all parts. Both or neither.
+        logits_CV: as in `statistics`, but overwritten.
+        target_C, scale_C, inverse_temperature: as in `statistics`.
+        log_total_C: float32, contiguous; L, each token's logsumexp over all ranks' logits.
+        entropy_scale_C, entropy_C: float32, contiguous; entropy is H, of the softmax over all ranks. Both or neither.
     """
     tokens, vocabulary = logits_CV.shape
     block_v, warps = _tile(target_name(logits_CV.device), vocabulary)
@@ -341,16 +342,16 @@ def divergence(
     inverse_temperature: float,
     reverse: bool,
 ) -> None:
-    """Write what a rank must tell the others of its part of the vocabulary.
+    """Write the statistics of this rank's part of the vocabulary, which the ranks then exchange.
 
     Args:
-        logits_CV, teacher_CV: float32, bfloat16 or float16, their last dimensions contiguous.
+        logits_CV, teacher_CV: float32, bfloat16 or float16, their last dimensions contiguous; not modified.
         scale_C: float32, contiguous.
-        told_3C: float32, its last dimension contiguous; of the logits times inverse_temperature it gets each token's
-            logsumexps, student's and teacher's, and the divergence between their softmaxes; zeros for a token whose
-            scale is 0.
+        told_3C: float32, its last dimension contiguous; the output. Per token, of the logits times inverse_temperature:
+            the student's logsumexp, the teacher's, and the divergence between their softmaxes. Zeros for a token with
+            scale 0.
         inverse_temperature: above 0.
-        reverse: of the student's from the teacher's, not of the teacher's from the student's.
+        reverse: KL(student || teacher) if true, else KL(teacher || student).
     """
     _launch_divergence(_divergence_kernel, (logits_CV, teacher_CV, scale_C, *told_3C), inverse_temperature, reverse)
 
@@ -364,10 +365,11 @@ def divergence_to_gradient(
     inverse_temperature: float,
     reverse: bool,
 ) -> None:
-    """Write, over the student's logits, scale (q − p), or scale q (log q − log p − KL) for the reverse divergence.
+    """Overwrite the student's logits with scale (q − p), or scale q (log q − log p − KL) if reverse.
 
     Args:
-        logits_CV, teacher_CV, scale_C, inverse_temperature, reverse: as in `divergence`.
+        logits_CV: the student's, as in `divergence`, but overwritten.
+        teacher_CV, scale_C, inverse_temperature, reverse: as in `divergence`.
         totals_2C: float32, its last dimension contiguous; the logsumexps of student and teacher over all parts.
         kl_C: float32, contiguous; the divergence of each token, over all parts.
     """
@@ -386,7 +388,7 @@ def _launch_divergence(kernel: Any, tensors: Sequence[Tensor], inverse_temperatu
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """A block of 1024 tokens over a vocabulary of 32768, whatever the head size."""
+    """Return the kernels for a block of 1024 tokens and a vocabulary of 32768, for any head size."""
     del head_dim
     tokens, vocabulary = 1024, 32768
     block_v, warps = _tile(target, vocabulary)
@@ -402,8 +404,8 @@ def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
     no_entropies: dict[str, object] = {"entropy_scale_ptr": None, "entropy_ptr": None}
     forward: dict[str, object] = {"REVERSE": False}
     reverse: dict[str, object] = {"REVERSE": True}
-    # Name, kernel, its inputs of each token, its outputs and other inputs, numbers, constexprs, passes over logits in
-    # memory, operations on each of the student's.
+    # Name, kernel, inputs, further per-token inputs and outputs, numbers, constexprs, passes over logits in memory,
+    # operations per student logit.
     kernels: tuple[
         tuple[str, Any, dict[str, str], tuple[str, ...], dict[str, str], dict[str, object], int, int], ...
     ] = (

@@ -1,18 +1,18 @@
-"""RMSNorm, gated RMSNorm and the l2 norm: one forward and one backward kernel for the three.
+"""RMSNorm, gated RMSNorm and the l2 norm, with one forward and one backward kernel for all three.
 
     n = x · rstd,   rstd = (sum(x²) / divisor + eps)^(-1/2)        divisor = D, or 1 for the l2 norm
     y = n · weight · act(gate)
 
-With g = dy · weight · act(gate), the gradient that reaches n:
+With g = dy · weight · act(gate), the gradient of n:
 
     dx = rstd · (g − n · sum(g · n) / divisor)
     dgate = dy · n · weight · act'(gate)            dweight = sum over rows of dy · n · act(gate)
 
-A program holds whole rows, so x is read once in each pass. In the backward a fixed number of programs walk over the
-rows, and each writes its part of dweight: the sum has the same order in every run.
+A program holds whole rows, so x is read once per pass. In the backward a fixed number of programs loop over the rows,
+and each writes its part of dweight. The parts are always summed in the same order.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -34,7 +34,7 @@ from kernels.triton.launch import (
     warp_size,
 )
 
-# The backward's programs: two for each multiprocessor of the largest GPU of today, or nearly.
+# Programs of the backward: about two per multiprocessor of the largest current GPU.
 _BACKWARD_PROGRAMS = 256
 
 
@@ -123,14 +123,14 @@ def _backward_kernel(
 
 
 def _tile(target: str, columns: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_D, warps): at least 2048 elements a program, 16 a thread while 16 warps suffice."""
+    """Return (BLOCK_N, BLOCK_D, warps): at least 2048 elements per program, 16 per thread up to 16 warps."""
     width = next_power(columns)
     rows = max(1, 2048 // width)
     return rows, width, min(max(rows * width // (16 * warp_size(target)), 1), 16)
 
 
 class _Norm(torch.autograd.Function):
-    """y; saves the inputs and rstd `[N]`."""
+    """Any of the three norms: saves the inputs and rstd `[N]`."""
 
     @staticmethod
     def forward(
@@ -176,12 +176,12 @@ class _Norm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`kernels.norms.rms_norm` of checked arguments."""
+    """`kernels.norms.rms_norm` with checked arguments."""
     return _Norm.apply(x, None, weight, eps, x.shape[-1], False)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
-    """`kernels.norms.gated_rms_norm` of checked arguments."""
+    """`kernels.norms.gated_rms_norm` with checked arguments."""
     return _Norm.apply(x, gate, weight, eps, x.shape[-1], activation == "sigmoid")
 
 
@@ -191,7 +191,7 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """Kernels for 8192 tokens of 16 heads: RMSNorm over all of a token, the others over each head."""
+    """Return the kernels for 8192 tokens of 16 heads: RMSNorm over a token, the others over a head."""
     tokens, heads = 8192, 16
     pointer, size = f"*{dtype}", dtype_bytes(dtype)
     found = []

@@ -1,12 +1,12 @@
-"""Rows gathered from tokens, and tokens as sums of rows: two kernels, each the other's backward.
+"""Gather rows from tokens, and sum the rows of each token: two kernels, each the other's backward.
 
-    gather   rows_n = w_n · x_t(n),   dw_n = ⟨y_n, x_t(n)⟩        a program has a few rows
-    sum      x_t = sum over the rows n of token t of w_n · rows_n   a program has a token and a block of columns
+    gather   rows_n = w_n · x_t(n),   dw_n = ⟨y_n, x_t(n)⟩        a program handles a few rows
+    sum      x_t = sum over the rows n of token t of w_n · rows_n   a program handles a token and a block of columns
 
-The sum walks over the rows of a token by a list that a stable sort makes: no atomics, the same sum in every run.
+The sum follows a list of each token's rows, made by a stable sort. It needs no atomics, so it is deterministic.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -80,20 +80,20 @@ def _sum_kernel(rows_ptr, order_ptr, bounds_ptr, weight_ptr, x_ptr, rows_stride,
         if weight_ptr is not None:
             x *= tl.load(weight_ptr + row).to(tl.float32)
         total += x
-    # Rows of tokens that do not exist are in no sum: it must not look whole.
+    # Rows of tokens out of range are missing from every sum, so the result must not look complete.
     whole = (tl.load(bounds_ptr) == 0) & (tl.load(bounds_ptr + tl.num_programs(0)) == rows)
     total = tl.where(whole, total, float("nan"))
     tl.store(x_ptr + token * columns + column, total.to(x_ptr.dtype.element_ty), mask=column < columns)
 
 
 def _gather_tile(target: str, columns: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_D, warps), 16 elements a thread."""
+    """Return (BLOCK_N, BLOCK_D, warps), for 16 elements per thread."""
     width = min(next_power(columns), _BLOCK_ELEMENTS)
     return _BLOCK_ELEMENTS // width, width, _BLOCK_ELEMENTS // (16 * warp_size(target))
 
 
 def _sum_tile(target: str, columns: int) -> tuple[int, int]:
-    """(BLOCK_D, warps), 8 elements a thread: a token has few rows, and many loads in flight hide their latency."""
+    """Return (BLOCK_D, warps), for 8 elements per thread: a token has few rows, and loads in flight hide latency."""
     width = min(next_power(columns), _BLOCK_ELEMENTS // 2)
     return width, max(width // (8 * warp_size(target)), 1)
 
@@ -101,7 +101,7 @@ def _sum_tile(target: str, columns: int) -> tuple[int, int]:
 def _gather(
     x_TD: Tensor, row_tokens_N: Tensor, weight_N: Tensor | None, y_ND: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The rows and, with weights, the gradient of these where the rows of the forward were y."""
+    """Return the rows, and with weights their gradient, where y are the rows of the forward."""
     rows, columns = len(row_tokens_N), x_TD.shape[1]
     x_TD, weight_N = unit_stride(x_TD), None if weight_N is None else weight_N.contiguous()
     rows_ND = torch.empty((rows, columns), dtype=x_TD.dtype, device=x_TD.device)
@@ -147,7 +147,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """`unpermute`: saves the tokens and, with weights, the rows and the weights."""
+    """`unpermute`: saves the tokens, and if there are weights, the rows and the weights."""
 
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N: Tensor | None) -> Tensor:
@@ -165,17 +165,17 @@ class _Unpermute(torch.autograd.Function):
 
 
 def permute(x_TD: Tensor, row_tokens_N: Tensor) -> Tensor:
-    """The rows of `kernels.moe.permutation.permute`, whose tokens are known."""
+    """Gather the rows of `kernels.moe.permutation.permute`, given their tokens."""
     return _Permute.apply(x_TD, row_tokens_N)
 
 
 def unpermute(rows_ND: Tensor, row_tokens_N: Tensor, num_tokens: int, row_probs_N: Tensor | None) -> Tensor:
-    """`kernels.moe.permutation.unpermute` of checked arguments."""
+    """`kernels.moe.permutation.unpermute` with checked arguments."""
     return _Unpermute.apply(rows_ND, row_tokens_N, num_tokens, row_probs_N)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """8192 tokens of 16 heads, each with 4 experts, gathered and added up, with weights and without."""
+    """Return the kernels for 8192 tokens of 16 heads with 4 experts each, with and without weights."""
     tokens, rows, columns = 8192, 4 * 8192, 16 * head_dim
     pointer, size = f"*{dtype}", dtype_bytes(dtype)
     block_n, block_d, warps = _gather_tile(target, columns)

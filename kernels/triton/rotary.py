@@ -1,11 +1,11 @@
-"""Rotary position embedding in the half-split layout: a program turns some heads of one token.
+"""Rotary position embedding in the half-split layout. A program rotates some heads of one token.
 
     out_1 = x_1 cos − x_2 sin        out_2 = x_2 cos + x_1 sin
 
-The backward is the rotation by the negative angle, with the same kernel.
+The backward uses the same kernel to rotate by the negative angle.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -60,7 +60,7 @@ def _kernel(
 
 
 def _tile(target: str, heads: int, half: int) -> tuple[int, int, int]:
-    """(BLOCK_H, BLOCK_K, warps): all heads of a token if they are few, 8 pairs a thread."""
+    """Return (BLOCK_H, BLOCK_K, warps): all heads of a token if they are few, 8 pairs per thread."""
     width = next_power(half)
     block_h = min(next_power(heads), max(_BLOCK_PAIRS // width, 1))
     return block_h, width, min(max(block_h * width // (8 * warp_size(target)), 1), 16)
@@ -80,7 +80,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """Saves the tables."""
+    """`apply_rotary`: saves the tables."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,12 +96,12 @@ class _Rotary(torch.autograd.Function):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`kernels.rotary.apply_rotary` of checked arguments."""
+    """`kernels.rotary.apply_rotary` with checked arguments."""
     return _Rotary.apply(x, cos, sin)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """Both directions for 8192 tokens of 16 heads."""
+    """Return the kernels of both directions for 8192 tokens of 16 heads."""
     tokens, heads = 8192, 16
     pointer, elements = f"*{dtype}", tokens * heads * head_dim
     block_h, block_k, warps = _tile(target, heads, head_dim // 2)

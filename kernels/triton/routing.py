@@ -1,10 +1,10 @@
-"""The gates of a mixture of experts: for each a forward and a backward kernel. A program has whole rows of logits.
+"""The gates of a mixture of experts, with a forward and a backward kernel each. A program holds whole rows of logits.
 
-The largest are found one after another, each the first of its equals; `kernels.moe.routing` has the formulas. The
-backward reads the logits and the choice, and computes scores and gates again.
+The formulas are in `kernels.moe.routing`. The largest values are found one by one, and ties go to the lower index. The
+backward reads the logits and the choice, and recomputes scores and gates.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -34,7 +34,7 @@ _TINY = tl.constexpr(TINY)
 
 @triton.jit
 def _block(tokens, experts, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The program's rows, its columns, and the masks of the elements that exist: in the row, and in the tensor."""
+    """Return the program's rows and columns, and the masks of existing columns and of existing elements."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     column = tl.broadcast_to(tl.arange(0, BLOCK_E)[None, :], (BLOCK_T, BLOCK_E))
     exists = column < experts
@@ -43,7 +43,7 @@ def _block(tokens, experts, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def _first_largest(values, free, column):
-    """Marks the largest free value of each row, NaN above all, of equal ones the first; none where nothing is free."""
+    """Mark the largest free value of each row, if any. NaN is the largest, and ties go to the lower index."""
     nan = free & (values != values)
     largest = tl.max(tl.where(free & (nan == 0), values, float("-inf")), axis=1)[:, None]
     has_nan = tl.max(nan.to(tl.int32), axis=1)[:, None] > 0
@@ -54,7 +54,7 @@ def _first_largest(values, free, column):
 
 @triton.jit
 def _largest(values, free, column, count):
-    """Marks the `count` largest free values of each row."""
+    """Mark the `count` largest free values of each row."""
     chosen = column < 0
     for _ in range(count):
         chosen = chosen | _first_largest(values, free & (chosen == 0), column)
@@ -63,7 +63,7 @@ def _largest(values, free, column, count):
 
 @triton.jit
 def _in_best_groups(values, exists, column, experts, num_groups, group_top_k, per_group):
-    """Marks the experts of the groups whose best `per_group` values add up to most."""
+    """Mark the experts of the `group_top_k` groups with the largest sums of their best `per_group` values."""
     group = column // (experts // num_groups)
     worth = tl.zeros(values.shape, dtype=tl.float32)
     left = exists
@@ -82,16 +82,16 @@ def _in_best_groups(values, exists, column, experts, num_groups, group_top_k, pe
 
 @triton.jit
 def _softmax(x, mask):
-    """The softmax of the masked part of each row, zero elsewhere."""
+    """Compute the softmax of the masked part of each row; zero elsewhere."""
     largest = tl.max(tl.where(mask, x, float("-inf")), axis=1)[:, None]
     e = tl.where(mask, tl.exp(x - largest), 0.0)
-    # Zero beside a NaN, too, and where the mask is empty.
+    # Mask again: a NaN in the row, or an empty mask, would make elements outside the mask NaN.
     return tl.where(mask, e / tl.sum(e, axis=1)[:, None], 0.0)
 
 
 @triton.jit
 def _scores(z, exists, SIGMOID: tl.constexpr):
-    """The scores and their sum over the experts."""
+    """Compute the scores and their sum over the experts."""
     if SIGMOID:
         s = tl.where(exists, tl.sigmoid(z), 0.0)
         total = tl.sum(s, axis=1)[:, None] + _TINY
@@ -139,7 +139,7 @@ def _top_k_forward_kernel(
     elif NORMALIZE == "after":
         kept = tl.sum(tl.where(chosen, s, 0.0), axis=1)[:, None]
         gates = s / (kept + _TINY) if SIGMOID else _softmax(z, chosen)
-    # Last, for zero divided by a NaN is none.
+    # Mask after the division, because zero divided by NaN is NaN.
     gates = tl.where(chosen, gates, 0.0)
     place = row * experts + column
     tl.store(probs_ptr + place, s / total, mask=mask)
@@ -193,17 +193,17 @@ def _top_k_backward_kernel(
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """act(z) and act'(z)."""
+    """Compute act(z) and act'(z)."""
     if ACTIVATION == "none":
         act, slope = z, tl.full(z.shape, 1.0, dtype=tl.float32)
     elif ACTIVATION == "relu":
-        # Not by tl.maximum, which takes 0 for NaN.
+        # tl.maximum would turn NaN into 0.
         act, slope = tl.where(z <= 0.0, 0.0, z), tl.where(z <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "sigmoid":
         act = tl.sigmoid(z)
         slope = act * (1.0 - act)
     elif ACTIVATION == "tanh":
-        # Its error of 1e-7 is absolute, as that of the softmax that follows.
+        # The absolute error is 1e-7, like that of the softmax after it.
         act = 2.0 * tl.sigmoid(2.0 * z) - 1.0
         slope = 1.0 - act * act
     elif ACTIVATION == "gelu":
@@ -284,7 +284,7 @@ def _dense_to_sparse_backward_kernel(
     dgates = tl.load(dgates_ptr + place, mask=mask, other=0.0)
     if RENORMALIZE:
         kept = tl.where(keep, p, 0.0)
-        # A row beyond the last keeps nothing.
+        # Rows beyond the last keep no expert, so their total is 0.
         total = tl.sum(kept, axis=1)[:, None]
         total = tl.where(total < _TINY, _TINY, total)
         dgates = (dgates - tl.sum(dgates * kept, axis=1)[:, None] / total) / total
@@ -295,14 +295,14 @@ def _dense_to_sparse_backward_kernel(
 
 
 def _tile(target: str, experts: int) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_E, warps), 8 elements a thread while 16 warps suffice."""
+    """Return (BLOCK_T, BLOCK_E, warps), for 8 elements per thread up to 16 warps."""
     width = next_power(experts)
     rows = max(1, _BLOCK_ELEMENTS // width)
     return rows, width, min(max(rows * width // (8 * warp_size(target)), 1), 16)
 
 
 def _launch(x: Tensor, kernel: Any, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], **flags: Any) -> None:
-    """Launch over the rows of x with a kernel's pointers, its numbers and its own constants."""
+    """Launch a kernel over the rows of x, with its pointers, numbers and constants."""
     block_t, block_e, warps = _tile(target_name(x.device), x.shape[1])
     with device_guard(x):
         grid = (triton.cdiv(len(x), block_t),)
@@ -315,7 +315,7 @@ def _outputs(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _TopKGate(torch.autograd.Function):
-    """`top_k_gate`: saves the logits and what is chosen."""
+    """`top_k_gate`: saves the logits and the choice."""
 
     @staticmethod
     def forward(
@@ -356,7 +356,7 @@ class _TopKGate(torch.autograd.Function):
 
 
 class _DenseToSparseGate(torch.autograd.Function):
-    """`dense_to_sparse_gate`: saves its inputs and what is kept."""
+    """`dense_to_sparse_gate`: saves its inputs and the kept experts."""
 
     @staticmethod
     def forward(
@@ -398,17 +398,17 @@ class _DenseToSparseGate(torch.autograd.Function):
 
 
 def top_k_gate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.moe.routing.top_k_gate` of checked arguments, in the order of `_TopKGate`."""
+    """`kernels.moe.routing.top_k_gate` with checked arguments, in the order of `_TopKGate`."""
     return _TopKGate.apply(*arguments)
 
 
 def dense_to_sparse_gate(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.moe.routing.dense_to_sparse_gate` of checked arguments, in the order of `_DenseToSparseGate`."""
+    """`kernels.moe.routing.dense_to_sparse_gate` with checked arguments, in the order of `_DenseToSparseGate`."""
     return _DenseToSparseGate.apply(*arguments)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """8192 tokens and as many experts as a head has channels; of the variants those that compute most."""
+    """Return the kernels for 8192 tokens and `head_dim` experts, in the variants that compute the most."""
     tokens, experts = 8192, head_dim
     block_t, block_e, warps = _tile(target, experts)
     pointer, blocks = f"*{dtype}", {"BLOCK_T": block_t, "BLOCK_E": block_e}

@@ -1,10 +1,10 @@
-"""What the linear recurrences in Triton share: the table of chunks, rows of tokens in kernels, and how they launch.
+"""Shared by the linear recurrences in Triton: the table of chunks, rows of tokens in kernels, and launches.
 
-Tensors are rows of tokens `[T, H, D]`: the rows of a batch, or the documents packed into one, one after another.
-A chunk is C tokens of one sequence, fewer at its end.
+Tensors are rows of tokens `[T, H, D]`: all sequences (rows of a batch, or packed documents), one after another. A chunk
+is C consecutive tokens of one sequence, or fewer at its end.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -25,24 +25,29 @@ _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*f
 
 
 class ChunkTable(NamedTuple):
-    """`chunks` int32 `[N, 2]` (first token, end), `first` int32 `[sequences + 1]` (each sequence's first chunk)."""
+    """The chunks of all sequences.
+
+    Attributes:
+        chunks: int32 `[N, 2]`, each chunk's first token and end.
+        first: int32 `[sequences + 1]`, each sequence's first chunk, and N.
+    """
 
     chunks: Tensor
     first: Tensor
 
     @property
     def num_chunks(self) -> int:
-        """Of all sequences."""
+        """Number of chunks of all sequences."""
         return self.chunks.shape[0]
 
     @property
     def num_sequences(self) -> int:
-        """Rows of the batch or packed documents."""
+        """Number of sequences: rows of the batch, or packed documents."""
         return self.first.shape[0] - 1
 
 
 def chunk_table(bounds: tuple[int, ...], chunk: int, device: torch.device) -> ChunkTable:
-    """The chunks of the sequences between `bounds` (see `kernels.documents`), in order."""
+    """Build the table of chunks, in order, of the sequences between `bounds` (see `kernels.documents`)."""
     chunks, first = [], [0]
     for start, end in pairwise(bounds):
         chunks += [(token, min(token + chunk, end)) for token in range(start, end, chunk)]
@@ -51,7 +56,7 @@ def chunk_table(bounds: tuple[int, ...], chunk: int, device: torch.device) -> Ch
 
 
 class Launcher:
-    """Runs kernels; or, given tensors on the device "meta", notes them in `specs` instead."""
+    """Launches kernels, or for tensors on the device "meta", records them in `specs` instead."""
 
     def __init__(self) -> None:
         self.specs: list[KernelSpec] = []
@@ -59,14 +64,14 @@ class Launcher:
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, flops: float, **arguments: Any
     ) -> None:
-        """Launches `kernel` over `grid`.
+        """Launch `kernel` over `grid`.
 
         Args:
             kernel: a `triton.jit` function.
-            grid: how many programs along each axis.
-            num_warps: of one program.
-            flops: of the whole launch, for its spec.
-            arguments: all of the kernel's, by name; tensors contiguous, None for those it does without.
+            grid: number of programs along each axis.
+            num_warps: warps of one program.
+            flops: operations of the whole launch, for its spec.
+            arguments: all arguments of the kernel by name. Tensors are contiguous, unused ones None.
         """
         tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
         if tensors[0].is_meta:
@@ -75,7 +80,8 @@ class Launcher:
             self.specs.append(replace(spec, name=f"{spec.name}_again") if again else spec)
             return
         with device_guard(tensors[0]):
-            # One stage: the loops are short, and a second copy of their tiles does not fit shared memory everywhere.
+            # One stage: the loops are short, and a second copy of their tiles would not fit every target's shared
+            # memory.
             kernel[grid](**arguments, num_warps=num_warps, num_stages=1)
 
 
@@ -98,14 +104,14 @@ def _spec(kernel: Any, arguments: dict[str, Any], num_warps: int, flops: float) 
 
 @triton.jit
 def chunk_tokens(chunks, chunk, CHUNK: tl.constexpr):
-    """The chunk's tokens `[C]` and which of them exist."""
+    """Return the chunk's tokens `[C]`, and whether each exists."""
     tokens = tl.load(chunks + 2 * chunk).to(tl.int64) + tl.arange(0, CHUNK)
     return tokens, tokens < tl.load(chunks + 2 * chunk + 1)
 
 
 @triton.jit
 def load_rows(x, tokens, valid, head, heads, DIM: tl.constexpr, first, BLOCK: tl.constexpr):
-    """`[C, BLOCK]` of `[T, heads, DIM]`, from column `first`; zero outside."""
+    """Load `[C, BLOCK]` of x `[T, heads, DIM]`, from column `first`; zero outside."""
     column = first + tl.arange(0, BLOCK)
     mask = valid[:, None] & (column < DIM)[None, :]
     return tl.load(x + (tokens[:, None] * heads + head) * DIM + column[None, :], mask=mask, other=0.0)
@@ -113,7 +119,7 @@ def load_rows(x, tokens, valid, head, heads, DIM: tl.constexpr, first, BLOCK: tl
 
 @triton.jit
 def store_rows(x, value, tokens, valid, head, heads, DIM: tl.constexpr, first, BLOCK: tl.constexpr):
-    """The inverse of `load_rows`, converting to x's dtype."""
+    """Store `value` where `load_rows` would load it, converted to x's dtype."""
     column = first + tl.arange(0, BLOCK)
     mask = valid[:, None] & (column < DIM)[None, :]
     address = x + (tokens[:, None] * heads + head) * DIM + column[None, :]
@@ -122,7 +128,7 @@ def store_rows(x, value, tokens, valid, head, heads, DIM: tl.constexpr, first, B
 
 @triton.jit
 def state_block(first_key, first_value, KEY, VALUE, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Offsets `[BLOCK_K, BLOCK_V]` into a state `[K, V]`, and which of them lie in it."""
+    """Return offsets `[BLOCK_K, BLOCK_V]` into a state `[K, V]`, and whether each lies in it."""
     key = first_key + tl.arange(0, BLOCK_K)[:, None]
     value = first_value + tl.arange(0, BLOCK_V)[None, :]
     return key * VALUE + value, (key < KEY) & (value < VALUE)

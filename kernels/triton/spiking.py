@@ -1,13 +1,13 @@
 """The adaptive-threshold spike: V = clamp(mean|x| / k) or clamp(V), s = round(x / V) in a range, x̂ = s · V.
 
-    dx = dy · (1, or 4 |x/V − s|) · (1, or whether s is not clipped)
+    dx = dy · (1, or 4 |x/V − s|) · (1, or 0 where s was clipped)
     dk = −sum of dy · s · V / k where V is not clamped        dV = sum of dy · s where V is not clamped
 
-A program holds whole rows, so x is read once in each pass. In the backward a fixed number of programs walk over the
-rows, and each writes its part of dk or dV: the sum has the same order in every run.
+A program holds whole rows, so x is read once per pass. In the backward a fixed number of programs loop over the rows,
+and each writes its part of dk or dV. The parts are always summed in the same order.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -29,17 +29,17 @@ from kernels.triton.launch import (
     warp_size,
 )
 
-# As for the norms: two for each multiprocessor of the largest GPU of today, or nearly.
+# As for the norms: about two per multiprocessor of the largest current GPU.
 _BACKWARD_PROGRAMS = 256
-# Sums of magnitudes are scaled by it, so that a row of the most channels cannot overflow.
+# Factor of magnitudes in sums, so that even the longest row cannot overflow.
 _SCALE = tl.constexpr(2.0**-16)
-# From here on every float32 is an integer.
+# Every float32 from here on is an integer.
 _INTEGERS = tl.constexpr(2.0**23)
 
 
 @triton.jit
 def _round(x):
-    """To the nearest integer, half to even; NaN and infinities stay. Triton's own rounding is each vendor's library."""
+    """Round half to even; keeps NaN and infinities. Triton's own rounding depends on the vendor's library."""
     magnitude = tl.abs(x)
     rounded = (magnitude + _INTEGERS) - _INTEGERS
     return tl.where(magnitude < _INTEGERS, tl.where(x < 0.0, -rounded, rounded), x)
@@ -47,13 +47,13 @@ def _round(x):
 
 @triton.jit
 def _clamp(x, low, high):
-    """Within low and high; a NaN stays one, which minima and maxima drop."""
+    """Clamp to [low, high]; keeps NaN, which minima and maxima would drop."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def _parameter(param_ptr, number, column, columns, PER_CHANNEL: tl.constexpr):
-    """The parameter, k or V, as [1, D]."""
+    """Return the parameter, k or V, as [1, D]."""
     if PER_CHANNEL:
         value = tl.load(param_ptr + column, mask=column < columns, other=1.0).to(tl.float32)
     elif param_ptr is not None:
@@ -93,7 +93,7 @@ def _forward_kernel(
             mean = tl.load(given_ptr + row, mask=row < rows, other=0.0)
         else:
             mean = tl.div_rn(tl.sum(tl.abs(x) * _SCALE, axis=1), columns * _SCALE)
-            mean += mean * 0.0  # NaN where it is infinite, which the clamp would hide
+            mean += mean * 0.0  # NaN where it is infinite: the clamp would hide an infinity
         tl.store(mean_ptr + row, mean, mask=row < rows)
         raw = tl.div_rn(mean[:, None] + tl.zeros_like(x), raw + tl.zeros_like(x))
     threshold = _clamp(raw, least, largest) + tl.zeros_like(x)
@@ -166,15 +166,15 @@ def _backward_kernel(
 
 
 def _tile(target: str, columns: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_D, warps): at least 2048 elements a program, 8 a thread while 16 warps suffice."""
-    # With 16 a thread, as the norms have, the backward spills on sm_103 and sm_120.
+    """Return (BLOCK_N, BLOCK_D, warps): at least 2048 elements per program, 8 per thread up to 16 warps."""
+    # With 16 per thread, as in the norms, the backward spills on sm_103 and sm_120.
     width = next_power(columns)
     rows = max(1, 2048 // width)
     return rows, width, min(max(rows * width // (8 * warp_size(target)), 1), 16)
 
 
 class _Spike(torch.autograd.Function):
-    """x̂; saves nothing for a plain gradient with a fixed parameter, else x, the parameter and the mean `[N]`."""
+    """`spike`: saves nothing for a plain gradient and a fixed parameter, else x, the parameter and the mean `[N]`."""
 
     @staticmethod
     def forward(
@@ -188,7 +188,7 @@ class _Spike(torch.autograd.Function):
     ) -> Tensor:
         x_ND = unit_stride(x)
         rows, columns = x_ND.shape
-        # What is on the host and not learned goes as a number; reading it waits for no device.
+        # A fixed parameter on the CPU is passed as a number; reading it does not synchronise.
         fixed = parameter.is_cpu and parameter.dim() == 0 and not ctx.needs_input_grad[1]
         values, number = (None, parameter.item()) if fixed else (parameter.contiguous(), 0.0)
         y_ND = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
@@ -238,21 +238,21 @@ def spike(
     limits: tuple[float, float, float, float],
     gradient: str,
 ) -> Tensor:
-    """`kernels.spiking.spike` of checked arguments.
+    """`kernels.spiking.spike` with checked arguments.
 
     Args:
         x: [..., D].
         parameter: k if `adaptive`, else V; [] or [D].
-        mean_N1: mean|x| of each row, where the rows are parts of tokens; None computes it.
-        adaptive: whether V comes from the mean.
-        limits: the least and the largest count, the least and the largest V.
+        mean_N1: mean|x| of each token, if its channels are sharded over ranks; None computes it.
+        adaptive: whether V is computed from the mean.
+        limits: the smallest and the largest count, and the smallest and the largest V.
         gradient: as in `kernels.spiking.spike`.
     """
     return _Spike.apply(x, parameter, mean_N1, adaptive, limits, gradient)
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """Kernels for 8192 tokens of a model of 16 heads: k a number, and learned for each channel with clipped counts."""
+    """Return the kernels for 8192 tokens of 16 heads: k fixed, and k learned per channel with clipped counts."""
     rows, columns = 8192, 16 * head_dim
     block_n, block_d, warps = _tile(target, columns)
     pointer, elements, size = f"*{dtype}", rows * columns, dtype_bytes(dtype)

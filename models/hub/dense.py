@@ -20,7 +20,7 @@ _INNER = {
     "ffn_norm": "post_attention_layernorm",
     "ffn": "mlp",
 }
-# The end-of-document token of the tokenizers that launch/prepare_data.py learns.
+# The end-of-document token of tokenizers trained by launch/prepare_data.py.
 LEARNED_EOD = 0
 _DEFAULT_THETA = 10000.0
 
@@ -118,14 +118,14 @@ def to_hub(
     """The config.json of a model.
 
     The keys of special tokens are always present, null where unknown: transformers assumes 2 and 1 for missing ones.
-    An export replaces them by those of the tokenizer that it writes (trainer.stored.hub_files).
+    An export replaces them with its tokenizer's special tokens (trainer.stored.hub_files).
 
     Args:
         model: The model's configuration.
         vocab_size: Rows of its embedding.
         dtype: Dtype as named by torch.
         max_positions: Length of the longest sequence in training, in tokens.
-        eos_token_id: The token that ends a text; by default that of the tokenizers which prepare_data learns.
+        eos_token_id: The end-of-text token; by default that of tokenizers trained by prepare_data.
 
     Raises:
         ValueError: no supported architecture computes this model.

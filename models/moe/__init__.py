@@ -1,1 +1,1 @@
-"""Mixture of experts: routers, the layer, and what is counted of them."""
+"""Mixture of experts: routers, the layer, and routing statistics."""

@@ -101,7 +101,7 @@ def test_a_penalty_on_a_gradient_is_refused(name: str) -> None:
     (first,) = torch.autograd.grad(OPS[name](x).sum(), x)
     (recorded,) = torch.autograd.grad(OPS[name](x).sum(), x, create_graph=True)
     torch.testing.assert_close(recorded, first, rtol=1e-12, atol=1e-12)
-    with pytest.raises(RuntimeError, match="second derivatives: an operation of kernels/ has only first ones"):
+    with pytest.raises(RuntimeError, match="second derivatives: the kernels' hand-written"):
         recorded.square().sum().backward()
 
 
@@ -121,5 +121,5 @@ def test_results_that_are_missing_and_graphs_of_other_things() -> None:
     assert [gradient.item() for gradient in gradients] == [3.0, 75.0]
     gradients[1].backward()  # the part that has second derivatives keeps them
     assert z.grad.item() == 30.0
-    with pytest.raises(RuntimeError, match="second derivatives: an operation"):
+    with pytest.raises(RuntimeError, match="second derivatives: the kernels"):
         gradients[0].backward()

@@ -37,7 +37,7 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """What the layer keeps for backward, and keys of model.moe."""
+    """The policy for tensors kept for backward, and keys of model.moe."""
 
     policy: BlockPolicy = EVERYTHING
     moe: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Figures:
 class _Made(TorchDispatchMode):
     """Tracks the storages that are allocated while the mode is active.
 
-    Hooks on what autograd saves would not see what the dispatcher of tokens holds.
+    Saved-tensor hooks would miss the tensors that the token dispatcher holds.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The fused spike against eager torch, and products that skip silent channels against dense ones."""
+"""Benchmarks of the fused spike against eager torch, and of event-driven products against dense ones."""
 
 import statistics
 import time
@@ -16,14 +16,14 @@ DESCRIPTION = "Time of the spike, forward and backward, fused and in eager torch
 
 Dtype = Literal["fp32", "bf16"]
 
-# (gradient, range of counts, k); "learned" is one number for all tokens, "per channel" one for each.
+# (gradient, range of counts, k). "learned" is one number, "per channel" one number per channel.
 _CASES: dict[str, tuple[Literal["plain", "clipped", "surrogate"], tuple[int, int] | None, str]] = {
     "plain, fixed k": ("plain", None, "fixed"),
     "clipped, learned k": ("clipped", (-15, 15), "learned"),
     "surrogate, k per channel": ("surrogate", (-15, 15), "per channel"),
 }
-# ‖a − b‖ / ‖b‖ of every result and gradient. The sides add the mean up in another order: a count may differ by one
-# where x / V is within rounding of a half, which is rare.
+# Limit of ‖a − b‖ / ‖b‖ for every result and gradient. The two sides sum the mean in different orders, so a count may
+# differ by one where x / V is within rounding of a half. That is rare.
 _LARGEST_DIFFERENCE = {"fp32": 1e-3, "bf16": 1e-2}
 
 
@@ -33,15 +33,15 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        dtypes: Of the spike's inputs.
+        dtypes: Dtypes of the spike's inputs.
         tokens: Rows of the spike's inputs.
-        hidden_size: Channels, of the spike and into and out of the product.
-        product_tokens: Rows of the products, one comparison each and sparsity.
+        hidden_size: Channels of the spike, and inputs and outputs of the product.
+        product_tokens: Rows of the products. Each is compared at every sparsity.
         sparsities: Shares of silent channels.
-        rounds: Timed calls of each side.
-        warmup: Untimed calls of each side before.
-        threads: CPU threads; 0 takes every core.
-        clock: wall, or cpu: this process's CPU time, which is fair on a shared machine; with one thread only.
+        rounds: Timed calls per side.
+        warmup: Untimed calls per side before the timed ones.
+        threads: CPU threads; 0 uses every core.
+        clock: wall, or cpu for this process's CPU time, which is fair on a shared machine but needs --threads 1.
     """
 
     json: str | None = None
@@ -80,17 +80,17 @@ def main(config: Config) -> None:
 
 
 def _median_times(config: Config, ours: Callable[[], object], peer: Callable[[], object]) -> tuple[float, float]:
-    """Milliseconds of both, by turns."""
+    """Return the median milliseconds of both sides, called in turns."""
     clock = time.process_time if config.clock == "cpu" else time.perf_counter
     taken = time_by_turns({"ours": ours, "peer": peer}, config.rounds, config.warmup, clock)
     return 1e3 * statistics.median(taken["ours"]), 1e3 * statistics.median(taken["peer"])
 
 
 def _spike(config: Config, case: str, dtype: Dtype) -> Comparison:
-    """Forward and backward of one case.
+    """Compare forward and backward of one case.
 
     Raises:
-        RuntimeError: the sides differ by too much for their times to be compared.
+        RuntimeError: the results of the two sides differ too much.
     """
     import torch
 
@@ -123,7 +123,7 @@ def _spike(config: Config, case: str, dtype: Dtype) -> Comparison:
 
 
 def _eager(x: "Tensor", *, k: "float | Tensor", count_range: tuple[int, int] | None, gradient: str) -> "Tensor":
-    """The spike as it is written in plain torch, with no operation that the case does not need."""
+    """The spike in plain torch, with only the operations that the case needs."""
     import torch
 
     wide = x.float()
@@ -140,7 +140,7 @@ def _eager(x: "Tensor", *, k: "float | Tensor", count_range: tuple[int, int] | N
 
 
 def _products(config: Config, tokens: int) -> list[Comparison]:
-    """Event-driven against dense, at each sparsity; a note says from which one on the first wins."""
+    """Compare event-driven and dense products at each sparsity. A note says from which sparsity on the former wins."""
     import torch
     import torch.nn.functional as F
 
@@ -164,7 +164,7 @@ def _products(config: Config, tokens: int) -> list[Comparison]:
 
         torch.testing.assert_close(events(), whole(), rtol=1e-4, atol=1e-2)
         found.append((sparsity, *_median_times(config, events, whole)))
-    # The lowest sparsity from which on no higher one was lost.
+    # A win counts only if dense was not faster at any higher sparsity.
     lost = [sparsity for sparsity, ours, peer in found if ours >= peer]
     wins = [sparsity for sparsity, _, _ in found if sparsity > max(lost, default=-1.0)]
     where = f"event-driven is faster from {wins[0]:.0%} silent on" if wins else "dense is always faster"

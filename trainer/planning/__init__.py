@@ -1,1 +1,1 @@
-"""What a run would need of a cluster: memory, messages and time of every layout, without starting it."""
+"""Planning: the memory, messages and time that each layout of a run needs on a cluster, without starting it."""

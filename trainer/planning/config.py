@@ -8,21 +8,21 @@ from trainer.config import PretrainConfig
 
 @dataclass
 class ClusterConfig:
-    """The machines a run is planned for. GB are 10^9 bytes, TFLOPs 10^12 operations a second.
+    """The cluster that a run is planned for. GB are 10^9 bytes, TFLOPs are 10^12 operations per second.
 
     Attributes:
-        name: What the report calls it.
-        nodes: Machines.
-        devices: Devices of a machine; a rank has one.
+        name: Name of the cluster in the report.
+        nodes: Number of machines.
+        devices: Devices per machine; each rank has one.
         memory: Memory of a device, GB.
-        usable: Share of it that parameters, gradients, optimizer and activations may take; the rest is for the
+        usable: Share of that memory for parameters, gradients, optimizer states and activations. The rest is for the
             runtime, message buffers, short-lived tensors and fragmentation.
-        host_memory: Memory of a machine's host, GB, for what is offloaded.
+        host_memory: Host memory per machine for offloaded states, GB.
         peak_bf16: Dense bf16 peak of a device, TFLOPs.
-        peak_fp32: The same for fp32 operands (TF32 where the models use it).
+        peak_fp32: Dense peak with fp32 operands, TFLOPs (TF32 where the models use it).
         efficiency: Share of the peak that the model's operations reach while a device computes.
-        intra_node: What a device sends to others of its machine, GB/s, one way.
-        inter_node: What it sends to other machines, GB/s, one way.
+        intra_node: Bandwidth of a device to others of its machine, GB/s, one way.
+        inter_node: Bandwidth of a device to other machines, GB/s, one way.
     """
 
     name: str = "laptop"
@@ -48,25 +48,25 @@ class ClusterConfig:
 
     @property
     def ranks(self) -> int:
-        """Devices of all machines."""
+        """Number of devices in the cluster."""
         return self.nodes * self.devices
 
     @property
     def budget(self) -> float:
-        """Bytes of a device that a plan may fill."""
+        """Bytes of device memory that a plan may use."""
         return self.memory * self.usable * 1e9
 
     def peak(self, precision: str) -> float:
-        """Peak of a device, operations a second."""
+        """Peak of a device, operations per second."""
         return (self.peak_bf16 if precision == "bf16" else self.peak_fp32) * 1e12
 
 
 @dataclass
 class PlanConfig(PretrainConfig):
-    """A pre-training run, and what is to train it. train.precision=auto is what its devices are faster in.
+    """A pre-training run and its cluster. train.precision=auto takes the precision with the higher peak.
 
     Attributes:
-        cluster: The machines.
+        cluster: The cluster to plan for.
     """
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,12 +1,12 @@
-"""One rank of a layout, run on shapes alone: what its layers keep for backward, and what they send.
+"""Run one rank of a layout on shapes alone, and count the bytes its layers keep for backward and send.
 
-The model's own code runs, under torch's FakeTensorMode (tensors without memory, operations without arithmetic) and in
-a world of fake process groups, whose collectives do nothing but have the right sizes. So every shard is that of
-`models.parameters.shard`, what is kept is what autograd saves, and what is sent is what the layers hand to their
-groups. Operations are those of the CPU: kernels on a GPU keep other intermediates.
+The model's own code runs under torch's FakeTensorMode (tensors without memory, operations without arithmetic), with
+fake process groups whose collectives move no data but have the right sizes. Shards come from `models.parameters.shard`,
+kept bytes from the tensors that autograd saves, and sent bytes from the layers' calls of collectives. Operations run as
+on the CPU; GPU kernels keep other intermediates.
 
-Everything is linear in the number of tokens once the windows are full, so that long sequences are not walked through:
-two shorter ones give the line. Kernels that go through their inputs in blocks, for the CPU's cache, take them at once.
+All costs are linear in the number of tokens once the attention windows are full. Long sequences are therefore
+extrapolated from two shorter ones. CPU kernels that otherwise split their inputs into cache-sized blocks use one block.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,20 +39,21 @@ from trainer.communication import SentBytes
 from trainer.engines import megatron_cpu
 from trainer.planning.experts import balance
 
-# Longer sequences are extrapolated from one and two of these, behind a full window; the head, all linear, from fewer.
+# Longer sequences are extrapolated from one and two steps of tokens past a full window. The head has no window, so it
+# takes smaller steps.
 _STEP, _HEAD_STEP = 128, 64
 NOTHING = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What decides a rank's shard of a layer.
+    """The parallel sizes that determine a rank's shard of a layer.
 
     Attributes:
-        tensor: Tensor-parallel ranks.
-        context: Context-parallel ranks.
-        expert: Ranks that share the experts.
-        sequence: Whether the residual stream is cut over tensor-parallel ranks, too.
+        tensor: Tensor-parallel size.
+        context: Context-parallel size.
+        expert: Expert-parallel size.
+        sequence: Whether sequence parallelism shards the residual stream over the tensor-parallel ranks.
     """
 
     tensor: int = 1
@@ -62,24 +63,24 @@ class Cut:
 
     @property
     def ranks(self) -> int:
-        """Of a world of which no rank shares anything else."""
+        """World size of the dry run, which has no other parallelism."""
         return self.tensor * self.context * self.expert
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of a part of the model for a micro-batch of one row.
+    """Bytes of a part of the model, for a micro-batch of one row.
 
     Attributes:
-        kept: Kept from forward to backward.
-        sent: Sent in forward and backward, by group: tensor, context, expert.
+        kept: Bytes kept from forward to backward.
+        sent: Bytes sent in forward and backward, by group: tensor, context, expert.
     """
 
     kept: float = 0.0
     sent: tuple[float, ...] = NOTHING
 
     def at(self, length: int, other: "Cost", other_length: int, wanted: int) -> "Cost":
-        """The cost at `wanted` tokens, on the line through this one and another."""
+        """Extrapolate to `wanted` tokens, linearly from this cost at `length` and `other` at `other_length` tokens."""
         share = (wanted - length) / (other_length - length)
         values = (self.kept, *self.sent), (other.kept, *other.sent)
         kept, *sent = (a + share * (b - a) for a, b in zip(*values, strict=True))
@@ -91,11 +92,11 @@ class ParameterSpec:
     """A parameter of a rank's shard.
 
     Attributes:
-        name: As in the decoder.
+        name: Name in the decoder.
         numel: Elements on this rank.
         itemsize: Bytes of an element.
-        expert: Whether it belongs to a routed expert, of which expert-parallel ranks hold different ones.
-        partial: Whether tensor-parallel ranks sum their shares of its gradient.
+        expert: Whether it belongs to a routed expert, and so to one expert-parallel rank.
+        partial: Whether its gradient is summed over tensor-parallel ranks.
     """
 
     name: str
@@ -107,7 +108,7 @@ class ParameterSpec:
 
 @contextmanager
 def fake_groups(cut_to: Cut) -> Iterator[Groups]:
-    """The groups of a middle context rank of a world of its own, whose collectives do nothing."""
+    """Context with fake process groups, as seen by a context rank in the middle. Their collectives move no data."""
     if cut_to.ranks == 1:
         yield WHOLE
         return
@@ -116,7 +117,7 @@ def fake_groups(cut_to: Cut) -> Iterator[Groups]:
     try:
         tensor = dist.new_group(list(range(own, own + cut_to.tensor))) if cut_to.tensor > 1 else None
         context = dist.new_group(list(range(0, layer_ranks, cut_to.tensor))) if cut_to.context > 1 else None
-        # They are some of the others in truth; only their number matters here.
+        # In a real run this group overlaps the others. Here only its size matters.
         expert = dist.new_group(list(range(own, cut_to.ranks, layer_ranks))) if cut_to.expert > 1 else None
         yield Groups(tensor, context, cut_to.sequence, expert)
     finally:
@@ -125,11 +126,11 @@ def fake_groups(cut_to: Cut) -> Iterator[Groups]:
 
 @contextmanager
 def shapes_alone(cut_to: Cut) -> Iterator[Groups]:
-    """Tensors made within have no memory, and the groups are fake."""
+    """Context in which new tensors have no memory and the yielded groups are fake."""
     with ExitStack() as stack:
         stack.enter_context(shapes_only())
         if cut_to.ranks > 1:
-            # The exchanges allocate what they gather.
+            # Unpatched, mcore's collectives would allocate their outputs on a GPU.
             stack.enter_context(megatron_cpu.on_cpu())
         groups = stack.enter_context(fake_groups(cut_to))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -137,7 +138,7 @@ def shapes_alone(cut_to: Cut) -> Iterator[Groups]:
 
 
 class _Keeper:
-    """Counts the storages that autograd saves, each once, but for those that are known."""
+    """Counts the bytes of the storages that autograd saves, each once, except the `known` ones."""
 
     def __init__(self, *known: Tensor) -> None:
         self._seen = {_identity(tensor) for tensor in known}
@@ -145,8 +146,8 @@ class _Keeper:
         self.bytes = 0
 
     def keep(self, tensor: Tensor) -> Kept:
-        """The hook for a tensor that is saved; within others, which tell it what they really keep."""
-        # Alive, so that no other storage gets its address.
+        """Count a saved tensor and keep it. Inner hooks pass in the tensors they keep in its place."""
+        # Held alive so that no other storage reuses the address.
         self._alive.append(tensor)
         if _identity(tensor) not in self._seen:
             self._seen.add(_identity(tensor))
@@ -159,17 +160,17 @@ def _identity(tensor: Tensor) -> int:
 
 
 class DryRun:
-    """The parts of one model in one precision, for any cut.
+    """Dry runs of the parts of one model in one precision, for any cut.
 
     Args:
         config: The whole model.
-        vocab_size: Rows of its embedding, padding included.
-        dtype: Of parameters and activations.
+        vocab_size: Rows of the embedding, padding included.
+        dtype: Dtype of parameters and activations.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, dtype: torch.dtype) -> None:
         self.config, self.vocab_size, self.dtype = config, vocab_size, dtype
-        # On the instance, so that the measurements go with it.
+        # Caches on the instance, so that they are freed with it.
         self.layer = cache(self._layer)
         self.ends = cache(self._ends)
         self.parameters = cache(self._parameters)
@@ -177,7 +178,7 @@ class DryRun:
 
     @cached_property
     def kinds(self) -> list[int]:
-        """For each layer the first one that is like it: the same mixer and the same shapes."""
+        """For each layer, the number of the first layer with the same mixer and shapes."""
         first: dict[tuple[object, ...], int] = {}
         mixers = self.config.layer_mixers()
         return [
@@ -193,7 +194,7 @@ class DryRun:
         return decoder
 
     def _parameters(self, layers: range, cut_to: Cut) -> list[ParameterSpec]:
-        """The shard that a rank with these layers has. Tensor-parallel ranks' shards have the same sizes."""
+        """The parameters of a rank with these layers. All tensor-parallel ranks' shards have the same sizes."""
         with shapes_alone(cut_to) as groups:
             decoder = self._build(layers, groups)
             partial = {id(parameter) for parameter in partial_gradients(decoder, groups)}
@@ -205,7 +206,7 @@ class DryRun:
             ]
 
     def _flops(self, number: int, seq_len: int) -> tuple[float, float]:
-        """Operations of a token in a whole layer, forward and backward: its mixer's, and its feed-forward's."""
+        """Operations per token of a whole layer's mixer and of its feed-forward, forward and backward."""
         with shapes_alone(Cut()):
             decoder = Decoder(self.config, self.vocab_size, range(number, number + 1))
             block: Any = decoder.layers[str(number)]
@@ -221,30 +222,30 @@ class DryRun:
             return total - feed_forward, feed_forward
 
     def _line(self, measure: Callable[[int], Cost], tokens: int, step: int, window: int = 0) -> Cost:
-        """What `measure` gives for a number of tokens, extrapolated where they are many."""
+        """Return `measure` of a number of tokens, extrapolated if they are many."""
         first = step * (1 + -(-window // step))
         if tokens <= first + step:
             return measure(tokens)
         return measure(first).at(first, measure(first + step), first + step, tokens)
 
     def kept(self, number: int, cut_to: Cut, tokens: int, policy: BlockPolicy) -> float:
-        """Bytes that a layer keeps over `tokens` on this rank."""
+        """Bytes that a layer keeps for backward, for `tokens` on this rank."""
         return self.layer(number, cut_to, tokens, policy, False).kept
 
     def sent(self, number: int, cut_to: Cut, tokens: int, policy: BlockPolicy) -> tuple[float, ...]:
-        """What a layer sends, by group."""
+        """Bytes that a layer sends, by group, for `tokens` on this rank."""
         if cut_to.ranks == 1:
             return NOTHING
         return self.layer(number, cut_to, tokens, policy, True).sent
 
     def residual(self, tokens: int, cut_to: Cut) -> int:
-        """Bytes of the residual stream of `tokens` on this rank."""
+        """Bytes of the residual stream, for `tokens` on this rank."""
         return self._rows(tokens, cut_to) * self.config.hidden_size * self.dtype.itemsize
 
     def _layer(
         self, number: int, cut_to: Cut, tokens: int, policy: BlockPolicy = EVERYTHING, backward: bool = True
     ) -> Cost:
-        """A layer, over `tokens` on this rank, of a row that is one document; without `backward` what it keeps."""
+        """Cost of a layer, for `tokens` on this rank of a row that is one document; without `backward`, of forward."""
         window = self.config.attention.window if "sliding" in self.config.layer_mixers()[number] else 0
         with shapes_alone(cut_to) as groups:
             decoder = self._build(range(number, number + 1), groups)
@@ -273,7 +274,7 @@ class DryRun:
         return torch.empty(shape, dtype=self.dtype, requires_grad=True)
 
     def _ends(self, cut_to: Cut, tokens: int) -> tuple[Cost, Cost]:
-        """What comes before the first layer, and what comes after the last one."""
+        """Costs of the embedding, and of the final norm, head and loss."""
         layers = self.config.num_layers
         with shapes_alone(cut_to) as groups:
             first, last = self._build(range(1), groups), self._build(range(layers - 1, layers), groups)
@@ -298,14 +299,14 @@ class DryRun:
         x = self._residual(length, cut_to)
         with SentBytes() as sent, hooks(keeper.keep):
             vocabulary_loss(norm(x), decoder.head_weight, labels, mask, groups)
-        # The loss's backward reads a number, which has no value here; it sends nothing but where hidden states enter.
+        # The loss's backward reads a tensor's value, so it cannot run on shapes. It sends only on entering the region.
         hidden = enter_region(x, groups)
         with sent:
             hidden.backward(torch.empty_like(hidden))
         return Cost(keeper.bytes, _by_group(sent, groups))
 
     def tables(self, layers: range, tokens: int) -> int:
-        """Bytes of the cosines and sines that layers share, for one row: float32, half a head's size each."""
+        """Bytes of the rotary tables that layers share, for one row: cosines and sines, float32, half a head each."""
         blocks: Any = self._shapes.layers
         return sum(tokens * size * 4 for size, _ in {blocks[str(i)].mixer.rotary for i in layers} - {None})
 

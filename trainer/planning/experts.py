@@ -1,7 +1,7 @@
-"""Routed experts on shapes alone: how many rows an expert gets depends on data, so here they get the same number.
+"""Routed experts on shapes alone. The rows of an expert depend on data, so here every expert gets the same number.
 
-What autograd keeps and what is sent is that of `models.parallel.apply_experts`, step by step: tokens are copied to
-rows, one for each of their experts; rows and gates go to the ranks that have the experts, and the outputs come back.
+The tensors saved and the bytes sent are those of `models.parallel.apply_experts`, step by step: tokens are copied to
+rows, one per chosen expert; rows and gates are sent to the experts' ranks, and the outputs are sent back.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from models.parameters import Groups
 
 
 def balance(decoder: Decoder) -> None:
-    """Have every token go to as many experts as the gate ends with, and every expert get as many rows."""
+    """Give every expert equally many rows. A token visits as many experts as at the end of the gate's schedule."""
     for module in decoder.modules():
         if isinstance(module, MoELayer):
             module.exchange = _evenly(module.config.experts_at(None))
@@ -28,7 +28,7 @@ def _evenly(
 ) -> Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor], Groups], Tensor]:
     def exchange(x_ND: Tensor, gates_NE: Tensor, experts: Callable[[Tensor, Tensor], Tensor], groups: Groups) -> Tensor:
         count, group = len(x_ND) * experts_per_token, groups.expert
-        # kernels.moe.permute finds tokens and experts as columns of one tensor.
+        # kernels.moe.permute finds a row's token and expert as two columns of one tensor, whose storage is kept whole.
         columns = 2 if group is None else 1
         row_tokens, places = torch.zeros(count, columns, dtype=torch.int64)[:, 0], torch.zeros(count, dtype=torch.int64)
         rows, gates = x_ND.index_select(0, row_tokens), gates_NE.flatten().index_select(0, places)
@@ -41,7 +41,7 @@ def _evenly(
         rows, gates = all_to_all(group, rows), all_to_all(group, gates)
         rows = (experts(rows, counts) * gates[:, None]).to(x_ND.dtype)
         back = all_to_all(group, rows)
-        # As mcore adds up: index_add would keep the rows, too.
+        # scatter_add as in mcore. index_add would also save the rows.
         return torch.zeros_like(x_ND).scatter_add(0, row_tokens[:, None].expand_as(back), back)
 
     return exchange

@@ -1,4 +1,4 @@
-"""What every pipeline stage of a layout holds and sends, and how long a step takes."""
+"""The memory and messages of every pipeline stage of a layout, and the time of a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from trainer.config import PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
 
-# What a plan compares of train.recompute and train.recompute_modules, the cheapest first.
+# The values of train.recompute and train.recompute_modules that a plan compares, the least recomputation first.
 _CHOICES: tuple[tuple[str, list[str] | None], ...] = (
     ("none", None),
     ("selective", ["moe_activation"]),
@@ -22,25 +22,25 @@ _CHOICES: tuple[tuple[str, list[str] | None], ...] = (
     ("full", None),
 )
 _MODULES = ("mixer", "ffn", "moe_activation", "moe_experts")
-# Of the buckets that trainer.engines.deepspeed asks for.
+# Bucket size that trainer.engines.deepspeed sets.
 ZERO_BUCKET_ELEMENTS = 50_000_000
-# ZeRO 3 keeps a gathered parameter that is used again within this many elements (stage3_max_reuse_distance). From
-# forward to backward they count twice, so that of the last layers half as many stay.
+# ZeRO 3 keeps a gathered parameter that is used again within this many elements (stage3_max_reuse_distance). Between a
+# parameter's forward and backward every later element is used twice, so half as many elements, the last ones, are kept.
 ZERO_REUSE_ELEMENTS = 1_000_000_000
 MAIN = 4  # bytes of an element of main parameters, their gradients and Adam's moments: float32
 
 
 def choices(config: PretrainConfig) -> dict[str, BlockPolicy]:
-    """What every block keeps under each choice that a plan compares, the configuration's own among them.
+    """Return the recomputation policies that a plan compares, including the configuration's own.
 
-    Keys are as the choice is written: `none`, `full`, or `selective [mixer, ffn]`.
+    Keys are written as `none`, `full` or `selective [mixer, ffn]`.
     """
     above = config.model.moe.recompute_above
     compared = [BlockPolicy.of_config(recompute, modules, above) for recompute, modules in _CHOICES]
     if not config.model.moe.num_experts:
         compared = [choice for choice in compared if RECOMPUTE not in (choice.moe_activation, choice.moe_experts)]
     own = _own(config)
-    # Before the full recomputation, which saves the most.
+    # Insert it before `full`, which saves the most memory and stays last.
     compared[-1:] = [*([] if own in compared else [own]), compared[-1]]
     return {_written(choice): choice for choice in compared}
 
@@ -62,11 +62,11 @@ class States:
     """Bytes that a rank holds between steps, or from the first backward pass to the update.
 
     Attributes:
-        parameters: What the model reads.
-        gradients: What backward adds up.
-        optimizer: Main parameters, where they are others, and Adam's two moments.
-        buffers: What the engine allocates for its messages.
-        host: What of all that lies in host memory.
+        parameters: The model's parameters.
+        gradients: The accumulated gradients.
+        optimizer: Adam's two moments, and the main parameters if they are separate.
+        buffers: The engine's message buffers.
+        host: The part of the above that is in host memory.
     """
 
     parameters: float
@@ -83,15 +83,15 @@ class States:
 
 @dataclass(frozen=True)
 class Stage:
-    """A rank of one pipeline stage; its tensor-, context-, expert- and data-parallel neighbours need the same.
+    """A rank of one pipeline stage. All ranks of the stage have the same numbers.
 
     Attributes:
-        layers: Its layers, chunk by chunk.
-        states: What it holds.
-        activations: For every choice of recomputation, what the micro-batches in flight keep, bytes.
-        again: For every choice, what the largest part that runs again keeps while its backward runs.
-        sent: Bytes it sends in a step, by kind.
-        seconds: Of a step's micro-batches, without waiting.
+        layers: Its layers, by chunk.
+        states: Its parameters, gradients and optimizer states.
+        activations: Bytes kept by the micro-batches in flight, by recomputation policy.
+        again: Bytes that the largest recomputed part keeps while its backward runs, by recomputation policy.
+        sent: Bytes sent in a step, by kind.
+        seconds: Time of a step's micro-batches, without waiting.
     """
 
     layers: list[range]
@@ -102,24 +102,24 @@ class Stage:
     seconds: float
 
     def memory(self, choice: str) -> float:
-        """Bytes of device memory under a choice of recomputation."""
+        """Bytes of device memory under a recomputation policy."""
         return self.states.on_device + self.activations[choice] + self.again[choice]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout on a cluster.
+    """The plan of one layout on a cluster.
 
     Attributes:
         config: The run.
-        cluster: The machines.
-        data_parallel: Ranks that compute their own micro-batches.
-        micro_batches: Micro-batches of a rank in a step.
-        stages: The pipeline's stages.
-        bubble: Share of the step in which a stage waits for others.
-        seconds: Of a step.
-        utilization: Model operations over what all devices could do in that time.
-        tokens_per_second: Of one device.
+        cluster: The cluster.
+        data_parallel: Data-parallel size.
+        micro_batches: Micro-batches per data-parallel rank in a step.
+        stages: The pipeline stages.
+        bubble: Share of the step in which a stage waits for other stages.
+        seconds: Time of a step.
+        utilization: Model FLOPs utilization: the model's operations over the peak of all devices in that time.
+        tokens_per_second: Throughput of one device.
     """
 
     config: PretrainConfig
@@ -134,16 +134,16 @@ class Plan:
 
     @property
     def recompute(self) -> str:
-        """The configuration's choice, as `choices` names it."""
+        """The configuration's own policy, as a key of `choices`."""
         return _written(_own(self.config))
 
     def memory(self, choice: str | None = None) -> float:
-        """Bytes of the fullest device."""
+        """Bytes on the fullest device under a recomputation policy; None takes the configuration's."""
         return max(stage.memory(choice or self.recompute) for stage in self.stages)
 
     @property
     def host_memory(self) -> float:
-        """Bytes of the fullest host."""
+        """Bytes on the fullest host."""
         return self.cluster.devices * max(stage.states.host for stage in self.stages)
 
     @property
@@ -153,18 +153,18 @@ class Plan:
 
 
 def in_flight(chunk_bytes: Sequence[float], stage: int, stages: int, micro_batches: int) -> float:
-    """The most that a stage keeps at a time under mcore's schedules: 1F1B, and interleaved where it has chunks.
+    """Return the peak bytes a stage keeps under mcore's schedules: 1F1B, or interleaved 1F1B with several chunks.
 
     Args:
-        chunk_bytes: What a micro-batch keeps in each of the stage's chunks.
-        stage: The stage.
-        stages: All of them.
-        micro_batches: In a step.
+        chunk_bytes: Bytes that a micro-batch keeps in each of the stage's chunks.
+        stage: Number of the stage.
+        stages: Number of stages.
+        micro_batches: Micro-batches per step.
     """
     chunks = len(chunk_bytes)
     total = micro_batches * chunks
     warm_up = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
-    # Pass number k runs chunk (k div stages) mod chunks forward, backward passes take the chunks from the last on.
+    # Forward pass k runs chunk (k div stages) mod chunks. Backward passes take the chunks in reverse.
     order = [k // stages % chunks for k in range(total)]
     kept = peak = 0.0
     for k in range(total):
@@ -176,11 +176,17 @@ def in_flight(chunk_bytes: Sequence[float], stage: int, stages: int, micro_batch
 
 
 def states(parameters: Sequence[ParameterSpec], config: PretrainConfig, replicas: int, experts: int) -> States:
-    """What an engine holds of a shard whose parameters `replicas` ranks share, and its experts' parameters `experts`.
+    """Return the bytes that an engine holds for a shard.
 
-    Counted in the engines (tests/trainer/test_plan.py). Megatron: DDP's buffers of parameters and of float32 gradients,
-    and the distributed optimizer's part of main parameters and moments; in float32 the parameters are the main ones.
-    Frozen parameters have neither gradients nor an optimizer's state.
+    The sizes were checked against the engines (tests/trainer/test_plan.py). Megatron holds DDP's buffers of parameters
+    and of float32 gradients, and the distributed optimizer's shard of main parameters and moments. float32 parameters
+    are their own main parameters. Frozen parameters have no gradients and no optimizer states.
+
+    Args:
+        parameters: The rank's shard.
+        config: The run.
+        replicas: Ranks over which the optimizer states of a parameter are sharded.
+        experts: The same for a routed expert's parameter.
     """
     trained = _trained(parameters, config)
     if config.engine.name == "deepspeed":
@@ -207,13 +213,14 @@ def _weights(parameters: Sequence[ParameterSpec]) -> int:
 def _zero_states(
     parameters: Sequence[ParameterSpec], trained: Sequence[ParameterSpec], config: PretrainConfig, ranks: int
 ) -> States:
-    """DeepSpeed's, which keeps main parameters of its own in float32, too, and with ZeRO 3 a bucket for messages."""
+    """`states` under DeepSpeed, which keeps separate main parameters even in float32, and from ZeRO 1 on a bucket."""
     stage, offload, bf16 = config.engine.zero_stage, config.engine.offload, config.train.precision == "bf16"
     weights, main, gradients_of = _weights(parameters), MAIN * _elements(trained), _weights(trained)
     if stage == 0:
         return States(weights, main, 2 * main)
     optimizer = 3 * main / ranks
-    # In bf16 ZeRO 1 adds up in float32 beside backward's own; ZeRO 2 in float32, and 3, hand Adam a copy of their part.
+    # In bf16, ZeRO 1 accumulates in float32 beside the gradients of backward. ZeRO 2 in float32, and ZeRO 3 always,
+    # pass Adam a copy of the rank's shard of the gradients.
     gradients = {1: main + gradients_of * bf16, 2: main / ranks * (1 if bf16 else 2), 3: 2 * main / ranks}[stage]
     held = weights / ranks if stage == 3 else weights
     host = (optimizer if offload != "none" else 0.0) + (held if offload == "parameters" else 0.0)
@@ -222,7 +229,7 @@ def _zero_states(
 
 
 def _stays(parameters: Sequence[ParameterSpec]) -> float:
-    """The share of the parameters that ZeRO 3, once it knows the order, keeps from forward to backward."""
+    """Return the share of the parameters that ZeRO 3 keeps from forward to backward, once it has traced the order."""
     return min(1.0, ZERO_REUSE_ELEMENTS / 2 / _elements(parameters))
 
 
@@ -230,7 +237,7 @@ class Planner:
     """Plans layouts of one model.
 
     Args:
-        config: The run and the cluster; plans may be of other layouts.
+        config: The run and the cluster. `plan` accepts other layouts of the same model.
         vocab_size: Rows of the embedding, padding included.
     """
 
@@ -241,7 +248,7 @@ class Planner:
         self._run = DryRun(config.model, vocab_size, torch.bfloat16 if self._bf16 else torch.float32)
 
     def plan(self, config: PretrainConfig) -> Plan:
-        """The plan of a configuration whose layout has been validated for the cluster's ranks."""
+        """Plan a configuration. Its layout must have been validated for the cluster's ranks."""
         cluster, parallel, train = self._cluster, config.parallel, config.train
         replicas = parallel.data_parallel(cluster.ranks)
         micro_batches = train.accumulation(replicas)
@@ -299,7 +306,7 @@ class Planner:
         return Stage(chunks, held, activations, again, sent, compute + messages)
 
     def _chunk_kept(self, config: PretrainConfig, layers: range, choice: BlockPolicy) -> float:
-        """Of a micro-batch; what goes on to the next stage stays until its gradient comes."""
+        """Bytes that a chunk keeps per micro-batch. Its output to the next stage is kept until the gradient arrives."""
         cut_to, tokens, rows = _cut(config), _tokens(config), config.train.micro_batch_size
         before, after = self._run.ends(cut_to, rows * tokens)
         kept = self._run.tables(layers, tokens) + sum(
@@ -310,7 +317,7 @@ class Planner:
         return kept + (after.kept if is_last else rows * self._run.residual(tokens, cut_to))
 
     def _sent_by_layers(self, config: PretrainConfig, chunks: list[range]) -> dict[str, float]:
-        """Of a row of a micro-batch, by group."""
+        """Bytes that the layers send per row of a micro-batch, by group."""
         cut_to, tokens, own = _cut(config), _tokens(config), _own(config)
         before, after = self._run.ends(cut_to, tokens)
         sent = [self._run.sent(self._run.kinds[layer], cut_to, tokens, own) for layers in chunks for layer in layers]
@@ -319,7 +326,7 @@ class Planner:
         return dict(zip(("tensor", "context", "expert"), map(sum, zip(*sent, strict=True)), strict=True))
 
     def _again(self, config: PretrainConfig, layers: range, choice: BlockPolicy) -> float:
-        """What a part that is recomputed keeps while its backward runs, at most; of one row."""
+        """Bytes, per row, that the largest recomputed part keeps while its backward runs."""
         cut_to, tokens = _cut(config), _tokens(config)
         kinds = {self._run.kinds[layer] for layer in layers}
         whole, left = (
@@ -328,22 +335,22 @@ class Planner:
         return max(whole[kind] - left[kind] for kind in kinds)
 
     def _boundaries(self, chunks: list[range]) -> int:
-        """How many rows of the residual stream and of its gradient a stage sends to others for one row."""
+        """Number of times per row that a stage sends the residual stream, or its gradient, to another stage."""
         first = sum(layers.start == 0 for layers in chunks)
         last = sum(layers.stop == self._model.num_layers for layers in chunks)
         return 2 * len(chunks) - first - last
 
     def _operations(self, config: PretrainConfig, layers: range) -> float:
-        """Of one row on one rank, those of recomputation included."""
+        """Operations per row on one rank, including recomputation."""
         train, parallel = config.train, config.parallel
         choice, total = _own(config), 0.0
-        # Experts are planned as balanced: with less than the mean as a limit, all are busy.
+        # The plan assumes balanced experts, so with a limit below the mean all of them are recomputed.
         experts = choice.recompute_above is not None and choice.recompute_above < 1
         for layer in layers:
             mixer, ffn = self._run.flops(self._run.kinds[layer], train.seq_len)
             again = mixer * (RECOMPUTE in (choice.mixer, choice.block))
             again += ffn * (experts or RECOMPUTE in (choice.ffn, choice.moe_experts, choice.block))
-            # Forward is a third of both passes.
+            # Forward is a third of the operations of both passes.
             total += mixer + ffn + again / 3
         if layers.stop == self._model.num_layers:
             total += self._head_flops()
@@ -357,12 +364,12 @@ class Planner:
         ranks: int,
         micro_batches: int,
     ) -> dict[str, float]:
-        """Bytes of a step's gradients and parameters, as by ring algorithms (trainer.communication)."""
-        # ZeRO 0 to 2 sum gradients on every rank, 2 and 3 after every micro-batch; else each rank gets its part.
+        """Bytes of gradients and parameters sent in a step, by ring algorithms (trainer.communication)."""
+        # ZeRO 0 to 2 all-reduce gradients; Megatron and ZeRO 3 reduce-scatter. ZeRO 2 and 3 do so per micro-batch.
         zero = config.engine.zero_stage if config.engine.name == "deepspeed" else None
         sums = 1.0 if zero in (None, 3) else 2.0
         sums *= micro_batches if zero in (2, 3) else 1
-        # mcore 0.16.1 has an optimizer of their own for experts, and each of the two gathers all parameters.
+        # mcore 0.16.1 has a separate optimizer for experts, and each of the two optimizers gathers all parameters.
         optimizers = 1 + any(parameter.expert for parameter in parameters)
         gathers = {None: optimizers, 0: 0, 1: 1, 2: 1, 3: micro_batches * (2 - _stays(parameters))}[zero]
         sent = dict.fromkeys(("gradients", "parameters", "shares", "tied embedding"), 0.0)
@@ -387,7 +394,7 @@ class Planner:
         return sum(sent[kind] / self._bandwidth(config, kind, replicas) for kind in kinds)
 
     def _bandwidth(self, config: PretrainConfig, kind: str, replicas: int) -> float:
-        """Bytes a second. Ranks are numbered as mcore does: tensor, context, data, pipeline, the first ones nearest."""
+        """Bytes per second. Ranks are numbered in mcore's order: tensor (fastest), context, data, pipeline."""
         parallel = config.parallel
         tensor, context = parallel.tensor, parallel.tensor * parallel.context
         data, pipeline = context * replicas, context * replicas * parallel.pipeline
@@ -409,5 +416,5 @@ def _cut(config: PretrainConfig) -> Cut:
 
 
 def _tokens(config: PretrainConfig) -> int:
-    """Of a row, on one rank."""
+    """Tokens of a row on one rank."""
     return config.train.seq_len // config.parallel.context

@@ -1,4 +1,4 @@
-"""A plan in words and numbers, for people and for programs."""
+"""Reports of plans: text for people, values for programs."""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +11,7 @@ GB = 1e9
 
 
 def layout(config: PretrainConfig) -> str:
-    """The keys of a layout, as options."""
+    """Write a layout as command-line options."""
     parallel, train = config.parallel, config.train
     values: dict[str, Any] = {
         name: getattr(parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert")
@@ -24,7 +24,7 @@ def layout(config: PretrainConfig) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, its columns aligned."""
+    """Write a Markdown table with aligned columns."""
     lines = [header, ["---"] * len(header), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
@@ -36,7 +36,7 @@ def _gb(size: float) -> str:
 
 
 def describe_phases(config: PretrainConfig, plans: list[Plan]) -> str:
-    """The whole report of a run, whose phases the plans are of."""
+    """Write the report of a run, given the plan of each phase."""
     if len(plans) == 1:
         return describe(plans[0])
     parts = [f"{phase}\n{describe(plan)}" for phase, plan in zip(expand(config), plans, strict=True)]
@@ -44,7 +44,7 @@ def describe_phases(config: PretrainConfig, plans: list[Plan]) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The whole report."""
+    """Write the report of a plan."""
     cluster, train = plan.cluster, plan.config.train
     stages = plan.stages
     numbers = [str(i) for i in range(len(stages))]
@@ -86,7 +86,7 @@ def _activations(stage: Stage, choice: str) -> float:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits; if not, what is short by how much, and what would help."""
+    """Write whether the plan fits. If not, write which memory is short, by how much, and the settings that help."""
     cluster = plan.cluster
     needed, budget = plan.memory(), cluster.budget
     if plan.fits:
@@ -101,21 +101,21 @@ def verdict(plan: Plan) -> str:
 
 
 def _remedies(plan: Plan) -> list[str]:
-    """What would make it fit, or else what shrinks the larger part of it."""
+    """The settings that make the plan fit, or else those that shrink its larger part."""
     enough = [name for name in plan.stages[0].activations if plan.memory(name) <= plan.cluster.budget]
     if enough:
         name, _, modules = enough[0].partition(" ")
         return [f"use train.recompute={name}" + (f" with train.recompute_modules={modules}" if modules else "")]
     fullest = max(plan.stages, key=lambda stage: stage.memory(plan.recompute))
     if fullest.states.on_device > plan.cluster.budget:
-        return ["parameters, gradients and optimizer alone do not; raise parallel.pipeline or parallel.tensor"]
+        return ["parameters, gradients and optimizer alone do not fit; raise parallel.pipeline or parallel.tensor"]
     hints = ["use train.recompute=full"] if plan.recompute != "full" else []
     hints += ["lower train.micro_batch_size"] if plan.config.train.micro_batch_size > 1 else []
     return [*hints, "raise parallel.context or parallel.tensor", "--search lists what fits"]
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values; sizes in bytes, times in seconds."""
+    """Return the plan as JSON values; sizes in bytes, times in seconds."""
     return {
         "layout": layout(plan.config),
         "parallel": asdict(plan.config.parallel),
@@ -142,7 +142,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
 
 
 def compare(plans: list[Plan], config: PretrainConfig) -> str:
-    """The best layouts, one a line."""
+    """Write a table of the given plans, one per line."""
     if not plans:
         return (
             f"no layout of engine.name={config.engine.name} fits; use more or larger devices, a smaller "

@@ -1,4 +1,4 @@
-"""From a configuration to its plan, or to those of all layouts."""
+"""Plan a configuration, or all layouts of it."""
 
 import sys
 import warnings
@@ -11,19 +11,19 @@ from trainer.planning.search import search
 
 
 def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
-    """The plan of each phase of the run; with `all_layouts` those of every layout that fits, the best first.
+    """Plan each phase of the run; with `all_layouts`, every layout that fits, the fastest first.
 
     Raises:
-        ConfigError: the vocabulary's size is not known from anywhere.
+        ConfigError: neither the configuration nor its data gives the vocabulary's size.
     """
-    # mcore says at import that TransformerEngine and Apex are missing, and calls collectives by names about to change.
+    # mcore warns at import that TransformerEngine and Apex are missing, and uses deprecated names of collectives.
     warnings.simplefilter("ignore")
     planner = Planner(config, config.model.padded_vocab_size(_vocab_size(config)))
     return search(config, planner, _say) if all_layouts else [planner.plan(phase) for phase in to_plan(config)]
 
 
 def _vocab_size(config: PlanConfig) -> int:
-    """Token ids, before padding; the embedded corpus need not be prepared for it."""
+    """Number of token ids before padding. The embedded corpus does not have to be prepared."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     data = config.data

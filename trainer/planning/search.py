@@ -1,4 +1,4 @@
-"""The layouts of a cluster that a configuration could take, and the fastest of them that fit."""
+"""Search the layouts of a configuration on a cluster for the fastest that fit."""
 
 import itertools
 import time
@@ -11,7 +11,7 @@ from trainer.phases import expand, to_plan
 from trainer.planning.config import PlanConfig
 from trainer.planning.plan import Plan, Planner
 
-# Powers of two, as machines come.
+# Powers of two, like the sizes of machines and clusters.
 _SIZES = tuple(2**power for power in range(13))
 _RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 _SECONDS_BETWEEN_REPORTS = 3.0
@@ -19,9 +19,9 @@ _ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 
 
 def layouts(config: PlanConfig) -> Iterator[PretrainConfig]:
-    """Every layout in powers of two that passes validate_layout, of the configuration's model, engine and batch.
+    """Yield every layout in powers of two that passes validate_layout, for the configuration's model, engine and batch.
 
-    Sequence parallelism goes with tensor parallelism. Under DeepSpeed the stages of ZeRO take the place of layouts.
+    Sequence parallelism is on wherever tensor parallelism is. Under DeepSpeed the ZeRO stage is varied too.
     """
     train = config.train
     stages = _ZERO if config.engine.name == "deepspeed" else (config.engine.zero_stage,)
@@ -38,10 +38,10 @@ def layouts(config: PlanConfig) -> Iterator[PretrainConfig]:
 
 
 def _cuts(config: PlanConfig) -> Iterator[ParallelConfig]:
-    """What the cluster's ranks and the model's layers and experts leave of the powers of two."""
+    """Yield the parallel sizes, in powers of two, that the cluster's ranks and the model's layers and experts allow."""
     ranks = config.cluster.ranks
     sizes = [size for size in _SIZES if ranks % size == 0]
-    # Tensor-parallel ranks share a machine: what they send for every layer would not bear another network.
+    # Tensor-parallel ranks share a machine: they communicate in every layer, too much for the network between machines.
     within = [size for size in sizes if size <= config.cluster.devices]
     stages = [size for size in sizes if size <= config.model.num_layers]
     shared = [size for size in sizes if size <= max(config.model.moe.num_experts, 1)]
@@ -67,10 +67,10 @@ def _valid(config: PretrainConfig, ranks: int) -> bool:
 
 
 def search(config: PlanConfig, planner: Planner, report: Callable[[str], None]) -> list[Plan]:
-    """The plans of all layouts that fit, the fastest first; of equal ones the one that takes less memory.
+    """Plan all layouts and return those that fit, the fastest first; ties are ordered by memory.
 
-    Of a run in phases all have to fit, and each counts with its steps; the plan is that of the first one. `report` is
-    told how far it is, every few seconds.
+    Of a run in phases, every phase must fit, and the times of all phases are summed, weighted by their steps. The
+    returned plan is the first phase's. `report` receives a progress message every few seconds.
     """
     candidates, found, said = list(layouts(config)), [], time.monotonic()
     for number, layout in enumerate(candidates, 1):
