@@ -41,6 +41,7 @@ def main() -> int:
         weights.check(config)
         findings = preflight.check(config) if check_only or not finished else preflight.Findings()
         if check_only:
+            weights.check_spiking(config)
             weights.check_tensors(config)
             weights.check_trainable(config)
     except ValueError as error:

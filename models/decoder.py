@@ -33,6 +33,7 @@ from models.parameters import (
     zeros,
 )
 from models.saved_activations import EVERYTHING, BlockPolicy, Policy
+from models.spiking import add_neurons
 
 
 class Block(Module):
@@ -106,6 +107,7 @@ class Decoder(Module):
         blocks = {str(i): Block(config, mixers[i], i in with_experts) for i in layers}
         self._rotary = [block.mixer.rotary for block in blocks.values()]
         self.layers = nn.ModuleDict(blocks)
+        add_neurons(self.layers, config.spiking, is_whole=len(layers) == config.num_layers)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.is_last else None
         self.lm_head: ColumnLinear | None = None
         if self.is_last and not config.tie_embeddings:

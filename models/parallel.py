@@ -127,14 +127,28 @@ def sum_counts(x: Tensor, groups: Groups) -> Tensor:
 _BIAS = Placement(zeros, decayed=False)
 
 
-class Linear(Module, nn.Linear):
+class Projection(Module):
+    """What multiplies its input by a weight [..., out, in].
+
+    Attributes:
+        neuron: What turns the input into spikes first (models.spiking); None leaves it as it is.
+    """
+
+    neuron: Callable[[Tensor], Tensor] | None = None
+
+    def spikes(self, x: Tensor) -> Tensor:
+        """The input [..., in] as it enters the product."""
+        return x if self.neuron is None else self.neuron(x)
+
+
+class Linear(Projection, nn.Linear):
     """Linear layer that uses the device's fastest matrix product. Weight [out, in], replicated."""
 
     placements: ClassVar[Mapping[str, Placement]] = {"weight": Placement(normal), "bias": _BIAS}
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [..., in] to [..., out]."""
-        return linear(x, self.weight, self.bias)
+        return linear(self.spikes(x), self.weight, self.bias)
 
 
 class ColumnLinear(Linear):

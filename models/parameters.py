@@ -14,7 +14,7 @@ A model is built in four steps, so that a rank holds its shard plus one 64 MB bl
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -262,14 +262,21 @@ def shard(model: nn.Module, groups: Groups) -> None:
 
 
 @torch.no_grad()
-def draw(model: nn.Module, config: ModelConfig, seed: int, groups: Groups = WHOLE) -> None:
-    """Initialise every parameter and buffer, each rank its shard, from generators seeded by (seed, name).
+def draw(
+    model: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    groups: Groups = WHOLE,
+    names: Container[str] | None = None,
+) -> None:
+    """Initialise every parameter and buffer, or some by name, each rank its shard, from generators of (seed, name).
 
     Initial values therefore depend on neither the parallel layout nor the other layers. A large parameter is drawn in
     blocks of rows, each from its own generator, so that a rank draws only the blocks that overlap its shard.
     """
-    for row in declared(model).values():
-        _draw(row, groups, config, seed)
+    for name, row in declared(model).items():
+        if names is None or name in names:
+            _draw(row, groups, config, seed)
 
 
 def _draw(row: Declared, groups: Groups, config: ModelConfig, seed: int) -> None:

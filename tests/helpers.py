@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.documents import Documents
+from kernels.spiking import spike_counts
 from models.config import (
     AttentionConfig,
     DeltaNetConfig,
@@ -22,6 +23,7 @@ from models.config import (
     SpikingBrainGLAConfig,
 )
 from models.decoder import Decoder, initialize
+from models.spiking import Neuron
 
 VOCABULARY = 50
 # Seconds after which a test gives up what it waits for: only something that hangs takes as long, on any machine.
@@ -144,3 +146,28 @@ STEP_KEYS = {
     "skipped",
     "skipped_total",
 }
+
+
+class CountMargin:
+    """In here the least distance of any x / V to where its count steps, a half, is noted.
+
+    Rounding differs between layouts, and where it decides a count numbers differ by more than rounding.
+    """
+
+    def __init__(self) -> None:
+        self.least = 0.5
+        self._fire = Neuron._fire
+
+    def __enter__(self) -> "CountMargin":
+        def fire(neuron: Neuron, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                counts, threshold = spike_counts(x, **neuron.count_options() | {"count_range": None})
+                margins = 0.5 - (x / threshold - counts).abs()
+            self.least = min(self.least, float(margins.min()) if margins.numel() else self.least)
+            return self._fire(neuron, x)
+
+        Neuron._fire = fire  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        Neuron._fire = self._fire  # type: ignore[method-assign]

@@ -102,6 +102,7 @@ def _exit_code(outcome: Outcome) -> int:
 
 
 def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outcome:
+    weights.check_spiking(config)
     weights.check_tensors(config)
     weights.check_trainable(config)
     keep_freed_memory()

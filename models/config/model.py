@@ -19,6 +19,7 @@ from models.config.mixers import (
     State,
     branches,
 )
+from models.config.spiking import SpikingConfig
 
 
 @dataclass
@@ -45,6 +46,7 @@ class ModelConfig:
         kimi_delta_attention: Kimi delta attention.
         spikingbrain_gla: SpikingBrain's linear attention, with its own gate or the tied one.
         moe: Mixture of experts in place of the feed-forward.
+        spiking: Spiking neurons in front of linear layers.
     """
 
     num_layers: int = 8
@@ -66,6 +68,7 @@ class ModelConfig:
     kimi_delta_attention: KimiDeltaAttentionConfig = field(default_factory=KimiDeltaAttentionConfig)
     spikingbrain_gla: SpikingBrainGLAConfig = field(default_factory=SpikingBrainGLAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    spiking: SpikingConfig = field(default_factory=SpikingConfig)
 
     def __post_init__(self) -> None:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_multiple", "norm_eps", "init_std")

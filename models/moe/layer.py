@@ -20,13 +20,14 @@ from models.config import ModelConfig
 from models.moe.router import Router, Routing
 from models.parallel import (
     ColumnLinear,
+    Projection,
     RowLinear,
     apply_experts,
     enter_region,
     replicate_experts,
     token_dispatcher,
 )
-from models.parameters import Groups, Module, Placement, normal
+from models.parameters import Groups, Module, Placement, normal, parameter_rows
 from models.saved_activations import EVERYTHING, BlockPolicy, run_region
 
 # Each activation is split in two steps. The first step's results are all that the activation's backward saves, and the
@@ -41,7 +42,7 @@ _PLAIN: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]
 }
 
 
-class ExpertLinear(Module):
+class ExpertLinear(Projection):
     """One linear layer per expert. Weight [E, O, D]; each expert-parallel rank holds a consecutive range of experts."""
 
     placements: ClassVar[Mapping[str, Placement]] = {"weight": Placement(normal, expert=True)}
@@ -52,7 +53,7 @@ class ExpertLinear(Module):
 
     def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """Multiply each row by its expert's weight: [N, D] to [N, O]. Rows are sorted by expert."""
-        return grouped_linear(rows_ND, self.weight, tokens_per_expert_E)
+        return grouped_linear(self.spikes(rows_ND), self.weight, tokens_per_expert_E)
 
 
 class ExpertRowLinear(ExpertLinear):
@@ -160,8 +161,11 @@ class MoELayer(Module):
 
         A rank without such tokens takes part too: the other ranks wait for its gradients of the copies, which are zero.
         """
+        # Only the experts' weights: neurons belong to no expert and are on every rank.
         weights = {
-            name: replicate_experts(weight, copied, self.groups) for name, weight in self.experts.named_parameters()
+            name: replicate_experts(row.tensor, copied, self.groups)
+            for name, row in parameter_rows(self.experts).items()
+            if row.placement.expert
         }
         others = len(set(self.dispatcher.local_expert_indices).difference(copied))
         places = torch.tensor(copied, device=x_ND.device)

@@ -26,6 +26,7 @@ from models.config import ModelConfig
 from models.decoder import initialize
 from models.parallel import apply_experts, token_dispatcher
 from models.parameters import Groups, parameter_rows
+from tests.helpers import CountMargin
 from trainer.cli import from_mapping
 from trainer.communication import SentBytes
 from trainer.config import PretrainConfig
@@ -201,7 +202,7 @@ def held(engine):
 def run(job):
     """Losses and gradient norms of every step, the gradients of the first (or another), a validation at the end, and a
     digest of the parameters; asked to count, the bytes sent between the ranks that share experts, by step and
-    collective.
+    collective; asked for a margin, that of the neurons' counts.
     """
     if "jobs" in job:
         return {"results": [run(one) for one in job["jobs"]]}
@@ -215,7 +216,7 @@ def run(job):
         engine.load(Path(job["load"]))
     if job.get("save_again"):
         save(engine, job["save_again"])
-    steps, metrics, sent, found = [], [], [], None
+    steps, metrics, sent, found, margin = [], [], [], None, CountMargin()
     gradients_of = job.get("gradients_of", job.get("first_step", 0))
     for step in range(job.get("first_step", 0), job["steps"]):
         own = batches(config, step, engine.data_parallel_rank, engine.data_parallel_size, vocab)
@@ -223,7 +224,8 @@ def run(job):
             vars(engine)["gradients"] = None
         if step == job.get("skip"):
             vars(engine)["_grad_norm"] = lambda *_: math.nan
-        with SentBytes() if job.get("count") else nullcontext() as counted:
+        watched = margin if job.get("margin") else nullcontext()
+        with watched, SentBytes() if job.get("count") else nullcontext() as counted:
             result = engine.train_step(own, objective, config.optim.lr, step)
         vars(engine).pop("_grad_norm", None)
         if counted is not None:
@@ -241,7 +243,9 @@ def run(job):
     if writer is not None:
         writer.join()
     own = batches(config, -1 % 997, engine.data_parallel_rank, engine.data_parallel_size, vocab)
-    validation, *validated = engine.collectives.sum_over_data(engine.evaluate(own, objective))
+    with margin if job.get("margin") else nullcontext():
+        validated_sums = engine.evaluate(own, objective)
+    validation, *validated = engine.collectives.sum_over_data(validated_sums)
     final, kept = digest(engine), held(engine)
     parallel_state.destroy_model_parallel()
     if isinstance(engine, MegatronEngine):
@@ -256,6 +260,7 @@ def run(job):
         "digest": final,
         "held": kept,
         "second": seconds,
+        "margin": margin.least,
     }
 
 

@@ -19,7 +19,7 @@ KEYS = {
     "run": "dir device threads deterministic timeout_seconds",
     "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps init_std "
     "scale_residual_init mixers attention gated_delta_net gated_linear_attention retention hgrn2 delta_net "
-    "kimi_delta_attention spikingbrain_gla moe",
+    "kimi_delta_attention spikingbrain_gla moe spiking",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
     "model.attention": "num_heads num_kv_heads head_dim rope_theta qk_norm qkv_bias window",
     "model.gated_delta_net": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues",
@@ -36,6 +36,7 @@ KEYS = {
     "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",
     "model.moe.losses": "balance scope z",
+    "model.spiking": "layers k k_start anneal_steps start_step threshold momentum count_range gradient",
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute trainable "
     "recompute_modules",
@@ -95,6 +96,8 @@ def test_options_of_pretrain():
         "--train.recompute_modules+",
         "--model.moe.dense_layers+",
         "--train.trainable+",
+        "--model.spiking.layers+",
+        "--model.spiking.count_range+",
         "--phases+",
         "--phases.help",
     }

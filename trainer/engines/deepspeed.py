@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models import spiking
 from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.moe import statistics
@@ -183,7 +184,10 @@ class DeepSpeedEngine:
             sums = self._forward_backward(batches, objective, step)
         with self._timer.phase("optimizer"):
             grad_norm = self._update()
-        return sums.finish(grad_norm, [self._decoder], self._model_config, self._timer)
+        result = sums.finish(grad_norm, [self._decoder], self._model_config, self._timer)
+        if not result.skipped:
+            spiking.finish_step([self._decoder], group=None)
+        return result
 
     def _forward_backward(self, batches: Sequence[Batch], objective: Objective, step: int) -> StepSums:
         """Run the micro-batches. On return the gradients are reduced over ranks."""
@@ -192,6 +196,7 @@ class DeepSpeedEngine:
         scale = len(batches) * self.data_parallel_size / max(count, 1.0)
         # DeepSpeed divides each loss by the number of micro-batches. Auxiliary losses bypass that division.
         statistics.begin_step([self._decoder], step, scale / len(batches))
+        spiking.begin_step([self._decoder], step)
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         *earlier, last = batches
         for batch in earlier:

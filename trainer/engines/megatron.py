@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models import spiking
 from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.moe import statistics
@@ -252,6 +253,7 @@ class MegatronEngine:
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
         statistics.begin_step(self._decoders, step)
+        spiking.begin_step(self._decoders, step)
         with self._timer.phase("forward_backward"):
             for stage in self._stages:
                 stage.zero_grad_buffer()
@@ -263,7 +265,11 @@ class MegatronEngine:
         sums = StepSums.of(objective, loss, count, rest)
         with self._timer.phase("optimizer"):
             grad_norm = self._update(lr, sums.is_finite)
-        return sums.finish(grad_norm, self._decoders, self._model_config, self._timer)
+        result = sums.finish(grad_norm, self._decoders, self._model_config, self._timer)
+        if not result.skipped:
+            stage_ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            spiking.finish_step(self._decoders, stage_ranks)
+        return result
 
     def _update(self, lr: float, loss_is_finite: bool) -> float:
         """Clip and step unless the loss or the gradient is not finite. Return the gradient norm.

@@ -35,6 +35,7 @@ from models.parameters import (
     shard,
 )
 from models.saved_activations import EVERYTHING, BlockPolicy, Kept, Policy, as_it_is, hooks
+from models.spiking import Neuron
 from trainer.communication import SentBytes
 from trainer.engines import megatron_cpu
 from trainer.planning.experts import balance
@@ -178,12 +179,11 @@ class DryRun:
 
     @cached_property
     def kinds(self) -> list[int]:
-        """For each layer, the number of the first layer with the same mixer and shapes."""
+        """For each layer, the number of the first layer with the same mixer, shapes and spiking inputs."""
         first: dict[tuple[object, ...], int] = {}
         mixers = self.config.layer_mixers()
         return [
-            first.setdefault((mixers[i], *((name, parameter.shape) for name, parameter in layer.named_parameters())), i)
-            for i, layer in enumerate(self._shapes.layers.values())
+            first.setdefault((mixers[i], *_shapes_of(layer)), i) for i, layer in enumerate(self._shapes.layers.values())
         ]
 
     def _build(self, layers: range, groups: Groups) -> Decoder:
@@ -314,6 +314,12 @@ class DryRun:
     def _shapes(self) -> Decoder:
         with shapes_alone(Cut()):
             return Decoder(self.config, self.vocab_size)
+
+
+def _shapes_of(layer: nn.Module) -> Iterator[tuple[str, object]]:
+    """The names and shapes of a layer's parameters, and the names of its linear layers that read spikes."""
+    yield from ((name, parameter.shape) for name, parameter in layer.named_parameters())
+    yield from ((name, Neuron) for name, module in layer.named_modules() if getattr(module, "neuron", None))
 
 
 def _by_group(sent: SentBytes, groups: Groups) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from models import spiking
 from models.config import ModelConfig
 from models.decoder import Decoder, build
 from models.moe.statistics import set_step
@@ -101,7 +102,9 @@ class StoredModel:
             for row in declared(decoder).values()
         }
         Reader(self.path / "state").read(pieces)
-        set_step([decoder], max(checkpoint.read_progress(self.path).step - 1, 0))
+        last = max(checkpoint.read_progress(self.path).step - 1, 0)
+        set_step([decoder], last)
+        spiking.set_step([decoder], last)
 
 
 def open_checkpoint(path: str | Path) -> StoredModel:

@@ -18,7 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ _EXACT = {("F32", "float32"), ("F16", "float32"), ("BF16", "float32"), ("BF16", 
 _NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple")
 # The weights hold all experts, whether or not they were spawned and however their activations are kept in training.
 _NOT_COMPARED_OF_EXPERTS = ("spawn_step", "spawn_diversify", "recompute_above", "replicate_above")
+# When spikes begin, and how k gets to its value.
+_NOT_COMPARED_OF_SPIKES = ("start_step", "k_start", "anneal_steps")
 _NAMES_SHOWN = 3
 
 
@@ -205,7 +207,11 @@ def check(config: PretrainConfig) -> None:
     weights = open_weights(config.checkpoint.init)
     # A mixer's section matters only if both models have layers that use it.
     read = _sections(weights.model) & _sections(config.model)
-    differing = differences(_compared(weights.model, read), _compared(config.model, read))
+    model = config.model
+    if not weights.model.spiking.layers:
+        # A model of floats may learn to spike.
+        model = replace(model, spiking=weights.model.spiking)
+    differing = differences(_compared(weights.model, read), _compared(model, read))
     if differing:
         raise ConfigError(
             f"checkpoint.init: {weights.path} holds another model ({'; '.join(differing)}); "
@@ -227,7 +233,24 @@ def check_tensors(config: PretrainConfig) -> None:
     from models.decoder import shapes
 
     weights = open_weights(config.checkpoint.init)
-    require_tensors(weights.path, weights.tensors, shapes(config.model, weights.vocab_size))
+    model = shapes(config.model, weights.vocab_size)
+    require_tensors(weights.path, weights.tensors, model, drawn=_drawn(model, weights))
+
+
+def check_spiking(config: PretrainConfig) -> None:
+    """Check that every pattern of model.spiking.layers matches a linear layer. Imports torch if there are any.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
+    if not config.model.spiking.layers:
+        return
+    from models.decoder import shapes
+
+    try:
+        shapes(config.model, 1)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_trainable(config: PretrainConfig) -> None:
@@ -259,14 +282,20 @@ def check_trainable(config: PretrainConfig) -> None:
 
 
 def require_tensors(
-    path: Path, tensors: dict[str, StoredTensor], model: "Decoder", name_of: Callable[[str], str] = str
+    path: Path,
+    tensors: dict[str, StoredTensor],
+    model: "Decoder",
+    name_of: Callable[[str], str] = str,
+    drawn: Iterable[str] = (),
 ) -> None:
     """Check the stored tensors against a model's parameters: one tensor is needed under `name_of` each parameter name.
+
+    Those that are `drawn` need none.
 
     Raises:
         ConfigError: tensors are missing, unexpected or of the wrong shape.
     """
-    expected = {name_of(name): tuple(tensor.shape) for name, tensor in _kept(model).items()}
+    expected = {name_of(name): tuple(tensor.shape) for name, tensor in _kept(model).items() if name not in drawn}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if missing := expected.keys() - found.keys():
         raise ConfigError(f"{path} lacks {listed(missing)}; write the weights again")
@@ -293,16 +322,19 @@ def check_vocabulary(config: PretrainConfig, vocab_size: int) -> None:
 def start(model: "Decoder", init: str | None, seed: int, resumes: bool = False) -> None:
     """Initialise this rank's shard of a model or pipeline stage.
 
-    Values are read from the weights `init`, or else drawn from `seed`. If a checkpoint will be loaded (`resumes`),
-    neither happens.
+    Values are read from the weights `init`, or else drawn from `seed`, as are those of neurons that are new to the
+    weights' model. If a checkpoint will be loaded (`resumes`), neither happens.
     """
     from models.decoder import initialize, seed_routers
+    from models.parameters import draw
 
     if init is None and not resumes:
         initialize(model, seed)
         return
     if init is not None and not resumes:
-        fill(model, open_weights(init))
+        weights = open_weights(init)
+        draw(model, model.model_config, seed, model.groups, names=_drawn(model, weights))
+        fill(model, weights)
     # The routers' noise depends on the seed, which neither weights nor checkpoints hold.
     seed_routers(model, seed)
 
@@ -357,7 +389,10 @@ def _model_section(value: str) -> str:
 
 
 def fill(model: "Decoder", weights: Weights) -> None:
-    """Read this rank's shards of a model or stage, and nothing else, converting to the parameters' dtypes."""
+    """Read this rank's shards of a model or stage, and nothing else, converting to the parameters' dtypes.
+
+    Neurons of a model that the weights' model has without spikes keep what they have.
+    """
     from models.parameters import declared
 
     parts: dict[str, tuple[slice, ...]] = {}
@@ -367,7 +402,16 @@ def fill(model: "Decoder", weights: Weights) -> None:
         if axis is not None and ranks > 1:
             size = row.tensor.shape[axis]
             parts[name] = (*[slice(None)] * axis, slice(rank * size, (rank + 1) * size))
-    read_tensors(_kept(model), weights.tensors, parts=parts)
+    drawn = _drawn(model, weights)
+    into = {name: tensor for name, tensor in _kept(model).items() if name not in drawn}
+    read_tensors(into, weights.tensors, parts=parts)
+
+
+def _drawn(model: "Decoder", weights: Weights) -> list[str]:
+    """The tensors of neurons where the weights are those of a model without spikes; else none."""
+    from models.spiking import missing_tensors
+
+    return [] if weights.model.spiking.layers else missing_tensors(model, weights.tensors)
 
 
 def _kept(model: "Decoder") -> dict[str, "Tensor"]:
@@ -564,7 +608,8 @@ def _compared(model: ModelConfig, read: set[str | None]) -> dict[str, Any]:
     """The keys that define the parameters' meaning; of the mixers' sections only those in `read`."""
     unread = {mixer.section for mixer in MIXERS.values()} - read
     values = {name: value for name, value in asdict(model).items() if name not in (*_NOT_COMPARED, *unread)}
-    values["moe"] = {name: value for name, value in values["moe"].items() if name not in _NOT_COMPARED_OF_EXPERTS}
+    for section, names in (("moe", _NOT_COMPARED_OF_EXPERTS), ("spiking", _NOT_COMPARED_OF_SPIKES)):
+        values[section] = {name: value for name, value in values[section].items() if name not in names}
     return flatten({"model": values | {"mixers": ", ".join(model.layer_mixers())}})
 
 

@@ -1,0 +1,101 @@
+"""Configuration of spiking neurons (models.spiking). Imports no torch, like all of models.config."""
+
+import math
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from models.config.checks import require, require_positive
+
+# SpikingBrain's report spikes the inputs of all projections (arXiv 2509.05276, section 3.3). Its published code feeds
+# down_proj, whose product it fuses with the activation, with floats (W8ASpike).
+_PRESETS = {"all": lambda name: True, "released": lambda name: not name.endswith(".down_proj")}
+
+
+@dataclass
+class SpikingConfig:
+    """Spiking neurons in front of linear layers: activations as integer counts of spikes (arXiv 2509.05276).
+
+    Attributes:
+        layers: Patterns of the names of linear layers whose inputs are spikes, such as "layers.*.mixer.q_proj", where *
+            matches anything; all means every one in a block, released those of the authors' code, all but down_proj.
+            Empty: no spikes. Embedding, head and routers have none.
+        k: Spikes that a channel of mean magnitude fires, V = mean|x| / k; the report takes 3.
+        k_start: The k of start_step, larger and so finer, from which k is reached linearly; null starts with k.
+        anneal_steps: Steps from k_start to k.
+        start_step: Before this training step activations are floats.
+        threshold: adaptive, V from the mean of each token; learned, the same with a learned k; running, one V for all
+            tokens from a moving average; per_channel, one V for each channel from moving averages.
+        momentum: Share of the moving averages that a step keeps.
+        count_range: Least and largest count, to which others are clipped; null does not clip.
+        gradient: That of the rounding: plain passes it on; clipped stops it where a count was clipped; surrogate has it
+            peak where the count steps (kernels.spiking.neuron).
+    """
+
+    layers: list[str] = field(default_factory=list)
+    k: float = 3.0
+    k_start: float | None = None
+    anneal_steps: int = 0
+    start_step: int = 0
+    threshold: Literal["adaptive", "learned", "running", "per_channel"] = "adaptive"
+    momentum: float = 0.99
+    count_range: list[int] | None = None
+    gradient: Literal["plain", "clipped", "surrogate"] = "plain"
+
+    def __post_init__(self) -> None:
+        prefix = "model.spiking"
+        require_positive(prefix, self, "k")
+        require(self.k < math.inf, f"{prefix}.k is {self.k}: it must be finite")
+        for name in ("start_step", "anneal_steps"):
+            require(getattr(self, name) >= 0, f"{prefix}.{name} is {getattr(self, name)}: it must not be negative")
+        require(0 <= self.momentum < 1, f"{prefix}.momentum is {self.momentum}: it must be in [0, 1)")
+        self._check_annealing(prefix)
+        bounds = self.count_range
+        require(
+            bounds is None or (len(bounds) == 2 and bounds[0] < bounds[1] and max(map(abs, bounds)) <= 1 << 24),
+            f"{prefix}.count_range is {bounds}: it must be [least, largest] within 2^24 of 0, or null",
+        )
+        require(
+            self.gradient != "clipped" or bounds is not None,
+            f"{prefix}.gradient=clipped needs counts that are clipped; set {prefix}.count_range, or use plain",
+        )
+
+    def _check_annealing(self, prefix: str) -> None:
+        start = self.k_start
+        require(
+            start is None or self.k <= start < math.inf,
+            f"{prefix}.k_start is {start}: it must be finite and at least k={self.k}, for a larger k is finer",
+        )
+        require(
+            (start is None) == (self.anneal_steps == 0),
+            f"{prefix}.k_start={start} with anneal_steps={self.anneal_steps}: one says whence and one how long; give "
+            "both, or neither",
+        )
+        require(
+            start is None or self.threshold != "learned",
+            f"{prefix}.k_start sets k by a schedule, and threshold=learned by its gradient; leave one of them out",
+        )
+
+    def picks(self, name: str) -> bool:
+        """Whether the input of a linear layer, by its name in the decoder, is spikes."""
+        return any(self._picks(pattern, name) for pattern in self.layers)
+
+    @staticmethod
+    def _picks(pattern: str, name: str) -> bool:
+        preset = _PRESETS.get(pattern)
+        return fnmatchcase(name, pattern) if preset is None else preset(name)
+
+    def unmatched(self, names: list[str]) -> list[str]:
+        """The patterns that match none of these names."""
+        return [pattern for pattern in self.layers if not any(self._picks(pattern, name) for name in names)]
+
+    def is_on(self, step: int | None) -> bool:
+        """Whether there are spikes at a training step; None means after the last step."""
+        return step is None or step >= self.start_step
+
+    def k_at(self, step: int | None) -> float:
+        """K at a training step; None means after the annealing."""
+        if self.k_start is None or step is None:
+            return self.k
+        left = 1 - min(max((step - self.start_step) / self.anneal_steps, 0.0), 1.0)
+        return self.k + (self.k_start - self.k) * left

@@ -1,0 +1,322 @@
+"""Spiking neurons in front of a block's linear layers: x̂ = s V, with integer counts s = round(x / V).
+
+A pattern chooses the linear layers (`model.spiking.layers`); kernels.spiking.neuron has arithmetic and gradient.
+Thresholds are adaptive, V = mean|x| / k for each token (SpikingBrain, arXiv 2509.05276, section 3.3); or they come from
+moving averages M of mean|x| over all tokens of a step, V = M / k, of a whole neuron or of each of its channels.
+
+What reads one tensor has one neuron: the queries', keys', values' and gates' projections of a mixer, the gate and up
+projection of a feed-forward. It computes x̂ once for all of them, and backward keeps it once. What enters a layer that
+writes to the residual stream (o_proj, down_proj) has a neuron of its own. Under tensor parallelism the channels of such
+an input lie on several ranks, and the mean is over all of them: one number a token is summed. Routed experts of a layer
+share their neurons; every row has its own threshold.
+
+Before `start_step` a neuron gives x itself. All is a function of step, parameters, and the moving averages, which an
+engine updates after a step from sums over all micro-batches and ranks, like the routers' loads.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kernels.autograd import once_differentiable
+from kernels.shapes import has_values
+from kernels.spiking import spike
+from models.config import SpikingConfig
+from models.parallel import Projection
+from models.parameters import Drawing, Module, Placement, zeros
+from models.saved_activations import is_recomputing
+
+
+def _start_log_k(block: Tensor, drawing: Drawing) -> None:
+    block.fill_(math.log(drawing.config.spiking.k))
+
+
+_AVERAGE = Placement(zeros, float32=True, decayed=False)
+
+
+@dataclass(frozen=True)
+class _Last:
+    """What a neuron saw last, and what it gave."""
+
+    x: Tensor
+    version: int
+    recorded: bool
+    spikes: Tensor
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether these are the spikes of x: not of an earlier content, nor without the gradient that is asked for."""
+        return self.x is x and self.version == x._version and self.recorded == torch.is_grad_enabled()
+
+
+class Neuron(Module):
+    """The neurons of one input [..., D], for all linear layers that read it.
+
+    Attributes:
+        step: Number of training steps taken before this one; None once training is over.
+        is_ready: Whether moving averages have begun. Until then, in the first step, thresholds are adaptive.
+        statistics: Sums of |x| since the start of the step, float64 [1] or [D], and at the end the number of summands
+            of each; None if nobody collects them, or nobody needs them.
+        log_k: Logarithm of a learned k, which keeps k positive, float32 [1].
+        magnitude: Moving average of mean|x|, float32 [1].
+        magnitudes: That of each channel, float32 [D].
+    """
+
+    placements: ClassVar = {
+        "log_k": Placement(_start_log_k, float32=True, decayed=False),
+        "magnitude": _AVERAGE,
+        "magnitudes": _AVERAGE,
+    }
+    is_split: ClassVar[bool] = False
+    step: int | None = None
+    is_ready: bool = False
+
+    def __init__(self, config: SpikingConfig, channels: int) -> None:
+        super().__init__()
+        self.config, self.channels = config, channels
+        kind = config.threshold
+        self.log_k: nn.Parameter | None
+        self.magnitude: Tensor | None
+        self.magnitudes: Tensor | None
+        self.register_parameter("log_k", nn.Parameter(torch.empty(1)) if kind == "learned" else None)
+        self.register_buffer("magnitude", torch.zeros(1) if kind == "running" else None)
+        self.register_buffer("magnitudes", torch.zeros(channels) if kind == "per_channel" else None)
+        self.statistics: Tensor | None = None
+        self._last: _Last | None = None
+
+    @property
+    def average(self) -> Tensor | None:
+        """The moving average that thresholds come from, this rank's shard; None if they come from the tokens."""
+        return self.magnitude if self.magnitudes is None else self.magnitudes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes of x [..., D], times their thresholds; x itself before start_step."""
+        if self._last is not None and self._last.is_of(x):
+            return self._last.spikes
+        if self.training and torch.is_grad_enabled() and not is_recomputing():
+            self._observe(x)
+        y = self._fire(x) if self.config.is_on(self.step) else self._leave_alone(x)
+        self._last = _Last(x, x._version, torch.is_grad_enabled(), y)
+        return y
+
+    def forget(self) -> None:
+        """Forget the last input, at the end of the module that the linear layers are in."""
+        self._last = None
+
+    def count_options(self) -> dict[str, Any]:
+        """What says how kernels.spiking counts: k or threshold, count_range and group."""
+        k, average, bounds = self.config.k_at(self.step), self.average, self.config.count_range
+        given: dict[str, Any] = {"k": k}
+        if self.log_k is not None:
+            given = {"k": self.log_k.float().exp()[0]}
+        elif average is not None and (self.is_ready or not has_values()):
+            given = {"threshold": (average[0] if self.magnitudes is None else average) / k}
+        return given | {
+            "count_range": None if bounds is None else tuple(bounds),
+            "group": self.groups.tensor if self.is_split else None,
+        }
+
+    def _fire(self, x: Tensor) -> Tensor:
+        return spike(x, gradient=self.config.gradient, **self.count_options())
+
+    def _leave_alone(self, x: Tensor) -> Tensor:
+        """X itself; a learned k gets a gradient of zero, which reductions may wait for."""
+        untouched: Tensor = x if self.log_k is None else _Unused.apply(x, self.log_k)
+        return untouched
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        """Add a micro-batch to the step's sums; before start_step, too, so that thresholds are there when it comes."""
+        if self.statistics is None:
+            return
+        magnitudes = x.detach().flatten(0, -2).abs()
+        if self.magnitudes is None:
+            self.statistics[0] += magnitudes.sum(dtype=torch.float64)
+            self.statistics[-1] += magnitudes.numel()
+            return
+        ranks, rank, own = 1, 0, x.shape[-1]
+        if self.is_split and self.groups.tensor is not None:
+            ranks, rank = dist.get_world_size(self.groups.tensor), dist.get_rank(self.groups.tensor)
+        # Of ranks with channels of their own each counts all tokens, and sums up a part.
+        self.statistics[rank * own : (rank + 1) * own] += ranks * magnitudes.sum(0, dtype=torch.float64)
+        self.statistics[-1] += len(magnitudes)
+
+    @torch.no_grad()
+    def begin(self, step: int, counts: bool) -> None:
+        """Begin a step; `counts` resets the sums for the moving averages, if there are any."""
+        self.step, average = step, self.average
+        if average is not None and not self.is_ready:
+            # Read once: after an update, or a checkpoint that has one, it stays so.
+            self.is_ready = bool(average.any())
+        self.statistics = None
+        if counts and average is not None:
+            size = 1 if self.magnitudes is None else self.channels
+            self.statistics = average.new_zeros(size + 1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, sums: Tensor) -> None:
+        """Move the averages towards the means of a step, given `statistics` summed over all ranks; the first are taken.
+
+        Without a token, as of experts that got none, nothing moves.
+        """
+        average = self.average
+        assert average is not None, "only moving averages are updated"
+        mean = sums[:-1] / sums[-1].clamp(min=1)
+        if self.is_split and self.magnitudes is not None and self.groups.tensor is not None:
+            mean = mean.chunk(dist.get_world_size(self.groups.tensor))[dist.get_rank(self.groups.tensor)]
+        kept = self.config.momentum if self.is_ready else 0.0
+        moved = kept * average.double() + (1 - kept) * mean
+        average.copy_(torch.where(sums[-1] > 0, moved, average.double()))
+
+
+class SplitNeuron(Neuron):
+    """Neurons of an input whose channels are divided among tensor-parallel ranks: that of a RowLinear."""
+
+    placements: ClassVar = Neuron.placements | {
+        "magnitudes": Placement(zeros, shard_axis=0, float32=True, decayed=False)
+    }
+    is_split: ClassVar = True
+
+
+class _Unused(torch.autograd.Function):
+    """Identity on x; the parameter gets zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.like = parameter.detach().new_empty(()).expand(parameter.shape)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.like)
+
+
+def add_neurons(layers: nn.ModuleDict, config: SpikingConfig, is_whole: bool) -> None:
+    """Put neurons in front of the linear layers of these blocks that the configuration picks.
+
+    Args:
+        layers: The blocks of a decoder, or of a stage of it, by number.
+        config: `model.spiking`.
+        is_whole: Whether these are all blocks, among which every pattern must find something.
+
+    Raises:
+        ValueError: a pattern matches no linear layer.
+    """
+    if not config.layers:
+        return
+    owners = [(f"layers.{name}", module) for name, module in layers.named_modules() if isinstance(module, Module)]
+    found = [(owner, list(_inputs(path, owner))) for path, owner in owners]
+    if is_whole:
+        _require_matches(config, [name for _, inputs in found for _, named in inputs for name, _ in named])
+    for owner, inputs in found:
+        for name, named in inputs:
+            readers = [projection for path, projection in named if config.picks(path)]
+            if readers:
+                _share(owner, name, readers, config)
+
+
+def _require_matches(config: SpikingConfig, names: list[str]) -> None:
+    for pattern in config.unmatched(names):
+        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+        raise ValueError(
+            f"model.spiking.layers: {pattern!r} matches no linear layer; close names are {', '.join(close)}, and all "
+            "and released are sets of them"
+        )
+
+
+def _inputs(path: str, owner: Module) -> Iterator[tuple[str, list[tuple[str, Projection]]]]:
+    """The inputs of a module's own linear layers: a name of each, and the layers that read it, by their names.
+
+    Those that do not write to the residual stream read what enters the module, and so does the first of several in
+    sequence; the later ones have inputs of their own.
+    """
+    entering: dict[int, list[tuple[str, Projection]]] = {}
+    for name, child in owner.named_children():
+        parts = child.named_children() if isinstance(child, nn.Sequential) else [("", child)]
+        for number, (part, projection) in enumerate(parts):
+            if not isinstance(projection, Projection):
+                continue
+            named = (f"{path}.{name}.{part}".rstrip("."), projection)
+            if number or projection.placements["weight"].writes_residual:
+                yield (f"{name}_{part}" if part else name), [named]
+            else:
+                entering.setdefault(_width(projection), []).append(named)
+    for width, readers in entering.items():
+        yield ("input" if len(entering) == 1 else f"input_{width}"), readers
+
+
+def _width(projection: Projection) -> int:
+    """Channels of a linear layer's input."""
+    return projection.get_parameter("weight").shape[-1]
+
+
+def _share(owner: Module, name: str, readers: list[Projection], config: SpikingConfig) -> None:
+    """Give the layers one neuron, a part of the module that they are in."""
+    is_split = readers[0].placements["weight"].shard_axis == 1
+    neuron = (SplitNeuron if is_split else Neuron)(config, _width(readers[0]))
+    group = getattr(owner, "neurons", None)
+    if group is None:
+        group = owner.neurons = nn.ModuleDict()
+        # Whatever runs again, or for another micro-batch, begins anew; and no activation outlives its region.
+        owner.register_forward_hook(_forget, always_call=True)
+    group[name] = neuron
+    for reader in readers:
+        # The bound method: as a module it would be a part of each, with parameters of several names.
+        reader.neuron = neuron.__call__
+
+
+def _forget(owner: Any, inputs: Any, output: Any) -> None:
+    for neuron in owner.neurons.values():
+        neuron.forget()
+
+
+def neurons(models: Iterable[nn.Module]) -> list[Neuron]:
+    """All neurons of models or stages, in module order."""
+    return [module for model in models for module in model.modules() if isinstance(module, Neuron)]
+
+
+def set_step(models: Iterable[nn.Module], step: int) -> None:
+    """Set the neurons' schedules to a training step (steps taken before it)."""
+    for neuron in neurons(models):
+        neuron.begin(step, counts=False)
+
+
+def begin_step(models: Iterable[nn.Module], step: int) -> None:
+    """Set the neurons' step, and reset what they count."""
+    for neuron in neurons(models):
+        neuron.begin(step, counts=True)
+
+
+def finish_step(models: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:
+    """Update the moving averages of a step that was not skipped. Every rank of the group calls this.
+
+    Args:
+        models: This rank's stages.
+        group: All ranks that hold these stages or shards of them; None means all ranks of the run.
+    """
+    counting = [neuron for neuron in neurons(models) if neuron.statistics is not None]
+    if not counting:
+        return
+    sums = [neuron.statistics for neuron in counting if neuron.statistics is not None]
+    flat = torch.cat(sums)
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(flat, group=group)
+    for neuron, total in zip(counting, flat.split([len(own) for own in sums]), strict=True):
+        neuron.update(total)
+
+
+def missing_tensors(model: nn.Module, stored: Iterable[str]) -> list[str]:
+    """Tensors of neurons that are not among the stored ones: those of a model without spikes, or with other ones."""
+    own = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, Neuron)
+        for name in module.state_dict()
+    }
+    return sorted(own.difference(stored))

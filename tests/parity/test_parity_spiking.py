@@ -1,0 +1,133 @@
+"""Spiking models: every layout trains as one process does.
+
+Counts are integers, and layouts round differently: where an x / V lies within rounding of a half, one count may differ
+by one, and with it numbers by more than rounding. Steps are few and seeds are such that none lies there in one process,
+which is asserted; then the tolerances are those of models of floats.
+"""
+
+import functools
+import json
+
+import pytest
+import torch
+
+from tests.parity.test_parity import compare, configuration, ranks_of, whole
+from tests.parity.test_parity_moe import GATES
+
+STEPS, MARGIN = 3, 1e-5
+EXPERTS = {"num_experts": 4, "shared_experts": 1, "expert_hidden_size": 32, "dense_layers": [1]} | GATES["top-k"]
+NEURONS = {
+    "adaptive": {"layers": ["all"]},
+    "learned": {"layers": ["all"], "threshold": "learned", "gradient": "surrogate"},
+    "running": {"layers": ["all"], "threshold": "running", "momentum": 0.5},
+    "per_channel": {"layers": ["all"], "threshold": "per_channel", "momentum": 0.5, "count_range": [-8, 8]},
+}
+# Whose numbers keep off the halves, by neuron and experts.
+SEEDS = {
+    ("adaptive", False): 5,
+    ("learned", False): 5,
+    ("running", False): 10,
+    ("per_channel", False): 5,
+    ("adaptive", True): 0,
+    ("learned", True): 3,
+    ("running", True): 3,
+    ("per_channel", True): 1,
+}
+LAYOUTS = {
+    "TP2": {"tensor": 2},
+    "TP2+SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
+    "DP2": {"data": 2},
+    "EP2 x DP2": {"expert": 2, "data": 2},
+    "EP2 x TP2": {"expert": 2, "tensor": 2},
+}
+
+
+def spiking(neuron, experts=False, engine=None, **keys):
+    """A run's configuration as plain values; its gradients are not clipped, of which engines leave different ones."""
+    config = configuration("gated_delta_net, full_attention", **keys)
+    model = config["model"] | {"num_layers": 2, "init_std": 0.1, "spiking": NEURONS[neuron]}
+    config |= {"model": model | ({"moe": EXPERTS} if experts else {})}
+    config |= {"optim": {"lr": 0.003, "clip_grad": 0.0}}
+    config |= {"train": config["train"] | {"seq_len": 8, "seed": SEEDS[neuron, experts]}}
+    return config | ({"engine": {"name": "deepspeed"} | engine} if engine else {})
+
+
+@pytest.fixture(scope="session")
+def margins(pools):
+    """What one process does, far enough from where counts step."""
+
+    @functools.cache
+    def run(text):
+        found = whole(pools(1).run({"config": json.loads(text), "steps": STEPS, "margin": True}))
+        assert found["margin"] > MARGIN, "rounding could decide a count: another seed"
+        return found
+
+    return lambda config: run(json.dumps(config, sort_keys=True))
+
+
+def check(pools, margins, layout, neuron, experts=False, engine=None):
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    job = {"config": spiking(neuron, experts, engine, **keys), "steps": STEPS}
+    ours, reference = whole(pools(ranks).run(job)), margins(spiking(neuron, experts))
+    compare(ours, reference)
+    assert any(name.endswith("log_k") for name in ours["gradients"]) == (neuron == "learned")
+
+
+CASES = [
+    *[(layout, "adaptive") for layout in ("TP2", "TP2+SP", "PP2", "CP2", "DP2")],
+    *[(layout, neuron) for layout in ("TP2", "TP2+SP", "PP2", "CP2", "DP2") for neuron in ("learned", "per_channel")],
+    *[(layout, "running") for layout in ("TP2", "DP2")],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "neuron"), CASES)
+def test_a_spiking_model(pools, margins, layout, neuron):
+    check(pools, margins, layout, neuron)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("neuron", NEURONS)
+@pytest.mark.parametrize("layout", ["EP2 x DP2", "EP2 x TP2"])
+def test_spiking_experts(pools, margins, layout, neuron):
+    check(pools, margins, layout, neuron, experts=True)
+
+
+ZERO = [(2, "DP2", "adaptive"), (2, "DP2", "learned"), (2, "DP2", "per_channel"), (3, "DP2", "learned")]
+ZERO += [(1, "TP2", "learned"), (1, "TP2", "per_channel")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "layout", "neuron"), ZERO)
+def test_deepspeed(pools, margins, stage, layout, neuron):
+    check(pools, margins, layout, neuron, engine={"zero_stage": stage})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2", "EP2 x TP2", "PP2"])
+def test_recomputation_changes_no_digit(pools, layout):
+    ranks, keys = ranks_of(LAYOUTS[layout])
+    found = []
+    for choice in ({"recompute": "none"}, {"recompute": "selective"}, {"recompute": "full"}):
+        config = spiking("per_channel", experts="EP" in layout, **keys)
+        config |= {"train": config["train"] | choice}
+        found.append(whole(pools(ranks).run({"config": config, "steps": STEPS})))
+    kept, *recomputed = found
+    for result in recomputed:
+        assert (result["steps"], result["digest"]) == (kept["steps"], kept["digest"])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_to_another_layout(pools, tmp_path):
+    """Averages of channels that two ranks divide among them are read by one process, and by stages."""
+    saved = str(tmp_path / "state")
+    ranks, keys = ranks_of(LAYOUTS["TP2"])
+    reference = pools(ranks).run(
+        {"config": spiking("per_channel", **keys), "steps": STEPS, "save": saved, "save_after": 2}
+    )[0]["steps"]
+    for layout in ({}, LAYOUTS["PP2"], LAYOUTS["CP2"]):
+        ranks, keys = ranks_of(layout)
+        job = {"config": spiking("per_channel", **keys), "load": saved, "first_step": 2, "steps": STEPS}
+        torch.testing.assert_close(whole(pools(ranks).run(job))["steps"][0][0], reference[2][0], rtol=1e-5, atol=0)
