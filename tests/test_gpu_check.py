@@ -190,8 +190,8 @@ def test_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "switches", "text"),
     [
         (["--only", "nonsense"], "", "no such case; see --list, the groups are gated_delta_rule, kimi_delta_rule, gla"),
-        ([], "num_warps=3", "SPIKETRAIN_TRITON_PLAN: 'num_warps=3' is none of chunk=16|32|64"),
-        ([], "wgmma=0", "'wgmma=0' is none of"),
+        ([], "num_warps=3", "SPIKETRAIN_TRITON_PLAN: 'num_warps=3' is not one of chunk=16|32|64"),
+        ([], "wgmma=0", "'wgmma=0' is not one of"),
     ],
 )
 def test_wrong_wishes(

@@ -62,7 +62,7 @@ def test_inputs_are_left_alone() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         swiglu(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="odd"):
         swiglu_packed(torch.zeros(2, 3))

@@ -144,7 +144,7 @@ def test_unfit_kernels_are_named(tmp_path: Path) -> None:
         "wide": "wants 262144 bytes of shared memory of 232448",
         "slow": "multiplies matrices without a matrix instruction",
         "broken": "does not compile",
-        "incomplete": r"lacks ['PRECISION']",
+        "incomplete": r"lacks the arguments ['PRECISION']",
         "aborting": "process died",
     }
     assert problems.keys() == messages.keys()
