@@ -1,6 +1,6 @@
 """Activations in fewer bits for the backward: 8 or 4 bits by group, rounded stochastically, and signs in one bit."""
 
-from kernels.quantization.noise import Noise, noise_key
+from kernels.noise import Noise, noise_key
 from kernels.quantization.quantizer import (
     Bounds,
     Quantized,

@@ -13,16 +13,16 @@ rounding of (x − offset) / scale, 2^-23 of the range.
 
 What is kept of N rows of D channels, in bytes: N · D · bits / 8 of codes, and for each group the scale (2) and the
 offset (2 for 16-bit inputs, 4 for float32). Of groups of 128 that is 8.25 bits an element in bfloat16 and 8.375 in
-float32. A float32 scale would take 0.125 more and save at most 0.8 % of the range that the rounding up adds. An offset
-in bfloat16 would be exact for bfloat16 inputs alone: of others, a group far from 0 would lose the digits that tell its
-elements apart.
+float32. A float32 scale would take 0.125 more; rounding it up widens a step by 0.8 % at most. An offset in bfloat16
+would be exact for bfloat16 inputs alone: of others, a group far from 0 would lose the digits that tell its elements
+apart.
 
 A group belongs to one token, so no range needs a collective, and groups that divide a rank's channels are the same in
 every tensor-parallel layout.
 
 - A constant group is exact, and so are zeros: x − offset is 0, and with the least scale 0 / scale is no NaN.
-- An infinity or a NaN makes its group NaN, and so does a range beyond the dtype's largest number; with `check` it is an
-  error. Codes never wrap around.
+- An infinity or a NaN makes its group NaN, and so does a range beyond half of the largest number of the arithmetic
+  (1.7e38 in float32); with `check` it is an error. Codes never wrap around.
 - Ranges below 2^-126 · L are resolved to 2^-126, still unbiased. Within a step of the dtype's largest number, x̂ may
   be infinite (float16: that largest number).
 - float64 has float64 scales and arithmetic, with 2^-1022 as the least.
@@ -36,11 +36,12 @@ import torch
 from torch import Tensor
 
 from kernels.backend import resolve
-from kernels.quantization.noise import Noise, uniform
+from kernels.noise import Noise, uniform
 from kernels.shapes import block_limit
+from kernels.triton import LARGEST_GROUP, implementations
 
 # Elements per block of rows on the CPU: the block and its two float32 temporaries stay in a core's second cache.
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 17
 
 _BACKENDS = ("torch", "reference")
 
@@ -156,11 +157,13 @@ def quantize(
     groups = -(-x.shape[-1] // group)
     if bounds is not None:
         bounds = _checked_bounds(x, groups, bounds)
-    choice = resolve("quantize", backend, _BACKENDS)
+    choice = resolve("quantize", backend, _implementations(x, min(group, x.shape[-1])))
     if choice == "reference" and x.numel():
         q = quantize_reference(x, bits=bits, group=group, noise=noise, bounds=bounds)
     else:
-        q = _quantize(x, bits, group, noise, bounds)
+        run = _quantize_triton if choice == "triton" and x.numel() else _quantize
+        codes, scale_NG, offset_NG = run(_rows(x), bits, group, noise, bounds)
+        q = Quantized(codes, scale_NG, offset_NG, x.shape, bits, group)
     if check is not None:
         _check_finite(check, q)
     return q
@@ -176,8 +179,17 @@ def dequantize(q: Quantized, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: the backend cannot serve q.
     """
-    choice = resolve("dequantize", backend, _BACKENDS)
-    return dequantize_reference(q) if choice == "reference" and q.codes.numel() else _dequantize(q)
+    choice = resolve("dequantize", backend, _implementations(q.offset, min(q.group, q.shape[-1])))
+    if choice == "reference" and q.codes.numel():
+        return dequantize_reference(q)
+    out = q.offset.new_empty(q.shape)
+    if choice == "triton" and q.codes.numel():
+        from kernels.triton import quantization  # here, for machines without triton
+
+        quantization.dequantize(*q.tensors, _rows(out), q.bits, q.group)
+    else:
+        _dequantize(q, _rows(out))
+    return out
 
 
 @torch.no_grad()
@@ -198,6 +210,11 @@ def group_bounds(x: Tensor, group: int) -> Bounds:
             low.copy_(wide.amin(-1))
             high.copy_(wide.amax(-1))
     return low_NG, high_NG
+
+
+def _implementations(x: Tensor, channels: int) -> tuple[str, ...]:
+    """What serves x in groups of so many channels."""
+    return implementations(_BACKENDS, x, fits=channels <= LARGEST_GROUP)
 
 
 class _Part(NamedTuple):
@@ -242,21 +259,33 @@ def _parts(channels: int, group: int, bits: int) -> Iterator[_Part]:
         yield _Part(whole, 1, rest, whole * group, -(-rest * bits // 8), whole * width)
 
 
+def _quantize_triton(
+    x_ND: Tensor, bits: int, group: int, noise: Noise | None, bounds: Bounds | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scale, offset), by Triton."""
+    from kernels.triton import quantization
+
+    codes = x_ND.new_empty(len(x_ND), _row_bytes(x_ND.shape[1], bits, group), dtype=torch.uint8)
+    scale_NG, offset_NG = quantization.quantize(x_ND, codes, bits, group, noise, bounds)
+    return codes, scale_NG, offset_NG
+
+
 @torch.no_grad()
-def _quantize(x: Tensor, bits: int, group: int, noise: Noise | None, bounds: Bounds | None) -> Quantized:
-    """The torch path: the grids of all groups, then the codes, block by block of rows."""
-    x_ND = _rows(x)
+def _quantize(
+    x_ND: Tensor, bits: int, group: int, noise: Noise | None, bounds: Bounds | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scale, offset), by torch: the grids of all groups, then the codes, block by block of rows."""
     rows, columns = x_ND.shape
     low_NG, high_NG = group_bounds(x_ND, group)
-    offset_NG, scale_NG = _grid(_widen(low_NG), _widen(high_NG), x.dtype, bits, bounds)
+    offset_NG, scale_NG = _grid(_widen(low_NG), _widen(high_NG), x_ND.dtype, bits, bounds)
     shift_NG1, factor_NG1 = _widen(offset_NG)[..., None], torch.reciprocal(_widen(scale_NG))[..., None]
-    codes = x.new_empty(rows, _row_bytes(columns, bits, group), dtype=torch.uint8)
-    a_N1, b_D = (x.new_zeros(rows, 1), None) if noise is None else noise.terms(rows, columns, x.device)
+    codes = x_ND.new_empty(rows, _row_bytes(columns, bits, group), dtype=torch.uint8)
+    a_N1, b_D = (x_ND.new_zeros(rows, 1), None) if noise is None else noise.terms(rows, columns, x_ND.device)
     for part in _parts(columns, group, bits):
         at = slice(None), part.groups
         tensors = part.channels(x_ND), shift_NG1[at], factor_NG1[at], part.codes(codes), a_N1[..., None]
         _quantize_groups(*tensors, None if b_D is None else part.channels(b_D[None]), bits)
-    return Quantized(codes, scale_NG, offset_NG, x.shape, bits, group)
+    return codes, scale_NG, offset_NG
 
 
 def _quantize_groups(
@@ -268,7 +297,8 @@ def _quantize_groups(
     tensors = x_NGC, shift_NG1, factor_NG1, codes, a_N11
     for block, shift, factor, out, a in zip(*(tensor.split(rows) for tensor in tensors)):
         y, u = y_NGC[: len(block)], u_NGC[: len(block)]
-        torch.sub(block, shift, out=y).mul_(factor)
+        # Widened first: an operation on two dtypes takes twice the time of both.
+        torch.sub(block if block.dtype == y.dtype else y.copy_(block), shift, out=y).mul_(factor)
         y.add_(0.5 if b_1GC is None else torch.add(a, b_1GC, out=u).frac_())
         _store(y.clamp_(0, _levels(bits)), out, bits)
 
@@ -286,11 +316,8 @@ def _store(y_NGC: Tensor, codes: Tensor, bits: int) -> None:
     codes.copy_(code)
 
 
-@torch.no_grad()
-def _dequantize(q: Quantized) -> Tensor:
-    """The torch path, block by block of rows."""
-    out = q.offset.new_empty(q.shape)
-    out_ND = _rows(out)
+def _dequantize(q: Quantized, out_ND: Tensor) -> None:
+    """Write the tensor of q, by torch, block by block of rows."""
     offset_NG1, scale_NG1 = _widen(q.offset)[..., None], _widen(q.scale)[..., None]
     rows = _block_rows(out_ND)
     for part in _parts(out_ND.shape[1], q.group, q.bits):
@@ -303,7 +330,6 @@ def _dequantize(q: Quantized) -> Tensor:
             y.mul_(scale).add_(offset)
             if wide is not None:
                 target.copy_(_narrow(y, q.dtype))
-    return out
 
 
 def _load(codes: Tensor, y_NGC: Tensor, bits: int) -> None:
@@ -317,24 +343,26 @@ def _load(codes: Tensor, y_NGC: Tensor, bits: int) -> None:
 
 
 def _grid(low: Tensor, high: Tensor, dtype: torch.dtype, bits: int, given: Bounds | None) -> Bounds:
-    """(offset, scale) of groups of these exact ranges, in the dtypes in which they are stored."""
+    """(offset, scale) in their stored dtypes, of groups with these exact ranges in the dtype of the arithmetic."""
     offset = low.to(dtype)
     span = high - low
     if given is not None:
-        # What is not finite must show under a given range, too: there is no telling it from the codes.
         # A copy: running ranges go on while this is kept.
-        offset = given[0].to(dtype, copy=True, memory_format=torch.contiguous_format)
-        span = _widen(given[1]) - _widen(offset) + span * 0.0
-    scale = span.div_(_levels(bits))
-    # 0 · scale is NaN where the scale is infinite.
-    scale = (scale + scale * 0.0).clamp_min_(torch.finfo(scale.dtype).smallest_normal)
-    return offset, scale if scale.dtype == torch.float64 else _round_up(scale)
+        offset = given[0].to(low.dtype).to(dtype, copy=True, memory_format=torch.contiguous_format)
+        # What is not finite must show under a given range, too: there is no telling it from the codes.
+        span = given[1].to(low.dtype) - _widen(offset) + span * 0.0
+    scale = span.div_(_levels(bits)).clamp_min_(torch.finfo(span.dtype).smallest_normal)
+    # 0 times twice the range: NaN where that is not finite. Half of it is left for code · scale not to overflow.
+    poison = scale * (2 * _levels(bits)) * 0.0
+    stored = scale if scale.dtype == torch.float64 else _round_up(scale)
+    return offset, (stored + poison).to(_scale_dtype(dtype))
 
 
-def _round_up(x: Tensor) -> Tensor:
-    """Positive float32 numbers as bfloat16, upwards; NaN stays. Overwrites x."""
-    # bfloat16 is the upper half of float32: with any bit in the lower half, the upper one is raised.
-    return x.view(torch.int32).add_(0xFFFF).bitwise_and_(~0xFFFF).view(torch.float32).to(torch.bfloat16)
+def _round_up(scale: Tensor) -> Tensor:
+    """Positive finite float32 numbers to those of bfloat16, upwards."""
+    # bfloat16 is the upper half of float32: with any bit in the lower half, the upper one is raised. What is not finite
+    # may come out as anything: a GPU's NaN, all ones, carries into the sign and is 0.
+    return (scale.view(torch.int32) + 0xFFFF).bitwise_and_(~0xFFFF).view(torch.float32)
 
 
 def _pack(code: Tensor, bits: int) -> Tensor:
@@ -414,5 +442,5 @@ def _check_finite(name: str, q: Quantized) -> None:
     if wrong.any():
         row, group = (int(place) for place in wrong.nonzero()[0])
         raise ValueError(
-            f"quantize: {name} has an infinity or a NaN, or a range beyond {q.dtype}, in group {group} of row {row}"
+            f"quantize: {name} has an infinity or a NaN, or too wide a range, in group {group} of row {row}"
         )

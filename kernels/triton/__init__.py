@@ -12,9 +12,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-# Limits of the kernels: the key dimension of the chunked recurrences, and the length of a row that one program holds.
+# Limits of the kernels: the key dimension of the chunked recurrences, the length of a row that one program holds, and
+# the channels of a group that is quantized.
 LARGEST_KEY = 256
 LARGEST_ROW = 1 << 16
+LARGEST_GROUP = 1 << 12
 # Keeps a gate's sum of sigmoids above zero (as in DeepSeek-V3's code). Also used by kernels/moe/routing.py.
 TINY = 1e-20
 

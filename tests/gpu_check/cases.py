@@ -18,6 +18,7 @@ from kernels.losses.linear_cross_entropy import IGNORE_LABEL, linear_cross_entro
 from kernels.losses.token_log_probs import token_log_probs
 from kernels.moe import dense_to_sparse_gate, grouped_linear, permute, top_k_gate, unpermute
 from kernels.norms import gated_rms_norm, l2_norm, rms_norm
+from kernels.quantization import Noise, dequantize, noise_key, quantize
 from kernels.rotary import apply_rotary, rotary_tables
 from kernels.spiking import spike
 
@@ -282,6 +283,18 @@ def _rows(sizes: Sizes, device: torch.device, dtype: torch.dtype, op: str) -> Pr
     return Problem({"x": heads}, lambda given, backend: {"y": apply_rotary(**given, cos=cos, sin=sin, backend=backend)})
 
 
+def _quantization(sizes: Sizes, device: torch.device, dtype: torch.dtype, bits: int) -> Problem:
+    """Codes and what comes back; x in one dtype for both sides, since a grid has the digits of its dtype."""
+    x = _Draw(device, dtype).normal(sizes.tokens, sizes.model).detach()
+    options = {"bits": bits, "group": sizes.dims[0][0], "noise": Noise(noise_key(0, 0, "x", 0))}
+
+    def run(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+        q = quantize(given["x"].to(dtype), **options, backend=backend)
+        return {"codes": q.codes.float(), "y": dequantize(q, backend=backend)}
+
+    return Problem({"x": x}, run)
+
+
 def _loss(sizes: Sizes, device: torch.device, dtype: torch.dtype, op: str) -> Problem:
     draw = _Draw(device, dtype)
     labels = torch.randint(sizes.vocabulary, (sizes.tokens,), generator=draw.generator, device=device)
@@ -395,6 +408,8 @@ def _other_cases(sizes: Sizes) -> list[Case]:
         add("activations", op, _rows, op)
     for op in ("spike", "spike of given thresholds"):
         add("spiking", op, _rows, op)
+    for bits in (8, 4):
+        add("quantization", f"quantize in {bits} bits", _quantization, bits)
     add("rotary", "apply_rotary", _rows, "apply_rotary")
     for op in ("linear_cross_entropy", "token_log_probs", "distillation_kl", "reverse distillation_kl"):
         add("losses", op, _loss, op)

@@ -58,7 +58,8 @@ def outputs_and_gradients(problem: Problem, inputs: dict[str, Tensor], backend: 
         drawn = torch.randn(x.shape, generator=generator, device=x.device)
         weights.append(drawn.to(torch.bfloat16).to(x.dtype))
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
-    gradients = torch.autograd.grad(list(differentiable.values()), list(wanted.values()), weights)
+    # What is stored has no gradient: then there are none to take.
+    gradients = torch.autograd.grad(list(differentiable.values()), list(wanted.values()), weights) if wanted else ()
     found = {name: x.detach() for name, x in outputs.items()}
     return found | {f"d{name}": x for name, x in zip(wanted, gradients)}
 

@@ -126,6 +126,17 @@ def test_losses_writes_its_fields(tmp_path):
         assert float(re.search(r"agree to (\S+)$", line["note"])[1]) <= 1e-5
 
 
+def test_quantization_writes_its_fields(tmp_path):
+    path = tmp_path / "quantization.json"
+    ways = "quantize", "dequantize"
+    sizes = {"tokens": 16, "hidden_size": 64, "group": 32, "rounds": 2, "warmup": 1}
+    _bench("quantization", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
+    lines = json.loads(path.read_text())
+    cases = [f"{way} {dtype}, {bits} bits" for dtype in ("fp32", "bf16") for bits in (8, 4) for way in ways]
+    assert [line["case"] for line in lines] == [*cases, *(f"{way} fp32, nearest" for way in ways)]
+    assert all(line["unit"] == "ns/element" and line["ours"] > 0 and line["peer"] > 0 for line in lines)
+
+
 def test_spiking_writes_its_fields(tmp_path):
     path = tmp_path / "result.json"
     sizes = {"tokens": 64, "hidden_size": 128, "product_tokens": "[1,3]", "sparsities": "[0.95,0.5]", "rounds": 1}
@@ -213,6 +224,9 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
         (["moe", "--skew=-1"], "skew"),
         (["moe", "--clock=cpu"], "--threads 1"),
         (["losses", "--clock=cpu"], "--threads 1"),
+        (["quantization", "--clock=cpu"], "--threads 1"),
+        (["quantization", "--bits=[2]"], "bits"),
+        (["quantization", "--group=96"], "multiple of group"),
         (["spiking", "--clock=cpu"], "--threads 1"),
         (["spiking", "--product_tokens=[0]"], "product_tokens"),
         (["spiking", "--sparsities=[1.5]"], "sparsities"),

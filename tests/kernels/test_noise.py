@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.noise import BITS, FIRST_FACTOR, GOLDEN, SECOND_FACTOR, uniform
 from kernels.quantization import Noise, dequantize, noise_key, quantize
-from kernels.quantization.noise import BITS, FIRST_FACTOR, GOLDEN, SECOND_FACTOR, uniform
 
 CPU = torch.device("cpu")
 KEYS = 1000
