@@ -1,18 +1,21 @@
-"""Export, import and upcycle weights.
+"""Export, import, upcycle and quantize weights.
 
 spiketrain convert export --checkpoint runs/laptop --output weights/laptop
 spiketrain convert export --checkpoint runs/dense --output hub/dense --layout hf
 spiketrain convert import --source hub/Qwen2.5-0.5B --output weights/qwen
 spiketrain convert upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
+spiketrain convert spike --checkpoint runs/laptop --data data/stdlib-bpe4096 --output weights/laptop-w8a
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from models.config import MoEConfig
+from launch.evaluate import EvaluateConfig, check_tokenizer, is_indexed, open_stream, read_texts
+from models.config import MoEConfig, SpikingConfig
 from trainer.cli import entry, fail
 from trainer.errors import ConfigError
 
@@ -139,6 +142,63 @@ class UpcycleConfig:
         require_size(self.max_file_gb)
 
 
+@dataclass
+class SpikeConfig:
+    """Settings of a conversion to spikes and int8 weights (W8A-spike).
+
+    Attributes:
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
+        data: What to calibrate with: prepared data, a .bin/.idx prefix, or a text file or glob (spiketrain evaluate).
+        split: Split of a prepared directory.
+        sequences: Number of sequences to calibrate with; the report took 128.
+        seq_len: Tokens of a sequence; null takes the run's train.seq_len, for weights its default.
+        batch_size: Sequences computed at a time.
+        layers: Linear layers that get spikes and int8 weights (model.spiking.layers); null takes those that spike
+            already, or all.
+        k: Spikes of a channel of mean magnitude; null keeps the model's, 3 where it has none.
+        queries: Spikes of rotated queries, too; null keeps what the model does.
+        int8_keys_values: Keys and values in int8, too; null keeps what the model does.
+        output: Directory to write; must be absent or empty.
+        dtype: fp32 or bf16; null keeps the model's precision. The int8 weights are written as numbers of this dtype.
+        device: cpu or cuda; auto takes CUDA if available.
+        max_file_gb: Size above which weights are split into several files (10^9 bytes).
+    """
+
+    checkpoint: str = "runs/laptop"
+    data: str = "data/stdlib-bpe4096"
+    split: Literal["train", "validation", "test"] = "train"
+    sequences: int = 128
+    seq_len: int | None = None
+    batch_size: int = 8
+    layers: list[str] | None = None
+    k: float | None = None
+    queries: bool | None = None
+    int8_keys_values: bool | None = None
+    output: str = "weights"
+    dtype: Literal["fp32", "bf16"] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_file_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        # Checks the checkpoint, the data and the sizes of windows.
+        self.evaluation()
+        self.spiking(SpikingConfig())
+        if self.sequences < 1:
+            raise ConfigError(f"sequences is {self.sequences}: it must be at least 1")
+        require_free(self.output)
+        require_size(self.max_file_gb)
+
+    def evaluation(self) -> EvaluateConfig:
+        """The windows that an evaluation would read."""
+        return EvaluateConfig(self.checkpoint, self.data, self.split, self.seq_len, batch_size=self.batch_size)
+
+    def spiking(self, own: SpikingConfig) -> SpikingConfig:
+        """What the model is to do, given what it does already."""
+        names = ("layers", "k", "queries", "int8_keys_values")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(own, **{"layers": own.layers or ["all"]} | given, weights="int8")
+
+
 def export_weights(config: ExportConfig) -> None:
     """Export the parameters of a checkpoint as safetensors."""
     # Imported here, because it loads torch, for which invalid settings need not wait.
@@ -181,11 +241,40 @@ def upcycle_model(config: UpcycleConfig) -> None:
     print(f"{config.output}: {dense} with {config.moe.num_experts} + {config.moe.shared_experts} experts a layer")
 
 
+def spike_model(config: SpikeConfig) -> None:
+    """Write weights of a model with spikes and int8 weights, calibrated on data."""
+    texts = [] if is_indexed(config.data) else read_texts(config.data)
+    from rich.progress import track
+
+    from trainer.device import choose_device, keep_freed_memory
+    from trainer.logs import CONSOLE
+    from trainer.stored import calibration
+    from trainer.stored.inference import load_model
+
+    keep_freed_memory()
+    loaded = load_model(config.checkpoint, choose_device(config.device))
+    loaded.require_tokenizer()
+    check_tokenizer(config.evaluation(), loaded)
+    stream = open_stream(config.evaluation(), loaded, texts)
+    spiking = config.spiking(loaded.model.model_config.spiking)
+    model = calibration.spiking_model(loaded, spiking)
+    count = min(-(-config.sequences // config.batch_size), len(stream))
+    batches = track(islice(stream, count), total=count, description="calibrating", console=CONSOLE, transient=True)
+    done = calibration.round_weights(model, calibration.second_moments(model, batches), show)
+    output, size = Path(config.output), config.max_file_gb * 1e9
+    calibration.write(output, model, loaded, config.dtype, size, show)
+    print(
+        f"{config.output}: {loaded.path} with spikes and {done.tensors} int8 weights, whose products are off by "
+        f"{done.error**0.5:.3%} ({done.unclipped**0.5:.3%} without clipping)"
+    )
+
+
 # Command name to (function, its configuration, one-line description).
 COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
     "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
     "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
     "upcycle": (upcycle_model, UpcycleConfig, "Write weights with experts that are copies of a dense model's."),
+    "spike": (spike_model, SpikeConfig, "Write weights with spikes and int8 weights, calibrated on data."),
 }
 
 

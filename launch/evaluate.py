@@ -28,11 +28,11 @@ class EvaluateConfig:
     """Settings of an evaluation.
 
     Attributes:
-        checkpoint: A run directory (its newest complete checkpoint), or one checkpoint.
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
         data: A directory made by spiketrain prepare_data, the prefix of a Megatron .bin/.idx pair, or a text file or
             glob of UTF-8 files, one document per file.
         split: Split of a prepared directory.
-        seq_len: Tokens in a window; null takes the run's train.seq_len.
+        seq_len: Tokens in a window; null takes the run's train.seq_len, for weights its default.
         stride: New tokens in each window, the rest being context; null takes seq_len (no overlap).
         batch_size: Windows computed at a time.
         compare_compressors: Also print the bits per byte of gzip -9 and xz -9 on the same text.
@@ -98,11 +98,12 @@ def check_tokenizer(config: EvaluateConfig, loaded: "LoadedModel") -> None:
     Raises:
         ConfigError: they differ.
     """
-    own = loaded.path / "tokenizer"
-    used = Path(config.tokenizer) if config.tokenizer is not None else own
+    own = loaded.tokenizer_path
+    used = own if config.tokenizer is None else Path(config.tokenizer)
+    assert used is not None, "the model has a tokenizer"
     sha256 = tokenizer_sha256(used)
     if config.tokenizer is not None:
-        other = own.is_dir() and tokenizer_sha256(own) != sha256
+        other = own is not None and tokenizer_sha256(own) != sha256
         note = ", which is another: the figures mean little" if other else ""
         print(f"tokenizer: {used}, in place of the checkpoint's{note}", file=sys.stderr)
     info = (info_of_prefix(resolve_prefix(config.data, config.split)) or {}) if is_indexed(config.data) else {}

@@ -19,7 +19,7 @@ class GenerateConfig:
     """Settings of text generation.
 
     Attributes:
-        checkpoint: A run directory (its newest complete checkpoint), or one checkpoint.
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
         prompt: Text to continue; empty starts a document.
         prompt_file: Read the prompt byte for byte from this UTF-8 file, instead of prompt.
         max_new_tokens: Stop after this many tokens, unless the document ends first.

@@ -115,6 +115,11 @@ def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
+def sum_of_shares(x: Tensor, groups: Groups) -> Tensor:
+    """Sum each tensor-parallel rank's share; every rank uses the sum alike, and its share gets the sum's gradient."""
+    return x if groups.tensor is None else _Leave.apply(x, groups.tensor)
+
+
 def sum_counts(x: Tensor, groups: Groups) -> Tensor:
     """Sum x, which needs no gradient, over the ranks that share a micro-batch."""
     # Without sequence parallelism, tensor-parallel ranks all count the same tokens.
@@ -132,9 +137,17 @@ class Projection(Module):
 
     Attributes:
         neuron: What turns the input into spikes first (models.spiking); None leaves it as it is.
+        rounding: What rounds the weight first; None leaves it as it is.
     """
 
     neuron: Callable[[Tensor], Tensor] | None = None
+    rounding: Callable[[Tensor], Tensor] | None = None
+    weight: Tensor
+
+    @property
+    def factor(self) -> Tensor:
+        """The weight as it enters the product."""
+        return self.weight if self.rounding is None else self.rounding(self.weight)
 
     def spikes(self, x: Tensor) -> Tensor:
         """The input [..., in] as it enters the product."""
@@ -148,7 +161,7 @@ class Linear(Projection, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [..., in] to [..., out]."""
-        return linear(self.spikes(x), self.weight, self.bias)
+        return linear(self.spikes(x), self.factor, self.bias)
 
 
 class ColumnLinear(Linear):

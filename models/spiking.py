@@ -10,13 +10,14 @@ writes to the residual stream (o_proj, down_proj) has a neuron of its own. Under
 an input lie on several ranks, and the mean is over all of them: one number a token is summed. Routed experts of a layer
 share their neurons; every row has its own threshold.
 
-Before `start_step` a neuron gives x itself. All is a function of step, parameters, and the moving averages, which an
-engine updates after a step from sums over all micro-batches and ranks, like the routers' loads.
+Softmax attention may have neurons for its rotated queries, and keys and values in int8; the chosen linear layers may
+have int8 weights (W8A-spike). Before `start_step` all are floats. All is a function of step, parameters, and the moving
+averages, which an engine updates after a step from sums over all micro-batches and ranks, like the routers' loads.
 """
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,12 +26,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.autograd import once_differentiable
+from kernels.quantization.int8 import fake_int8, fake_int8_weight
 from kernels.shapes import has_values
 from kernels.spiking import spike
+from kernels.spiking.neuron import LEAST_THRESHOLD, mean_abs
+from models.auxiliary_loss import add_loss
 from models.config import SpikingConfig
-from models.parallel import Projection
+from models.parallel import Projection, sum_of_shares
 from models.parameters import Drawing, Module, Placement, zeros
 from models.saved_activations import is_recomputing
+
+# Inputs that share a scale of int8 weights, as in the published W8A-spike models.
+WEIGHT_GROUP = 128
 
 
 def _start_log_k(block: Tensor, drawing: Drawing) -> None:
@@ -54,17 +61,63 @@ class _Last:
         return self.x is x and self.version == x._version and self.recorded == torch.is_grad_enabled()
 
 
-class Neuron(Module):
-    """The neurons of one input [..., D], for all linear layers that read it.
+class Scheduled(Module):
+    """A part of a spiking model, on from start_step on.
 
     Attributes:
         step: Number of training steps taken before this one; None once training is over.
+    """
+
+    step: int | None = None
+
+    def __init__(self, config: SpikingConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def is_on(self) -> bool:
+        """Whether its time has come."""
+        return self.config.is_on(self.step)
+
+
+class Int8(Scheduled):
+    """Keys or values [B, T, H, K] in int8, with a scale for each token and head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X rounded to int8; x itself before start_step."""
+        return fake_int8(x) if self.is_on else x
+
+
+class Int8Weight(Scheduled):
+    """A weight [..., O, D] in int8, with a scale for each group of inputs.
+
+    Args:
+        config: `model.spiking`.
+        is_split: Whether tensor-parallel ranks hold consecutive inputs each.
+    """
+
+    def __init__(self, config: SpikingConfig, is_split: bool) -> None:
+        super().__init__(config)
+        self.is_split = is_split
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight rounded to int8; itself before start_step."""
+        group = self.groups.tensor if self.is_split else None
+        return fake_int8_weight(weight, WEIGHT_GROUP, group=group) if self.is_on else weight
+
+
+class Neuron(Scheduled):
+    """The neurons of one input [..., D], for all linear layers that read it.
+
+    Attributes:
         is_ready: Whether moving averages have begun. Until then, in the first step, thresholds are adaptive.
         statistics: Sums of |x| since the start of the step, float64 [1] or [D], and at the end the number of summands
             of each; None if nobody collects them, or nobody needs them.
         log_k: Logarithm of a learned k, which keeps k positive, float32 [1].
         magnitude: Moving average of mean|x|, float32 [1].
         magnitudes: That of each channel, float32 [D].
+        loss_scale: Factor of a micro-batch's loss before backward.
+        repeats: Whether tensor-parallel ranks all have the same input, so that each is to add its share of the loss.
     """
 
     placements: ClassVar = {
@@ -73,12 +126,12 @@ class Neuron(Module):
         "magnitudes": _AVERAGE,
     }
     is_split: ClassVar[bool] = False
-    step: int | None = None
     is_ready: bool = False
+    loss_scale: float = 1.0
 
-    def __init__(self, config: SpikingConfig, channels: int) -> None:
-        super().__init__()
-        self.config, self.channels = config, channels
+    def __init__(self, config: SpikingConfig, channels: int, repeats: bool = False) -> None:
+        super().__init__(config)
+        self.channels, self.repeats = channels, repeats
         kind = config.threshold
         self.log_k: nn.Parameter | None
         self.magnitude: Tensor | None
@@ -98,9 +151,12 @@ class Neuron(Module):
         """Spikes of x [..., D], times their thresholds; x itself before start_step."""
         if self._last is not None and self._last.is_of(x):
             return self._last.spikes
-        if self.training and torch.is_grad_enabled() and not is_recomputing():
+        training = self.training and torch.is_grad_enabled()
+        if training and not is_recomputing():
             self._observe(x)
-        y = self._fire(x) if self.config.is_on(self.step) else self._leave_alone(x)
+        y = self._fire(x) if self.is_on else self._leave_alone(x)
+        if training and self.is_on and self.config.activity.loss != "none":
+            y = add_loss(y, self._activity_loss(x), self.loss_scale)
         self._last = _Last(x, x._version, torch.is_grad_enabled(), y)
         return y
 
@@ -123,6 +179,27 @@ class Neuron(Module):
 
     def _fire(self, x: Tensor) -> Tensor:
         return spike(x, gradient=self.config.gradient, **self.count_options())
+
+    def _activity_loss(self, x: Tensor) -> Tensor:
+        """The loss of a micro-batch, a sum over tokens, or this rank's share of it.
+
+        |s| has the gradient of |x / V|, straight through; V is constant but for a learned k.
+        """
+        activity, options = self.config.activity, self.count_options()
+        wide, ranks = x.float(), dist.get_world_size(self.groups.tensor) if self.groups.tensor is not None else 1
+        threshold = options.get("threshold")
+        if threshold is None:
+            threshold = mean_abs(wide.detach(), options["group"]) / options["k"]
+        # mean|x| of a token of zeros is 0; kernels.spiking has the same limit.
+        ratio = wide / threshold.clamp(min=LEAST_THRESHOLD)
+        low, high = options["count_range"] or (-math.inf, math.inf)
+        counts = ratio + (ratio.round().clamp(low, high) - ratio).detach()
+        mean = counts.abs().sum(-1) / (x.shape[-1] * (ranks if self.is_split else 1))
+        if self.is_split:
+            mean = sum_of_shares(mean, self.groups)
+        loss = mean if activity.loss == "l1" else (mean - activity.target).square()
+        # Where all ranks have the same input, or of split ones the same mean, each adds its part to the sum of all.
+        return activity.weight * loss.sum() / (ranks if self.repeats else 1)
 
     def _leave_alone(self, x: Tensor) -> Tensor:
         """X itself; a learned k gets a gradient of zero, which reductions may wait for."""
@@ -147,9 +224,10 @@ class Neuron(Module):
         self.statistics[-1] += len(magnitudes)
 
     @torch.no_grad()
-    def begin(self, step: int, counts: bool) -> None:
+    def begin(self, counts: bool) -> None:
         """Begin a step; `counts` resets the sums for the moving averages, if there are any."""
-        self.step, average = step, self.average
+        self.forget()
+        average = self.average
         if average is not None and not self.is_ready:
             # Read once: after an update, or a checkpoint that has one, it stays so.
             self.is_ready = bool(average.any())
@@ -257,18 +335,35 @@ def _width(projection: Projection) -> int:
 
 
 def _share(owner: Module, name: str, readers: list[Projection], config: SpikingConfig) -> None:
-    """Give the layers one neuron, a part of the module that they are in."""
-    is_split = readers[0].placements["weight"].shard_axis == 1
-    neuron = (SplitNeuron if is_split else Neuron)(config, _width(readers[0]))
+    """Give the layers one neuron, a part of the module that they are in, and int8 weights if they are to have them."""
+    placement = readers[0].placements["weight"]
+    is_split = placement.shard_axis == 1
+    # Of routed experts every rank has rows of its own.
+    repeats = not is_split and not placement.expert
+    neuron = (SplitNeuron if is_split else Neuron)(config, _width(readers[0]), repeats)
+    spikes = attach(owner, name, neuron)
+    for reader in readers:
+        reader.neuron = spikes
+        if config.weights == "int8":
+            reader.int8 = Int8Weight(config, is_split)
+            reader.rounding = reader.int8.__call__
+
+
+def attach(owner: Module, name: str, neuron: Neuron) -> Callable[[Tensor], Tensor]:
+    """Make a neuron a part of the module in whose forward it runs, at the end of which it forgets what it saw.
+
+    Returns:
+        What gives the spikes of an input: the bound method, for as a module it would be a part of every reader, with
+        parameters of several names.
+    """
     group = getattr(owner, "neurons", None)
     if group is None:
         group = owner.neurons = nn.ModuleDict()
         # Whatever runs again, or for another micro-batch, begins anew; and no activation outlives its region.
         owner.register_forward_hook(_forget, always_call=True)
     group[name] = neuron
-    for reader in readers:
-        # The bound method: as a module it would be a part of each, with parameters of several names.
-        reader.neuron = neuron.__call__
+    spikes: Callable[[Tensor], Tensor] = neuron.__call__
+    return spikes
 
 
 def _forget(owner: Any, inputs: Any, output: Any) -> None:
@@ -281,16 +376,22 @@ def neurons(models: Iterable[nn.Module]) -> list[Neuron]:
     return [module for model in models for module in model.modules() if isinstance(module, Neuron)]
 
 
-def set_step(models: Iterable[nn.Module], step: int) -> None:
-    """Set the neurons' schedules to a training step (steps taken before it)."""
+def set_step(models: Sequence[nn.Module], step: int) -> None:
+    """Set the schedules to a training step (steps taken before it)."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, Scheduled):
+                module.step = step
     for neuron in neurons(models):
-        neuron.begin(step, counts=False)
+        neuron.begin(counts=False)
 
 
-def begin_step(models: Iterable[nn.Module], step: int) -> None:
-    """Set the neurons' step, and reset what they count."""
+def begin_step(models: Sequence[nn.Module], step: int, loss_scale: float = 1.0) -> None:
+    """Set the step and the factor of the loss before backward, and reset what neurons count."""
+    set_step(models, step)
     for neuron in neurons(models):
-        neuron.begin(step, counts=True)
+        neuron.loss_scale = loss_scale
+        neuron.begin(counts=True)
 
 
 def finish_step(models: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:

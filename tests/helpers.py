@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.documents import Documents
+from kernels.quantization.int8 import encode_int8
 from kernels.spiking import spike_counts
 from models.config import (
     AttentionConfig,
@@ -23,7 +24,7 @@ from models.config import (
     SpikingBrainGLAConfig,
 )
 from models.decoder import Decoder, initialize
-from models.spiking import Neuron
+from models.spiking import Int8, Neuron
 
 VOCABULARY = 50
 # Seconds after which a test gives up what it waits for: only something that hangs takes as long, on any machine.
@@ -149,25 +150,32 @@ STEP_KEYS = {
 
 
 class CountMargin:
-    """In here the least distance of any x / V to where its count steps, a half, is noted.
+    """In here the least distance of any x / V to where its count steps, a half, is noted; of keys and values, too.
 
     Rounding differs between layouts, and where it decides a count numbers differ by more than rounding.
     """
 
     def __init__(self) -> None:
         self.least = 0.5
-        self._fire = Neuron._fire
+        self._fire, self._round = Neuron._fire, Int8.forward
 
     def __enter__(self) -> "CountMargin":
         def fire(neuron: Neuron, x: Tensor) -> Tensor:
             with torch.no_grad():
-                counts, threshold = spike_counts(x, **neuron.count_options() | {"count_range": None})
-                margins = 0.5 - (x / threshold - counts).abs()
-            self.least = min(self.least, float(margins.min()) if margins.numel() else self.least)
+                self._note(x, *spike_counts(x, **neuron.count_options() | {"count_range": None}))
             return self._fire(neuron, x)
 
-        Neuron._fire = fire  # type: ignore[method-assign]
+        def to_int8(int8: Int8, x: Tensor) -> Tensor:
+            if int8.is_on:
+                self._note(x.detach(), *encode_int8(x))
+            return self._round(int8, x)
+
+        Neuron._fire, Int8.forward = fire, to_int8  # type: ignore[method-assign]
         return self
 
+    def _note(self, x: Tensor, codes: Tensor, scale: Tensor) -> None:
+        margins = 0.5 - (x / scale - codes).abs()
+        self.least = min(self.least, float(margins.min()) if margins.numel() else self.least)
+
     def __exit__(self, *raised: object) -> None:
-        Neuron._fire = self._fire  # type: ignore[method-assign]
+        Neuron._fire, Int8.forward = self._fire, self._round  # type: ignore[method-assign]

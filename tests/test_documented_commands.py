@@ -40,7 +40,14 @@ def parse_alone(monkeypatch):
 def desk_with_results(tmp_path_factory):
     """As if the commands that make runs and weights had been run."""
     folder = lay_out(tmp_path_factory.mktemp("desk") / "spiketrain")
-    for name in ("runs/laptop", "runs/dense", "runs/full-attention", "weights/laptop", "weights/qwen"):
+    for name in (
+        "runs/laptop",
+        "runs/dense",
+        "runs/full-attention",
+        "weights/laptop",
+        "weights/laptop-w8a",
+        "weights/qwen",
+    ):
         (folder / name).mkdir(parents=True)
     (folder / "data/stdlib-bpe4096").mkdir(parents=True)
     for suffix in ("bin", "idx"):

@@ -1,4 +1,4 @@
-"""Activations in fewer bits for the backward: 8 or 4 bits by group, rounded stochastically, and signs in one bit."""
+"""Tensors in fewer bits: 8 or 4 for the backward, signs in one bit, and the int8 of spiking models (int8.py)."""
 
 from kernels.noise import Noise, noise_key
 from kernels.quantization.quantizer import (

@@ -23,4 +23,5 @@ from models.config.mixers import SpikingBrainGLAConfig as SpikingBrainGLAConfig
 from models.config.mixers import branches as branches
 from models.config.mixers import parse_pattern as parse_pattern
 from models.config.model import ModelConfig as ModelConfig
+from models.config.spiking import ActivityConfig as ActivityConfig
 from models.config.spiking import SpikingConfig as SpikingConfig

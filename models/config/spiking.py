@@ -13,6 +13,29 @@ _PRESETS = {"all": lambda name: True, "released": lambda name: not name.endswith
 
 
 @dataclass
+class ActivityConfig:
+    """A loss that keeps neurons quiet. It affects only the gradient; the reported loss is the language model's.
+
+    Attributes:
+        loss: rate, for every token and input the squared difference of its mean count |s| from the target; l1, the mean
+            count itself; none.
+        weight: Its coefficient; a step's loss is divided by the number of tokens like the language model's.
+        target: Mean count that the rate is drawn to.
+    """
+
+    loss: Literal["none", "rate", "l1"] = "none"
+    weight: float = 0.01
+    target: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "target"):
+            value = getattr(self, name)
+            require(
+                0 <= value < math.inf, f"model.spiking.activity.{name} is {value}: it must be 0 or more, and finite"
+            )
+
+
+@dataclass
 class SpikingConfig:
     """Spiking neurons in front of linear layers: activations as integer counts of spikes (arXiv 2509.05276).
 
@@ -30,6 +53,10 @@ class SpikingConfig:
         count_range: Least and largest count, to which others are clipped; null does not clip.
         gradient: That of the rounding: plain passes it on; clipped stops it where a count was clipped; surrogate has it
             peak where the count steps (kernels.spiking.neuron).
+        queries: Softmax attention reads spikes of its rotated queries, with a threshold for each token and head.
+        int8_keys_values: Softmax attention reads keys and values rounded to int8, with a scale for each token and head.
+        weights: int8 rounds the weights of the chosen linear layers, with a scale for each group of 128 inputs.
+        activity: A loss on the counts.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -41,6 +68,10 @@ class SpikingConfig:
     momentum: float = 0.99
     count_range: list[int] | None = None
     gradient: Literal["plain", "clipped", "surrogate"] = "plain"
+    queries: bool = False
+    int8_keys_values: bool = False
+    weights: Literal["float", "int8"] = "float"
+    activity: ActivityConfig = field(default_factory=ActivityConfig)
 
     def __post_init__(self) -> None:
         prefix = "model.spiking"
@@ -59,6 +90,10 @@ class SpikingConfig:
             self.gradient != "clipped" or bounds is not None,
             f"{prefix}.gradient=clipped needs counts that are clipped; set {prefix}.count_range, or use plain",
         )
+        for name, unused in (("weights", self.weights == "float"), ("activity", self.activity.loss == "none")):
+            require(
+                unused or bool(self.layers), f"{prefix}.{name} is of the linear layers in {prefix}.layers; name some"
+            )
 
     def _check_annealing(self, prefix: str) -> None:
         start = self.k_start
@@ -75,6 +110,11 @@ class SpikingConfig:
             start is None or self.threshold != "learned",
             f"{prefix}.k_start sets k by a schedule, and threshold=learned by its gradient; leave one of them out",
         )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything differs from a model of floats."""
+        return bool(self.layers) or self.queries or self.int8_keys_values
 
     def picks(self, name: str) -> bool:
         """Whether the input of a linear layer, by its name in the decoder, is spikes."""

@@ -168,8 +168,8 @@ def _require_layout(model: ModelConfig) -> str:
         raise ValueError(f"layers with {', '.join(other)} have no Hugging Face layout; only full_attention has")
     if model.moe.num_experts:
         raise ValueError(f"model.moe.num_experts={model.moe.num_experts} has no Hugging Face layout; dense models have")
-    if model.spiking.layers:
-        raise ValueError("model.spiking.layers has no Hugging Face layout: its architectures compute with floats")
+    if model.spiking.is_used:
+        raise ValueError("model.spiking has no Hugging Face layout: its architectures compute with floats")
     if attention.rope_theta is None:
         raise ValueError("model.attention.rope_theta=null has no Hugging Face layout; Llama and Qwen rotate")
     kind = _TYPES.get((attention.qkv_bias, attention.qk_norm))

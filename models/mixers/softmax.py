@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention
+from kernels.quantization.int8 import decode_int8, encode_int8
 from kernels.rotary import apply_rotary
 from models.config import ModelConfig
 from models.layers import RMSNorm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, split_heads
 from models.parallel import ColumnLinear, RowLinear
+from models.spiking import Int8, Neuron, attach
 
 
 class FullAttention(Mixer):
@@ -30,6 +32,9 @@ class FullAttention(Mixer):
         self.o_proj = RowLinear(attn.num_heads * head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if attn.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if attn.qk_norm else None
+        self.int8 = Int8(config.spiking) if config.spiking.int8_keys_values else None
+        spiking = config.spiking
+        self.query_spikes = attach(self, "queries", Neuron(spiking, head_dim)) if spiking.queries else None
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Attend over x [T, B, D]."""
@@ -41,19 +46,35 @@ class FullAttention(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         if info.cos is not None and info.sin is not None:
             q, k = apply_rotary(q, info.cos, info.sin), apply_rotary(k, info.cos, info.sin)
+        if self.query_spikes is not None:
+            # After the rotation, as in the published code of SpikingBrain.
+            q = self.query_spikes(q)
         if cache is not None:
             k, v = self._extend(cache, k, v)
+        elif self.int8 is not None:
+            k, v = self.int8(k), self.int8(v)
         o = attention(q, k, v, window=self.window, documents=info.documents, group=info.group)
         return self.o_proj(merge_heads(o))
 
     def _extend(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if "k" in cache.tensors:
-            k, v = torch.cat((cache.tensors["k"], k), 1), torch.cat((cache.tensors["v"], v), 1)
+        """The keys and values of all tokens so far [B, S, H, K], of which the cache keeps those that will be seen."""
+        if self.int8 is None or not self.int8.is_on:
+            extended = self._remember(cache, {"k": k, "v": v})
+            return extended["k"], extended["v"]
+        (k_codes, k_scale), (v_codes, v_scale) = encode_int8(k), encode_int8(v)
+        entries = {"k": k_codes, "k_scale": k_scale, "v": v_codes, "v_scale": v_scale}
+        extended = self._remember(cache, entries)
+        keys = decode_int8(extended["k"], extended["k_scale"], k.dtype)
+        return keys, decode_int8(extended["v"], extended["v_scale"], v.dtype)
+
+    def _remember(self, cache: LayerCache, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        before = cache.tensors
+        extended = {name: torch.cat((before[name], x), 1) if name in before else x for name, x in entries.items()}
+        length = extended["k"].shape[1]
         # A sliding window needs only its last window - 1 keys besides the new one.
-        kept = k.shape[1] if self.window is None else self.window - 1
-        first = max(k.shape[1] - kept, 0)
-        cache.tensors |= {"k": k[:, first:], "v": v[:, first:]}
-        return k, v
+        first = 0 if self.window is None else max(length - self.window + 1, 0)
+        cache.tensors |= {name: x[:, first:] for name, x in extended.items()}
+        return extended
 
 
 class SlidingWindowAttention(FullAttention):

@@ -11,15 +11,15 @@ loss does not include these losses.
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.autograd import once_differentiable
 from kernels.moe import dense_to_sparse_gate, top_k_gate
 from kernels.moe.routing import largest
+from models.auxiliary_loss import add_loss
 from models.config import MoEConfig
 from models.parallel import sum_counts
 from models.parameters import Drawing, Module, Placement, zeros
@@ -117,7 +117,7 @@ class Router(Module):
         if not training:
             return Routing(gates, keep, rows)
         balance, z = self._losses(logits, probabilities, keep, x_TBD.shape[:2])
-        gates = _AddLoss.apply(gates, balance + z, self.loss_scale)
+        gates = add_loss(gates, balance + z, self.loss_scale)
         gates, routing_map, dropped = self._fit(gates, keep)
         # The recomputation must not count a micro-batch twice.
         if not is_recomputing():
@@ -237,20 +237,6 @@ class Router(Module):
         rest = [dropped, entropy, balance, z, temperature * tokens, len(self.replicated) * tokens, tokens]
         counted = [torch.as_tensor(value, dtype=torch.float64, device=keep.device).reshape(1) for value in rest]
         self.statistics += torch.cat([keep.sum(0).double(), *counted])
-
-
-class _AddLoss(torch.autograd.Function):
-    """Identity on x that also back-propagates `scale` into a loss that the reported loss does not include."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale, ctx.like = scale, loss.new_empty(())
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad, torch.full_like(ctx.like, ctx.scale), None
 
 
 def busiest(load: Sequence[float], number: int, above: float) -> tuple[int, ...]:

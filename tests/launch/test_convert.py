@@ -1,14 +1,23 @@
 """The command that takes weights out of checkpoints, and Hugging Face models in."""
 
 import json
+import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.spiking import spike_reference
+from models.config import MoEConfig, RouterConfig, SpikingConfig
+from models.decoder import Decoder, initialize
 from models.hub.dense import hub_name, to_hub
-from tests.helpers import VOCABULARY, tiny_decoder, tiny_model_config
+from tests.helpers import VOCABULARY, draw_tokens, tiny_decoder, tiny_model_config
+from trainer.data.batch import make_batch
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
+from trainer.stored.calibration import round_weights, second_moments, spiking_model
 from trainer.stored.inference import load_model
 
 UPCYCLE = ("upcycle", "--source", "RUN", "--moe.num_experts", "4")
@@ -114,3 +123,99 @@ def test_help_lists_the_commands(launch):
     code, out, _, imported = launch("convert", "--help")
     assert code == 0 and "export     Write the parameters of a checkpoint as safetensors." in out
     assert imported == []
+
+
+SPIKE = ("spike", "--sequences", "6", "--batch_size", "4", "--checkpoint")
+
+
+@pytest.mark.slow
+def test_a_trained_run_becomes_a_spiking_model_with_int8_weights(launch, trained, tiny_data, tmp_path):
+    """It is evaluated and sampled from as a checkpoint is, and its weights stay what they are in int8."""
+    calibrated = (*SPIKE, str(trained), "--data", str(tiny_data), "--output", "w8a", "--layers", "[released]")
+    code, out, errors, imported = launch("convert", *calibrated, "--int8_keys_values", "true", forked=True)
+    assert code == 0 and imported == ["torch"], errors
+    assert re.fullmatch(
+        r"w8a: .*step_00000006 with spikes and \d+ int8 weights, whose products are off by 0\.\d+% \(0\.\d+% .*\)",
+        out.strip(),
+    )
+    error, unclipped = map(float, re.findall(r"(0\.\d+)%", out))
+    assert 0.05 < error <= unclipped < 2
+    before = dict(load_model(trained, torch.device("cpu")).model.named_parameters())
+    loaded = load_model(tmp_path / "w8a", torch.device("cpu"))
+    spiking = loaded.model.model_config.spiking
+    assert (spiking.layers, spiking.weights, spiking.int8_keys_values) == (["released"], "int8", True)
+    changed = {name for name, parameter in loaded.model.named_parameters() if not torch.equal(parameter, before[name])}
+    linear = {name for name in before if re.search(r"_proj\.weight$", name) and not name.endswith("down_proj.weight")}
+    assert changed == linear
+    for name, module in loaded.model.named_modules():
+        if f"{name}.weight" in linear:
+            torch.testing.assert_close(module.factor, module.weight, rtol=1e-6, atol=0)
+    data = ("--data", str(tiny_data), "--seq_len", "32", "--compare_compressors", "false")
+    bits = {}
+    for source in (str(trained), "w8a"):
+        code, _, errors, _ = launch("evaluate", "--checkpoint", source, *data, "--json", "out.json", forked=True)
+        assert code == 0, errors
+        bits[source] = json.loads((tmp_path / "out.json").read_text())["bits_per_byte"]
+    assert 0 < abs(bits["w8a"] - bits[str(trained)]) < 0.2 * bits[str(trained)]
+    sample = ("--prompt", "import", "--max_new_tokens", "4", "--temperature", "0")
+    code, out, errors, _ = launch("generate", "--checkpoint", "w8a", *sample, forked=True)
+    assert code == 0 and out.startswith("import"), errors
+    # From weights to weights, with what they do already.
+    again = (*SPIKE, "w8a", "--data", str(tiny_data), "--seq_len", "32", "--output", "again")
+    code, _, errors, _ = launch("convert", *again, forked=True)
+    assert code == 0, errors
+    stored, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("w8a", "again"))
+    assert (tmp_path / "again/config.json").read_text() == (tmp_path / "w8a/config.json").read_text()
+    assert all(torch.allclose(twice[name], stored[name], rtol=1e-5, atol=1e-3) for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sequences", "0"), "sequences is 0: it must be at least 1"),
+        (("--k", "-1"), "model.spiking.k is -1.0: it must be positive"),
+        (("--data", "nowhere"), "data: nowhere is neither prepared data"),
+        (("--layers", "[layers.9.*]"), "'layers.9.*' matches no linear layer"),
+        (("--checkpoint", "nowhere"), "checkpoint: nowhere does not exist"),
+    ],
+)
+def test_a_conversion_that_cannot_be_meant_is_refused(launch, trained, tiny_data, arguments, message):
+    given = ("--data", str(tiny_data), "--output", "w8a", *arguments)
+    code, _, errors, _ = launch("convert", *SPIKE, str(trained), *given, forked="layers" in arguments[0])
+    assert code == 2 and message in errors, errors
+
+
+PRODUCTS = [
+    "mixer.o_proj",
+    *(f"ffn.{part}.{name}" for part in ("experts", "shared_experts") for name in ("gate_proj", "up_proj", "down_proj")),
+]
+
+
+def test_moments_are_those_of_the_spikes_that_enter_and_experts_have_their_own():
+    experts = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=16, router=RouterConfig(top_k=1))
+    model = tiny_decoder(moe=experts, spiking=SpikingConfig(["*.ffn.*", "*.o_proj"], k=2.0)).eval()
+    tokens = draw_tokens(2, 9)
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "experts.up_proj")):
+            module.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs}))
+    batch = make_batch(tokens.numpy(), 0, False, np.ones((2, 8), np.float32))
+    moments = second_moments(model, [batch])
+    assert moments.keys() == {f"layers.{i}.{name}" for i in range(2) for name in PRODUCTS}
+    spikes = spike_reference(seen["layers.1.mixer.o_proj"][0], k=2.0).flatten(0, -2).double()
+    torch.testing.assert_close(moments["layers.1.mixer.o_proj"], spikes.square().mean(0))
+    rows, counts = seen["layers.1.ffn.experts.up_proj"]
+    for expert, part in enumerate(spike_reference(rows, k=2.0).double().split(counts.tolist())):
+        expected = part.square().mean(0) if len(part) else torch.zeros(32, dtype=torch.float64)
+        torch.testing.assert_close(moments["layers.1.ffn.experts.up_proj"][expert, 0], expected)
+    assert round_weights(model, moments, lambda line: None).tensors == len(moments)
+
+
+def test_what_neurons_learned_is_not_lost(trained):
+    loaded = load_model(trained, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"threshold=learned has to be trained, and .*log_k.* would be missing"):
+        spiking_model(loaded, SpikingConfig(["all"], threshold="learned"))
+    learned = Decoder(replace(loaded.model.model_config, spiking=SpikingConfig(["all"], threshold="learned")), 512)
+    initialize(learned, 0)
+    with pytest.raises(ConfigError, match=r"would be lost"):
+        spiking_model(replace(loaded, model=learned), SpikingConfig(["*.ffn.*"], threshold="learned"))

@@ -7,10 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels.quantization.int8 import fake_int8, fake_int8_weight
 from kernels.spiking import spike_counts, spike_reference
 from models import spiking
-from models.config import MIXERS, MoEConfig, RouterConfig, SpikingConfig
+from models.config import MIXERS, ActivityConfig, MoEConfig, RouterConfig, SpikingConfig
+from models.decoder import Decoder
 from models.generation import stream_tokens
+from models.mixers import softmax
+from models.mixers.base import LayerCache
 from models.parallel import Projection
 from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy, Policy
 from models.spiking import Neuron, begin_step, finish_step, neurons, set_step
@@ -171,15 +175,10 @@ def test_k_goes_from_its_start_to_its_end():
     assert [config.k_at(step) for step in (0, 10, 11, 13, 14, 100, None)] == [15, 15, 12, 6, 3, 3, 3]
     neuron, x = Neuron(config, 8), torch.randn(4, 8)
     for step, k in ((10, 15.0), (13, 6.0)):
-        set_neuron(neuron, step)
+        set_step([neuron], step)
         torch.testing.assert_close(neuron(x), spike_reference(x, k=k))
     # Finer steps are nearer to the floats.
     assert (spike_reference(x, k=15.0) - x).norm() < (spike_reference(x, k=6.0) - x).norm()
-
-
-def set_neuron(neuron, step):
-    set_step([neuron], step)
-    neuron.forget()
 
 
 def test_a_learned_k_has_the_gradient_of_its_definition():
@@ -280,10 +279,143 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
 
 def test_a_stage_has_the_neurons_of_its_layers():
     config = spiking_decoder(layers=["layers.0.*", "layers.1.ffn.*"]).model_config
-    from models.decoder import Decoder
-
     last = Decoder(replace(config, tie_embeddings=False), 50, range(1, 2))
     assert {name for name, m in last.named_modules() if isinstance(m, Neuron)} == {
         "layers.1.ffn.neurons.input",
         "layers.1.ffn.neurons.down_proj",
     }
+
+
+W8A = {"queries": True, "int8_keys_values": True, "weights": "int8"}
+ATTENTION = "full_attention, sliding_window_attention"
+
+
+def test_attention_reads_spikes_of_rotated_queries_and_int8_keys_and_values(monkeypatch):
+    seen = {}
+
+    def watched(q, k, v, **options):
+        seen.update(q=q, k=k, v=v)
+        return attention(q, k, v, **options)
+
+    attention = softmax.attention
+    monkeypatch.setattr(softmax, "attention", watched)
+    inputs = rows(draw_tokens(2, 12))
+    tiny_decoder("full_attention", num_layers=1)(*inputs)
+    plain = dict(seen)
+    changes = {"queries": True, "int8_keys_values": True}
+    model = tiny_decoder("full_attention", num_layers=1, spiking=SpikingConfig(**changes))
+    model(*inputs).sum().backward()
+    torch.testing.assert_close(seen["q"], spike_reference(plain["q"], k=3.0))
+    assert torch.equal(seen["k"], fake_int8(plain["k"])) and torch.equal(seen["v"], fake_int8(plain["v"]))
+    assert model.layers["0"].mixer.q_proj.weight.grad.any() and model.layers["0"].mixer.k_proj.weight.grad.any()
+    assert not reading_spikes(model)
+
+
+def test_int8_weights_enter_the_products_and_floats_are_trained():
+    model = spiking_decoder(layers=["*.ffn.*"], weights="int8", start_step=3)
+    ffn, x = model.layers["0"].ffn, torch.randn(6, 2, 32)
+    set_step([model], 2)
+    plain = ffn(x)
+    set_step([model], 3)
+    ffn(x).sum().backward()
+    assert ffn.down_proj.weight.grad.any()
+    entering = spike_reference(x, k=3.0)
+    gate, up, down = (fake_int8_weight(p.weight, 128) for p in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+    hidden = torch.nn.functional.silu(entering @ gate.T) * (entering @ up.T)
+    torch.testing.assert_close(ffn(x), spike_reference(hidden, k=3.0) @ down.T)
+    assert not torch.equal(plain, ffn(x)) and model.layers["0"].mixer.q_proj.rounding is None
+
+
+@pytest.mark.parametrize("window", [5, 100])
+def test_generation_with_int8_keys_and_values_keeps_a_byte_for_each(window):
+    model = tiny_decoder(ATTENTION, 7, moe=EXPERTS, attention__window=window, spiking=SpikingConfig(["all"], **W8A))
+    model.eval()
+    prompt = draw_tokens(2, 6)
+    drawn = torch.stack(list(stream_tokens(model, prompt, 9, temperature=0)), 1)
+    tokens = torch.cat([prompt, drawn], 1)
+    with torch.no_grad(), CountMargin() as margin:
+        logits = model(*rows(tokens))
+    assert margin.least > 1e-5, "rounding decides no count here"
+    assert torch.equal(logits[:, 5:-1].argmax(-1), drawn)
+    caches = [LayerCache() for _ in model.layers]
+    with torch.no_grad():
+        model.hidden_states(*rows(tokens), caches=caches)
+    for cache, length in zip(caches, (15, min(window - 1, 15)), strict=True):
+        held = cache.tensors
+        assert held["k"].dtype == held["v"].dtype == torch.int8
+        assert held["k"].shape == (2, length, 2, 8) and held["k_scale"].shape == (2, length, 2, 1)
+
+
+@pytest.mark.parametrize("loss", ["rate", "l1"])
+@pytest.mark.parametrize("threshold", ["adaptive", "learned", "running", "per_channel"])
+def test_the_activity_loss_has_the_gradient_of_its_definition(loss, threshold):
+    """Of a whole input: d|s|/dx = sign(s) / V, straight through, and d|s|/d log k = |x / V|; added to what flows."""
+    activity = ActivityConfig(loss=loss, weight=0.3, target=2.0)
+    neuron = Neuron(SpikingConfig(["all"], threshold=threshold, activity=activity), 8)
+    if neuron.log_k is not None:
+        neuron.log_k.data.fill_(0.7)
+    if neuron.average is not None:
+        neuron.average.uniform_(0.5, 2.0)
+    begin_step([neuron], 4, loss_scale=5.0)
+    x, grad = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
+    neuron(x).backward(grad)
+    counts, threshold_ = spike_counts(x, **neuron.count_options())
+    rate = counts.float().abs().mean(-1, keepdim=True)
+    outer = 2 * (rate - 2.0) if loss == "rate" else torch.ones_like(rate)
+    inner = 5.0 * 0.3 * outer / 8 * counts.sign()
+    torch.testing.assert_close(x.grad, grad + inner / threshold_)
+    if neuron.log_k is not None:
+        own = (inner * (x / threshold_)).sum()
+        through_the_spikes = (grad * counts * -threshold_).sum()
+        torch.testing.assert_close(neuron.log_k.grad[0], (own + through_the_spikes).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_activity_loss_is_no_part_of_what_is_reported_nor_of_validation():
+    quiet = spiking_decoder(moe=EXPERTS)
+    loud = spiking_decoder(moe=EXPERTS, activity=ActivityConfig(loss="l1", weight=0.1))
+    (loss, gradients), (same_loss, others) = loss_and_gradients(quiet), loss_and_gradients(loud)
+    assert torch.equal(loss, same_loss)
+    assert any(not torch.equal(gradients[name], others[name]) for name in gradients)
+    for model in (quiet, loud):
+        model.eval()
+    assert same(loss_and_gradients(quiet), loss_and_gradients(loud))
+
+
+def test_an_activity_loss_recomputed_is_the_same():
+    model = spiking_decoder(moe=EXPERTS, threshold="learned", activity=ActivityConfig(loss="rate"))
+    found = []
+    for choice in (EVERYTHING, BlockPolicy(mixer=RECOMPUTE, ffn=RECOMPUTE), BlockPolicy(block=RECOMPUTE)):
+        model.keep(Policy(choice))
+        found.append(loss_and_gradients(model))
+    assert same(found[0], found[1]) and same(found[0], found[2])
+
+
+@pytest.mark.parametrize("loss", ["rate", "l1"])
+def test_a_learned_k_gets_quieter_under_an_activity_loss(loss):
+    """From 3 down to a target of 1, by the loss alone."""
+    neuron = Neuron(SpikingConfig(["all"], threshold="learned", activity=ActivityConfig(loss, 1.0, 1.0)), 64)
+    neuron.log_k.data.fill_(3.0).log_()
+    optimizer = torch.optim.SGD(neuron.parameters(), 0.05 / 128)
+    x = torch.randn(128, 64)
+    for step in range(20):
+        begin_step([neuron], step)
+        optimizer.zero_grad()
+        (0 * neuron(x)).sum().backward()
+        optimizer.step()
+    k = float(neuron.log_k.detach().exp())
+    assert 0.7 < k < 1.6 if loss == "rate" else k < 2.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": "int8"}, "weights is of the linear layers in model.spiking.layers"),
+        ({"activity": ActivityConfig("l1")}, "activity is of the linear layers"),
+    ],
+)
+def test_what_belongs_to_linear_layers_needs_some(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SpikingConfig(**changes)
+    for name in ("weight", "target"):
+        with pytest.raises(ValueError, match=f"activity.{name} is -1"):
+            ActivityConfig(**{name: -1})

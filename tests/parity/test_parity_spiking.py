@@ -21,6 +21,9 @@ NEURONS = {
     "learned": {"layers": ["all"], "threshold": "learned", "gradient": "surrogate"},
     "running": {"layers": ["all"], "threshold": "running", "momentum": 0.5},
     "per_channel": {"layers": ["all"], "threshold": "per_channel", "momentum": 0.5, "count_range": [-8, 8]},
+    "int8": {"layers": ["all"], "queries": True, "int8_keys_values": True, "weights": "int8"},
+    "rate": {"layers": ["all"], "threshold": "learned", "activity": {"loss": "rate", "weight": 0.5}},
+    "l1": {"layers": ["all"], "threshold": "per_channel", "activity": {"loss": "l1", "weight": 0.5}},
 }
 # Whose numbers keep off the halves, by neuron and experts.
 SEEDS = {
@@ -28,10 +31,16 @@ SEEDS = {
     ("learned", False): 5,
     ("running", False): 10,
     ("per_channel", False): 5,
+    ("int8", False): 3,
+    ("rate", False): 7,
+    ("l1", False): 3,
     ("adaptive", True): 0,
     ("learned", True): 3,
     ("running", True): 3,
     ("per_channel", True): 1,
+    ("int8", True): 0,
+    ("rate", True): 9,
+    ("l1", True): 0,
 }
 LAYOUTS = {
     "TP2": {"tensor": 2},
@@ -72,13 +81,15 @@ def check(pools, margins, layout, neuron, experts=False, engine=None):
     job = {"config": spiking(neuron, experts, engine, **keys), "steps": STEPS}
     ours, reference = whole(pools(ranks).run(job)), margins(spiking(neuron, experts))
     compare(ours, reference)
-    assert any(name.endswith("log_k") for name in ours["gradients"]) == (neuron == "learned")
+    assert any(name.endswith("log_k") for name in ours["gradients"]) == (neuron in ("learned", "rate"))
 
 
 CASES = [
     *[(layout, "adaptive") for layout in ("TP2", "TP2+SP", "PP2", "CP2", "DP2")],
     *[(layout, neuron) for layout in ("TP2", "TP2+SP", "PP2", "CP2", "DP2") for neuron in ("learned", "per_channel")],
     *[(layout, "running") for layout in ("TP2", "DP2")],
+    *[(layout, neuron) for layout in ("TP2", "TP2+SP", "PP2", "CP2", "DP2") for neuron in ("int8", "rate")],
+    ("TP2", "l1"),
 ]
 
 
@@ -96,6 +107,7 @@ def test_spiking_experts(pools, margins, layout, neuron):
 
 
 ZERO = [(2, "DP2", "adaptive"), (2, "DP2", "learned"), (2, "DP2", "per_channel"), (3, "DP2", "learned")]
+ZERO += [(2, "DP2", "int8"), (2, "DP2", "rate"), (1, "TP2", "l1")]
 ZERO += [(1, "TP2", "learned"), (1, "TP2", "per_channel")]
 
 

@@ -36,7 +36,9 @@ KEYS = {
     "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",
     "model.moe.losses": "balance scope z",
-    "model.spiking": "layers k k_start anneal_steps start_step threshold momentum count_range gradient",
+    "model.spiking": "layers k k_start anneal_steps start_step threshold momentum count_range gradient "
+    "queries int8_keys_values weights activity",
+    "model.spiking.activity": "loss weight target",
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute trainable "
     "recompute_modules",

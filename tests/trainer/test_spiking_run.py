@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.config import MixerLayoutConfig, MoEConfig, RouterConfig, SpikingConfig
+from models.config import ActivityConfig, MixerLayoutConfig, MoEConfig, RouterConfig, SpikingConfig
 from models.decoder import Decoder
 from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy
-from models.spiking import Neuron, neurons
+from models.spiking import Neuron, neurons, set_step
 from tests.helpers import VOCABULARY, tiny_model_config
 from tests.trainer.conftest import finish, in_process_config, trajectory
 from tests.trainer.test_plan import kept_by_block
@@ -37,7 +37,16 @@ def config_of(**settings):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
-    "settings", [{}, {"threshold": "learned"}, {"threshold": "per_channel"}, {"gradient": "surrogate"}], ids=str
+    "settings",
+    [
+        {},
+        {"threshold": "learned"},
+        {"threshold": "per_channel"},
+        {"gradient": "surrogate"},
+        {"queries": True, "int8_keys_values": True, "weights": "int8"},
+        {"threshold": "learned", "activity": ActivityConfig("rate")},
+    ],
+    ids=str,
 )
 def test_what_neurons_keep_is_planned_to_the_byte(policy, settings):
     """Of experts all tokens go to all; one tensor of spikes for all layers that read it."""
@@ -91,7 +100,8 @@ def test_weights_that_spike_are_no_model_of_floats(tiny_data, tmp_path):
         check(init)
     with pytest.raises(ConfigError, match=r"model.spiking.threshold: learned -> running"):
         check(replace(init, model=replace(run.model, spiking=config_of(threshold="running"))))
-    check(replace(init, model=replace(run.model, spiking=config_of(threshold="learned", start_step=5))))
+    for changes in ({"start_step": 5}, {"weights": "int8"}, {"int8_keys_values": True}, {"gradient": "surrogate"}):
+        check(replace(init, model=replace(run.model, spiking=config_of(threshold="learned", **changes))))
 
 
 def test_a_pattern_that_matches_nothing_is_refused_before_a_run(tiny_data, tmp_path):
@@ -157,7 +167,7 @@ def test_transformers_has_no_spikes(tmp_path):
     from models.hub.dense import to_hub
 
     model = replace(tiny_model_config(spiking=config_of()), mixers=MixerLayoutConfig(pattern="full_attention"))
-    with pytest.raises(ValueError, match=r"model\.spiking\.layers has no Hugging Face layout"):
+    with pytest.raises(ValueError, match=r"model\.spiking has no Hugging Face layout"):
         to_hub(model, 64, "float32", 32)
     to_hub(replace(model, spiking=SpikingConfig()), 64, "float32", 32)
 
@@ -165,6 +175,6 @@ def test_transformers_has_no_spikes(tmp_path):
 def test_generation_without_training_uses_thresholds_of_the_averages():
     neuron = Neuron(config_of(threshold="running"), 4)
     neuron.magnitude.fill_(6.0)
-    neuron.begin(3, counts=False)
+    set_step([neuron], 3)
     assert neuron.is_ready
     torch.testing.assert_close(neuron(torch.tensor([[3.2, -0.9, 0.0, 40.0]])), torch.tensor([[4.0, 0.0, 0.0, 40.0]]))

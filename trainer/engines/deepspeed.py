@@ -196,7 +196,7 @@ class DeepSpeedEngine:
         scale = len(batches) * self.data_parallel_size / max(count, 1.0)
         # DeepSpeed divides each loss by the number of micro-batches. Auxiliary losses bypass that division.
         statistics.begin_step([self._decoder], step, scale / len(batches))
-        spiking.begin_step([self._decoder], step)
+        spiking.begin_step([self._decoder], step, scale / len(batches))
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         *earlier, last = batches
         for batch in earlier:

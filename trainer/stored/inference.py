@@ -1,6 +1,6 @@
-"""Opens checkpoints for generation and evaluation. Imports neither megatron nor deepspeed."""
+"""Opens checkpoints and weights for generation and evaluation. Imports neither megatron nor deepspeed."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from models.decoder import Decoder, build
 from models.moe.statistics import set_step
 from models.parameters import declared
 from trainer.cli import from_mapping
+from trainer.config import PretrainConfig
 from trainer.data.tokenizer import Tokenizer
 from trainer.engines.pieces import MODEL, Piece, Reader, Shard
 from trainer.errors import ConfigError
 from trainer.run_directory import settings_in_phase
-from trainer.stored import checkpoint
+from trainer.stored import checkpoint, weights
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,17 @@ class LoadedModel:
     Attributes:
         model: The trained parameters, in evaluation mode.
         tokenizer: The checkpoint's tokenizer. None if the run had none.
-        path: Path of the checkpoint.
-        settings: The run's configuration as plain values, in the phase of the checkpoint's last step.
+        path: Path of the checkpoint, or of the weights.
+        settings: The run's configuration as plain values, in the phase of the checkpoint's last step; of weights the
+            defaults.
+        tokenizer_path: Directory of the tokenizer that came with the parameters. None if there was none.
     """
 
     model: Decoder
     tokenizer: Tokenizer | None
     path: Path
     settings: dict[str, Any]
+    tokenizer_path: Path | None
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
@@ -131,25 +135,40 @@ def open_checkpoint(path: str | Path) -> StoredModel:
 
 
 def load_model(path: str | Path, device: torch.device, tokenizer: str | None = None) -> LoadedModel:
-    """Load a checkpoint's parameters, in a single process.
+    """Load the parameters of a checkpoint or of weights, in a single process.
 
     Args:
-        path: A run directory, or one of its checkpoints.
+        path: A run directory, one of its checkpoints, or a directory of weights.
         device: Device of the returned model.
         tokenizer: Path of a tokenizer to use instead of the checkpoint's.
 
     Raises:
-        ConfigError: the path holds no usable checkpoint, or the tokenizer has more ids than the model.
+        ConfigError: the path holds no usable parameters, or the tokenizer has more ids than the model.
     """
+    decoder, own, found, settings = _open_weights(path) if weights.are_at(path) else _open_checkpoint(path)
+    chosen = tokenizer or own
+    loaded = Tokenizer.load(chosen) if chosen else None
+    # A smaller tokenizer is fine: padding rows have no token.
+    if loaded is not None and loaded.vocab_size > decoder.vocab_size:
+        raise ConfigError(
+            f"tokenizer: {chosen} has {loaded.vocab_size} ids and the model of {found} {decoder.vocab_size}; "
+            "name the one that it was trained with"
+        )
+    return LoadedModel(decoder.to(device).eval(), loaded, found, settings, own)
+
+
+def _open_checkpoint(path: str | Path) -> tuple[Decoder, Path | None, Path, dict[str, Any]]:
     stored = open_checkpoint(path)
     decoder = build(stored.model, stored.vocab_size, dtype=stored.dtype)
     stored.fill(decoder)
-    chosen = tokenizer or stored.tokenizer
-    loaded = Tokenizer.load(chosen) if chosen else None
-    # A smaller tokenizer is fine: padding rows have no token.
-    if loaded is not None and loaded.vocab_size > stored.vocab_size:
-        raise ConfigError(
-            f"tokenizer: {chosen} has {loaded.vocab_size} ids and the model of {stored.path} {stored.vocab_size}; "
-            "name the one that it was trained with"
-        )
-    return LoadedModel(decoder.to(device).eval(), loaded, stored.path, stored.settings)
+    return decoder, stored.tokenizer, stored.path, stored.settings
+
+
+def _open_weights(path: str | Path) -> tuple[Decoder, Path | None, Path, dict[str, Any]]:
+    found = weights.open_weights(path)
+    dtype = torch.bfloat16 if found.tensors["embedding.weight"].dtype == "BF16" else torch.float32
+    decoder = build(found.model, found.vocab_size, dtype=dtype)
+    weights.require_tensors(found.path, found.tensors, decoder)
+    weights.fill(decoder, found)
+    has_tokenizer = any((found.path / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+    return decoder, found.path if has_tokenizer else None, found.path, asdict(PretrainConfig(model=found.model))

@@ -123,7 +123,7 @@ def _with_experts(dense: _Dense, moe: MoEConfig) -> ModelConfig:
     if dense.model.moe.num_experts:
         raise ConfigError(f"source: {dense.path} has experts already; name a dense model")
     threshold = dense.model.spiking.threshold
-    if threshold != "adaptive" and dense.model.spiking.layers:
+    if threshold != "adaptive" and dense.model.spiking.is_used:
         raise ConfigError(
             f"source: {dense.path} has model.spiking.threshold={threshold}, whose numbers belong to the dense "
             "feed-forward; name a model with threshold=adaptive, or one without spikes"

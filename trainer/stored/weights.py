@@ -51,8 +51,11 @@ _EXACT = {("F32", "float32"), ("F16", "float32"), ("BF16", "float32"), ("BF16", 
 _NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple")
 # The weights hold all experts, whether or not they were spawned and however their activations are kept in training.
 _NOT_COMPARED_OF_EXPERTS = ("spawn_step", "spawn_diversify", "recompute_above", "replicate_above")
-# When spikes begin, and how k gets to its value.
-_NOT_COMPARED_OF_SPIKES = ("start_step", "k_start", "anneal_steps")
+# When spikes begin, how they are trained, and what more may become coarse: no stored tensor depends on these.
+_NOT_COMPARED_OF_SPIKES = (
+    *("start_step", "k_start", "anneal_steps", "momentum", "gradient", "activity"),
+    *("queries", "int8_keys_values", "weights"),
+)
 _NAMES_SHOWN = 3
 
 
@@ -80,6 +83,11 @@ class Weights:
     model: ModelConfig
     vocab_size: int
     tensors: dict[str, StoredTensor]
+
+
+def are_at(path: str | Path) -> bool:
+    """Whether a path is a directory of weights, by its files' names; a run directory and a checkpoint are none."""
+    return (Path(path) / CONFIG_NAME).is_file() and any((Path(path) / name).is_file() for name in (_WHOLE, _INDEX))
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -208,7 +216,7 @@ def check(config: PretrainConfig) -> None:
     # A mixer's section matters only if both models have layers that use it.
     read = _sections(weights.model) & _sections(config.model)
     model = config.model
-    if not weights.model.spiking.layers:
+    if not weights.model.spiking.is_used:
         # A model of floats may learn to spike.
         model = replace(model, spiking=weights.model.spiking)
     differing = differences(_compared(weights.model, read), _compared(model, read))
@@ -243,7 +251,7 @@ def check_spiking(config: PretrainConfig) -> None:
     Raises:
         ConfigError: a pattern matches none.
     """
-    if not config.model.spiking.layers:
+    if not config.model.spiking.is_used:
         return
     from models.decoder import shapes
 
@@ -411,7 +419,7 @@ def _drawn(model: "Decoder", weights: Weights) -> list[str]:
     """The tensors of neurons where the weights are those of a model without spikes; else none."""
     from models.spiking import missing_tensors
 
-    return [] if weights.model.spiking.layers else missing_tensors(model, weights.tensors)
+    return [] if weights.model.spiking.is_used else missing_tensors(model, weights.tensors)
 
 
 def _kept(model: "Decoder") -> dict[str, "Tensor"]:
