@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable, save
+from kernels.autograd import compresses, derive, once_differentiable, save
 from kernels.backend import resolve
+from kernels.quantization import pack_signs, unpack_signs
 from kernels.shapes import block_limit
 from kernels.triton import implementations
 
@@ -72,6 +73,15 @@ def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
     return _SwiGLUPacked.apply(gate_up)
 
 
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0) of a floating tensor.
+
+    Where activations are compressed, backward reads one exact bit of each element in place of a rounded output, of
+    which the smallest positive ones would be 0.
+    """
+    return _ReLU.apply(x)
+
+
 def _rows(x: Tensor) -> Tensor:
     """Reshape x [..., F] to [N, F]."""
     return x.reshape(-1, x.shape[-1])
@@ -91,6 +101,11 @@ def _forward_rows(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     return out_NF
 
 
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up in their shape, contiguous."""
+    return _forward_rows(_rows(gate), _rows(up)).view(gate.shape)
+
+
 def _backward_rows(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF: Tensor, grad_up_NF: Tensor) -> None:
     """Write both gradients to grad_gate and grad_up: d up = g silu(gate), d gate = g up silu'(gate)."""
     rows = _block_rows(gate_NF)
@@ -102,13 +117,37 @@ def _backward_rows(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, grad_gate_NF
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
 
 
+class _ReLU(torch.autograd.Function):
+    """`relu`: saves its output, or its signs in one bit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.relu(x)
+        ctx.packed = compresses()
+        if ctx.packed:
+            save(ctx, indices=(pack_signs(out),))
+        else:
+            save(ctx, activations=(out,))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (kept,) = ctx.saved_tensors
+        if ctx.packed:
+            return grad * unpack_signs(kept, grad.shape[-1])
+        return torch.ops.aten.threshold_backward(grad, kept, 0)
+
+
 class _SwiGLU(torch.autograd.Function):
     """`swiglu`: saves its inputs."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         save(ctx, activations=(gate, up))
-        return _forward_rows(_rows(gate), _rows(up)).view(gate.shape)
+        out = _forward(gate, up)
+        derive(out, _forward, (gate, up))
+        return out
 
     @staticmethod
     @once_differentiable

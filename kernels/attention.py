@@ -15,6 +15,7 @@ Backends, all differentiable; only the reference materialises [T, T] scores:
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_sharded import attention_sharded
-from kernels.autograd import once_differentiable, save
+from kernels.autograd import derive, once_differentiable, save
 from kernels.backend import resolve
 from kernels.documents import Documents, sequences_in, takes_cu_seqlens
 from kernels.matmul import batched_matmul
@@ -226,10 +227,18 @@ def _by_document(dense: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, 
     q_documents, k_documents, v_documents = (x.split(lengths, dim=1) for x in (q, k, v))
     outputs: dict[int, Tensor] = {}
     for documents in by_length.values():
-        batch = (torch.cat([x[i] for i in documents]) for x in (q_documents, k_documents, v_documents))
+        batch = [torch.cat([x[i] for i in documents]) for x in (q_documents, k_documents, v_documents)]
+        for of_length, x in zip(batch, (q, k, v)):
+            derive(of_length, partial(_documents_of, lengths=lengths, documents=documents), (x,))
         for document, output in zip(documents, dense(*batch).unbind(0)):
             outputs[document] = output
     return torch.cat([outputs[document] for document in range(len(lengths))])[None]
+
+
+def _documents_of(x: Tensor, lengths: Sequence[int], documents: Sequence[int]) -> Tensor:
+    """Some documents of x [1, T, H, K], all of one length: [documents, length, H, K]."""
+    parts = x.split(lengths, dim=1)
+    return torch.cat([parts[i] for i in documents])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import derive, once_differentiable
 from kernels.documents import Documents
 
 
@@ -99,12 +99,16 @@ def _over_heads(
     if sum(key_counts) > key_heads:
         sent_heads = torch.tensor([head for _, keys in split for head in keys], device=k.device)
         k, v = k.index_select(2, sent_heads), v.index_select(2, sent_heads)
-    # split and cat touch every element once in backward too; slicing would sum full-length gradients.
-    by_rank = zip(q.split(query_counts, dim=2), k.split(key_counts, dim=2), v.split(key_counts, dim=2))
-    parts = [torch.cat([x.flatten(2) for x in part], dim=2).flatten() for part in by_rank]
+    parts = _parts_by_rank(q, k, v, query_counts, key_counts)
     sizes = [len(part) for part in parts]
     whole = _Exchange.apply(torch.cat(parts), sizes, [sizes[rank]] * world, group)
 
+    def exchanged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = _parts_by_rank(q, k, v, query_counts, key_counts)
+        return _all_to_all(torch.cat(parts), sizes, [sizes[rank]] * world, group)
+
+    # A rank that compresses stores its own tokens. Backward exchanges what comes back of them.
+    derive(whole, exchanged, (q, k, v))
     queries, keys = split[rank]
     row = world * time
     widths = [len(queries) * key_dim, len(keys) * key_dim, len(keys) * value_dim]
@@ -120,6 +124,13 @@ def _over_heads(
     back = _Exchange.apply(o_PBTX.flatten(), [received[rank]] * world, received, group)
     o_by_rank = [x.view(batch, time, count, value_dim) for x, count in zip(back.split(received), query_counts)]
     return torch.cat(o_by_rank, dim=2)
+
+
+def _parts_by_rank(q: Tensor, k: Tensor, v: Tensor, query_counts: list[int], key_counts: list[int]) -> list[Tensor]:
+    """The heads that each rank gets, of q, k and v together, flat."""
+    # split and cat touch every element once in backward too; slicing would sum full-length gradients.
+    by_rank = zip(q.split(query_counts, dim=2), k.split(key_counts, dim=2), v.split(key_counts, dim=2))
+    return [torch.cat([x.flatten(2) for x in part], dim=2).flatten() for part in by_rank]
 
 
 def _read_by(queries: range, keys: range, groups: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,23 @@
 A Function's forward saves tensors with `save`, which states each tensor's role. A saved-tensor hook reads the role with
 `role_of`. A hook that stores activations in fewer bits must leave weights, statistics and indices alone, and dtypes do
 not tell them apart. Our backwards are computed by hand and not recorded, so differentiating one is an error.
+
+Some outputs can be recomputed from tensors that the operation saves anyway: a norm's output from its input and its
+statistics. The operation says so with `derive`. A hook that compresses then stores nothing for such an output.
 """
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _Backward = TypeVar("_Backward", bound=Callable[..., Any])
 
@@ -39,6 +45,79 @@ class Role(Enum):
     STATISTIC = "statistic"
     INDEX = "index"
 
+
+class Extent(NamedTuple):
+    """The stretch of a storage that a tensor's elements fill, in any order of its dimensions.
+
+    Attributes:
+        storage: Its identity, which no other storage gets while a weak reference to it is held.
+        first: The first element.
+        numel: Number of elements.
+        version: How often the storage had been written to.
+    """
+
+    storage: int
+    first: int
+    numel: int
+    version: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Extent":
+        """The stretch from x's first element on."""
+        return cls(x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x._version)
+
+
+class Geometry(NamedTuple):
+    """How a tensor lies in its storage."""
+
+    extent: Extent
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Geometry":
+        """Of a tensor."""
+        return cls(Extent.of(x), x.shape, x.stride())
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a tensor is made again: function(*inputs, *constants).
+
+    Attributes:
+        extent: Of the tensor.
+        function: Gives it, contiguous; without a gradient.
+        inputs: Activations, which need not exist any more: how they lay, and themselves as long as others need them.
+        constants: Weights and statistics.
+    """
+
+    extent: Extent
+    function: Callable[..., Tensor]
+    inputs: tuple[tuple[Geometry, weakref.ref[Tensor]], ...]
+    constants: tuple[Tensor, ...]
+
+
+@dataclass
+class Notes:
+    """What is said of tensors while what is saved of them is compressed.
+
+    Attributes:
+        recipes: By storage.
+        labels: Tensors that have a name in their module, by storage.
+        storages: Weak references, so that no address comes again.
+    """
+
+    recipes: dict[int, Recipe] = field(default_factory=dict)
+    labels: dict[int, tuple[str, weakref.ref[Tensor]]] = field(default_factory=dict)
+    storages: list[StorageWeakRef] = field(default_factory=list)
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep their storages' addresses from coming again, but not their memory."""
+        self.storages += [StorageWeakRef(x.untyped_storage()) for x in tensors]
+
+
+_NOTES: ContextVar[Notes | None] = ContextVar("notes", default=None)
+_EXACT: ContextVar[bool] = ContextVar("exact", default=False)
 
 _Named = tuple[tuple[weakref.ref[Tensor], Role], ...]
 # Set by the latest call of `name`. torch calls the hooks right after the forward that saved, in the same thread.
@@ -68,6 +147,56 @@ def name(named: Iterable[tuple[Tensor | None, Role]]) -> None:
     _NAMED.set(tuple((weakref.ref(x), role) for x, role in named if x is not None))
 
 
+@contextmanager
+def noting(notes: Notes | None) -> Iterator[None]:
+    """In here `derive` and `label` write to these notes; None: nowhere."""
+    token = _NOTES.set(notes)
+    try:
+        yield
+    finally:
+        _NOTES.reset(token)
+
+
+def compresses() -> bool:
+    """Whether activations that are saved now will be compressed."""
+    return _NOTES.get() is not None
+
+
+def derive(y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor], *constants: Tensor) -> None:
+    """Say that y, contiguous, is function(*inputs, *constants), to the last bit, if anybody asks.
+
+    The inputs are activations that backward keeps for another reason, or that are themselves derived; one that is not
+    is stored in y's place, if it still exists. A y that shares its storage with one of them needs no recipe.
+    """
+    if (notes := _NOTES.get()) is None or not y.is_contiguous():
+        return
+    if y.untyped_storage()._cdata in {x.untyped_storage()._cdata for x in inputs}:
+        return
+    notes.hold(y, *inputs)
+    extent = Extent.of(y)
+    # Detached: ZeRO 3 takes a parameter's values away between its module's forward and backward.
+    values = tuple(x.detach() for x in constants)
+    known = tuple((Geometry.of(x), weakref.ref(x)) for x in inputs)
+    notes.recipes[extent.storage] = Recipe(extent, function, known, values)
+
+
+def label(**tensors: Tensor) -> None:
+    """Name tensors in the module that runs, where the order in which they, or parts of them, are saved may differ."""
+    if (notes := _NOTES.get()) is not None:
+        notes.hold(*tensors.values())
+        notes.labels |= {x.untyped_storage()._cdata: (name, weakref.ref(x)) for name, x in tensors.items()}
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """In here what torch's own operations save counts as a statistic: decays, write strengths and their inputs."""
+    token = _EXACT.set(True)
+    try:
+        yield
+    finally:
+        _EXACT.reset(token)
+
+
 def role_of(tensor: Tensor) -> Role:
     """Return the role of a tensor that a saved-tensor hook packs: as named, or else derived from autograd's metadata.
 
@@ -80,7 +209,7 @@ def role_of(tensor: Tensor) -> Role:
             return role
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return Role.INDEX
-    if not tensor.requires_grad:
+    if _EXACT.get() or not tensor.requires_grad:
         return Role.STATISTIC
     # A linear layer saves the transpose of its weight, a view of a leaf. A Function's output may also be a view of a
     # leaf, but of one that requires no gradient.

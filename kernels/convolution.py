@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable, save
+from kernels.autograd import derive, once_differentiable, save
 from kernels.backend import resolve
 from kernels.documents import Documents, sequences_in, takes_cu_seqlens, to_device
 from kernels.indices import host_numbers
@@ -172,6 +172,23 @@ def _head_backward(
     return d_windows[:, :past].to(state_NWD.dtype)
 
 
+def _convolve(x: Tensor, state_NWD: Tensor, weight: Tensor, activation: str | None, heads: _Heads) -> Tensor:
+    """The convolution of rows x `[B * T, D]`, contiguous, in x's dtype."""
+    taps = _taps(weight, x)
+    past = len(taps) - 1
+    y = torch.empty_like(x)
+    for begin, end in _slabs(*x.shape):
+        # Each slab also reads the W - 1 rows before it.
+        before = min(begin, past)
+        z = _shifted_sum(x[begin - before : end].to(taps.dtype), taps, before)
+        y[begin:end] = F.silu(z, inplace=True) if activation else z
+    # Overwrite the first W - 1 rows of each sequence, which the shifted sum computed from the preceding sequence.
+    if past:
+        z = _head_sum(_head_windows(x, state_NWD.to(taps.dtype), heads), taps)[heads.sequence, heads.token]
+        y[heads.rows] = (F.silu(z) if activation else z).to(y.dtype)
+    return y
+
+
 class _CausalConv(torch.autograd.Function):
     """Saves its inputs; the backward recomputes z slab by slab."""
 
@@ -180,19 +197,10 @@ class _CausalConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, state_NWD: Tensor, activation: str | None, sequences: Documents
     ) -> Tensor:
         heads = sequences.made(_find_heads, weight.shape[1], x.device)
-        taps = _taps(weight, x)
-        past = len(taps) - 1
-        y = torch.empty_like(x)
-        for begin, end in _slabs(*x.shape):
-            # Each slab also reads the W - 1 rows before it.
-            before = min(begin, past)
-            z = _shifted_sum(x[begin - before : end].to(taps.dtype), taps, before)
-            y[begin:end] = F.silu(z, inplace=True) if activation else z
-        # Overwrite the first W - 1 rows of each sequence, which the shifted sum computed from the preceding sequence.
-        if past:
-            z = _head_sum(_head_windows(x, state_NWD.to(taps.dtype), heads), taps)[heads.sequence, heads.token]
-            y[heads.rows] = (F.silu(z) if activation else z).to(y.dtype)
+        y = _convolve(x, state_NWD, weight, activation, heads)
         save(ctx, activations=(x, state_NWD), weights=(weight,))
+        # Cheaper than to store y in 8 bits: W multiply-adds an element.
+        derive(y, partial(_convolve, activation=activation, heads=heads), (x, state_NWD), weight)
         ctx.activation, ctx.heads = activation, heads
         return y
 

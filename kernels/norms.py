@@ -11,13 +11,14 @@ With n = x · rstd and g the gradient of n, all three share one backward:
 Statistics are float32 (float64 for float64 inputs). Each Function saves its inputs and one number per row.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import once_differentiable, save
+from kernels.autograd import derive, once_differentiable, save
 from kernels.backend import resolve
 from kernels.shapes import block_limit
 from kernels.triton import LARGEST_ROW, implementations
@@ -177,23 +178,29 @@ def _block_rows(x: Tensor) -> int:
     return max(1, min(rows, block_limit(_BLOCK_ELEMENTS) // x.shape[-1]) if x.is_cpu else rows)
 
 
+def _scaled(x: Tensor, rstd_N1: Tensor, weight: Tensor) -> Tensor:
+    """X · rstd · weight, contiguous, in x's shape and dtype."""
+    x_ND, scale = _rows(x), _widen(weight)
+    out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+    rows = _block_rows(x)
+    for block, rstd, out in zip(x_ND.split(rows), rstd_N1.split(rows), out_ND.split(rows)):
+        if out.dtype == scale.dtype:
+            torch.mul(block, rstd, out=out).mul_(scale)
+        else:
+            out.copy_(_widen(block).mul_(rstd).mul_(scale))
+    return out_ND.view(x.shape)
+
+
 class _RMSNorm(torch.autograd.Function):
     """`rms_norm`: saves x, weight and rstd [N, 1]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_ND = _rows(x)
-        rstd_N1 = _inverse_norm(x_ND, eps, x.shape[-1])
-        out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        scale = _widen(weight)
-        rows = _block_rows(x)
-        for block, rstd, out in zip(x_ND.split(rows), rstd_N1.split(rows), out_ND.split(rows)):
-            if out.dtype == scale.dtype:
-                torch.mul(block, rstd, out=out).mul_(scale)
-            else:
-                out.copy_(_widen(block).mul_(rstd).mul_(scale))
+        rstd_N1 = _inverse_norm(_rows(x), eps, x.shape[-1])
+        out = _scaled(x, rstd_N1, weight)
         save(ctx, activations=(x,), weights=(weight,), statistics=(rstd_N1,))
-        return out_ND.view(x.shape)
+        derive(out, _scaled, (x,), rstd_N1, weight)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -217,23 +224,29 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
+def _gated(x: Tensor, gate: Tensor, rstd_N1: Tensor, weight: Tensor, activation: Activation) -> Tensor:
+    """X · rstd · weight · act(gate), contiguous, in x's shape and dtype."""
+    x_ND, scale = _rows(x), _widen(weight)
+    out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+    act = F.silu if activation == "silu" else torch.sigmoid
+    rows = _block_rows(x)
+    tensors = (x_ND, _rows(gate), rstd_N1, out_ND)
+    for block, gate_block, rstd, out in zip(*(tensor.split(rows) for tensor in tensors)):
+        out.copy_(_widen(block).mul(rstd).mul_(scale).mul_(act(_widen(gate_block))))
+    return out_ND.view(x.shape)
+
+
 class _GatedRMSNorm(torch.autograd.Function):
     """`gated_rms_norm`: saves x, gate, weight and rstd [N, 1]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation) -> Tensor:
-        x_ND, gate_ND = _rows(x), _rows(gate)
-        rstd_N1 = _inverse_norm(x_ND, eps, x.shape[-1])
-        out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
-        scale = _widen(weight)
-        act = F.silu if activation == "silu" else torch.sigmoid
-        rows = _block_rows(x)
-        tensors = (x_ND, gate_ND, rstd_N1, out_ND)
-        for block, gate_block, rstd, out in zip(*(tensor.split(rows) for tensor in tensors)):
-            out.copy_(_widen(block).mul(rstd).mul_(scale).mul_(act(_widen(gate_block))))
+        rstd_N1 = _inverse_norm(_rows(x), eps, x.shape[-1])
+        out = _gated(x, gate, rstd_N1, weight, activation)
         save(ctx, activations=(x, gate), weights=(weight,), statistics=(rstd_N1,))
+        derive(out, partial(_gated, activation=activation), (x, gate), rstd_N1, weight)
         ctx.activation = activation
-        return out_ND.view(x.shape)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -265,19 +278,26 @@ def _gate_terms(gate: Tensor, grad_act: Tensor, activation: Activation) -> tuple
     return act, torch.ops.aten.sigmoid_backward(grad_act, act)
 
 
+def _of_norm_one(x: Tensor, inverse_N1: Tensor) -> Tensor:
+    """X · inverse, contiguous, in x's shape and dtype."""
+    x_NK = _rows(x)
+    out_NK = torch.empty_like(x_NK, memory_format=torch.contiguous_format)
+    rows = _block_rows(x)
+    for block, inverse, out in zip(x_NK.split(rows), inverse_N1.split(rows), out_NK.split(rows)):
+        torch.mul(block, inverse, out=out)
+    return out_NK.view(x.shape)
+
+
 class _L2Norm(torch.autograd.Function):
     """`l2_norm`: saves x and the inverse norm [N, 1]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        x_NK = _rows(x)
-        inverse_N1 = _inverse_norm(x_NK, eps, 1)
-        out_NK = torch.empty_like(x_NK, memory_format=torch.contiguous_format)
-        rows = _block_rows(x)
-        for block, inverse, out in zip(x_NK.split(rows), inverse_N1.split(rows), out_NK.split(rows)):
-            torch.mul(block, inverse, out=out)
+        inverse_N1 = _inverse_norm(_rows(x), eps, 1)
+        out = _of_norm_one(x, inverse_N1)
         save(ctx, activations=(x,), statistics=(inverse_N1,))
-        return out_NK.view(x.shape)
+        derive(out, _of_norm_one, (x,), inverse_N1)
+        return out
 
     @staticmethod
     @once_differentiable

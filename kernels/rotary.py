@@ -7,12 +7,13 @@ t · theta^(-2i/K):
     out_2 = x_2 cos + x_1 sin
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.autograd import once_differentiable, save
+from kernels.autograd import derive, once_differentiable, save
 from kernels.backend import resolve
 from kernels.indices import check_range
 from kernels.shapes import block_limit
@@ -115,7 +116,9 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         save(ctx, statistics=(cos, sin))
-        return _rotate(x, cos, sin, 1)
+        out = _rotate(x, cos, sin, 1)
+        derive(out, partial(_rotate, direction=1), (x,), cos, sin)
+        return out
 
     @staticmethod
     @once_differentiable

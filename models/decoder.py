@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kernels.documents import Documents
 from kernels.matmul import linear
 from kernels.rotary import rotary_tables
+from models.compression import BEGINNING, Origin, Site, TokenRows, running, sharded_modules
 from models.config import MIXERS, SOFTMAX_MIXERS, ModelConfig, branches
 from models.layers import RMSNorm, SwiGLU
 from models.mixers import build_mixer
@@ -32,7 +35,7 @@ from models.parameters import (
     shard,
     zeros,
 )
-from models.saved_activations import EVERYTHING, BlockPolicy, Policy
+from models.saved_activations import EVERYTHING, BlockPolicy, Policy, follow
 from models.spiking import add_neurons
 
 
@@ -44,9 +47,12 @@ class Block(Module):
     """
 
     policy: BlockPolicy = EVERYTHING
+    _sharded: frozenset[str] = frozenset()
 
-    def __init__(self, config: ModelConfig, mixer: str, experts: bool = False) -> None:
+    def __init__(self, config: ModelConfig, layer: int, mixer: str, experts: bool = False) -> None:
         super().__init__()
+        self.layer = layer
+        self._followed: list[RemovableHandle] = []
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = build_mixer(mixer, config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -54,13 +60,20 @@ class Block(Module):
 
     def keep(self, policy: BlockPolicy) -> None:
         """Set the policy for tensors kept for backward."""
-        self.policy = policy
+        self.policy = replace(policy, routed=isinstance(self.ffn, MoELayer))
         if isinstance(self.ffn, MoELayer):
-            self.ffn.policy = policy
+            self.ffn.policy = self.policy
+        while self._followed:
+            self._followed.pop().remove()
+        if policy.compression is not None:
+            self._followed, self._sharded = follow(self), sharded_modules(self)
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D]."""
-        return self.policy.run("block", self._add_both, x, info, cache)
+        if self.policy.compression is None or info.rows is None:
+            return self.policy.run("block", self._add_both, x, info, cache)
+        with running(Site(self.layer, self._sharded, self.groups, info.rows)):
+            return self.policy.run("block", self._add_both, x, info, cache)
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         x = x + self.policy.run("mixer", self._mix, x, info, cache)
@@ -104,7 +117,7 @@ class Decoder(Module):
             self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
         mixers = config.layer_mixers()
         with_experts = config.moe_layers()
-        blocks = {str(i): Block(config, mixers[i], i in with_experts) for i in layers}
+        blocks = {str(i): Block(config, i, mixers[i], i in with_experts) for i in layers}
         self._rotary = [block.mixer.rotary for block in blocks.values()]
         self.layers = nn.ModuleDict(blocks)
         add_neurons(self.layers, config.spiking, is_whole=len(layers) == config.num_layers)
@@ -169,6 +182,7 @@ class Decoder(Module):
         documents: Documents | None = None,
         caches: list[LayerCache] | None = None,
         entering: Tensor | None = None,
+        origin: Origin = BEGINNING,
     ) -> Tensor:
         """Run the embedding, blocks and final norm that this stage holds.
 
@@ -179,11 +193,12 @@ class Decoder(Module):
             documents: The documents packed into the whole row. Requires B = 1.
             caches: One cache per layer, to continue sequences.
             entering: The previous stage's output, for any stage but the first.
+            origin: Where the tokens lie in the batch of the step: the noise of compression depends on it.
 
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
         """
-        infos = self._layer_infos(positions, documents, tokens)
+        infos = self._layer_infos(positions, documents, tokens, origin)
         if self.is_first:
             assert self.embedding is not None, "the first stage has an embedding"
             x = self.embedding(tokens.transpose(0, 1))
@@ -219,7 +234,11 @@ class Decoder(Module):
         return vocabulary_loss(hidden_TBD, self.head_weight, labels, loss_mask, self.groups)
 
     def _layer_infos(
-        self, positions: Tensor, documents: Documents | None, tokens: Tensor | None = None
+        self,
+        positions: Tensor,
+        documents: Documents | None,
+        tokens: Tensor | None = None,
+        origin: Origin = BEGINNING,
     ) -> list[SequenceInfo]:
         """Build each layer's information on the micro-batch. Layers with equal rotary settings share their tables."""
         tables = {rotary: rotary_tables(positions, *rotary) for rotary in set(self._rotary) if rotary is not None}
@@ -229,10 +248,12 @@ class Decoder(Module):
             keys = token_keys(tokens, positions).transpose(0, 1)
             # With sequence parallelism each rank routes its own tokens.
             keys = local_part(keys, self.groups.tensor if self.groups.sequence else None)
+        batch, time = positions.shape
+        rows = TokenRows(origin, batch, time, self.groups.tensor if self.groups.sequence else None)
         infos = []
         for layer, rotary in zip(self.layers, self._rotary, strict=True):
             cos, sin = (None, None) if rotary is None else tables[rotary]
-            infos.append(SequenceInfo(cos, sin, documents, bounds.get(int(layer)), self.groups.context, keys))
+            infos.append(SequenceInfo(cos, sin, documents, bounds.get(int(layer)), self.groups.context, keys, rows))
         return infos
 
 

@@ -11,17 +11,19 @@ reduce-scattered on exit.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import derive, label, once_differentiable
 from kernels.embedding import embedding, sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
 from kernels.moe import permute, unpermute
+from models.compression import numbered, numbers_by_expert, token_numbers
 from models.parameters import Groups, Module, Placement, local_part, normal, zeros
 
 
@@ -69,7 +71,10 @@ def enter_region(x: Tensor, groups: Groups) -> Tensor:
     if groups.sequence:
         from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-        return gather_from_sequence_parallel_region(x, group=groups.tensor)
+        entered: Tensor = gather_from_sequence_parallel_region(x, group=groups.tensor)
+        # Each rank stores its own tokens; backward gathers them again, as Megatron's linear layers do.
+        derive(entered, partial(gather_from_sequence_parallel_region, group=groups.tensor), (x,))
+        return entered
     return _Enter.apply(x, groups.tensor)
 
 
@@ -213,6 +218,7 @@ def apply_experts(
     experts: Callable[[Tensor, Tensor], Tensor],
     dispatcher: Any = None,
     num_rows: int | None = None,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """Dispatch tokens to their experts and combine the results, weighted by the gates.
 
@@ -223,20 +229,43 @@ def apply_experts(
         experts: Applies this rank's experts to rows sorted by expert, given the number of rows for each.
         dispatcher: Result of `token_dispatcher`; None if this rank has all experts.
         num_rows: Sum of the map if the host knows it, which avoids a device-to-host read without a dispatcher.
+        indices: Of this rank's experts in the whole layer, int64; None for the first ones, or the dispatcher's.
 
     Returns:
         [N, D].
     """
+    numbers = token_numbers()
     if dispatcher is None:
         rows, row_gates, row_tokens, counts = permute(x_ND, routing_map_NE, gates_NE, num_rows=num_rows)
-        return unpermute(experts(rows, counts), row_tokens, len(x_ND), row_gates)
-    rows, row_gates = dispatcher.dispatch_preprocess(x_ND, routing_map_NE, gates_NE)
-    rows, row_gates = dispatcher.token_dispatch(rows, row_gates)
-    rows, counts, row_gates = dispatcher.dispatch_postprocess(rows, row_gates)
-    rows = experts(rows, counts.to(rows.device)) * row_gates[:, None]
+        if numbers is not None:
+            indices = torch.arange(len(counts), device=x_ND.device) if indices is None else indices
+            numbers = numbers_by_expert(numbers.to(x_ND.device)[row_tokens], indices, counts)
+        with numbered(numbers):
+            rows = experts(rows, counts)
+            # Not by the order of saving: the exchange saves tensors of its own.
+            label(rows=rows)
+            return unpermute(rows, row_tokens, len(x_ND), row_gates)
+    if numbers is not None:
+        # The same exchange: the dispatcher knows nothing else of which row is whose.
+        numbers_N1, counts, _ = _exchange(dispatcher, numbers[:, None].double(), routing_map_NE, gates_NE.detach())
+        indices = torch.tensor(dispatcher.local_expert_indices)
+        numbers = numbers_by_expert(numbers_N1[:, 0].long(), indices.to(x_ND.device), counts.to(x_ND.device))
+    rows, counts, row_gates = _exchange(dispatcher, x_ND, routing_map_NE, gates_NE)
+    with numbered(numbers):
+        rows = experts(rows, counts.to(rows.device))
+        label(rows=rows)
+        rows = rows * row_gates[:, None]
     combined = dispatcher.token_combine(dispatcher.combine_preprocess(rows.to(x_ND.dtype)))
     y_ND: Tensor = dispatcher.combine_postprocess(combined)
     return y_ND
+
+
+def _exchange(dispatcher: Any, x_ND: Tensor, routing_map_NE: Tensor, gates_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens to the ranks of their experts: rows sorted by expert, how many each has, and their gates."""
+    rows, row_gates = dispatcher.dispatch_preprocess(x_ND, routing_map_NE, gates_NE)
+    rows, row_gates = dispatcher.token_dispatch(rows, row_gates)
+    rows, counts, row_gates = dispatcher.dispatch_postprocess(rows, row_gates)
+    return rows, counts, row_gates
 
 
 class _Replicate(torch.autograd.Function):

@@ -16,28 +16,35 @@ a function of the tokens. Reading the generators' state would cost a copy to the
 torch calls only the innermost saved-tensor hooks. The hooks of this module (`hooks`) pass the tensors they keep to the
 hooks around them. Recomputation, compression and a count of bytes therefore nest in any order, and each sees the
 tensors left by the hooks inside it.
+
+Compression stores each storage once, however many operations save it or a view of it. A tensor that can be recomputed
+from stored ones (kernels.autograd.derive) is not stored: backward recomputes a norm's output from its compressed input
+and exact statistics, and SwiGLU's product from the compressed gate and up.
 """
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, TypeVarTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from kernels.autograd import Role, name, role_of
+from kernels.autograd import Extent, Geometry, Notes, Recipe, Role, derive, name, noting, role_of
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 # 1 in the first run of a recomputed region, 2 in the second, 0 outside of any region.
 _RUN = ContextVar("run", default=0)
+# The modules that run, the innermost last, where their names matter (`follow`).
+_SCOPES: ContextVar[tuple[str, ...]] = ContextVar("scopes", default=())
 
 
 class Kept(NamedTuple):
@@ -52,8 +59,12 @@ class Kept(NamedTuple):
     restore: Callable[..., Tensor]
 
 
-Codec = Callable[[Tensor], Kept]
-"""Encodes an activation in fewer bytes. It must not keep the activation itself, and must not be random."""
+Codec = Callable[[Tensor, str], Kept]
+"""Encodes an activation, contiguous and given with its place in the block, in fewer bytes.
+
+It must not keep the activation itself; to leave it uncompressed it returns `as_it_is`. Random numbers must be a
+function of the place (models.compression), so that recomputation and every layout draw the same.
+"""
 
 
 def as_it_is(x: Tensor) -> Kept:
@@ -65,12 +76,11 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def bfloat16(x: Tensor) -> Kept:
-    """Codec that stores float32 activations as bfloat16 (half the bytes, 8 significant bits) and others unchanged.
+class Compressing(Protocol):
+    """How activations are compressed; models.compression has the one that a run is configured with."""
 
-    The forward's results do not change. Gradients are computed from the rounded activations.
-    """
-    return Kept((x.to(torch.bfloat16),), torch.Tensor.float) if x.dtype == torch.float32 else as_it_is(x)
+    def codec(self) -> Codec | None:
+        """The codec of the block that runs; None to keep activations as they are."""
 
 
 class Saving(Enum):
@@ -97,7 +107,9 @@ class BlockPolicy:
         moe_experts: The routed and shared experts, without the token exchange.
         recompute_above: A routed expert whose number of rows exceeds this multiple of the mean over the rank's experts
             is recomputed on its own. None recomputes no single expert.
-        codec: Codec of the compressed modules.
+        compression: Gives the codec of compressed modules; None compresses nothing. The input of a recomputed region is
+            compressed too, unless the region contains a router.
+        routed: Whether the feed-forward is MoE.
     """
 
     block: Saving = KEEP
@@ -106,11 +118,18 @@ class BlockPolicy:
     moe_activation: Saving = KEEP
     moe_experts: Saving = KEEP
     recompute_above: float | None = None
-    codec: Codec = bfloat16
+    compression: Compressing | None = None
+    routed: bool = False
 
     @classmethod
-    def of_config(cls, recompute: str, modules: Sequence[str] | None, recompute_above: float | None) -> "BlockPolicy":
-        """Build the policy from train.recompute, train.recompute_modules and model.moe.recompute_above.
+    def of_config(
+        cls,
+        recompute: str,
+        modules: Sequence[str] | None,
+        recompute_above: float | None,
+        compression: Compressing | None = None,
+    ) -> "BlockPolicy":
+        """Build the policy of train.recompute, train.recompute_modules, model.moe.recompute_above, train.compression.
 
         Raises:
             ValueError: `recompute` or one of `modules` is unknown.
@@ -122,8 +141,9 @@ class BlockPolicy:
         known = get_args(Part)
         if unknown := [part for part in choices[recompute] if part not in known]:
             raise ValueError(f"train.recompute_modules has {', '.join(unknown)}; a block has {', '.join(known[1:])}")
-        parts: dict[str, Any] = dict.fromkeys(choices[recompute], RECOMPUTE)
-        return cls(recompute_above=recompute_above, **parts)
+        parts: dict[str, Any] = {"block": KEEP if compression is None else COMPRESS}
+        parts |= dict.fromkeys(choices[recompute], RECOMPUTE)
+        return cls(recompute_above=recompute_above, compression=compression, **parts)
 
     def _saving(self, part: Part) -> Saving:
         """Return the part's setting; KEEP if gradients are disabled or an enclosing region is recomputed."""
@@ -140,9 +160,16 @@ class BlockPolicy:
         """Run `function`, the given part of the block, under the policy's setting, and return its result."""
         saving = self._saving(part)
         if saving is RECOMPUTE:
-            return run_region(function, *args)
-        with compressing(self.codec) if saving is COMPRESS else nullcontext():
+            # On rounded tokens a router might choose other experts.
+            routes = part == "moe_activation" or (self.routed and part in ("block", "ffn"))
+            with self._compressing() if part == "block" else nullcontext():
+                return run_region(function, *args, exact=routes)
+        with self._compressing() if saving is COMPRESS else nullcontext():
             return function(*args)
+
+    def _compressing(self) -> AbstractContextManager[None]:
+        codec = None if self.compression is None else self.compression.codec()
+        return nullcontext() if codec is None else compressing(codec)
 
     def run_product(
         self,
@@ -157,9 +184,10 @@ class BlockPolicy:
         activation and the product would run the product again too.
         """
         saving = self._saving("moe_activation")
-        with compressing(self.codec) if saving is COMPRESS else nullcontext():
+        with self._compressing() if saving is COMPRESS else nullcontext():
             given = first(*inputs)
             hidden = second(*given)
+            derive(hidden, second, given)
             if saving is not RECOMPUTE:
                 return product(hidden)
             with _keeping_by_recipe(hidden, second, given):
@@ -191,11 +219,37 @@ def is_recomputing() -> bool:
     return _RUN.get() == 2
 
 
+def follow(block: nn.Module) -> list[RemovableHandle]:
+    """Have a block's modules say when they run, so that `scope_now` knows what saves a tensor; until removed."""
+    handles = []
+    for path, module in block.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(_enter, path)))
+        # Also after an error: the next forward begins anew.
+        handles.append(module.register_forward_hook(_leave, always_call=True))
+    return handles
+
+
+def _enter(path: str, *_: Any) -> None:
+    _SCOPES.set((*_SCOPES.get(), path))
+
+
+def _leave(*_: Any) -> None:
+    _SCOPES.set(_SCOPES.get()[:-1])
+
+
+def scope_now() -> str:
+    """The name in its block of the innermost module that runs."""
+    scopes = _SCOPES.get()
+    return scopes[-1] if scopes else ""
+
+
 @contextmanager
 def _in_run(number: int) -> Iterator[None]:
     token = _RUN.set(number)
     try:
-        yield
+        # Both runs must save alike, and the second is outside of what compresses.
+        with noting(None):
+            yield
     finally:
         _RUN.reset(token)
 
@@ -204,8 +258,10 @@ def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[No
     return _in_run(1), _in_run(2)
 
 
-def run_region(function: Callable[[*Ts], R], *args: *Ts) -> R:
+def run_region(function: Callable[[*Ts], R], *args: *Ts, exact: bool = True) -> R:
     """Return function(*args). If gradients are enabled, keep only the arguments and run it again in backward.
+
+    With exact=False a compressing hook may compress the arguments.
 
     The second run stops at the last tensor that backward needs: the input of the region's last matrix product. The
     tensor-parallel all-reduce after that product does not run again, on any rank. With parallel mixer branches the
@@ -213,18 +269,24 @@ def run_region(function: Callable[[*Ts], R], *args: *Ts) -> R:
     """
     if not torch.is_grad_enabled():
         return function(*args)
+    tensors = [x for x in args if isinstance(x, Tensor)]
     # A statistic is never compressed: from rounded tokens a router might choose other experts.
-    name((x, Role.STATISTIC) for x in args if isinstance(x, Tensor))
+    name((x, Role.STATISTIC if exact or not x.requires_grad else Role.ACTIVATION) for x in tensors)
     output: R = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
     return output
+
+
+def _let_go(x: Tensor) -> Tensor:
+    # Detach: a node that keeps its own output would otherwise form a reference cycle with it. A parameter stays itself,
+    # for ZeRO 3 takes its values away until backward.
+    return x if x.is_leaf else x.detach()
 
 
 def hooks(keep: Callable[[Tensor], Kept]) -> AbstractContextManager[None]:
     """Context in which saved tensors are stored as `keep` returns them, and passed to the enclosing hooks, if any."""
     # torch calls only the innermost hooks, so the enclosing ones are looked up and called here.
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    # Detach: a node that keeps its own output would otherwise form a reference cycle with it.
-    outer_pack, outer_unpack = (Tensor.detach, _same) if outer is None else outer
+    outer_pack, outer_unpack = (_let_go, _same) if outer is None else outer
 
     def pack(x: Tensor) -> tuple[list[Any], Callable[..., Tensor]]:
         kept = keep(x)
@@ -242,37 +304,173 @@ def hooks(keep: Callable[[Tensor], Kept]) -> AbstractContextManager[None]:
 def compressing(codec: Codec) -> Iterator[None]:
     """Context in which saved activations (`kernels.autograd.Role`) are encoded by `codec`, and other tensors kept.
 
-    A tensor that several operations save, directly or as a view, is encoded once. Inside a recomputed region nothing is
-    encoded, because its activations are dropped, or read in backward, immediately.
+    A tensor that several operations save, directly or as a view, is encoded once, and a derived tensor not at all.
+    Inside a recomputed region nothing is encoded: its activations are dropped, or read in backward, immediately.
     """
     if _RUN.get():
         yield
         return
-    once: dict[tuple[Any, ...], tuple[StorageWeakRef, Kept]] = {}
+    compressor = _Compressor(codec)
+    try:
+        with noting(compressor.notes), hooks(compressor.keep):
+            yield
+    finally:
+        compressor.clear()
 
-    def keep(x: Tensor) -> Kept:
+
+class _Compressor:
+    """The hook of `compressing`: what it has stored and what it has been told, until forward is through."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.notes = Notes()
+        self._codec = codec
+        self._stored: dict[Extent, _Stored] = {}
+        self._derived: dict[Recipe, _Stored] = {}
+        self._saved: Counter[str] = Counter()
+
+    def clear(self) -> None:
+        """Forget everything: hooks may live as long as the graph."""
+        self.__init__(self._codec)  # type: ignore[misc]
+
+    def keep(self, x: Tensor) -> Kept:
+        """The hook."""
         repeats = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
         # Encoding an expanded tensor would write out every copy.
         if repeats or role_of(x) is not Role.ACTIVATION:
             return as_it_is(x)
-        storage, contiguous = x.untyped_storage(), x.is_contiguous()
-        layout = (x.numel(),) if contiguous else (x.shape, x.stride())
-        key = storage._cdata, x.storage_offset(), x._version, x.dtype, *layout
-        if key not in once:
-            # The weak reference prevents the address from being reused for another storage.
-            once[key] = StorageWeakRef(storage), codec(x)
-        kept = once[key][1]
-        return Kept(kept.tensors, partial(_reshaped, kept.restore, x.shape)) if contiguous else kept
+        geometry = Geometry.of(x)
+        stored = self._find(geometry.extent) or self._store(x)
+        if stored is None:
+            return as_it_is(x)
+        return Kept(stored.tensors, partial(_view, stored.restore, geometry, stored.first))
 
-    try:
-        with hooks(keep):
-            yield
-    finally:
-        once.clear()
+    def _find(self, extent: Extent) -> "_Stored | None":
+        """What is stored, or what makes it from what is stored."""
+        if extent in self._stored:
+            return self._stored[extent]
+        recipe = self.notes.recipes.get(extent.storage)
+        if recipe is None or extent.version != recipe.extent.version:
+            return self._of_part(extent)
+        if recipe not in self._derived:
+            inputs = [self._find(geometry.extent) or self._of_input(x()) for geometry, x in recipe.inputs]
+            found = [stored for stored in inputs if stored is not None]
+            if len(found) < len(inputs):
+                return self._of_part(extent)
+            self._derived[recipe] = _derived(recipe, found)
+        return self._derived[recipe]
+
+    def _of_part(self, extent: Extent) -> "_Stored | None":
+        """Of a part of a labelled tensor all of it: others save other parts."""
+        _, whole_ref = self.notes.labels.get(extent.storage, ("", None))
+        whole = None if whole_ref is None else whole_ref()
+        if whole is None or whole._version != extent.version or in_storage_order(whole) is None:
+            return None
+        return self._stored.get(Extent.of(whole)) or self._of_input(whole)
+
+    def _of_input(self, x: Tensor | None) -> "_Stored | None":
+        return None if x is None or role_of(x) is not Role.ACTIVATION else self._store(x)
+
+    def _store(self, x: Tensor) -> "_Stored | None":
+        """What the codec makes of it; None if it keeps a part of a storage as it is."""
+        dense = in_storage_order(x)
+        given = x.contiguous() if dense is None else dense
+        kept = self._codec(given, self._place(x))
+        if dense is None:
+            # Its own copy, in a storage like the one it was a part of, which may hold much else.
+            restore = partial(_spread, kept.restore, x.shape, x.stride())
+            stored = _Stored(kept.tensors, _remembering(restore), int(x.storage_offset()))
+            return None if kept.tensors[0] is given else stored
+        stored = _Stored(kept.tensors, _remembering(partial(_flat, kept.restore)), int(x.storage_offset()))
+        self.notes.hold(x)
+        self._stored[Extent.of(x)] = stored
+        return stored
+
+    def _place(self, x: Tensor) -> str:
+        scope = scope_now()
+        label, _ = self.notes.labels.get(x.untyped_storage()._cdata, ("", None))
+        if not label:
+            # By the order in which a module's tensors are saved, which no layout changes.
+            label = str(self._saved[scope])
+            self._saved[scope] += 1
+        return f"{scope}.{label}".lstrip(".")
 
 
-def _reshaped(restore: Callable[..., Tensor], shape: torch.Size, *tensors: Tensor) -> Tensor:
-    return restore(*tensors).view(shape)
+@dataclass(frozen=True)
+class _Stored:
+    """A stretch of a storage from its element `first` on; `restore` gives it flat."""
+
+    tensors: tuple[Tensor, ...]
+    restore: Callable[..., Tensor]
+    first: int
+
+
+def in_storage_order(x: Tensor) -> Tensor | None:
+    """X with its dimensions in the order of the storage: contiguous; None if there are gaps."""
+    strides = x.stride()
+    ordered = x.permute(sorted(range(x.dim()), key=lambda dim: -strides[dim]))
+    return ordered if ordered.is_contiguous() else None
+
+
+def _flat(restore: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return restore(*tensors).view(-1)
+
+
+def _spread(restore: Callable[..., Tensor], shape: torch.Size, stride: tuple[int, ...], *tensors: Tensor) -> Tensor:
+    """A storage with gaps, for a view like the one that was saved."""
+    values = restore(*tensors).view(shape)
+    size = 1 + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
+    flat = values.new_empty(size)
+    flat.as_strided(shape, stride).copy_(values)
+    return flat
+
+
+def _view(restore: Callable[..., Tensor], geometry: Geometry, first: int, *tensors: Tensor) -> Tensor:
+    flat = restore(*tensors)
+    return flat.as_strided(geometry.shape, geometry.stride, geometry.extent.first - first)
+
+
+def _derived(recipe: Recipe, inputs: Sequence[_Stored]) -> _Stored:
+    tensors = tuple(x for stored in inputs for x in stored.tensors)
+    counts = [len(stored.tensors) for stored in inputs]
+
+    def restore(*given: Tensor) -> Tensor:
+        rest = list(given)
+        made = []
+        for stored, (geometry, _), count in zip(inputs, recipe.inputs, counts, strict=True):
+            made.append(_view(stored.restore, geometry, stored.first, *rest[:count]))
+            del rest[:count]
+        return recipe.function(*made, *rest).view(-1)
+
+    return _Stored((*tensors, *recipe.constants), _remembering(restore), recipe.extent.first)
+
+
+# How many restored tensors backward holds at a time. A norm's output is read by each projection that follows it, and a
+# SwiGLU reads gate and up again after the projection that follows it.
+RECENT = 4
+_recent: OrderedDict[object, Tensor] = OrderedDict()
+_backward: list[int] = [-1]
+
+
+def _remembering(restore: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`restore`, which within one backward gives again what it gave a short while ago."""
+    token = object()
+
+    def recall(*tensors: Tensor) -> Tensor:
+        if (task := torch._C._current_graph_task_id()) == -1:
+            return restore(*tensors)
+        if task != _backward[0]:
+            _recent.clear()
+            _backward[0] = task
+            torch.autograd.Variable._execution_engine.queue_callback(_recent.clear)
+        if token not in _recent:
+            made = restore(*tensors)
+            _recent[token] = made
+            while len(_recent) > RECENT:
+                _recent.popitem(last=False)
+        _recent.move_to_end(token)
+        return _recent[token]
+
+    return recall
 
 
 def _keeping_by_recipe(
@@ -288,3 +486,7 @@ def _keeping_by_recipe(
         return Kept(tuple(inputs), partial(_reshaped, function, saved.shape))
 
     return hooks(keep)
+
+
+def _reshaped(function: Callable[..., Tensor], shape: torch.Size, *tensors: Tensor) -> Tensor:
+    return function(*tensors).view(shape)

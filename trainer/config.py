@@ -105,6 +105,54 @@ class DataConfig:
 
 
 @dataclass
+class ModuleCompression:
+    """How the tensors of some modules are stored, where it differs from train.compression.
+
+    Attributes:
+        bits: Of an element; 0 and 16 keep it as it is; null takes train.compression.bits.
+        group: Channels that share a scale; null takes train.compression.group.
+    """
+
+    bits: Literal[0, 4, 8, 16] | None = None
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.group is None or self.group > 0, f"train.compression.modules: group={self.group} must be positive")
+
+
+@dataclass
+class CompressionConfig:
+    """How the activations that backward reads are stored (docs/memory.md). Forward is exact.
+
+    Attributes:
+        bits: Of an element: 8 or 4, stochastically rounded. 16 rounds nothing, but does not store what can be made
+            again from what is stored. 0 turns all of it off.
+        group: Channels of a token that share a scale and an offset, at most: fewer where a tensor-parallel rank's
+            channels are no multiple of them.
+        min_bytes: Smaller tensors of a rank and micro-batch are kept as they are.
+        by_stage: Other bits for the layers of some pipeline stages, by number: early stages hold more micro-batches.
+        modules: Other settings for tensors whose places match a pattern such as "layers.*.ffn.*", where * matches
+            anything; later ones go before earlier ones.
+    """
+
+    bits: Literal[0, 4, 8, 16] = 0
+    group: int = 64
+    min_bytes: int = 4096
+    by_stage: dict[int, Literal[0, 4, 8, 16]] = field(default_factory=dict)
+    modules: dict[str, ModuleCompression] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.group > 0, f"train.compression.group={self.group} must be positive")
+        require(self.min_bytes >= 0, f"train.compression.min_bytes={self.min_bytes} must not be negative")
+        for name in ("modules", "by_stage"):
+            require(
+                self.bits > 0 or not getattr(self, name),
+                f"train.compression.{name} means nothing with train.compression.bits=0; use bits=16 to keep the others "
+                "as they are",
+            )
+
+
+@dataclass
 class TrainConfig:
     """Length, batch size, precision and recomputation.
 
@@ -125,6 +173,7 @@ class TrainConfig:
             In a mixture of experts also parts of ffn: moe_activation (router, and activation between the experts'
             products) or moe_experts (routed and shared experts). null takes mixer, which saves the most memory per
             operation.
+        compression: How the activations that are kept are stored.
         trainable: Patterns of the names of trained parameters, such as "layers.*.mixer.*", where * matches anything.
             All others are frozen: they have no gradient and no optimizer state. Names are those of exported weights.
     """
@@ -138,6 +187,7 @@ class TrainConfig:
     max_skipped_steps: int = 10
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[Literal["mixer", "ffn", "moe_activation", "moe_experts"]] | None = None
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     trainable: list[str] = field(default_factory=lambda: ["*"])
 
     def __post_init__(self) -> None:
@@ -496,6 +546,12 @@ class PretrainConfig:
             "more, or parallel.sequence=false",
         )
         parallel.stage_layers(self.model.num_layers)
+        unknown = sorted(set(self.train.compression.by_stage) - set(range(parallel.pipeline)))
+        require(
+            not unknown,
+            f"train.compression.by_stage has stage {', '.join(map(str, unknown))}, and parallel.pipeline="
+            f"{parallel.pipeline} numbers its stages from 0 to {parallel.pipeline - 1}",
+        )
         parallel.require_divisible(self.model)
         self._check_experts(world_size)
         require(

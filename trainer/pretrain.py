@@ -20,6 +20,7 @@ from trainer.callbacks.metrics import MetricsFile, TensorBoard
 from trainer.callbacks.profiler import Profiler
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.signals import StopOnSignal
+from trainer.compression import check_compression
 from trainer.config import PretrainConfig
 from trainer.data.sources import DataSources, find_sources
 from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
@@ -105,6 +106,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     weights.check_spiking(config)
     weights.check_tensors(config)
     weights.check_trainable(config)
+    check_compression(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
     # Resolves `train.precision: auto` from the continued run, or from the device.

@@ -23,6 +23,7 @@ chunks at once, which leaves two products per chunk in the scan: r and S'. On a 
 cache until they are consumed.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.autograd import derive
 from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention._decays import (
     block_groups,
@@ -143,7 +145,9 @@ class _GatedDeltaRule(Recurrence):
         _, k, v, log_decay, beta = inputs
         heads, dtype = max(x.shape[2] for x in inputs if x is not None), compute_dtype(*inputs)
         key_dim, value_dim = k.shape[-1], v.shape[-1]
-        taught = F.pad(v.repeat_interleave(heads // v.shape[2], dim=2), (0, key_dim))
+        pad = partial(_taught, heads=heads, key_dim=key_dim)
+        taught = pad(v)
+        derive(taught, pad, (v,))
         start = F.pad(torch.eye(key_dim, dtype=dtype, device=k.device), (value_dim, 0))
         start = start.expand(k.shape[0], heads, -1, -1)
         _, state = one_rank(k, k, taught, log_decay, beta, initial_state=start, output_final_state=True)
@@ -157,6 +161,11 @@ class _GatedDeltaRule(Recurrence):
 
         q, k, v, log_decay, beta = inputs
         return chunk_delta_rule(q, k, v, log_decay, beta, initial_state, self.scale, documents)
+
+
+def _taught(v: Tensor, heads: int, key_dim: int) -> Tensor:
+    """The values of every head, beside zeros for the columns of the transition matrix."""
+    return F.pad(v.repeat_interleave(heads // v.shape[2], dim=2), (0, key_dim))
 
 
 def _unit_lower_inverse(strict: Tensor) -> Tensor:

@@ -27,13 +27,14 @@ whole token NaN. Under a given V, which does not depend on other channels, only 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable, save
+from kernels.autograd import compresses, derive, once_differentiable, save
 from kernels.backend import resolve
 from kernels.shapes import block_limit
 from kernels.triton import LARGEST_ROW, implementations
@@ -52,6 +53,8 @@ _LARGEST_COUNT = 1 << 24
 _BLOCK_ELEMENTS = 1 << 17
 # Channels that are summed in float32 first, because summing all of them in float64 costs five times as much.
 _NARROW_SUM = 64
+
+_LARGEST_INT8, _LARGEST_INT4 = 127, 7
 
 _BACKENDS = ("torch", "reference")
 
@@ -306,7 +309,10 @@ class _Spike(torch.autograd.Function):
         if neuron.gradient != "plain" or ctx.needs_input_grad[1]:
             # Backward recomputes the counts. A compressed x could give other counts, so x is saved as a statistic.
             save(ctx, weights=(parameter,), statistics=(x, means_N1))
-        return out_ND.view(x.shape)
+        out = out_ND.view(x.shape)
+        if compresses() and neuron.clips:
+            _derive_from_counts(out, _thresholds(means_N1, wide_parameter), max(-neuron.low, neuron.high))
+        return out
 
     @staticmethod
     @once_differentiable
@@ -330,6 +336,34 @@ class _Spike(torch.autograd.Function):
             total = total.neg_().div_(wide) if neuron.adaptive else _pass(total, wide, *_FREE)
             total = total.to(parameter.dtype)
         return grad_x, total, None, None
+
+
+def _derive_from_counts(out: Tensor, thresholds: Tensor, largest: float) -> None:
+    """Let what compresses store x̂ = s · V, exactly, by its counts in 4 or 8 bits and its thresholds.
+
+    A threshold's multiple divided by it rounds to the count, in bfloat16, too, as long as that is below 2^7.
+    """
+    if largest > _LARGEST_INT8:
+        return
+    counts = torch.empty(_rows(out).shape, dtype=torch.int8, device=out.device)
+    spread = thresholds.expand(len(counts), -1) if thresholds.dim() == 2 else thresholds
+    for block, out_block, *threshold in _blocks(counts, _rows(out), *([spread] if spread.dim() == 2 else [])):
+        block.copy_(torch.div(_widen(out_block), threshold[0] if threshold else spread).round_())
+    pair = largest <= _LARGEST_INT4 and out.shape[-1] % 2 == 0
+    kept = _packed(counts) if pair else counts
+    derive(out, partial(_times_thresholds, shape=out.shape, dtype=out.dtype), (), kept, thresholds)
+
+
+def _packed(counts_ND: Tensor) -> Tensor:
+    """Counts of -7 to 7, those of a row's first half in the lower four bits: uint8 [N, D/2]."""
+    low, high = (counts_ND + 8).view(torch.uint8).chunk(2, dim=1)
+    return low | high << 4
+
+
+def _times_thresholds(kept: Tensor, thresholds: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """S · V of what `_derive_from_counts` keeps."""
+    counts = kept if kept.dtype == torch.int8 else torch.cat((kept & 15, kept >> 4), 1).to(torch.int8) - 8
+    return (counts * thresholds).to(dtype).view(shape)
 
 
 def _backward_block(

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.autograd import derive, label
 from kernels.convolution import causal_conv1d
 from kernels.documents import Documents
+from models.compression import TokenRows
 from models.parameters import Drawing, Groups, Init, Module, Placement
 
 
@@ -28,6 +30,7 @@ class SequenceInfo:
             documents then cover the whole sequence, while all other fields cover this rank's tokens.
         token_keys: Unique keys of the tokens for the routers' noise, int64 [T, B], sharded like the residual stream;
             None without noise.
+        rows: The tokens' numbers in the batch of the step, for the noise of compression.
     """
 
     cos: Tensor | None = None
@@ -36,6 +39,7 @@ class SequenceInfo:
     lower_bound: Tensor | None = None
     group: dist.ProcessGroup | None = None
     token_keys: Tensor | None = None
+    rows: TokenRows | None = None
 
 
 @dataclass
@@ -85,6 +89,13 @@ def split_heads(x_TBD: Tensor, num_heads: int) -> Tensor:
 
 def merge_heads(x_BTHK: Tensor) -> Tensor:
     """Reshape [B, T, H, K] to [T, B, H*K] for the output projection."""
+    merged = _merged(x_BTHK)
+    # Of several rows it is a copy.
+    derive(merged, _merged, (x_BTHK,))
+    return merged
+
+
+def _merged(x_BTHK: Tensor) -> Tensor:
     return x_BTHK.transpose(0, 1).flatten(-2)
 
 
@@ -95,6 +106,8 @@ def run_recurrence(
     cache: LayerCache | None,
 ) -> Tensor:
     """Run a linear-attention kernel. A cache provides the initial state and receives the final one."""
+    # Context-parallel ranks save other tensors before these.
+    label(**{f"input_{place}": x for place, x in enumerate(inputs)})
     o, state = kernel(
         *inputs,
         initial_state=None if cache is None else cache.tensors.get("state"),

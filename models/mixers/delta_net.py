@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kernels.autograd import exact
 from kernels.linear_attention import delta_rule
 from kernels.norms import l2_norm
 from models.config import DeltaNetConfig, GatedDeltaNetConfig, KimiDeltaAttentionConfig, ModelConfig
@@ -57,7 +58,9 @@ class DeltaRuleMixer(Mixer):
 
     def beta(self, x: Tensor) -> Tensor:
         """b_t, float32 [B, T, HV]; doubled if negative eigenvalues are allowed."""
-        return self.beta_scale * self.b_proj(x).float().sigmoid().transpose(0, 1)
+        strength = self.b_proj(x)
+        with exact():
+            return self.beta_scale * strength.float().sigmoid().transpose(0, 1)
 
 
 class DeltaNet(DeltaRuleMixer):

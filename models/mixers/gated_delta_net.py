@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.autograd import exact
 from kernels.linear_attention import gated_delta_rule
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
@@ -53,7 +54,9 @@ class GatedDeltaNet(DeltaRuleMixer):
         """Mix x [T, B, D]."""
         q, k, v = self.queries_keys_values(x, info, cache)
         # float32: decays near 1 lose their digits in bfloat16.
-        log_decay = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        steps = self.a_proj(x)
+        with exact():
+            log_decay = -self.A_log.float().exp() * F.softplus(steps.float() + self.dt_bias.float())
         inputs = q, k, v, log_decay.transpose(0, 1), self.beta(x)
         o = run_recurrence(gated_delta_rule, *inputs, info=info, cache=cache)
         gate = split_heads(self.g_proj(x), self.num_v_heads)

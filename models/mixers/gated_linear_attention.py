@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.autograd import exact
 from kernels.linear_attention import gla
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
@@ -39,7 +40,9 @@ class GatedLinearAttention(Mixer):
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
-        log_decay = F.logsigmoid(self.gk_proj(x).float()) / self.gate_normalizer
+        rates = self.gk_proj(x)
+        with exact():
+            log_decay = F.logsigmoid(rates.float()) / self.gate_normalizer
         inputs = (split_heads(y, self.num_heads) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x), log_decay))
         o = run_recurrence(gla, *inputs, info=info, cache=cache)
         gate = split_heads(self.g_proj(x), self.num_heads)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.autograd import exact
 from kernels.linear_attention import hgrn, hgrn2
 from models.config import ModelConfig
 from models.layers import FullWidthGatedRMSNorm, FullWidthRMSNorm
@@ -30,11 +31,12 @@ def layer_bounds(weights_LD: Tensor) -> list[Tensor | None]:
 
 def bounded_log_decay(f: Tensor, lower_bound_D: Tensor | None) -> Tensor:
     """The log decay log a_t from W_f x_t [..., D], in float32 and without cancellation near 0 or near the bound."""
-    log_sigmoid = F.logsigmoid(f.float())
-    if lower_bound_D is None:
-        return log_sigmoid
-    # log(lb + (1 - lb) sigmoid(f)) as a log-sum-exp.
-    return torch.logaddexp(lower_bound_D.log(), torch.log1p(-lower_bound_D) + log_sigmoid)
+    with exact():
+        log_sigmoid = F.logsigmoid(f.float())
+        if lower_bound_D is None:
+            return log_sigmoid
+        # log(lb + (1 - lb) sigmoid(f)) as a log-sum-exp.
+        return torch.logaddexp(lower_bound_D.log(), torch.log1p(-lower_bound_D) + log_sigmoid)
 
 
 class LowerBoundedMixer(Mixer):
@@ -64,7 +66,9 @@ class HGRN(LowerBoundedMixer):
         """Mix x [T, B, D]."""
         log_decay = bounded_log_decay(self.f_proj(x), self.lower_bound(info))
         # expm1 gives 1 - a without cancellation: the input matters most when the decay is close to 1.
-        entering = (F.silu(self.i_proj(x)) * -torch.expm1(log_decay)).to(x.dtype)
+        entering = F.silu(self.i_proj(x))
+        with exact():
+            entering = (entering * -torch.expm1(log_decay)).to(x.dtype)
         h = run_recurrence(hgrn, entering.transpose(0, 1), log_decay.transpose(0, 1), info=info, cache=cache)
         return self.o_proj(self.g_norm(h.transpose(0, 1), self.g_proj(x)))
 

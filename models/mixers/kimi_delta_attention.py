@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.autograd import exact
 from kernels.linear_attention import gated_delta_rule
 from models.config import ModelConfig
 from models.layers import GatedRMSNorm
@@ -75,8 +76,10 @@ class KimiDeltaAttention(DeltaRuleMixer):
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """The log decay log a_t, float32 [B, T, HV, K]."""
-        steps = split_heads(self.f_proj(x).float() + self.dt_bias.float(), self.num_v_heads)
-        rate_H1 = self.A_log.float().exp()[:, None]
-        if self.gate == "bounded":
-            return self.min_log_decay * torch.sigmoid(rate_H1 * steps)
-        return -rate_H1 * F.softplus(steps)
+        rates = self.f_proj(x)
+        with exact():
+            steps = split_heads(rates.float() + self.dt_bias.float(), self.num_v_heads)
+            rate_H1 = self.A_log.float().exp()[:, None]
+            if self.gate == "bounded":
+                return self.min_log_decay * torch.sigmoid(rate_H1 * steps)
+            return -rate_H1 * F.softplus(steps)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention
+from kernels.autograd import label
 from kernels.quantization.int8 import decode_int8, encode_int8
 from kernels.rotary import apply_rotary
 from models.config import ModelConfig
@@ -53,6 +54,7 @@ class FullAttention(Mixer):
             k, v = self._extend(cache, k, v)
         elif self.int8 is not None:
             k, v = self.int8(k), self.int8(v)
+        label(q=q, k=k, v=v)
         o = attention(q, k, v, window=self.window, documents=info.documents, group=info.group)
         return self.o_proj(merge_heads(o))
 

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.activations import relu
+from kernels.autograd import exact
 from kernels.linear_attention import gla, hgrn2
 from models.config import ModelConfig
 from models.layers import RMSNorm
@@ -66,10 +68,12 @@ class SpikingBrainGLA(_ConvertedAttention):
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Mix x [T, B, D]."""
-        q = split_heads(F.relu(self.q_proj(x)), self.num_heads)
-        k = split_heads(F.relu(self.k_proj(x)), self.num_kv_heads)
+        q = split_heads(relu(self.q_proj(x)), self.num_heads)
+        k = split_heads(relu(self.k_proj(x)), self.num_kv_heads)
         v = split_heads(self.v_proj(x), self.num_kv_heads)
-        log_decay = F.logsigmoid(self.gk_proj(x).float()) / self.gate_normalizer
+        rates = self.gk_proj(x)
+        with exact():
+            log_decay = F.logsigmoid(rates.float()) / self.gate_normalizer
         o = run_recurrence(gla, q, k, v, split_heads(log_decay, self.num_kv_heads), info=info, cache=cache)
         return self.o_proj(merge_heads(self.g_norm(o)))
 
@@ -87,6 +91,8 @@ class SpikingBrainTiedGLA(_ConvertedAttention):
         q = split_heads(self.q_proj(x).sigmoid(), self.num_heads)
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         # log(1 - sigmoid(k)) = logsigmoid(-k), without the rounding of 1 - k.
-        log_decay = split_heads(F.logsigmoid(-self.k_proj(x).float()), self.num_kv_heads)
+        keys = self.k_proj(x)
+        with exact():
+            log_decay = split_heads(F.logsigmoid(-keys.float()), self.num_kv_heads)
         o = run_recurrence(hgrn2, q, v, log_decay, info=info, cache=cache)
         return self.o_proj(merge_heads(self.g_norm(o)))

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kernels.activations import swiglu
+from kernels.activations import relu, swiglu
 from kernels.moe import grouped_linear
 from kernels.shapes import has_values
+from models.compression import selected
 from models.config import ModelConfig
 from models.moe.router import Router, Routing
 from models.parallel import (
@@ -38,7 +39,7 @@ _GATED: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]
 }
 _PLAIN: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]] = {
     "gelu": (lambda up: (up,), F.gelu),
-    "relu_squared": (lambda up: (F.relu(up),), torch.square),
+    "relu_squared": (lambda up: (relu(up),), torch.square),
 }
 
 
@@ -183,7 +184,8 @@ class MoELayer(Module):
 
         sent_map = routing_map_NE.index_fill(1, places, False)
         sent = apply_experts(x_ND, gates_NE, sent_map, run_others, self.dispatcher)
-        kept = apply_experts(x_ND, gates_NE.index_select(1, places), routing_map_NE.index_select(1, places), run_copies)
+        own_gates, own_map = gates_NE.index_select(1, places), routing_map_NE.index_select(1, places)
+        kept = apply_experts(x_ND, own_gates, own_map, run_copies, indices=places)
         return sent + kept
 
     def _run(self, experts: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -201,8 +203,10 @@ class MoELayer(Module):
         busy_E, busy_N, others_N = find_busy(tokens_per_expert_E, len(rows_ND), above, mean)
         if not len(busy_N):
             return self._run(experts, rows_ND, tokens_per_expert_E)
-        kept = self._run(experts, rows_ND.index_select(0, others_N), tokens_per_expert_E * ~busy_E)
-        again = run_region(experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E)
+        with selected(others_N):
+            kept = self._run(experts, rows_ND.index_select(0, others_N), tokens_per_expert_E * ~busy_E)
+        with selected(busy_N):
+            again = run_region(experts, rows_ND.index_select(0, busy_N), tokens_per_expert_E * busy_E, exact=False)
         # index_copy would save its source for backward.
         return torch.cat([kept, again]).index_select(0, torch.cat([others_N, busy_N]).argsort())
 

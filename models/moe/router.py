@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.autograd import derive
 from kernels.moe import dense_to_sparse_gate, top_k_gate
 from kernels.moe.routing import largest
 from models.auxiliary_loss import add_loss
@@ -102,7 +103,10 @@ class Router(Module):
 
         token_keys, int64 [T, B], identify tokens for the noise. Without them there is no noise.
         """
-        logits = F.linear(x_TBD.flatten(0, 1).float(), self.weight.float())
+        x_ND = x_TBD.flatten(0, 1)
+        wide = x_ND.float()
+        derive(wide, Tensor.float, (x_ND,))
+        logits = F.linear(wide, self.weight.float())
         training = self.training and torch.is_grad_enabled()
         temperature = self._temperature()
         if not self.config.is_spawned(self.step):

@@ -197,6 +197,10 @@ def test_ranks_and_micro_batches_share_one_global_batch(data, world, micro):
     assert len(batches) == 8 // micro
     np.testing.assert_array_equal(torch.cat([batch.tokens for batch in batches], 1).reshape(8, 16), rows[:, :-1])
     np.testing.assert_array_equal(torch.cat([batch.labels for batch in batches], 1).reshape(8, 16), rows[:, 1:])
+    # Tokens are numbered in the batch of the step, for noise that no layout changes.
+    origins = [batch.origin for batch in batches]
+    assert [(origin.step, origin.first) for origin in origins] == [(5, 16 * micro * i) for i in range(8 // micro)]
+    assert [batches[0].part(rank, 2).origin.offset for rank in range(2)] == [0, 8 * micro]
 
 
 def test_batch_sizes_regroup_the_same_samples(data):

@@ -251,3 +251,17 @@ def test_a_process_of_its_own_lists_the_benchmarks_or_refuses(arguments, code):
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == (code != 0)
     assert ("train_step" in done.stdout) == (code == 0)
+
+
+def test_memory_counts_what_is_kept(tmp_path):
+    model, path = tmp_path / "model.yaml", tmp_path / "result.json"
+    model.write_text(
+        "{num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, attention: {num_heads: 2, num_kv_heads: 2}}"
+    )
+    options = ["--models", f"[{model}]", "--precisions", "[fp32]", "--policies", "[16 bits, 8 bits]"]
+    _bench("memory", *options, "--tokens", "256", "--rounds", "1", "--json", str(path))
+    lines = json.loads(path.read_text())
+    assert [line["unit"] for line in lines] == ["MB", "MB", "s"] * 2
+    exact, rounded = lines[0], lines[3]
+    assert "cosine of the gradients 1.000000" in exact["note"]
+    assert rounded["ours"] < exact["ours"] < exact["peer"] == rounded["peer"]

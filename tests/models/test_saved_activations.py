@@ -1,7 +1,9 @@
 """What backward keeps: hooks in any nesting, compression of activations alone, a policy for each block."""
 
 import itertools
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -20,9 +22,9 @@ from models.saved_activations import (
     KEEP,
     RECOMPUTE,
     BlockPolicy,
+    Kept,
     Policy,
     as_it_is,
-    bfloat16,
     compressing,
     hooks,
     run_region,
@@ -30,6 +32,21 @@ from models.saved_activations import (
 from tests.helpers import VOCABULARY, draw_tokens, tiny_model_config
 
 ROWS, WIDTH = 24, 16
+
+
+def bfloat16(x, place=""):
+    """A codec that keeps float32 activations as bfloat16: half the bytes, eight bits of mantissa."""
+    return Kept((x.to(torch.bfloat16),), torch.Tensor.float) if x.dtype == torch.float32 else as_it_is(x)
+
+
+@dataclass(frozen=True)
+class Every:
+    """A policy's compression that stores everything by one codec."""
+
+    store: Callable = bfloat16
+
+    def codec(self):
+        return self.store
 
 
 class Count:
@@ -88,10 +105,11 @@ def compressed():
     return compressing(bfloat16)
 
 
-# x, what the norm gives, gate, up and their product; and a float32 for each row. Half of the activations' bytes.
+# x, what the norm gives, gate, up and their product; and a float32 for each row. Compressed half of the bytes of x,
+# gate and up: the others are derived from them.
 ACTIVATIONS = ROWS * WIDTH * 4 * (2 + 3 * 2)
 OF_WEIGHTS = WIDTH * 4 + 3 * 2 * WIDTH * WIDTH * 4
-FULL, HALF = ACTIVATIONS + ROWS * 4, ACTIVATIONS // 2 + ROWS * 4
+FULL, HALF = ACTIVATIONS + ROWS * 4, ROWS * WIDTH * 4 * (1 + 2 * 2) // 2 + ROWS * 4
 
 
 def test_hooks_see_what_those_within_them_keep():
@@ -165,7 +183,7 @@ def _sines(x):
 def test_a_tensor_is_compressed_once_also_by_its_views():
     seen = []
 
-    def codec(x):
+    def codec(x, place):
         seen.append(x.shape)
         return bfloat16(x)
 
@@ -186,13 +204,13 @@ def test_what_is_expanded_is_left_alone():
 
 
 def test_without_gradients_no_codec_runs():
-    def refuse(x):
+    def refuse(x, place):
         raise AssertionError("nothing is kept here")
 
     config = tiny_model_config(num_layers=1)
     model = Decoder(config, VOCABULARY)
     initialize(model, 1)
-    model.keep(Policy(BlockPolicy(block=COMPRESS, mixer=COMPRESS, codec=refuse)))
+    model.keep(Policy(BlockPolicy(block=COMPRESS, mixer=COMPRESS, compression=Every(refuse))))
     tokens = draw_tokens(1, 8)
     with torch.no_grad():
         model(tokens, torch.arange(8)[None])
@@ -225,7 +243,9 @@ def test_every_policy_of_a_mixture_of_experts(activation):
     everything, y, gradients = moe_results(EVERYTHING, activation=activation)
     choices = KEEP, RECOMPUTE, COMPRESS
     for block, experts, between, above in itertools.product((KEEP, COMPRESS), choices, choices, (None, 0.9)):
-        policy = BlockPolicy(block=block, moe_experts=experts, moe_activation=between, recompute_above=above)
+        policy = BlockPolicy(
+            block=block, moe_experts=experts, moe_activation=between, recompute_above=above, compression=Every()
+        )
         kept, output, others = moe_results(policy, activation=activation)
         assert torch.equal(output, y), policy
         if COMPRESS not in (block, experts, between):
@@ -252,9 +272,11 @@ def test_blocks_keep_what_is_said_of_them():
         return sizes
 
     everything, recomputed = kept(Policy()), kept(Policy(BlockPolicy(block=RECOMPUTE)))
-    compressed = kept(Policy(BlockPolicy(block=COMPRESS)))
+    compressed = kept(Policy(BlockPolicy(block=COMPRESS, compression=Every())))
     assert all(a > b > c for a, b, c in zip(everything, compressed, recomputed, strict=True))
-    mixed = kept(Policy(EVERYTHING, {1: BlockPolicy(block=RECOMPUTE), 2: BlockPolicy(block=COMPRESS)}))
+    mixed = kept(
+        Policy(EVERYTHING, {1: BlockPolicy(block=RECOMPUTE), 2: BlockPolicy(block=COMPRESS, compression=Every())})
+    )
     assert mixed == [everything[0], recomputed[1], compressed[2]]
     # A stage of a pipeline goes by the numbers in the whole model.
     stage = Decoder(tiny_model_config(num_layers=3), VOCABULARY, range(1, 3))

@@ -56,7 +56,7 @@ def batches(config, step, rank, ranks, vocab=VOCAB):
     size = train.micro_batch_size
     rows = range(rank * size, train.global_batch_size, ranks * size)
     packed = config.data.document_mask
-    made = [make_batch(samples[i : i + size], EOD, packed, mask[i : i + size]) for i in rows]
+    made = [make_batch(samples[i : i + size], EOD, packed, mask[i : i + size], step=step, first_sample=i) for i in rows]
     # Some 0 and some below it, as advantages are; of tokens alone, so that every layout has the same.
     return [
         replace(batch, extra={"advantages": (37 * batch.labels % 11 - 3) / 5, "ones": torch.ones_like(batch.loss_mask)})

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
+from models.compression import Compression
 from models.config import MixerLayoutConfig
 from models.decoder import Decoder, initialize
-from models.saved_activations import COMPRESS, EVERYTHING, RECOMPUTE, BlockPolicy, Policy
+from models.saved_activations import COMPRESS, EVERYTHING, KEEP, RECOMPUTE, BlockPolicy, Policy
 from tests.parity.worker import VOCAB
 from tests.processes import ROOT, finish, run_ranks, start
 from trainer.cli import from_mapping
@@ -288,9 +289,31 @@ def test_what_is_compressed_is_planned_to_the_byte():
     config = configuration(values(experts={"num_experts": 4, "router": {"top_k": 4}})).model
     config = replace(config, num_layers=1, mixers=MixerLayoutConfig(pattern="full_attention"))
     run = dry_run(config, VOCAB, torch.float32)
-    compressed = BlockPolicy(block=COMPRESS)
-    for policy in (compressed, BlockPolicy(mixer=RECOMPUTE, ffn=COMPRESS), replace(compressed, moe_experts=RECOMPUTE)):
+    compressed = BlockPolicy(block=COMPRESS, compression=Compression(min_bytes=0))
+    parts = replace(compressed, block=KEEP, mixer=RECOMPUTE, ffn=COMPRESS)
+    for policy in (compressed, parts, replace(compressed, moe_experts=RECOMPUTE), replace(compressed, block=RECOMPUTE)):
         assert run.kept(0, Cut(), 64, policy) == kept_by_block(config, policy, 64) < run.kept(0, Cut(), 64, EVERYTHING)
+
+
+def test_stages_and_modules_are_compressed_as_configured():
+    """Early stages hold more micro-batches, and may store them in fewer bits; the report has every layer's bytes."""
+    settings = {"bits": 8, "group": 16, "min_bytes": 0}
+    eight = planned(values({"pipeline": 2}, compression=settings))
+    staged = planned(values({"pipeline": 2}, compression=settings | {"by_stage": {0: 4}}))
+    whole = planned(values({"pipeline": 2}))
+    assert not whole.by_layer and [plain for plain, _ in eight.by_layer] == [plain for plain, _ in staged.by_layer]
+    pairs = list(zip(staged.by_layer, eight.by_layer, strict=True))
+    assert all(ours < theirs for (_, ours), (_, theirs) in pairs[:2])
+    assert all(ours == theirs for (_, ours), (_, theirs) in pairs[2:])
+    for stage, more in ((0, True), (1, False)):
+        kept, of_eight = (plan.stages[stage].activations["none"] for plan in (staged, eight))
+        assert (kept < of_eight) is more and of_eight < whole.stages[stage].activations["none"]
+    assert "compressed" in describe(staged) and "compressed" not in describe(whole)
+    # What is said of a module goes before what is said of its stage.
+    finer = planned(values({"pipeline": 2}, compression=settings | {"by_stage": {0: 4}, "modules": {"*": {"bits": 8}}}))
+    assert finer.by_layer == eight.by_layer
+    with pytest.raises(ValueError, match="by_stage has stage 2"):
+        planned(values({"pipeline": 2}, compression=settings | {"by_stage": {2: 4}}))
 
 
 def test_slow_networks_are_charged_to_those_who_cross_them():
@@ -369,6 +392,12 @@ LAPTOP = ("--config", "configs/pretrain/laptop.yaml", "--cluster", "configs/clus
         (("--parallel.tensor", "3"), "world size 2 does not divide"),
         (("--json", "nowhere/plan.json"), "nowhere is no directory"),
         (("--train.recompute", "selective", "--train.recompute_modules", "[norm]"), "train.recompute_modules"),
+        (("--train.compression.bits", "5"), "train.compression.bits"),
+        (("--train.compression.bits", "8", "--train.compression.group", "0"), "train.compression.group=0 must be"),
+        (
+            ("--train.compression.bits", "8", "--train.compression.modules", "{layers.*.fnn.*: {bits: 4}}"),
+            "train.compression.modules: no module's tensors match 'layers.*.fnn.*'",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):

@@ -162,14 +162,16 @@ def test_all_checkpoints_damaged_are_refused_and_set_aside_on_request(tiny_data,
     assert {path: path.read_bytes() for path in moved} == moved
 
 
-def test_stopped_at_any_step(tiny_data, tmp_path, monkeypatch):
-    """Every step of a short run is once the last before a stop."""
+@pytest.mark.parametrize("bits", [0, 8])
+def test_stopped_at_any_step(tiny_data, tmp_path, monkeypatch, bits):
+    """Every step of a short run is once the last before a stop; also with what is rounded at random."""
     from dataclasses import replace
 
     from trainer import pretrain
+    from trainer.config import CompressionConfig
     from trainer.loop import Trainer
 
-    config = in_process_config(tiny_data, tmp_path / "whole")
+    config = in_process_config(tiny_data, tmp_path / "whole", compression=CompressionConfig(bits, min_bytes=0))
     assert pretrain.run(config, "") == 0
     whole = trajectory(tmp_path / "whole")
     original = Trainer._step

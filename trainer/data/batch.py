@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kernels.documents import Documents
+from models.compression import Origin
 from trainer.data.layout import NO_END
 
 
@@ -27,6 +28,7 @@ class Batch:
         loss_mask: float32 `[B, T]`, 1 where the label counts; 0 for padding and repeated context.
         positions: int64 `[B, T]`, from 0 in each document (packed) or in each row.
         documents: Bounds of the row's documents, on the host; None if rows are not packed.
+        origin: Where the tokens lie in the batch of their step.
         extra: Further inputs of an objective by name, each `[B, T]` and aligned with `labels`.
     """
 
@@ -35,6 +37,7 @@ class Batch:
     loss_mask: torch.Tensor
     positions: torch.Tensor
     documents: Documents | None
+    origin: Origin = field(default_factory=Origin)
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def part(self, rank: int, ranks: int) -> Batch:
@@ -47,6 +50,7 @@ class Batch:
             labels=self.labels[:, own],
             loss_mask=self.loss_mask[:, own],
             positions=self.positions[:, own],
+            origin=self.origin.part(size, self.tokens.shape[1], rank),
             extra={name: tensor[:, own] for name, tensor in self.extra.items()},
         )
 
@@ -56,13 +60,13 @@ class Batch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return Batch(
-            move(self.tokens),
-            move(self.labels),
-            move(self.loss_mask),
-            move(self.positions),
-            self.documents,
-            {name: move(tensor) for name, tensor in self.extra.items()},
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            labels=move(self.labels),
+            loss_mask=move(self.loss_mask),
+            positions=move(self.positions),
+            extra={name: move(tensor) for name, tensor in self.extra.items()},
         )
 
 
@@ -88,7 +92,13 @@ def document_borders(tokens: np.ndarray, eod_id: int) -> np.ndarray:
 
 
 def make_batch(
-    samples: np.ndarray, eod_id: int | None, document_mask: bool = True, loss_mask: np.ndarray | None = None
+    samples: np.ndarray,
+    eod_id: int | None,
+    document_mask: bool = True,
+    loss_mask: np.ndarray | None = None,
+    *,
+    step: int = 0,
+    first_sample: int = 0,
 ) -> Batch:
     """Build a micro-batch from samples.
 
@@ -97,6 +107,8 @@ def make_batch(
         eod_id: the end-of-document token; required with `document_mask`.
         document_mask: pack the rows and record the document bounds.
         loss_mask: float32 `[B, T]`; all ones by default.
+        step: of training.
+        first_sample: the number of the first sample in the batch of the step.
 
     Raises:
         ValueError: if `document_mask` is set without an `eod_id`.
@@ -108,19 +120,20 @@ def make_batch(
     rows, length = samples.shape[0], samples.shape[1] - 1
     tokens = np.ascontiguousarray(samples[:, :-1])
     labels = np.ascontiguousarray(samples[:, 1:])
+    origin = Origin(step, first_sample * length)
     mask = np.ones((rows, length), np.float32) if loss_mask is None else np.ascontiguousarray(loss_mask, np.float32)
     if not document_mask:
         # Copied, because broadcast_to gives a read-only view, which torch.from_numpy warns about.
         positions = np.broadcast_to(np.arange(length), (rows, length)).copy()
-        return _batch((tokens, labels, mask, positions), None)
+        return _batch((tokens, labels, mask, positions), None, origin)
     assert eod_id is not None
     borders = document_borders(tokens, eod_id)
     lengths = np.diff(borders)
     positions = np.arange(rows * length) - np.repeat(borders[:-1], lengths)
     packed = tuple(array.reshape(1, -1) for array in (tokens, labels, mask, positions))
-    return _batch(packed, Documents(tuple(borders.tolist())))
+    return _batch(packed, Documents(tuple(borders.tolist())), origin)
 
 
-def _batch(arrays: tuple[np.ndarray, ...], documents: Documents | None) -> Batch:
+def _batch(arrays: tuple[np.ndarray, ...], documents: Documents | None, origin: Origin) -> Batch:
     tokens, labels, loss_mask, positions = map(torch.from_numpy, arrays)
-    return Batch(tokens, labels, loss_mask, positions, documents)
+    return Batch(tokens, labels, loss_mask, positions, documents, origin)

@@ -216,9 +216,18 @@ class Sampler:
                 f"train.global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
                 f"{micro_batch_size} times {world} data-parallel ranks"
             )
-        rows = self.samples(step, rank * share, (rank + 1) * share)
-        cuts = (rows[start : start + micro_batch_size] for start in range(0, share, micro_batch_size))
-        return [make_batch(cut, self.eod_id, self.document_mask) for cut in cuts]
+        first = rank * share
+        rows = self.samples(step, first, first + share)
+        return [
+            make_batch(
+                rows[start : start + micro_batch_size],
+                self.eod_id,
+                self.document_mask,
+                step=step,
+                first_sample=first + start,
+            )
+            for start in range(0, share, micro_batch_size)
+        ]
 
     def epochs(self, step: int) -> list[float]:
         """Number of epochs of each source that the steps before `step` have read."""

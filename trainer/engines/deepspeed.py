@@ -66,7 +66,7 @@ class LossModel(nn.Module):
         self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Apply the objective to a micro-batch, given the frozen models' outputs for it."""
-        hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.documents)
+        hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.documents, origin=batch.origin)
         return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups, frozen), batch)
 
 

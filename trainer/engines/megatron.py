@@ -75,7 +75,9 @@ class Stage(nn.Module):
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the hidden states of a micro-batch that the next stage, or the head, reads."""
-        return self.part.hidden_states(batch.tokens, batch.positions, batch.documents, entering=self._entering)
+        return self.part.hidden_states(
+            batch.tokens, batch.positions, batch.documents, entering=self._entering, origin=batch.origin
+        )
 
     def forward(
         self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from models.config import ModelConfig
-from models.saved_activations import BlockPolicy, Policy
+from models.saved_activations import Policy
+from trainer.compression import block_policy
 from trainer.config import EngineConfig, OptimConfig, ParallelConfig, PretrainConfig, RunConfig, TrainConfig
 from trainer.phases import trained_in_any
 from trainer.run_directory import starts_anew
@@ -67,7 +68,7 @@ class EngineSpec:
             train.seed,
             train.micro_batch_size,
             train.global_batch_size,
-            Policy(BlockPolicy.of_config(train.recompute, train.recompute_modules, config.model.moe.recompute_above)),
+            Policy(block_policy(config)),
             config.checkpoint.init,
             # Judged by file names alone. trainer.pretrain refuses to continue if no checkpoint is found later.
             not starts_anew(config),

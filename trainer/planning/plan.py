@@ -1,13 +1,14 @@
 """The memory and messages of every pipeline stage of a layout, and the time of a step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from models.parameters import matches
-from models.saved_activations import EVERYTHING, KEEP, RECOMPUTE, BlockPolicy
-from trainer.config import PretrainConfig
+from models.saved_activations import EVERYTHING, RECENT, RECOMPUTE, BlockPolicy
+from trainer.compression import block_policy, compression
+from trainer.config import CompressionConfig, PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
 
@@ -36,24 +37,20 @@ def choices(config: PretrainConfig) -> dict[str, BlockPolicy]:
     Keys are written as `none`, `full` or `selective [mixer, ffn]`.
     """
     above = config.model.moe.recompute_above
-    compared = [BlockPolicy.of_config(recompute, modules, above) for recompute, modules in _CHOICES]
+    stored = compression(config)
+    compared = [BlockPolicy.of_config(recompute, modules, above, stored) for recompute, modules in _CHOICES]
     if not config.model.moe.num_experts:
         compared = [choice for choice in compared if RECOMPUTE not in (choice.moe_activation, choice.moe_experts)]
-    own = _own(config)
+    own = block_policy(config)
     # Insert it before `full`, which saves the most memory and stays last.
     compared[-1:] = [*([] if own in compared else [own]), compared[-1]]
     return {_written(choice): choice for choice in compared}
 
 
-def _own(config: PretrainConfig) -> BlockPolicy:
-    train = config.train
-    return BlockPolicy.of_config(train.recompute, train.recompute_modules, config.model.moe.recompute_above)
-
-
 def _written(choice: BlockPolicy) -> str:
     modules = [module for module in _MODULES if getattr(choice, module) is RECOMPUTE]
     if choice.block is RECOMPUTE or not modules:
-        return "none" if choice.block is KEEP else "full"
+        return "full" if choice.block is RECOMPUTE else "none"
     return f"selective [{', '.join(modules)}]"
 
 
@@ -120,6 +117,8 @@ class Plan:
         seconds: Time of a step.
         utilization: Model FLOPs utilization: the model's operations over the peak of all devices in that time.
         tokens_per_second: Throughput of one device.
+        by_layer: Bytes of a micro-batch that each layer keeps on a rank without train.compression, and with it. Empty
+            without it.
     """
 
     config: PretrainConfig
@@ -131,11 +130,12 @@ class Plan:
     seconds: float
     utilization: float
     tokens_per_second: float
+    by_layer: list[tuple[float, float]]
 
     @property
     def recompute(self) -> str:
         """The configuration's own policy, as a key of `choices`."""
-        return _written(_own(self.config))
+        return _written(block_policy(self.config))
 
     def memory(self, choice: str | None = None) -> float:
         """Bytes on the fullest device under a recomputation policy; None takes the configuration's."""
@@ -273,7 +273,23 @@ class Planner:
             seconds=seconds,
             utilization=flops / (seconds * cluster.ranks * cluster.peak(train.precision)),
             tokens_per_second=tokens / (seconds * cluster.ranks),
+            by_layer=self._by_layer(config),
         )
+
+    def _by_layer(self, config: PretrainConfig) -> list[tuple[float, float]]:
+        own = block_policy(config)
+        if own.compression is None:
+            return []
+        train = replace(config.train, compression=CompressionConfig())
+        plain, rows = block_policy(replace(config, train=train)), train.micro_batch_size
+        cut_to, tokens = _cut(config), _tokens(config)
+        return [
+            (
+                rows * self._run.kept(self._run.kinds[layer], cut_to, tokens, plain),
+                rows * self._run.kept(self._like(config, layer), cut_to, tokens, own),
+            )
+            for layer in range(config.model.num_layers)
+        ]
 
     def _layer_flops(self, layers: range, seq_len: int) -> float:
         return sum(sum(self._run.flops(self._run.kinds[layer], seq_len)) for layer in layers)
@@ -310,7 +326,7 @@ class Planner:
         cut_to, tokens, rows = _cut(config), _tokens(config), config.train.micro_batch_size
         before, after = self._run.ends(cut_to, rows * tokens)
         kept = self._run.tables(layers, tokens) + sum(
-            self._run.kept(self._run.kinds[layer], cut_to, tokens, choice) for layer in layers
+            self._run.kept(self._like(config, layer), cut_to, tokens, choice) for layer in layers
         )
         kept = rows * kept + (before.kept if layers.start == 0 else 0)
         is_last = layers.stop == self._model.num_layers
@@ -318,7 +334,7 @@ class Planner:
 
     def _sent_by_layers(self, config: PretrainConfig, chunks: list[range]) -> dict[str, float]:
         """Bytes that the layers send per row of a micro-batch, by group."""
-        cut_to, tokens, own = _cut(config), _tokens(config), _own(config)
+        cut_to, tokens, own = _cut(config), _tokens(config), block_policy(config)
         before, after = self._run.ends(cut_to, tokens)
         sent = [self._run.sent(self._run.kinds[layer], cut_to, tokens, own) for layers in chunks for layer in layers]
         sent += [before.sent] if chunks[0].start == 0 else []
@@ -326,13 +342,22 @@ class Planner:
         return dict(zip(("tensor", "context", "expert"), map(sum, zip(*sent, strict=True)), strict=True))
 
     def _again(self, config: PretrainConfig, layers: range, choice: BlockPolicy) -> float:
-        """Bytes, per row, that the largest recomputed part keeps while its backward runs."""
+        """Bytes, per row, that the largest recomputed part keeps while its backward runs, or that backward restores."""
         cut_to, tokens = _cut(config), _tokens(config)
-        kinds = {self._run.kinds[layer] for layer in layers}
+        if _written(choice) == "none":
+            widest = max(self._model.hidden_size, self._model.ffn_hidden_size // cut_to.tensor)
+            item = 2 if self._bf16 else 4
+            return 0.0 if choice.compression is None else float(RECENT * tokens * widest * item)
+        kinds = {self._like(config, layer) for layer in layers}
         whole, left = (
             {kind: self._run.kept(kind, cut_to, tokens, policy) for kind in kinds} for policy in (EVERYTHING, choice)
         )
         return max(whole[kind] - left[kind] for kind in kinds)
+
+    def _like(self, config: PretrainConfig, layer: int) -> int:
+        """The first layer that keeps the same: with rules by layer each is its own."""
+        compression = config.train.compression
+        return layer if compression.modules or compression.by_stage else self._run.kinds[layer]
 
     def _boundaries(self, chunks: list[range]) -> int:
         """Number of times per row that a stage sends the residual stream, or its gradient, to another stage."""
@@ -343,7 +368,7 @@ class Planner:
     def _operations(self, config: PretrainConfig, layers: range) -> float:
         """Operations per row on one rank, including recomputation."""
         train, parallel = config.train, config.parallel
-        choice, total = _own(config), 0.0
+        choice, total = block_policy(config), 0.0
         # The plan assumes balanced experts, so with a limit below the mean all of them are recomputed.
         experts = choice.recompute_above is not None and choice.recompute_above < 1
         for layer in layers:

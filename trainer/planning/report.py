@@ -73,12 +73,24 @@ def describe(plan: Plan) -> str:
             "",
             table(["GB sent in a step", *numbers], sent) if sent else "nothing is sent",
             "",
+            *_compressed(plan),
             f"step: {plan.seconds:.3g} s, {plan.tokens_per_second:.0f} tokens/s a device, "
             f"{100 * plan.utilization:.1f} % of peak, bubble {100 * plan.bubble:.1f} % "
             f"(assuming {100 * cluster.efficiency:.0f} % of peak while computing, and nothing sent meanwhile)",
             verdict(plan),
         ]
     )
+
+
+def _compressed(plan: Plan) -> list[str]:
+    """What train.compression saves of each layer; nothing without it."""
+    if not plan.by_layer:
+        return []
+    rows = [
+        [str(layer), f"{plain / 1e6:.3g}", f"{kept / 1e6:.3g}", f"{100 * (1 - kept / plain):.1f}"]
+        for layer, (plain, kept) in enumerate(plan.by_layer)
+    ]
+    return [table(["layer", "MB of a micro-batch", "compressed", "saved, %"], rows), ""]
 
 
 def _activations(stage: Stage, choice: str) -> float:
@@ -131,6 +143,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
             }
             for stage in plan.stages
         ],
+        "by_layer": plan.by_layer,
         "memory": plan.memory(),
         "budget": plan.cluster.budget,
         "fits": plan.fits,

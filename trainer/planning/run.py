@@ -3,6 +3,7 @@
 import sys
 import warnings
 
+from trainer.compression import check_compression
 from trainer.data.sources import find_sources
 from trainer.phases import to_plan
 from trainer.planning.config import PlanConfig
@@ -18,6 +19,7 @@ def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
     """
     # mcore warns at import that TransformerEngine and Apex are missing, and uses deprecated names of collectives.
     warnings.simplefilter("ignore")
+    check_compression(config)
     planner = Planner(config, config.model.padded_vocab_size(_vocab_size(config)))
     return search(config, planner, _say) if all_layouts else [planner.plan(phase) for phase in to_plan(config)]
 
