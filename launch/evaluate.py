@@ -2,6 +2,7 @@
 
 spiketrain evaluate --checkpoint runs/laptop --data data/stdlib-bpe4096 --split test
 spiketrain evaluate --checkpoint runs/laptop --data README.md
+spiketrain evaluate --checkpoint runs/laptop --spiking true --raster spikes.png
 """
 
 import glob
@@ -9,10 +10,11 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from models.config import SpikingConfig
 from trainer.cli import entry
 from trainer.data.layout import info_of_prefix, resolve_prefix, tokenizer_sha256
 from trainer.data.text import read_utf8
@@ -20,6 +22,7 @@ from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.data.dataset import EvaluationStream
+    from trainer.spiking_evaluation import Comparison
     from trainer.stored.inference import LoadedModel
 
 
@@ -39,6 +42,10 @@ class EvaluateConfig:
         tokenizer: Use this tokenizer instead of the checkpoint's.
         device: cpu or cuda; auto takes CUDA if available.
         json: Write the figures to this file.
+        spiking: Compare the model with spikes to the same weights without: loss, sparsity and energy, by layer
+            (docs/spiking.md). The figures of the model are then those with spikes.
+        neurons: Neurons to evaluate in place of the checkpoint's; a checkpoint without takes those of the report.
+        raster: Draw spikes of the first windows into this file, .png or .svg.
     """
 
     checkpoint: str = "runs/laptop"
@@ -51,6 +58,9 @@ class EvaluateConfig:
     tokenizer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     json: str | None = None
+    spiking: bool = False
+    neurons: SpikingConfig = field(default_factory=SpikingConfig)
+    raster: str | None = None
 
     def __post_init__(self) -> None:
         if not Path(self.checkpoint).is_dir():
@@ -61,6 +71,7 @@ class EvaluateConfig:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise ConfigError(f"json: the directory of {self.json} does not exist; make it first")
+        self._check_spiking()
         if not is_indexed(self.data):
             files = text_files(self.data)
             if not files:
@@ -69,6 +80,12 @@ class EvaluateConfig:
                 )
             if not any(path.stat().st_size for path in files):
                 raise ConfigError(f"data: {self.data} holds no text; name files that are not empty")
+
+    def _check_spiking(self) -> None:
+        if self.raster is not None and Path(self.raster).suffix not in (".png", ".svg"):
+            raise ConfigError(f"raster: {self.raster} must end in .png or .svg")
+        if not self.spiking and (self.raster is not None or self.neurons != SpikingConfig()):
+            raise ConfigError("raster and neurons are of the model with spikes; add --spiking true")
 
 
 def is_indexed(path: str) -> bool:
@@ -147,6 +164,35 @@ def open_stream(config: EvaluateConfig, loaded: "LoadedModel", texts: list[str])
     return stream
 
 
+def chosen_neurons(config: EvaluateConfig) -> SpikingConfig:
+    """The neurons of the model to evaluate.
+
+    Raises:
+        ConfigError: the checkpoint has no usable ones, or lacks what these need.
+    """
+    from trainer.spiking_evaluation import choose
+    from trainer.stored.inference import open_checkpoint
+
+    stored = open_checkpoint(config.checkpoint)
+    return choose(stored.model.spiking, stored.last_step, config.neurons)
+
+
+def open_comparison(config: EvaluateConfig, loaded: "LoadedModel") -> "Comparison":
+    """Compare a model with spikes, which this begins to count, to the same weights without."""
+    from trainer.spiking_evaluation import Comparison
+    from trainer.stored.inference import load_model
+
+    device = loaded.model.head_weight.device
+    return Comparison(loaded.model, load_model(loaded.path, device, config.tokenizer, SpikingConfig()).model)
+
+
+def finite(values: Any) -> Any:
+    """Values as JSON has them: without NaN and infinities, which become null."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
 def main(config: EvaluateConfig) -> None:
     """Load the model, run over every window once with a progress bar, and print bits per byte."""
     # Read the texts before importing torch and loading the model: a file may be invalid.
@@ -162,16 +208,20 @@ def main(config: EvaluateConfig) -> None:
 
     keep_freed_memory()
     device = choose_device(config.device)
-    loaded = load_model(config.checkpoint, device, config.tokenizer)
+    neurons = chosen_neurons(config) if config.spiking else None
+    loaded = load_model(config.checkpoint, device, config.tokenizer, neurons)
     tokenizer = loaded.require_tokenizer()
     check_tokenizer(config, loaded)
     stream = open_stream(config, loaded, texts)
+    comparison = open_comparison(config, loaded) if config.spiking else None
     token_bytes, sums, start = tokenizer.token_bytes(), EvaluationSums(), time.perf_counter()
     with torch.no_grad():
         for batch in track(stream, total=len(stream), description="evaluating", console=CONSOLE, transient=True):
             moved = batch.to(device)
             loss, _ = loaded.model(moved.tokens, moved.positions, moved.documents, moved.labels, moved.loss_mask)
             sums += EvaluationSums.of([batch], float(loss), token_bytes)
+            if comparison is not None:
+                comparison.add(moved)
     own_bytes = sum(len(text.encode()) for text in texts)
     # A lossy tokenizer would make the text look shorter, so bits per byte are relative to the files' own size.
     if texts and own_bytes != sums.text_bytes:
@@ -183,7 +233,7 @@ def main(config: EvaluateConfig) -> None:
         sums = replace(sums, text_bytes=float(own_bytes))
     if sums.text_bytes == 0:
         raise ConfigError(f"data: the tokens of {config.data} stand for no text; use the tokenizer that made them")
-    result = {
+    result: dict[str, Any] = {
         "checkpoint": str(loaded.path),
         "data": config.data,
         "tokens": int(sums.tokens),
@@ -197,13 +247,13 @@ def main(config: EvaluateConfig) -> None:
         result |= bits_per_byte_of_compressors(text.encode())
     for name, value in result.items():
         print(f"{name:>18}: {value:.4f}" if isinstance(value, float) else f"{name:>18}: {value}")
+    if comparison is not None:
+        result["spiking"] = comparison.result(sums)
+        comparison.print_table(result["spiking"])
+        if config.raster:
+            comparison.draw(Path(config.raster))
     if config.json:
-        # JSON has no NaN.
-        known = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in result.items()
-        }
-        Path(config.json).write_text(json.dumps(known, indent=1) + "\n")
+        Path(config.json).write_text(json.dumps(finite(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.cli import entry
 from trainer.curves import read_metrics, smooth
 from trainer.errors import ConfigError
+from trainer.figures import pyplot, save
 
 
 @dataclass
@@ -35,15 +36,7 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> None:
     """Plot training loss and validation bits per byte over tokens."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("matplotlib is not installed; pip install 'spiketrain[dev]'") from error
-    # Agg draws without a display.
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for run in config.runs:
         steps, evaluations = read_metrics(run)
         tokens_at = {line["step"]: line["tokens"] / 1e6 for line in steps}
@@ -63,7 +56,7 @@ def main(config: ReportConfig) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.2)
         axes.legend(frameon=False)
-    figure.savefig(config.output, dpi=130)
+    save(figure, Path(config.output), dpi=130)
     print(config.output)
 
 

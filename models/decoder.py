@@ -36,7 +36,7 @@ from models.parameters import (
     zeros,
 )
 from models.saved_activations import EVERYTHING, BlockPolicy, Policy, follow
-from models.spiking import add_neurons
+from models.spiking import Order, add_neurons, in_order
 
 
 class Block(Module):
@@ -77,20 +77,26 @@ class Block(Module):
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         x = x + self.policy.run("mixer", self._mix, x, info, cache)
-        return x + self.policy.run("ffn", self._feed_forward, x, info.token_keys)
+        return x + self.policy.run("ffn", self._feed_forward, x, info, cache)
 
     def _mix(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
-        mixed: Tensor = self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
+        with in_order(_order(info, cache)):
+            mixed: Tensor = self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
         return mixed
 
-    def _feed_forward(self, x: Tensor, token_keys: Tensor | None) -> Tensor:
+    def _feed_forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         normed = self.ffn_norm(x)
         fed: Tensor
-        if isinstance(self.ffn, MoELayer):
-            fed = self.ffn(normed, token_keys)
-        else:
-            fed = self.ffn(enter_region(normed, self.groups))
+        with in_order(_order(info, cache)):
+            if isinstance(self.ffn, MoELayer):
+                fed = self.ffn(normed, info.token_keys)
+            else:
+                fed = self.ffn(enter_region(normed, self.groups))
         return fed
+
+
+def _order(info: SequenceInfo, cache: LayerCache | None) -> Order:
+    return Order(info.documents, info.group, None if cache is None else cache.tensors)
 
 
 class Decoder(Module):

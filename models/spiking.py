@@ -18,6 +18,8 @@ averages, which an engine updates after a step from sums over all micro-batches 
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,9 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.autograd import once_differentiable
+from kernels.documents import Documents
 from kernels.quantization.int8 import fake_int8, fake_int8_weight
 from kernels.shapes import has_values
-from kernels.spiking import spike
+from kernels.spiking import delta_changes, delta_levels, delta_spike, float_counts, spike
 from kernels.spiking.neuron import LEAST_THRESHOLD, mean_abs
 from models.auxiliary_loss import add_loss
 from models.config import SpikingConfig
@@ -59,6 +62,39 @@ class _Last:
     def is_of(self, x: Tensor) -> bool:
         """Whether these are the spikes of x: not of an earlier content, nor without the gradient that is asked for."""
         return self.x is x and self.version == x._version and self.recorded == torch.is_grad_enabled()
+
+    def has_content_of(self, x: Tensor) -> bool:
+        """Whether x is the same memory: ZeRO 3 gives each layer an alias of its input."""
+        same = self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
+        return same and self.version == x._version
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which tokens of a micro-batch follow each other.
+
+    Attributes:
+        documents: Those packed into the row; None if every row is one sequence.
+        group: Context-parallel ranks, which hold consecutive shards of the sequence; None if this rank has all of it.
+        states: What neurons carry from token to token in generation, by name; None outside of it.
+    """
+
+    documents: Documents | None
+    group: dist.ProcessGroup | None
+    states: dict[str, Tensor] | None
+
+
+_ORDER: ContextVar[Order | None] = ContextVar("order", default=None)
+
+
+@contextmanager
+def in_order(order: Order) -> Iterator[None]:
+    """In here neurons know which tokens follow each other; also in what runs again, if that is in here."""
+    token = _ORDER.set(order)
+    try:
+        yield
+    finally:
+        _ORDER.reset(token)
 
 
 class Scheduled(Module):
@@ -113,6 +149,8 @@ class Neuron(Scheduled):
         is_ready: Whether moving averages have begun. Until then, in the first step, thresholds are adaptive.
         statistics: Sums of |x| since the start of the step, float64 [1] or [D], and at the end the number of summands
             of each; None if nobody collects them, or nobody needs them.
+        name: Of the input, unique in the layer.
+        observer: Gets the counts [..., D] of every input once, while there are spikes (models.spiking_statistics).
         log_k: Logarithm of a learned k, which keeps k positive, float32 [1].
         magnitude: Moving average of mean|x|, float32 [1].
         magnitudes: That of each channel, float32 [D].
@@ -128,6 +166,8 @@ class Neuron(Scheduled):
     is_split: ClassVar[bool] = False
     is_ready: bool = False
     loss_scale: float = 1.0
+    name: str = ""
+    observer: Callable[[Tensor], None] | None = None
 
     def __init__(self, config: SpikingConfig, channels: int, repeats: bool = False) -> None:
         super().__init__(config)
@@ -177,8 +217,35 @@ class Neuron(Scheduled):
             "group": self.groups.tensor if self.is_split else None,
         }
 
+    def _observer_of(self, x: Tensor) -> Callable[[Tensor], None] | None:
+        """Who wants the counts of x, and has not got them for another layer that reads it."""
+        known = self._last is not None and self._last.has_content_of(x)
+        return None if known or is_recomputing() else self.observer
+
     def _fire(self, x: Tensor) -> Tensor:
-        return spike(x, gradient=self.config.gradient, **self.count_options())
+        options = self.count_options()
+        if self.config.code == "delta" and "threshold" in options:
+            return self._fire_changes(x, options)
+        if (observer := self._observer_of(x)) is not None:
+            observer(float_counts(x, **options)[0])
+        return spike(x, gradient=self.config.gradient, **options)
+
+    def _fire_changes(self, x_TBD: Tensor, options: dict[str, Any]) -> Tensor:
+        """What a receiver of temporal-delta spikes holds; only a dead zone lets it depend on earlier tokens."""
+        order, zone = _ORDER.get(), self.config.dead_zone
+        assert order is not None, "a block says which tokens follow each other"
+        x_BTD, bounds = x_TBD.transpose(0, 1), options["count_range"]
+        common: dict[str, Any] = {"threshold": options["threshold"], "dead_zone": zone, "count_range": bounds}
+        state = None if order.states is None else order.states.get(self.name)
+        place: dict[str, Any] = {"initial_state": state, "documents": order.documents, "group": order.group}
+        if (observer := self._observer_of(x_TBD)) is not None:
+            levels_BTD, _ = delta_levels(x_BTD, **common, **place)
+            observer(delta_changes(levels_BTD, **place).transpose(0, 1))
+        keeps = bool(zone) and order.states is not None
+        y_BTD, last = delta_spike(x_BTD, gradient=self.config.gradient, output_final_state=keeps, **common, **place)
+        if order.states is not None and last is not None:
+            order.states[self.name] = last
+        return y_BTD.transpose(0, 1)
 
     def _activity_loss(self, x: Tensor) -> Tensor:
         """The loss of a micro-batch, a sum over tokens, or this rank's share of it.
@@ -284,19 +351,19 @@ def add_neurons(layers: nn.ModuleDict, config: SpikingConfig, is_whole: bool) ->
         is_whole: Whether these are all blocks, among which every pattern must find something.
 
     Raises:
-        ValueError: a pattern matches no linear layer.
+        ValueError: a pattern matches no linear layer, or routed experts would get changes.
     """
     if not config.layers:
         return
     owners = [(f"layers.{name}", module) for name, module in layers.named_modules() if isinstance(module, Module)]
-    found = [(owner, list(_inputs(path, owner))) for path, owner in owners]
+    found = [(owner, path, list(_inputs(path, owner))) for path, owner in owners]
     if is_whole:
-        _require_matches(config, [name for _, inputs in found for _, named in inputs for name, _ in named])
-    for owner, inputs in found:
+        _require_matches(config, [name for *_, inputs in found for _, named in inputs for name, _ in named])
+    for owner, path, inputs in found:
         for name, named in inputs:
-            readers = [projection for path, projection in named if config.picks(path)]
+            readers = [projection for reader, projection in named if config.picks(reader)]
             if readers:
-                _share(owner, name, readers, config)
+                _share(owner, path, name, readers, config)
 
 
 def _require_matches(config: SpikingConfig, names: list[str]) -> None:
@@ -334,13 +401,19 @@ def _width(projection: Projection) -> int:
     return projection.get_parameter("weight").shape[-1]
 
 
-def _share(owner: Module, name: str, readers: list[Projection], config: SpikingConfig) -> None:
+def _share(owner: Module, path: str, name: str, readers: list[Projection], config: SpikingConfig) -> None:
     """Give the layers one neuron, a part of the module that they are in, and int8 weights if they are to have them."""
     placement = readers[0].placements["weight"]
+    if config.code == "delta" and placement.expert:
+        raise ValueError(
+            f"model.spiking.layers picks {path}, which gets tokens out of order, and code=delta sends their changes; "
+            "leave routed experts out, or use code=counts"
+        )
     is_split = placement.shard_axis == 1
     # Of routed experts every rank has rows of its own.
     repeats = not is_split and not placement.expert
     neuron = (SplitNeuron if is_split else Neuron)(config, _width(readers[0]), repeats)
+    neuron.name = f"{path}.{name}"
     spikes = attach(owner, name, neuron)
     for reader in readers:
         reader.neuron = spikes

@@ -42,6 +42,7 @@ def desk_with_results(tmp_path_factory):
     folder = lay_out(tmp_path_factory.mktemp("desk") / "spiketrain")
     for name in (
         "runs/laptop",
+        "runs/laptop-spiking",
         "runs/dense",
         "runs/full-attention",
         "weights/laptop",

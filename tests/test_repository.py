@@ -198,7 +198,7 @@ def test_messages_name_commands_as_users_give_them():
         "launch/main.py": r"launch/main\.py is behind that name|script launch/COMMAND\.py",
         "launch/pretrain.py": r"torchrun .* launch/pretrain\.py",
         "trainer/peers.py": r"torchrun, or launch/main\.py",
-        "trainer/studies/dense_to_sparse.py": r"^launch/pretrain\.py$",
+        "trainer/studies/runs.py": r"^launch/pretrain\.py$",
     }
     wrong = []
     for path in SOURCES:

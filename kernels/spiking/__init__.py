@@ -12,7 +12,8 @@ from kernels.spiking.coding import (
     spiking_linear,
     step_weights,
 )
-from kernels.spiking.neuron import spike, spike_counts, spike_reference
+from kernels.spiking.delta import delta_changes, delta_levels, delta_spike
+from kernels.spiking.neuron import float_counts, spike, spike_counts, spike_reference
 
 __all__ = [
     "CODINGS",
@@ -20,8 +21,12 @@ __all__ = [
     "SpikeTrain",
     "count_range",
     "decode",
+    "delta_changes",
+    "delta_levels",
+    "delta_spike",
     "encode",
     "event_linear",
+    "float_counts",
     "integrate_and_fire",
     "spike",
     "spike_counts",

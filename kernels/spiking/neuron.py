@@ -163,19 +163,34 @@ def spike_counts(
     Raises:
         ValueError: as in `spike`; x is not finite, which no integer represents; or a count exceeds int32.
     """
+    counts, thresholds = float_counts(x, k=k, threshold=threshold, count_range=count_range, group=group)
+    # Adding 0 * x exposes NaN and infinities that clipping has hidden.
+    if not bool((counts + 0 * x.detach()).isfinite().all()):
+        raise ValueError("spike_counts: x has numbers that are not finite; spike() passes them on as NaN")
+    if count_range is not None:
+        largest = float(max(-count_range[0], count_range[1]))
+    else:
+        largest = float(counts.abs().amax()) if counts.numel() else 0.0
+    return counts.to(_integer(largest)), thresholds
+
+
+@torch.no_grad()
+def float_counts(
+    x: Tensor,
+    *,
+    k: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    count_range: tuple[int, int] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The counts and thresholds of `spike_counts` in the dtype of the arithmetic; NaN or clipped where x is not finite.
+
+    Nothing is read back from a device. Arguments as in `spike`.
+    """
     neuron, parameter = _checked("spike_counts", x, k, threshold, count_range, "plain")
-    with torch.no_grad():
-        wide = _widen(x)
-        mean = mean_abs(wide, group) if neuron.adaptive else None
-        thresholds = _thresholds(mean, _widen(parameter))
-        counts = torch.div(wide, thresholds).round_().clamp_(neuron.low, neuron.high)
-        # Adding 0 * x exposes NaN and infinities that clipping has hidden.
-        if not bool((counts + 0 * wide).isfinite().all()):
-            raise ValueError("spike_counts: x has numbers that are not finite; spike() passes them on as NaN")
-        largest = float(counts.abs().amax()) if counts.numel() and not neuron.clips else 0.0
-        if neuron.clips:
-            largest = max(-neuron.low, neuron.high)
-        return counts.to(_integer(largest)), thresholds
+    wide = _widen(x)
+    thresholds = _thresholds(mean_abs(wide, group) if neuron.adaptive else None, _widen(parameter))
+    return torch.div(wide, thresholds).round_().clamp_(neuron.low, neuron.high), thresholds
 
 
 def mean_abs(x: Tensor, group: dist.ProcessGroup | None = None, *, scratch: Tensor | None = None) -> Tensor:

@@ -51,6 +51,9 @@ class SpikingConfig:
             tokens from a moving average; per_channel, one V for each channel from moving averages.
         momentum: Share of the moving averages that a step keeps.
         count_range: Least and largest count, to which others are clipped; null does not clip.
+        code: What a channel sends: counts, those of each token; delta, their changes since the token before in its
+            document, which need a threshold that no token has its own of (kernels.spiking.delta).
+        dead_zone: Of delta, counts by which a channel may be off before it sends a change: 0, or 1/2 or more.
         gradient: That of the rounding: plain passes it on; clipped stops it where a count was clipped; surrogate has it
             peak where the count steps (kernels.spiking.neuron).
         queries: Softmax attention reads spikes of its rotated queries, with a threshold for each token and head.
@@ -67,6 +70,8 @@ class SpikingConfig:
     threshold: Literal["adaptive", "learned", "running", "per_channel"] = "adaptive"
     momentum: float = 0.99
     count_range: list[int] | None = None
+    code: Literal["counts", "delta"] = "counts"
+    dead_zone: float = 0.0
     gradient: Literal["plain", "clipped", "surrogate"] = "plain"
     queries: bool = False
     int8_keys_values: bool = False
@@ -81,6 +86,7 @@ class SpikingConfig:
             require(getattr(self, name) >= 0, f"{prefix}.{name} is {getattr(self, name)}: it must not be negative")
         require(0 <= self.momentum < 1, f"{prefix}.momentum is {self.momentum}: it must be in [0, 1)")
         self._check_annealing(prefix)
+        self._check_delta(prefix)
         bounds = self.count_range
         require(
             bounds is None or (len(bounds) == 2 and bounds[0] < bounds[1] and max(map(abs, bounds)) <= 1 << 24),
@@ -109,6 +115,31 @@ class SpikingConfig:
         require(
             start is None or self.threshold != "learned",
             f"{prefix}.k_start sets k by a schedule, and threshold=learned by its gradient; leave one of them out",
+        )
+
+    def _check_delta(self, prefix: str) -> None:
+        zone = self.dead_zone
+        require(
+            zone == 0 or 0.5 <= zone < math.inf,
+            f"{prefix}.dead_zone is {zone}: it must be 0, or 1/2 or more, for rounding alone is off by so much",
+        )
+        require(
+            zone == 0 or self.code == "delta",
+            f"{prefix}.dead_zone is of changes; set {prefix}.code=delta, or dead_zone=0",
+        )
+        require(
+            self.code != "delta" or self.threshold in ("running", "per_channel"),
+            f"{prefix}.code=delta counts changes in units of one threshold for all tokens, which "
+            f"threshold={self.threshold} is not; use running or per_channel",
+        )
+        require(
+            self.code != "delta" or not self.queries,
+            f"{prefix}.queries have a threshold for each token, and code=delta one for all; leave one of them out",
+        )
+        require(
+            zone == 0 or self.gradient != "surrogate",
+            f"{prefix}.gradient=surrogate is of each token's own count, where a dead zone may hold another; use "
+            "plain or clipped",
         )
 
     @property

@@ -7,15 +7,19 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.image
+import numpy as np
 import pytest
 
 from launch.evaluate import EvaluateConfig, open_stream
+from models.config import SpikingConfig
 from tests.trainer.conftest import metrics
 from trainer.cli import make_parser, parse
 from trainer.data.indexed import TokenArray
 from trainer.data.layout import tokenizer_sha256
 from trainer.data.tokenizer import learn_sentencepiece
 from trainer.errors import ConfigError
+from trainer.spiking_evaluation import choose
 
 
 def evaluate(launch, tmp_path, *arguments, forked=True):
@@ -118,3 +122,52 @@ def test_bad_input_is_one_line_before_torch(launch, trained, tiny_data, tmp_path
     assert len(errors.strip().splitlines()) == 1
     assert message in errors
     assert imported == []
+
+
+def test_spikes_against_the_same_weights_without(launch, trained, tiny_data, tmp_path):
+    common = ("--checkpoint", str(trained), "--data", str(tiny_data), "--compare_compressors", "false")
+    plain, _ = evaluate(launch, tmp_path, *common)
+    assert "spiking" not in plain
+    found, _ = evaluate(launch, tmp_path, *common, "--spiking", "true", "--raster", str(tmp_path / "spikes.png"))
+    spiking = found["spiking"]
+    assert spiking["float_loss"] == pytest.approx(plain["loss"], rel=1e-9)
+    assert spiking["float_bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-9)
+    assert found["loss"] != plain["loss"]
+    assert spiking["loss_increase"] == pytest.approx(found["loss"] / plain["loss"] - 1)
+    assert (spiking["neurons"]["layers"], spiking["neurons"]["k"]) == (["all"], 3.0)
+    total, layers = spiking["total"], spiking["layers"]
+    assert list(layers) == [str(layer) for layer in range(len(layers))] and len(layers) > 1
+    assert 0.4 < total["sparsity"] < 0.8 and total["sparsity_all_steps"] > total["sparsity"]
+    for name in ("picojoules_per_token", "picojoules_per_token_fp16", "operations_per_token"):
+        assert total[name] == pytest.approx(sum(layer[name] for layer in layers.values()))
+    assert total["energy_saved"] == pytest.approx(
+        1 - total["picojoules_per_token"] / total["picojoules_per_token_fp16"]
+    )
+    assert sum(total["histogram"]) == pytest.approx(sum(sum(one["histogram"]) for one in spiking["inputs"].values()))
+    pixels = matplotlib.image.imread(tmp_path / "spikes.png")
+    assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, pixels.shape[2]).round(2), axis=0)) > 50
+    finer, _ = evaluate(launch, tmp_path, *common, "--spiking", "true", "--neurons.k", "64")
+    assert finer["spiking"]["total"]["sparsity"] < total["sparsity"]
+    assert abs(finer["spiking"]["loss_increase"]) < abs(spiking["loss_increase"])
+
+
+def test_neurons_are_the_checkpoint_s_unless_others_are_asked_for():
+    own = SpikingConfig(layers=["released"], k=2.0, start_step=10, threshold="running")
+    assert choose(own, 12, SpikingConfig()) is own
+    with pytest.raises(ConfigError, match="begin at step 10"):
+        choose(own, 9, SpikingConfig())
+    other = choose(own, 9, SpikingConfig(k=4.0))
+    assert (other.layers, other.k, other.start_step, other.threshold) == (["released"], 4.0, 0, "adaptive")
+    assert choose(SpikingConfig(), 9, SpikingConfig()) == SpikingConfig(layers=["all"])
+    with pytest.raises(ConfigError, match="threshold=learned"):
+        choose(SpikingConfig(), 9, SpikingConfig(threshold="learned"))
+
+
+def test_a_raster_needs_spikes(trained):
+    for options, message in (
+        ({"raster": "spikes.png"}, "add --spiking true"),
+        ({"neurons": SpikingConfig(k=2.0)}, "add --spiking true"),
+        ({"spiking": True, "raster": "spikes.txt"}, "must end in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            EvaluateConfig(checkpoint=str(trained), **options)

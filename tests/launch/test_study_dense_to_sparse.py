@@ -9,6 +9,7 @@ from models.config import DenseToSparseConfig
 from tests.launch.test_report import assert_drawn
 from trainer.errors import ConfigError
 from trainer.studies import dense_to_sparse as bench
+from trainer.studies import runs
 
 COST = bench.Cost(base=10.0, expert=2.0)
 VALUES = {
@@ -30,7 +31,8 @@ def test_a_dense_start_is_paid_for_with_steps(budget_steps):
 
 
 def _router(gate):
-    command = bench._command(bench.Config(steps=100), VALUES, gate, 1, 80)
+    config = bench.Config(steps=100)
+    command = runs.command(config.recipe, VALUES, bench.job(config, gate, 1, 80))
     assert command[command.index("--train.steps") + 1] == "80"
     assert command[command.index("--optim.warmup_steps") + 1] == "8"
     return json.loads(command[command.index("--model.moe.router") + 1])
@@ -54,21 +56,21 @@ def test_the_table_compares_the_same_seeds(tmp_path):
     ends = {("top-k", 0): 1.50, ("top-k", 1): 1.70, ("linear", 0): 1.40, ("linear", 1): 1.60}
     ends |= {("tanh", 0): 1.51, ("tanh", 1): 1.71}
     for (gate, seed), end in ends.items():
-        directory = bench._directory(config, gate, seed)
+        directory = bench.job(config, gate, seed, 100).directory
         directory.mkdir(parents=True)
         router = {"moe/load_cv": 0.5, "moe/max_load": 2.0, "moe/dead_experts": 0, "moe/experts_per_token": 2.0}
         lines = [{"step": step, "grad_norm": 1.0, **router} for step in range(1, 11)]
         lines.append({"step": 10, "split": "validation", "bits_per_byte": end})
         (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    runs = [bench._read(config, VALUES, COST, gate, seed) for gate, seed in ends]
-    assert runs[0].flops == [16 * step * 14.0 for step in range(1, 11)]
-    top_k, linear, tanh = bench.comparisons(runs)
+    found = [bench.read(VALUES, COST, bench.job(config, gate, seed, 100)) for gate, seed in ends]
+    assert found[0].flops == [16 * step * 14.0 for step in range(1, 11)]
+    top_k, linear, tanh = bench.comparisons(found)
     assert (top_k.ours, linear.ours, tanh.ours) == pytest.approx((1.6, 1.5, 1.61))
     assert linear.ratio == pytest.approx(1.6 / 1.5)
     # Their own spread is wide, that of the differences nil.
     assert "1.5000 ± 1.2706" in linear.note and "-0.1000 ± 0.0000" in linear.note
     assert "+0.0100 ± 0.0000" in tanh.note and "variation of the load 0.500" in tanh.note
-    bench.draw(runs, tmp_path / "gates.png")
+    bench.draw(found, tmp_path / "gates.png")
     assert_drawn(tmp_path / "gates.png")
 
 

@@ -36,7 +36,7 @@ KEYS = {
     "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",
     "model.moe.losses": "balance scope z",
-    "model.spiking": "layers k k_start anneal_steps start_step threshold momentum count_range gradient "
+    "model.spiking": "layers k k_start anneal_steps start_step threshold momentum count_range code dead_zone gradient "
     "queries int8_keys_values weights activity",
     "model.spiking.activity": "loss weight target",
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
@@ -48,7 +48,7 @@ KEYS = {
     "parallel": "tensor sequence pipeline virtual_pipeline pipeline_layers expert context",
     "checkpoint": "every keep keep_every resume init asynchronous",
     "evaluation": "every batches seq_len stride samples sample_tokens prompt compare_compressors",
-    "logging": "every progress tensorboard profile_step",
+    "logging": "every spikes_every progress tensorboard profile_step",
     "phases": "",
 }
 
@@ -115,10 +115,6 @@ def test_options_of_pretrain():
             "launch/generate.py",
             "checkpoint prompt prompt_file max_new_tokens samples temperature top_p seed tokenizer device",
         ),
-        (
-            "launch/evaluate.py",
-            "checkpoint data split seq_len stride batch_size compare_compressors tokenizer device json",
-        ),
         ("launch/convert.py export", "checkpoint output dtype layout max_file_gb"),
         ("launch/convert.py import", "source output dtype max_file_gb"),
     ],
@@ -127,6 +123,15 @@ def test_options_of_the_other_commands(script, keys):
     assert options_of(*script.split()) == {"--help", "-h", "--config", "--print_config"} | {
         f"--{key}" for key in keys.split()
     }
+
+
+def test_options_of_evaluation():
+    own = (
+        "help config print_config checkpoint data split seq_len stride batch_size compare_compressors tokenizer device "
+    )
+    own += "json spiking raster neurons neurons.layers+ neurons.count_range+"
+    neurons = {f"neurons.{key.removeprefix('model.spiking.')}" for key in written_down() if "model.spiking." in key}
+    assert options_of("launch/evaluate.py") == {"-h"} | {f"--{key}" for key in (*own.split(), *neurons)}
 
 
 def test_options_of_upcycling():

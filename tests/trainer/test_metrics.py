@@ -4,6 +4,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.helpers import STEP_KEYS
+from trainer import raster
 from trainer.callbacks.metrics import History, MetricsFile, TensorBoard, cut_back, heat_map
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
 from trainer.curves import read_metrics, smooth
@@ -200,6 +202,20 @@ def test_a_matrix_becomes_an_image_over_time(trainer, tmp_path):
     read = events(tmp_path)
     assert "moe/load" not in read.Tags()["scalars"]
     assert [(image.step, image.height, image.width) for image in read.Images("moe/load")] == [(3, 4, 3), (6, 4, 6)]
+
+
+def test_spikes_of_a_validation_are_an_image(trainer, tmp_path):
+    running, callback = trainer(), TensorBoard(tmp_path, 1)
+    callback.on_start(running)
+    callback.on_evaluation(running, evaluation_metrics(3))
+    running.rasters = {"a": np.array([[0.0, -7.0, 1.0], [30.0, 0.0, 0.0]]), "b": np.array([[2.0, 0.0, 0.0]])}
+    callback.on_evaluation(running, evaluation_metrics(6))
+    callback.on_end(running)
+    assert [(image.step, image.height, image.width) for image in events(tmp_path).Images("spiking/raster")] == [
+        (6, 4, 3)
+    ]
+    # Silence is black, seven spikes are white, and a grey line is between two inputs.
+    assert raster.image(running.rasters).tolist() == [[0, 255, 36], [255, 0, 0], [64, 64, 64], [72, 0, 0]]
 
 
 def test_history_is_bounded_and_keeps_the_mean():

@@ -9,9 +9,12 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from models import spiking_statistics
 from models.generation import generate
+from trainer import raster
 from trainer.callbacks.base import Callback
 from trainer.data.compressors import bits_per_byte_of_compressors
 from trainer.data.dataset import EvaluationStream
@@ -128,7 +131,8 @@ class Evaluator(Callback):
             own += EvaluationSums.of(batches, nll, self.token_bytes)
         seconds = time.perf_counter() - start
         sums = EvaluationSums(*engine.collectives.sum_over_data(astuple(own)))
-        trainer.samples = self._samples(trainer) if engine.rank == 0 else []
+        if engine.rank == 0:
+            trainer.samples, trainer.rasters = self._samples(trainer), self._rasters(trainer, limit)
         trainer.report_evaluation("validation", sums, seconds)
         return True
 
@@ -152,6 +156,15 @@ class Evaluator(Callback):
             vocab_size=tokenizer.vocab_size,
         )
         return [tokenizer.decode(row) for row in rows]
+
+    def _rasters(self, trainer: Trainer, limit: int | None) -> dict[str, np.ndarray]:
+        """Spikes of the first micro-batch, the same in every validation; none of a model without, or of many ranks."""
+        engine = trainer.engine
+        if not engine.model_is_whole or not trainer.config.model.spiking.layers:
+            return {}
+        batch = next(iter(self._stream(trainer, limit))).to(engine.device)
+        counts = spiking_statistics.record(engine.model, batch.tokens, batch.positions, batch.documents)
+        return spiking_statistics.rasters(counts, raster.CHANNELS, raster.TOKENS)
 
     def _compare(self, trainer: Trainer) -> None:
         assert trainer.tokenizer is not None, "on_step asks only where there is one"

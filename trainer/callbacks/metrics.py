@@ -12,6 +12,7 @@ import numpy as np
 from trainer.callbacks.base import Callback
 from trainer.durable import write_atomically
 from trainer.json_lines import as_line
+from trainer.raster import image
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -121,6 +122,8 @@ def _is_large(value: Any) -> bool:
 class TensorBoard(Callback):
     """Writes scalars, text samples and hyper-parameters as TensorBoard events, and matrices over time as images.
 
+    Spikes of a validation are an image as well, a line for each of some channels (trainer.raster).
+
     The image of a matrix metric (such as expert loads by layer) has a line per element and a column per step since the
     last start, or per several steps. Every validation draws it again.
     """
@@ -158,6 +161,8 @@ class TensorBoard(Callback):
                 self._writer.add_scalar(f"{metrics['split']}/{name}", metrics[name], metrics["step"])
         for name, history in self._history.items():
             self._writer.add_image(name, history.image(), metrics["step"], dataformats="HW")
+        if trainer.rasters:
+            self._writer.add_image("spiking/raster", image(trainer.rasters), metrics["step"], dataformats="HW")
         for i, text in enumerate(trainer.samples):
             self._writer.add_text(f"sample/{i}", f"```\n{text}\n```", metrics["step"])
         if trainer.finished:

@@ -1,16 +1,14 @@
 """Code that both engines share: small messages between all ranks of a run, and the end of a training step."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.moe import statistics
+from models.statistics import StepStatistics
 from trainer.engines.base import StepResult
 from trainer.engines.timing import PhaseTimer
 from trainer.objectives.base import Objective
@@ -43,8 +41,12 @@ class Collectives:
 
         A non-finite value on any rank makes the sum non-finite.
         """
+        return self.sum_over_ranks(self.once_per_data_rank(values))
+
+    def once_per_data_rank(self, values: Sequence[float]) -> list[float]:
+        """What this rank contributes to a sum over all ranks of values that ranks which share work have alike."""
         # Multiply by 0 instead of passing 0: NaN and infinity then propagate from every rank.
-        return self.sum_over_ranks([value * float(self._counts) for value in values])
+        return [value * float(self._counts) for value in values]
 
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether any rank has set it."""
@@ -78,17 +80,17 @@ class StepSums:
         loss: The objective's sum.
         count: The objective's count; language models: tokens.
         metrics: The sums of the objective's metrics, by name.
-        routers: The counters of models.moe.statistics.collect.
+        counted: What the model's modules counted (models.statistics).
     """
 
     loss: float
     count: float
     metrics: dict[str, float]
-    routers: list[float]
+    counted: list[float]
 
     @classmethod
     def of(cls, objective: Objective, loss: float, count: float, rest: Sequence[float]) -> "StepSums":
-        """Build from `rest`, which holds the sums of the objective's metrics followed by the routers' counters."""
+        """Build from `rest`, which holds the sums of the objective's metrics followed by what modules counted."""
         named = len(objective.metrics)
         return cls(loss, count, dict(zip(objective.metrics, rest[:named], strict=True)), list(rest[named:]))
 
@@ -97,22 +99,19 @@ class StepSums:
         """Whether the loss is finite. If it is not, the engine must not update anything."""
         return math.isfinite(self.loss)
 
-    def finish(
-        self, grad_norm: float, decoders: Iterable[Decoder], config: ModelConfig, timer: PhaseTimer
-    ) -> StepResult:
+    def finish(self, grad_norm: float, statistics: StepStatistics, timer: PhaseTimer) -> StepResult:
         """End the step: update the routers unless the step was skipped, and divide the sums by the count.
 
         Args:
             grad_norm: Norm of the global gradient. If it or the loss is not finite, the engine has updated nothing.
-            decoders: This rank's pipeline stages.
-            config: The model configuration.
+            statistics: What collected the counts of the model's modules.
             timer: The step's timer. Reading it synchronises the device, so the step ends with its last kernel.
         """
         skipped = not (self.is_finite and math.isfinite(grad_norm))
         if not skipped:
-            statistics.finish_step(decoders, config, self.routers)
+            statistics.finish(self.counted)
         # A batch may have no token in its loss mask.
         divisor = max(self.count, 1.0)
         metrics = {name: total / divisor for name, total in self.metrics.items()}
-        metrics |= statistics.metrics(config, self.routers)
+        metrics |= statistics.metrics(self.counted)
         return StepResult(self.loss / divisor, grad_norm, int(self.count), skipped, metrics, timer.take())

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from models import spiking
 from models.config import ModelConfig
 from models.decoder import Decoder, build
-from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
 from models.parameters import WHOLE, Groups, declared, parameter_rows, partial_gradients, set_trainable
+from models.statistics import StepStatistics
 from trainer.config import OptimConfig, ParallelConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups as process_groups
@@ -133,6 +133,7 @@ class DeepSpeedEngine:
             config=_deepspeed_config(spec, decoder, self._micro_batches, device),
         )[0]
         _allocate_state(self._adam, self._flat_parameters())
+        self._statistics = StepStatistics(spec.model, [self._decoder], spec.spikes_every)
         self._timer = PhaseTimer(device)
         # Times only the reduction after backward. Under ZeRO the hooks reduce most gradients during backward.
         self._engine.allreduce_gradients = self._timer.timed("reduce", self._engine.allreduce_gradients)
@@ -184,7 +185,7 @@ class DeepSpeedEngine:
             sums = self._forward_backward(batches, objective, step)
         with self._timer.phase("optimizer"):
             grad_norm = self._update()
-        result = sums.finish(grad_norm, [self._decoder], self._model_config, self._timer)
+        result = sums.finish(grad_norm, self._statistics, self._timer)
         if not result.skipped:
             spiking.finish_step([self._decoder], group=None)
         return result
@@ -195,17 +196,17 @@ class DeepSpeedEngine:
             (count,) = self.collectives.sum_over_data([float(sum(map(objective.count, batches)))])
         scale = len(batches) * self.data_parallel_size / max(count, 1.0)
         # DeepSpeed divides each loss by the number of micro-batches. Auxiliary losses bypass that division.
-        statistics.begin_step([self._decoder], step, scale / len(batches))
-        spiking.begin_step([self._decoder], step, scale / len(batches))
+        self._statistics.begin(step, scale / len(batches))
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)
         *earlier, last = batches
         for batch in earlier:
             self._engine.backward(self._forward(batch, objective, totals) * scale)
             self._engine.step()
         loss = self._forward(last, objective, totals)
-        own = [*totals.tolist(), *statistics.collect([self._decoder], self._model_config)]
+        counted = self._statistics.collect()
         with self._timer.phase("reduce"):
-            total, *rest = self.collectives.sum_over_data(own)
+            own = self.collectives.once_per_data_rank(totals.tolist())
+            total, *rest = self.collectives.sum_over_ranks([*own, *counted])
         sums = StepSums.of(objective, total, count, rest)
         if not sums.is_finite:
             # Makes the gradient non-finite on all ranks, so that DeepSpeed skips the update on all of them.

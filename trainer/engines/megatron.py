@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from models import spiking
 from models.config import ModelConfig
 from models.decoder import Decoder, build
-from models.moe import statistics
 from models.moe.spawning import expert_weights, spawned
 from models.parameters import Declared, Groups, declared, matches, parameter_rows, partial_gradients, set_trainable
+from models.statistics import StepStatistics
 from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.engines import groups, megatron_cpu, pieces
@@ -140,6 +140,7 @@ class MegatronEngine:
         self._optimizer = self._build_optimizer(spec, dtype)
         # Counted here, because the optimizer's state may be empty: with small parameters a rank may own no range.
         self._updates = 0
+        self._statistics = StepStatistics(spec.model, self._decoders, spec.spikes_every)
         self._timer = PhaseTimer(device)
         self._owned: dict[Tensor, _Owned] = dict(_owned_parts(self._optimizer.chained_optimizers))
         # Main parameters that the current phase does not train.
@@ -254,20 +255,19 @@ class MegatronEngine:
         """Run forward and backward over this rank's micro-batches, then update number `step` at learning rate `lr`."""
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
-        statistics.begin_step(self._decoders, step)
-        spiking.begin_step(self._decoders, step)
+        self._statistics.begin(step)
         with self._timer.phase("forward_backward"):
             for stage in self._stages:
                 stage.zero_grad_buffer()
             self._optimizer.zero_grad()
             totals = self._totals(self._run(batches, objective, forward_only=False), objective)
-            counted = statistics.collect(self._decoders, self._model_config)
+            counted = self._statistics.collect()
         with self._timer.phase("reduce"):
             loss, count, *rest = self.collectives.sum_over_ranks([*totals, *counted])
         sums = StepSums.of(objective, loss, count, rest)
         with self._timer.phase("optimizer"):
             grad_norm = self._update(lr, sums.is_finite)
-        result = sums.finish(grad_norm, self._decoders, self._model_config, self._timer)
+        result = sums.finish(grad_norm, self._statistics, self._timer)
         if not result.skipped:
             stage_ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
             spiking.finish_step(self._decoders, stage_ranks)

@@ -1,6 +1,6 @@
 """Opens checkpoints and weights for generation and evaluation. Imports neither megatron nor deepspeed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from models import spiking
-from models.config import ModelConfig
+from models.config import ModelConfig, SpikingConfig
 from models.decoder import Decoder, build
 from models.moe.statistics import set_step
 from models.parameters import declared
@@ -106,9 +106,13 @@ class StoredModel:
             for row in declared(decoder).values()
         }
         Reader(self.path / "state").read(pieces)
-        last = max(checkpoint.read_progress(self.path).step - 1, 0)
-        set_step([decoder], last)
-        spiking.set_step([decoder], last)
+        set_step([decoder], self.last_step)
+        spiking.set_step([decoder], self.last_step)
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last training step, from 0."""
+        return max(checkpoint.read_progress(self.path).step - 1, 0)
 
 
 def open_checkpoint(path: str | Path) -> StoredModel:
@@ -134,18 +138,22 @@ def open_checkpoint(path: str | Path) -> StoredModel:
     )
 
 
-def load_model(path: str | Path, device: torch.device, tokenizer: str | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path, device: torch.device, tokenizer: str | None = None, neurons: SpikingConfig | None = None
+) -> LoadedModel:
     """Load the parameters of a checkpoint or of weights, in a single process.
 
     Args:
         path: A run directory, one of its checkpoints, or a directory of weights.
         device: Device of the returned model.
         tokenizer: Path of a tokenizer to use instead of the checkpoint's.
+        neurons: `model.spiking` to use instead of the checkpoint's. Its tensors must be stored.
 
     Raises:
         ConfigError: the path holds no usable parameters, or the tokenizer has more ids than the model.
     """
-    decoder, own, found, settings = _open_weights(path) if weights.are_at(path) else _open_checkpoint(path)
+    opened = _open_weights(path, neurons) if weights.are_at(path) else _open_checkpoint(path, neurons)
+    decoder, own, found, settings = opened
     chosen = tokenizer or own
     loaded = Tokenizer.load(chosen) if chosen else None
     # A smaller tokenizer is fine: padding rows have no token.
@@ -157,17 +165,22 @@ def load_model(path: str | Path, device: torch.device, tokenizer: str | None = N
     return LoadedModel(decoder.to(device).eval(), loaded, found, settings, own)
 
 
-def _open_checkpoint(path: str | Path) -> tuple[Decoder, Path | None, Path, dict[str, Any]]:
+_Opened = tuple[Decoder, Path | None, Path, dict[str, Any]]
+
+
+def _open_checkpoint(path: str | Path, neurons: SpikingConfig | None) -> _Opened:
     stored = open_checkpoint(path)
-    decoder = build(stored.model, stored.vocab_size, dtype=stored.dtype)
+    model = stored.model if neurons is None else replace(stored.model, spiking=neurons)
+    decoder = build(model, stored.vocab_size, dtype=stored.dtype)
     stored.fill(decoder)
     return decoder, stored.tokenizer, stored.path, stored.settings
 
 
-def _open_weights(path: str | Path) -> tuple[Decoder, Path | None, Path, dict[str, Any]]:
+def _open_weights(path: str | Path, neurons: SpikingConfig | None) -> _Opened:
     found = weights.open_weights(path)
     dtype = torch.bfloat16 if found.tensors["embedding.weight"].dtype == "BF16" else torch.float32
-    decoder = build(found.model, found.vocab_size, dtype=dtype)
+    model = found.model if neurons is None else replace(found.model, spiking=neurons)
+    decoder = build(model, found.vocab_size, dtype=dtype)
     weights.require_tensors(found.path, found.tensors, decoder)
     weights.fill(decoder, found)
     has_tokenizer = any((found.path / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))

@@ -10,12 +10,8 @@ Each run is a separate spiketrain pretrain. Finished runs are reused, and a stop
 """
 
 import json
-import math
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,11 +19,12 @@ from typing import Any, Literal, NamedTuple
 from models.config import DenseToSparseConfig, ModelConfig, RouterConfig
 from trainer.benchmarks.report import Comparison, report, say
 from trainer.cli import fail, from_mapping
-from trainer.curves import read_metrics, smooth
+from trainer.curves import smooth
 from trainer.errors import ConfigError
+from trainer.figures import pyplot, save
+from trainer.studies.runs import Curves, Job, check_settings, interval, recipe_values, train_all
 
 DESCRIPTION = "Dense-to-sparse gates against top-k at equal active parameters and equal training FLOPs."
-ROOT = Path(__file__).resolve().parents[2]
 
 # By gate: the activation before its softmax, or None for top-k from the start.
 GATES: dict[str, Literal["none", "tanh"] | None] = {"top-k": None, "linear": "none", "tanh": "tanh"}
@@ -40,8 +37,6 @@ _LATE = {
     "max_load": "largest load over the mean",
     "dead_experts": "experts without a token",
 }
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass
@@ -73,13 +68,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.quick:
             self.steps, self.seeds = 10, self.seeds[:2]
-        if not 2 <= len(set(self.seeds)) == len(self.seeds) <= 10:
-            raise ConfigError(f"seeds is {self.seeds}: an interval takes two to ten different ones")
-        for name in ("steps", "top_k", "parallel_runs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be positive")
-        if not Path(self.recipe).is_file():
-            raise ConfigError(f"recipe: {self.recipe} does not exist; name a configuration of spiketrain pretrain")
+        check_settings(self.seeds, self.recipe, steps=self.steps, top_k=self.top_k, parallel_runs=self.parallel_runs)
 
 
 class Cost(NamedTuple):
@@ -94,22 +83,17 @@ class Cost(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A finished run: its steps, the cumulative FLOPs at each, and its validations."""
+    """A finished run: its curves, and the cumulative FLOPs at each step."""
 
     gate: str
     seed: int
-    steps: list[dict[str, Any]]
+    curves: Curves
     flops: list[float]
-    validations: list[dict[str, Any]]
 
     @property
     def bits_per_byte(self) -> float:
         """Bits per byte of the whole validation split after the last step."""
-        return float(self.validations[-1]["bits_per_byte"])
-
-    def late(self, name: str) -> float:
-        """Return the mean of a metric over the last fifth of the steps."""
-        return statistics.fmean(line[name] for line in self.steps[-max(len(self.steps) // 5, 1) :])
+        return float(self.curves.validations[-1]["bits_per_byte"])
 
 
 def schedule(steps: int) -> DenseToSparseConfig:
@@ -138,13 +122,7 @@ def steps_within(budget: float, cost: Cost, experts: int, top_k: int) -> int:
 
 def _recipe(config: Config) -> dict[str, Any]:
     """Return all values of the recipe."""
-    command = [sys.executable, "launch/pretrain.py", "--config", str(Path(config.recipe).resolve()), "--print_config"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if shown.returncode:
-        raise ConfigError(f"recipe: {shown.stderr.strip().splitlines()[-1]}")
-    import yaml
-
-    values: dict[str, Any] = yaml.safe_load(shown.stdout)
+    values = recipe_values(config.recipe)
     if values["model"]["moe"]["num_experts"] <= config.top_k:
         raise ConfigError(f"recipe: {config.recipe} must have more than top_k={config.top_k} experts a layer")
     return values
@@ -158,52 +136,26 @@ def _cost(values: dict[str, Any]) -> Cost:
     return Cost(base, one - base)
 
 
-def _command(config: Config, values: dict[str, Any], gate: str, seed: int, steps: int) -> list[str]:
+def job(config: Config, gate: str, seed: int, steps: int) -> Job:
+    """Return the run of a gate and a seed."""
     # Pass every key, because an omitted one would keep the recipe's value.
     router = RouterConfig(top_k=config.top_k, normalize="after")
     if activation := GATES[gate]:
         sparse = replace(schedule(steps), activation=activation)
         router = replace(router, gate="dense_to_sparse", dense_to_sparse=sparse)
-    warmup = round(values["optim"]["warmup_steps"] * steps / values["train"]["steps"])
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
-        *("launch/pretrain.py", "--config", str(Path(config.recipe).resolve())),
-        *("--run.dir", str(_directory(config, gate, seed)), "--run.threads", "1"),
-        *("--model.moe.router", json.dumps(asdict(router))),
-        *("--train.steps", str(steps), "--train.seed", str(seed), "--optim.warmup_steps", str(warmup)),
-        *("--checkpoint.every", str(max(steps // 4, 1)), "--evaluation.every", str(max(steps // 10, 1))),
-        *("--evaluation.samples", "0", "--evaluation.compare_compressors", "false"),
-    ]
+    directory = Path(config.output).resolve() / f"{gate}-{config.steps}-steps-seed-{seed}"
+    return Job(gate, directory, steps, seed, ("--model.moe.router", json.dumps(asdict(router))))
 
 
-def _directory(config: Config, gate: str, seed: int) -> Path:
-    return Path(config.output).resolve() / f"{gate}-{config.steps}-steps-seed-{seed}"
-
-
-def _train(config: Config, values: dict[str, Any], gate: str, seed: int, steps: int) -> None:
-    """Train, unless that run is done. A failed run ends the study and names its log."""
-    directory = _directory(config, gate, seed)
-    status = directory / "status.json"
-    if not status.is_file() or json.loads(status.read_text())["state"] != "done":
-        say(f"{gate}, seed {seed}: {steps} steps")
-        directory.mkdir(parents=True, exist_ok=True)
-        log = directory.with_suffix(".log")
-        with log.open("a") as sink:
-            command = _command(config, values, gate, seed, steps)
-            result = subprocess.run(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
-        if result.returncode:
-            raise RuntimeError(f"{gate}, seed {seed} ended with {result.returncode}: see {log}")
-    say(f"{gate}, seed {seed}: done")
-
-
-def _read(config: Config, values: dict[str, Any], cost: Cost, gate: str, seed: int) -> Run:
-    steps, validations = read_metrics(_directory(config, gate, seed))
+def read(values: dict[str, Any], cost: Cost, finished: Job) -> Run:
+    """Read a finished run."""
+    curves = Curves.read(finished.directory)
     tokens = values["train"]["global_batch_size"] * values["train"]["seq_len"]
     flops, total = [], 0.0
-    for line in steps:
+    for line in curves.steps:
         total += tokens * cost.of(line["moe/experts_per_token"])
         flops.append(total)
-    return Run(gate, seed, steps, flops, validations)
+    return Run(finished.name, finished.seed, curves, flops)
 
 
 def run(config: Config) -> list[Run]:
@@ -211,20 +163,14 @@ def run(config: Config) -> list[Run]:
     values = _recipe(config)
     cost, experts = _cost(values), values["model"]["moe"]["num_experts"]
     sparse = steps_within(config.steps * cost.of(config.top_k), cost, experts, config.top_k)
-    jobs = [(gate, seed, config.steps if GATES[gate] is None else sparse) for seed in config.seeds for gate in GATES]
+    jobs = [
+        job(config, gate, seed, config.steps if GATES[gate] is None else sparse)
+        for seed in config.seeds
+        for gate in GATES
+    ]
     say(f"{len(jobs)} runs of {config.steps} (top-k) and {sparse} steps, {config.parallel_runs} at a time")
-    # The first run learns the tokenizer and writes the data, which all runs share.
-    _train(config, values, *jobs[0])
-    with ThreadPoolExecutor(config.parallel_runs) as pool:
-        for finished in [pool.submit(_train, config, values, *job) for job in jobs[1:]]:
-            finished.result()
-    return [_read(config, values, cost, gate, seed) for gate, seed, _ in jobs]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean, and half the width of Student's 95 % interval."""
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), _STUDENT[len(values) - 1] * spread
+    train_all(config.recipe, values, jobs, config.parallel_runs)
+    return [read(values, cost, finished) for finished in jobs]
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
@@ -243,8 +189,8 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
             pairs = zip(of(gate), peers, strict=True)
             difference, half = interval([ours.bits_per_byte - other.bits_per_byte for ours, other in pairs])
             note += f"less top-k's, seed by seed, {difference:+.4f} ± {half:.4f}; "
-        late = {name: statistics.fmean(run.late(f"moe/{name}") for run in of(gate)) for name in _LATE}
-        note += f"{len(of(gate)[0].steps)} steps, {of(gate)[0].flops[-1] / 1e12:.2f} TFLOP; in the last fifth "
+        late = {name: statistics.fmean(run.curves.late(f"moe/{name}") for run in of(gate)) for name in _LATE}
+        note += f"{len(of(gate)[0].curves.steps)} steps, {of(gate)[0].flops[-1] / 1e12:.2f} TFLOP; in the last fifth "
         note += ", ".join(f"{words} {late[name]:.3f}" for name, words in _LATE.items())
         lines.append(Comparison(f"validation, {gate}", mean, peer, peer / mean, "bits/byte", note))
     return lines
@@ -252,25 +198,20 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw validation loss, experts per token and variation of the load against FLOPs."""
-    try:
-        import matplotlib
-    except ImportError as missing:
-        raise ConfigError("matplotlib is not installed; pip install 'spiketrain[dev]'") from missing
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(14, 4), constrained_layout=True)
     colors = dict(zip(GATES, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
     for run in runs:
         style: dict[str, Any] = {"color": colors[run.gate], "alpha": 0.8, "linewidth": 1.2}
         label = run.gate if run.seed == runs[0].seed else None
         teraflops = [flops / 1e12 for flops in run.flops]
-        points = [(teraflops[line["step"] - 1], line["bits_per_byte"]) for line in run.validations]
+        points = [(teraflops[line["step"] - 1], line["bits_per_byte"]) for line in run.curves.validations]
         left.plot(*zip(*points, strict=True), marker="o", markersize=2.5, label=label, **style)
         for axes, name in ((middle, "experts_per_token"), (right, "load_cv")):
-            axes.plot(teraflops, smooth([line[f"moe/{name}"] for line in run.steps]), label=label, **style)
+            axes.plot(teraflops, smooth([line[f"moe/{name}"] for line in run.curves.steps]), label=label, **style)
     # Starting near 4 bits per byte, the curves' beginnings would flatten their ends.
-    ends = [line["bits_per_byte"] for run in runs for line in run.validations[len(run.validations) // 4 :]]
+    ends = [
+        line["bits_per_byte"] for run in runs for line in run.curves.validations[len(run.curves.validations) // 4 :]
+    ]
     left.set_ylim(min(ends) - 0.02, max(ends) + 0.02)
     titles = ("validation, bits per byte", "experts per token", "variation of the load over experts")
     for axes, title in zip((left, middle, right), titles, strict=True):
@@ -279,8 +220,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axes.grid(alpha=0.2)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
     say(f"drawn: {path}")
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from trainer.benchmarks.report import Comparison, report, say
 from trainer.cli import fail
 from trainer.errors import ConfigError
+from trainer.figures import pyplot, save
 
 DESCRIPTION = "Error of gate parameters against sample size: mixtures of experts fitted by maximum likelihood."
 GATE_NAMES = ("linear", "relu", "sigmoid", "tanh", "gelu")
@@ -266,15 +267,8 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def draw(found: Curves, path: Path) -> None:
     """Draw medians against n, with a column per error and a row per setting."""
-    try:
-        import matplotlib
-    except ImportError as missing:
-        raise ConfigError("matplotlib is not installed; pip install 'spiketrain[dev]'") from missing
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = [error for error in ERRORS if error != "density"]
-    figure, grid = plt.subplots(
+    figure, grid = pyplot().subplots(
         len(SETTINGS), len(shown), figsize=(17, 7), sharex=True, sharey="col", constrained_layout=True
     )
     panels = {
@@ -292,8 +286,7 @@ def draw(found: Curves, path: Path) -> None:
     figure.draw_without_rendering()  # fixes the axes' positions, which the labels need
     for axes, panel in panels.items():
         _label_panel(axes, panel)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
     say(f"drawn: {path}")
 
 
