@@ -17,7 +17,6 @@ practice cost more than either.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,7 +53,6 @@ def tally(counts: Tensor) -> Tensor:
     return tallies
 
 
-@cache
 def _table(device: torch.device) -> Tensor:
     return _tallies_of(torch.arange(_TABLE_SIZE, device=device))
 
