@@ -88,7 +88,12 @@ def test_recipes_give_what_was_there(mixer, rows):
     model = model_of(mixer, moe=EXPERTS, attention__qk_norm=True)
     hidden, expected, whole = gradients(model, Policy(), rows=rows)
     again, found, kept = gradients(model, policy_of(replace(EIGHT, bits=16)), rows=rows)
-    assert torch.equal(hidden, again) and equal(found, expected)
+    assert torch.equal(hidden, again)
+    names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        # A bias's gradient sums rows in the order of the gradient's strides: its last bits may differ.
+        last_bits = 4 * torch.finfo(torch.float32).eps * theirs.abs().max() if name.endswith(".bias") else 0
+        assert (ours - theirs).abs().max() <= last_bits, name
     assert kept < 0.85 * whole
 
 
