@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "sample text from a checkpoint",
     "evaluate": "bits per byte of a checkpoint",
     "convert": "weights in and out: export, import, upcycle",
+    "compression": "what compressed activations cost the gradient, and bits by place",
     "plan": "what a run would take of a cluster",
     "bench": "benchmarks, ours beside a peer",
     "report": "draw training curves",

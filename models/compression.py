@@ -13,11 +13,12 @@ the same for every number of ranks over which the model can be cut.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,28 @@ class Origin:
     def part(self, tokens: int, whole: int, rank: int) -> "Origin":
         """Of the `rank`-th part, of so many tokens, of rows of `whole`."""
         return replace(self, length=self.length or whole, offset=self.offset + rank * tokens)
+
+
+class Encoding(Protocol):
+    """An encoded tensor (models.saved_activations.Kept)."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is kept."""
+
+    @property
+    def restore(self) -> Callable[..., Tensor]:
+        """Decodes `tensors`."""
+
+
+class Observer(Protocol):
+    """What measures a block's activations (models.compression_statistics.Meter)."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """In here the block runs forward on a micro-batch."""
+
+    def encoded(self, place: str, x: Tensor, encoding: Encoding) -> None:
+        """Add a tensor that has been encoded."""
 
 
 # Of a step's first micro-batch.
@@ -116,12 +139,14 @@ class Site:
         sharded: Its modules, by name, whose activations are cut over tensor-parallel ranks along the channels.
         groups: The ranks that share the model.
         rows: The numbers of its micro-batch's tokens.
+        meter: Measures what is encoded; None in most steps.
     """
 
     layer: int
     sharded: frozenset[str]
     groups: Groups = WHOLE
     rows: TokenRows = field(default_factory=lambda: TokenRows(BEGINNING, 0, 0))
+    meter: Observer | None = None
 
 
 _SITE: ContextVar[Site | None] = ContextVar("site", default=None)
@@ -233,8 +258,17 @@ class Compression:
         site = _SITE.get()
         return None if site is None else partial(self._store, site)
 
+    def settings_of(self, place: str) -> tuple[int, int]:
+        """Bits and group of a place, such as `layers.3.ffn.0`."""
+        bits, group = self.bits, self.group
+        for rule in self.rules:
+            if matches(place, [rule.pattern]):
+                bits = bits if rule.bits is None else rule.bits
+                group = group if rule.group is None else rule.group
+        return bits, group
+
     def _store(self, site: Site, x: Tensor, place: str) -> Kept:
-        bits, group = _settings(self, f"layers.{site.layer}.{place}")
+        bits, group = self.settings_of(f"layers.{site.layer}.{place}")
         if bits in (0, 16) or x.numel() * x.element_size() < self.min_bytes:
             return as_it_is(x)
         # Of what has no tokens as rows, a convolution's entering state, nobody knows what they are in other layouts.
@@ -251,19 +285,13 @@ class Compression:
                 group = _group_within(channels * ranks, self.shards, group)
         noise = None if numbers is None else Noise(self._key(site, place), numbers, first)
         stored = quantize(x.view(rows, channels), bits=bits, group=group, noise=noise)
-        return Kept(stored.tensors, partial(_restore, stored.shape, bits, group))
+        kept = Kept(stored.tensors, partial(_restore, stored.shape, bits, group))
+        if site.meter is not None:
+            site.meter.encoded(place, x, kept)
+        return kept
 
     def _key(self, site: Site, place: str) -> int:
         return noise_key(self.seed, site.layer, place, site.rows.step)
-
-
-def _settings(compression: Compression, place: str) -> tuple[int, int]:
-    bits, group = compression.bits, compression.group
-    for rule in compression.rules:
-        if matches(place, [rule.pattern]):
-            bits = bits if rule.bits is None else rule.bits
-            group = group if rule.group is None else rule.group
-    return bits, group
 
 
 def _rows(site: Site, shape: torch.Size) -> tuple[Tensor | int, int] | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from kernels.documents import Documents
 from kernels.matmul import linear
 from kernels.rotary import rotary_tables
-from models.compression import BEGINNING, Origin, Site, TokenRows, running, sharded_modules
+from models.compression import BEGINNING, Observer, Origin, Site, TokenRows, running, sharded_modules
 from models.config import MIXERS, SOFTMAX_MIXERS, ModelConfig, branches
 from models.layers import RMSNorm, SwiGLU
 from models.mixers import build_mixer
@@ -44,9 +45,11 @@ class Block(Module):
 
     Attributes:
         policy: The settings for tensors kept for backward.
+        meter: Measures what compression keeps; None in most steps.
     """
 
     policy: BlockPolicy = EVERYTHING
+    meter: Observer | None = None
     _sharded: frozenset[str] = frozenset()
 
     def __init__(self, config: ModelConfig, layer: int, mixer: str, experts: bool = False) -> None:
@@ -72,7 +75,8 @@ class Block(Module):
         """Transform the residual stream x [T, B, D]."""
         if self.policy.compression is None or info.rows is None:
             return self.policy.run("block", self._add_both, x, info, cache)
-        with running(Site(self.layer, self._sharded, self.groups, info.rows)):
+        measuring = nullcontext() if self.meter is None else self.meter.forward()
+        with running(Site(self.layer, self._sharded, self.groups, info.rows, self.meter)), measuring:
             return self.policy.run("block", self._add_both, x, info, cache)
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:

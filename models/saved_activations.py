@@ -43,6 +43,8 @@ R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 # 1 in the first run of a recomputed region, 2 in the second, 0 outside of any region.
 _RUN = ContextVar("run", default=0)
+# Sees the tensors that autograd saves before they are encoded (`observing`).
+_OBSERVER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("observer", default=None)
 # The modules that run, the innermost last, where their names matter (`follow`).
 _SCOPES: ContextVar[tuple[str, ...]] = ContextVar("scopes", default=())
 
@@ -318,6 +320,16 @@ def compressing(codec: Codec) -> Iterator[None]:
         compressor.clear()
 
 
+@contextmanager
+def observing(see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Context in which `see` gets every tensor that autograd saves under `compressing`, before it is encoded."""
+    token = _OBSERVER.set(see)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
 class _Compressor:
     """The hook of `compressing`: what it has stored and what it has been told, until forward is through."""
 
@@ -334,6 +346,8 @@ class _Compressor:
 
     def keep(self, x: Tensor) -> Kept:
         """The hook."""
+        if (see := _OBSERVER.get()) is not None:
+            see(x)
         repeats = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
         # Encoding an expanded tensor would write out every copy.
         if repeats or role_of(x) is not Role.ACTIVATION:

@@ -1,14 +1,15 @@
 """What the modules of a model count in a training step: one vector, which the engine sums over ranks with the loss.
 
-Routers count in every step (models.moe.statistics), neurons in some (models.spiking_statistics). Both count each
-micro-batch once, not in its recomputation, and each token on one rank; a pipeline stage sends zeros for layers that it
-lacks.
+Routers count in every step (models.moe.statistics). Neurons (models.spiking_statistics) and compressed activations
+(models.compression_statistics) are measured in some steps, because that takes time. All count each micro-batch once,
+not in its recomputation. Routers and neurons count each token on one rank. A pipeline stage sends zeros for layers that
+it lacks.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from models import spiking, spiking_statistics
+from models import compression_statistics, spiking, spiking_statistics
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.moe import statistics as routers
@@ -20,37 +21,45 @@ class StepStatistics:
     Args:
         config: Configuration of the whole model.
         decoders: This rank's stages.
-        spikes_every: Training steps between those in which neurons count; 0 for never.
+        measure_every: Training steps between those with measures of spikes and compression; 0 for never.
     """
 
-    def __init__(self, config: ModelConfig, decoders: Sequence[Decoder], spikes_every: int) -> None:
-        self._config, self._decoders, self._spikes_every = config, decoders, spikes_every
-        self._counts_spikes = False
-        self._of_routers = 0
+    def __init__(self, config: ModelConfig, decoders: Sequence[Decoder], measure_every: int) -> None:
+        self._config, self._decoders, self._measure_every = config, decoders, measure_every
+        self._measures = False
+        # Lengths of the parts of the vector: routers, neurons, compression.
+        self._lengths = [0, 0, 0]
 
     def begin(self, step: int, loss_scale: float = 1.0) -> None:
         """Set the modules' step and the factor of the loss before backward, and reset what they count."""
         routers.begin_step(self._decoders, step, loss_scale)
         spiking.begin_step(self._decoders, step, loss_scale)
-        every = self._spikes_every
+        every = self._measure_every
         # In those steps whose number, which counts from 1 in metrics, is a multiple.
-        self._counts_spikes = bool(every) and (step + 1) % every == 0
-        if self._counts_spikes:
+        self._measures = bool(every) and (step + 1) % every == 0
+        if self._measures:
             spiking_statistics.begin(self._decoders, self._config)
+            compression_statistics.begin(self._decoders)
 
     def collect(self) -> list[float]:
         """Return what has been counted on this rank, to be summed over all ranks; of the same length on each."""
-        counted = routers.collect(self._decoders, self._config)
-        self._of_routers = len(counted)
-        if self._counts_spikes:
-            counted += spiking_statistics.collect(self._decoders, self._config)
-        return counted
+        parts: list[list[float]] = [routers.collect(self._decoders, self._config), [], []]
+        if self._measures:
+            parts[1] = spiking_statistics.collect(self._decoders, self._config)
+            parts[2] = compression_statistics.collect(self._decoders, self._config)
+        self._lengths = [len(part) for part in parts]
+        return [value for part in parts for value in part]
 
     def finish(self, totals: list[float]) -> None:
         """Update the routers by the sums over all ranks. Not called for a skipped step."""
-        routers.finish_step(self._decoders, self._config, totals[: self._of_routers])
+        routers.finish_step(self._decoders, self._config, totals[: self._lengths[0]])
 
     def metrics(self, totals: list[float]) -> dict[str, Any]:
-        """Compute the metrics `moe/` and `spiking/` of the step from the sums over all ranks."""
-        of_routers, of_neurons = totals[: self._of_routers], totals[self._of_routers :]
-        return routers.metrics(self._config, of_routers) | spiking_statistics.metrics(self._config, of_neurons)
+        """Compute the metrics `moe/`, `spiking/` and `compression/` of the step from the sums over all ranks."""
+        routed, rest = totals[: self._lengths[0]], totals[self._lengths[0] :]
+        fired, compressed = rest[: self._lengths[1]], rest[self._lengths[1] :]
+        return (
+            routers.metrics(self._config, routed)
+            | spiking_statistics.metrics(self._config, fired)
+            | compression_statistics.metrics(compressed)
+        )

@@ -454,28 +454,28 @@ class LoggingConfig:
 
     Attributes:
         every: Steps between lines of metrics.jsonl and TensorBoard points.
-        spikes_every: Least number of steps between lines with measures of spikes (docs/spiking.md), which take some
-            time; 0 for none.
+        measure_every: Least number of steps between lines with measures of spikes (docs/spiking.md) and of compressed
+            activations (docs/memory.md), which take some time; 0 for none.
         progress: Show a live progress line on a terminal, plain lines elsewhere.
         tensorboard: Write TensorBoard events.
         profile_step: Trace three steps, starting at this one, with torch's profiler into run.dir/profile; 0 never.
     """
 
     every: int = 1
-    spikes_every: int = 10
+    measure_every: int = 10
     progress: bool = True
     tensorboard: bool = True
     profile_step: int = 0
 
     def __post_init__(self) -> None:
         require(self.every >= 1, f"logging.every is {self.every}: it must be at least 1")
-        require(self.spikes_every >= 0, f"logging.spikes_every is {self.spikes_every}: it must not be negative")
+        require(self.measure_every >= 0, f"logging.measure_every is {self.measure_every}: it must not be negative")
         require(self.profile_step >= 0, f"logging.profile_step is {self.profile_step}: it must not be negative")
 
     @property
-    def steps_between_spikes(self) -> int:
-        """`spikes_every`, as a multiple of `every`, so that all that is counted is written."""
-        return math.ceil(self.spikes_every / self.every) * self.every
+    def steps_between_measures(self) -> int:
+        """`measure_every`, as a multiple of `every`, so that every measure is written."""
+        return math.ceil(self.measure_every / self.every) * self.every
 
 
 @dataclass

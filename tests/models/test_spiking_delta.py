@@ -20,7 +20,7 @@ TOKENS = draw_tokens(2, 24)
 def build(pattern=None, **settings):
     """A model whose neurons know their inputs' averages, after a step without an update."""
     model = tiny_decoder(pattern, spiking=SpikingConfig(layers=["all"], **ZONE | settings))
-    statistics = StepStatistics(model.model_config, [model], spikes_every=0)
+    statistics = StepStatistics(model.model_config, [model], measure_every=0)
     statistics.begin(0)
     model(*rows(TOKENS), labels=TOKENS)
     finish_step([model], None)

@@ -138,7 +138,7 @@ def test_metrics_are_of_all_neurons_and_by_layer():
 def test_steps_in_which_neurons_count():
     config = configure(start_step=2)
     model = build(config)
-    statistics = StepStatistics(config, [model], spikes_every=2)
+    statistics = StepStatistics(config, [model], measure_every=2)
     found = []
     for step in range(4):
         statistics.begin(step)
@@ -149,11 +149,11 @@ def test_steps_in_which_neurons_count():
         # Nobody counts between steps: a validation is not a step's.
         assert all(neuron.observer is None for neuron in counted.named_neurons([model]).values())
     assert [bool(metrics) for metrics in found] == [False, False, False, True]
-    never = StepStatistics(config, [model], spikes_every=0)
+    never = StepStatistics(config, [model], measure_every=0)
     never.begin(3)
     assert never.collect() == [] and never.metrics([]) == {}
     floats = tiny_model_config()
-    nothing = StepStatistics(floats, [build(floats)], spikes_every=1)
+    nothing = StepStatistics(floats, [build(floats)], measure_every=1)
     nothing.begin(0)
     assert nothing.collect() == [] and nothing.metrics([]) == {}
 

@@ -61,7 +61,7 @@ def spiking(neuron, experts=False, engine=None, **keys):
     config = configuration("gated_delta_net, full_attention", **keys)
     model = config["model"] | {"num_layers": 2, "init_std": 0.1, "spiking": NEURONS[neuron]}
     config |= {"model": model | ({"moe": EXPERTS} if experts else {})}
-    config |= {"logging": {"spikes_every": 1}, "optim": {"lr": 0.003, "clip_grad": 0.0}}
+    config |= {"logging": {"measure_every": 1}, "optim": {"lr": 0.003, "clip_grad": 0.0}}
     config |= {"train": config["train"] | {"seq_len": 8, "seed": SEEDS[neuron, experts]}}
     return config | ({"engine": {"name": "deepspeed"} | engine} if engine else {})
 

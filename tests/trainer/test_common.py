@@ -21,7 +21,7 @@ def test_collectives_count_ranks_as_their_names_say():
 
 def test_sums_are_divided_by_the_count():
     sums = StepSums.of(OBJECTIVE, 6.0, 4.0, [-8.0, 2.0])
-    result = sums.finish(0.5, StepStatistics(ModelConfig(), [], spikes_every=1), PhaseTimer(torch.device("cpu")))
+    result = sums.finish(0.5, StepStatistics(ModelConfig(), [], measure_every=1), PhaseTimer(torch.device("cpu")))
     assert (result.loss, result.grad_norm, result.tokens, result.skipped) == (1.5, 0.5, 4, False)
     assert result.metrics == {"log_prob": -2.0, "entropy": 0.5}
 
@@ -30,10 +30,12 @@ def test_sums_are_divided_by_the_count():
 def test_a_step_is_skipped_for_its_loss_or_its_gradient(loss, norm):
     sums = StepSums.of(OBJECTIVE, loss, 4.0, [0.0, 0.0])
     assert sums.is_finite == math.isfinite(loss)
-    assert sums.finish(norm, StepStatistics(ModelConfig(), [], spikes_every=1), PhaseTimer(torch.device("cpu"))).skipped
+    assert sums.finish(
+        norm, StepStatistics(ModelConfig(), [], measure_every=1), PhaseTimer(torch.device("cpu"))
+    ).skipped
 
 
 def test_a_step_without_tokens_has_counted_none():
     sums = StepSums.of(OBJECTIVE, 0.0, 0.0, [0.0, 0.0])
-    result = sums.finish(0.0, StepStatistics(ModelConfig(), [], spikes_every=1), PhaseTimer(torch.device("cpu")))
+    result = sums.finish(0.0, StepStatistics(ModelConfig(), [], measure_every=1), PhaseTimer(torch.device("cpu")))
     assert (result.loss, result.tokens) == (0.0, 0)

@@ -48,7 +48,7 @@ KEYS = {
     "parallel": "tensor sequence pipeline virtual_pipeline pipeline_layers expert context",
     "checkpoint": "every keep keep_every resume init asynchronous",
     "evaluation": "every batches seq_len stride samples sample_tokens prompt compare_compressors",
-    "logging": "every spikes_every progress tensorboard profile_step",
+    "logging": "every measure_every progress tensorboard profile_step",
     "phases": "",
 }
 
@@ -89,6 +89,11 @@ def test_options_of_plan():
     cluster = {"--cluster", *(f"--cluster.{key}" for key in keys.split())}
     of_pretrain = options_of("launch/pretrain.py") - {"--check", "--world-size", "--init"}
     assert options_of("launch/plan.py") == of_pretrain | cluster | {"--search", "--json"}
+
+
+def test_options_of_compression():
+    of_pretrain = options_of("launch/pretrain.py") - {"--check", "--world-size", "--init"}
+    assert options_of("launch/compression.py") == of_pretrain | {"--cosine", "--megabytes", "--output", "--json"}
 
 
 def test_options_of_pretrain():

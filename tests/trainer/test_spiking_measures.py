@@ -12,7 +12,7 @@ SPIKING = ("--model.spiking.layers=[all]", "--model.spiking.start_step=2", "--tr
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
 def test_a_run_writes_its_measures(tiny_run, tmp_path, engine):
-    options = (f"--engine.name={engine}", "--logging.spikes_every=2", "--logging.tensorboard=true")
+    options = (f"--engine.name={engine}", "--logging.measure_every=2", "--logging.tensorboard=true")
     code, output = finish(tiny_run(tmp_path / "run", *SPIKING, *options))
     assert code == 0, output
     lines = [line for line in metrics(tmp_path / "run") if "grad_norm" in line]
@@ -29,18 +29,18 @@ def test_a_run_writes_its_measures(tiny_run, tmp_path, engine):
     assert "spiking/sparsity" in read.Tags()["scalars"]
     assert {"spiking/raster", "spiking/sparsity_by_layer"} <= set(read.Tags()["images"])
     # Counting changes no number of the run.
-    code, output = finish(tiny_run(tmp_path / "other", *SPIKING, options[0], "--logging.spikes_every=0"))
+    code, output = finish(tiny_run(tmp_path / "other", *SPIKING, options[0], "--logging.measure_every=0"))
     assert code == 0, output
     others = [line for line in metrics(tmp_path / "other") if "grad_norm" in line]
     assert not any(name.startswith("spiking/") for line in others for name in line)
     assert [line["loss"] for line in others] == [line["loss"] for line in lines]
 
 
-@pytest.mark.parametrize(("every", "spikes_every", "expected"), [(1, 10, 10), (4, 10, 12), (100, 10, 100), (7, 0, 0)])
-def test_what_is_counted_is_written(every, spikes_every, expected):
-    assert LoggingConfig(every=every, spikes_every=spikes_every).steps_between_spikes == expected
+@pytest.mark.parametrize(("every", "measure_every", "expected"), [(1, 10, 10), (4, 10, 12), (100, 10, 100), (7, 0, 0)])
+def test_what_is_counted_is_written(every, measure_every, expected):
+    assert LoggingConfig(every=every, measure_every=measure_every).steps_between_measures == expected
 
 
 def test_a_negative_number_of_steps_is_refused():
-    with pytest.raises(ValueError, match=r"logging\.spikes_every is -1"):
-        LoggingConfig(spikes_every=-1)
+    with pytest.raises(ValueError, match=r"logging\.measure_every is -1"):
+        LoggingConfig(measure_every=-1)

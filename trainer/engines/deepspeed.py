@@ -133,7 +133,7 @@ class DeepSpeedEngine:
             config=_deepspeed_config(spec, decoder, self._micro_batches, device),
         )[0]
         _allocate_state(self._adam, self._flat_parameters())
-        self._statistics = StepStatistics(spec.model, [self._decoder], spec.spikes_every)
+        self._statistics = StepStatistics(spec.model, [self._decoder], spec.measure_every)
         self._timer = PhaseTimer(device)
         # Times only the reduction after backward. Under ZeRO the hooks reduce most gradients during backward.
         self._engine.allreduce_gradients = self._timer.timed("reduce", self._engine.allreduce_gradients)

@@ -140,7 +140,7 @@ class MegatronEngine:
         self._optimizer = self._build_optimizer(spec, dtype)
         # Counted here, because the optimizer's state may be empty: with small parameters a rank may own no range.
         self._updates = 0
-        self._statistics = StepStatistics(spec.model, self._decoders, spec.spikes_every)
+        self._statistics = StepStatistics(spec.model, self._decoders, spec.measure_every)
         self._timer = PhaseTimer(device)
         self._owned: dict[Tensor, _Owned] = dict(_owned_parts(self._optimizer.chained_optimizers))
         # Main parameters that the current phase does not train.

@@ -37,7 +37,7 @@ class EngineSpec:
         trainable: Name patterns of the parameters that any phase of the run trains. The others are frozen: they have
             no gradient and no optimizer state.
         collective_seconds: Timeout of a collective, in seconds.
-        spikes_every: Steps between those in which spikes are counted; 0 for never.
+        measure_every: Steps between those with measures of spikes and compressed activations; 0 for never.
     """
 
     model: ModelConfig
@@ -54,7 +54,7 @@ class EngineSpec:
     resumes: bool = False
     trainable: tuple[str, ...] = ("*",)
     collective_seconds: float = field(default_factory=lambda: RunConfig().collective_seconds)
-    spikes_every: int = 0
+    measure_every: int = 0
 
     @classmethod
     def of(cls, config: PretrainConfig, vocab_size: int) -> EngineSpec:
@@ -76,7 +76,7 @@ class EngineSpec:
             not starts_anew(config),
             tuple(trained_in_any(config)),
             config.run.collective_seconds,
-            config.logging.steps_between_spikes,
+            config.logging.steps_between_measures,
         )
 
     def micro_batches(self, data_parallel_size: int) -> int:

@@ -150,7 +150,7 @@ def job(config: Config, values: dict[str, Any], variant: str, seed: int) -> Job:
     steps = values["train"]["steps"] if config.steps is None else config.steps
     directory = Path(config.output).resolve() / f"{variant}-{steps}-steps-seed-{seed}"
     spiking = neurons(variant, steps)
-    options = ("--model.spiking", json.dumps(spiking), "--logging.spikes_every", "5") if spiking else ()
+    options = ("--model.spiking", json.dumps(spiking), "--logging.measure_every", "5") if spiking else ()
     return Job(variant, directory, steps, seed, options)
 
 
