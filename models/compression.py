@@ -10,21 +10,24 @@ and the step; its rows are numbered by the tokens' places in the whole batch of 
 the whole tensor. A place is a module's name in its block and the order in which the module's tensors are saved. So
 recomputation, a resumed run and every layout round alike. Groups of channels never cross tensor-parallel ranks, and are
 the same for every number of ranks over which the model can be cut.
+
+Ranges of groups are exact, or running as Mesa's: of a group of channels over all tokens of earlier steps (`Ranges`).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.quantization import Noise, Quantized, dequantize, noise_key, quantize
+from kernels.quantization import Noise, Quantized, dequantize, group_bounds, noise_key, quantize
+from kernels.shapes import has_values
 from models.parameters import WHOLE, Groups, Module, matches
 from models.saved_activations import Codec, Kept, as_it_is
 
@@ -226,11 +229,85 @@ class Rule:
         pattern: Of places, as `layers.*.ffn.*`, where * matches anything.
         bits: 4 or 8; 16 as they are.
         group: Channels that share a scale.
+        range: exact or running.
     """
 
     pattern: str
     bits: int | None = None
     group: int | None = None
+    range: str | None = None
+
+
+class Settings(NamedTuple):
+    """How one place is stored (train.compression)."""
+
+    bits: int
+    group: int
+    range: str
+
+
+Observed = dict[str, dict[int, Tensor]]
+"""Ranges of a step by place and number of the first group: lows and highs, float32 [2, G]."""
+
+
+@dataclass(eq=False)
+class Ranges:
+    """Running ranges of groups of channels over all tokens, by place (Mesa, arXiv 2111.11124, section 3.2).
+
+    After each step, low ← decay · low + (1 − decay) · (the step's least element), and alike the high. The first step
+    has exact ranges. Mesa updates before each use, which would make ranges depend on the number of micro-batches.
+
+    Attributes:
+        decay: The share of a range that a step keeps.
+        values: By place, lows and highs of all groups of the whole tensor, float32 [2, G], on the CPU.
+    """
+
+    decay: float = 0.9
+    values: dict[str, Tensor] = field(default_factory=dict)
+    _observed: Observed = field(default_factory=dict)
+
+    def bounds(self, place: str, first: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Lows and highs [1, G] of this rank's groups; None in the first step."""
+        if place not in self.values:
+            return None
+        low, high = self.values[place][:, None, first : first + groups].to(device, non_blocking=True)
+        return low, high
+
+    @torch.no_grad()
+    def observe(self, place: str, first: int, x_ND: Tensor, group: int) -> None:
+        """Extend the step's ranges by this rank's rows of a micro-batch."""
+        if not len(x_ND) or not has_values():
+            return
+        low_NG, high_NG = group_bounds(x_ND, group)
+        found = torch.stack([low_NG.amin(0), high_NG.amax(0)]).float()
+        known = self._observed.setdefault(place, {})
+        known[first] = _widest(known[first], found) if first in known else found
+
+    def take(self) -> Observed:
+        """What this rank has observed in the step, on the CPU; it is then forgotten."""
+        observed, self._observed = self._observed, {}
+        return {
+            place: {first: part.cpu() for first, part in parts.items()} for place, parts in sorted(observed.items())
+        }
+
+    def update(self, of_ranks: Iterable[Observed]) -> None:
+        """Move the ranges towards those of a step, given what all ranks have observed."""
+        merged: Observed = {}
+        for observed in of_ranks:
+            for place, parts in observed.items():
+                known = merged.setdefault(place, {})
+                for first, part in parts.items():
+                    known[first] = _widest(known[first], part) if first in known else part
+        for place, parts in merged.items():
+            step = torch.cat([parts[first] for first in sorted(parts)], 1)
+            if step.isfinite().all():
+                old = self.values.get(place)
+                self.values[place] = step if old is None else self.decay * old + (1 - self.decay) * step
+
+
+def _widest(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of lows and highs [2, G]."""
+    return torch.stack([torch.minimum(ours[0], theirs[0]), torch.maximum(ours[1], theirs[1])])
 
 
 @dataclass(frozen=True)
@@ -244,6 +321,8 @@ class Compression:
         seed: Of the noise.
         shards: The most tensor-parallel ranks over which the model can be cut: every group lies within one of them.
         rules: For some modules; later ones go before earlier ones.
+        range: exact or running.
+        ranges: The running ones.
     """
 
     bits: int = 8
@@ -252,23 +331,26 @@ class Compression:
     seed: int = 0
     shards: int = 1
     rules: tuple[Rule, ...] = ()
+    range: str = "exact"
+    ranges: Ranges = field(default_factory=Ranges, compare=False)
 
     def codec(self) -> Codec | None:
         """See `models.saved_activations.Compressing`."""
         site = _SITE.get()
         return None if site is None else partial(self._store, site)
 
-    def settings_of(self, place: str) -> tuple[int, int]:
-        """Bits and group of a place, such as `layers.3.ffn.0`."""
-        bits, group = self.bits, self.group
+    def settings_of(self, place: str) -> Settings:
+        """The settings of a place, such as `layers.3.ffn.0`."""
+        found = Settings(self.bits, self.group, self.range)
         for rule in self.rules:
             if matches(place, [rule.pattern]):
-                bits = bits if rule.bits is None else rule.bits
-                group = group if rule.group is None else rule.group
-        return bits, group
+                own = {name: getattr(rule, name) for name in Settings._fields}
+                found = found._replace(**{name: value for name, value in own.items() if value is not None})
+        return found
 
     def _store(self, site: Site, x: Tensor, place: str) -> Kept:
-        bits, group = self.settings_of(f"layers.{site.layer}.{place}")
+        path = f"layers.{site.layer}.{place}"
+        bits, group, ranges = self.settings_of(path)
         if bits in (0, 16) or x.numel() * x.element_size() < self.min_bytes:
             return as_it_is(x)
         # Of what has no tokens as rows, a convolution's entering state, nobody knows what they are in other layouts.
@@ -284,7 +366,11 @@ class Compression:
             if x.dim() < 4:
                 group = _group_within(channels * ranks, self.shards, group)
         noise = None if numbers is None else Noise(self._key(site, place), numbers, first)
-        stored = quantize(x.view(rows, channels), bits=bits, group=group, noise=noise)
+        x_ND, bounds = x.view(rows, channels), None
+        if ranges == "running":
+            bounds = self.ranges.bounds(path, first // group, -(-channels // group), x.device)
+            self.ranges.observe(path, first // group, x_ND, group)
+        stored = quantize(x_ND, bits=bits, group=group, noise=noise, bounds=bounds)
         kept = Kept(stored.tensors, partial(_restore, stored.shape, bits, group))
         if site.meter is not None:
             site.meter.encoded(place, x, kept)

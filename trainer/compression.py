@@ -2,7 +2,7 @@
 
 import math
 
-from models.compression import Compression, Rule
+from models.compression import Compression, Ranges, Rule
 from models.parameters import matches
 from models.saved_activations import BlockPolicy
 from trainer.config import PretrainConfig
@@ -26,11 +26,12 @@ def compression(config: PretrainConfig) -> Compression | None:
         return None
     # No number of tensor-parallel ranks divides all sizes that is not a divisor of this one.
     shards = math.gcd(*config.model.tensor_parallel_sizes().values())
-    rules = [Rule(pattern, rule.bits, rule.group) for pattern, rule in settings.modules.items()]
+    rules = [Rule(pattern, rule.bits, rule.group, rule.range) for pattern, rule in settings.modules.items()]
     # Before those of modules, which may say otherwise for a part of a stage.
     rules[:0] = _rules_by_stage(config)
     bits, group, seed = settings.bits, settings.group, config.train.seed
-    return Compression(bits, group, settings.min_bytes, seed, shards, tuple(rules))
+    ranges = Ranges(settings.decay)
+    return Compression(bits, group, settings.min_bytes, seed, shards, tuple(rules), settings.range, ranges)
 
 
 def _rules_by_stage(config: PretrainConfig) -> list[Rule]:

@@ -111,10 +111,12 @@ class ModuleCompression:
     Attributes:
         bits: Of an element; 0 and 16 keep it as it is; null takes train.compression.bits.
         group: Channels that share a scale; null takes train.compression.group.
+        range: exact or running; null takes train.compression.range.
     """
 
     bits: Literal[0, 4, 8, 16] | None = None
     group: int | None = None
+    range: Literal["exact", "running"] | None = None
 
     def __post_init__(self) -> None:
         require(self.group is None or self.group > 0, f"train.compression.modules: group={self.group} must be positive")
@@ -131,6 +133,9 @@ class CompressionConfig:
             channels are no multiple of them.
         min_bytes: Smaller tensors of a rank and micro-batch are kept as they are.
         by_stage: Other bits for the layers of some pipeline stages, by number: early stages hold more micro-batches.
+        range: Of a group: exact, from its own elements; or running, a moving average over steps of the range over all
+            tokens (Mesa), beyond which elements are clamped.
+        decay: The share of a running range that a step keeps.
         modules: Other settings for tensors whose places match a pattern such as "layers.*.ffn.*", where * matches
             anything; later ones go before earlier ones.
     """
@@ -138,18 +143,26 @@ class CompressionConfig:
     bits: Literal[0, 4, 8, 16] = 0
     group: int = 64
     min_bytes: int = 4096
+    range: Literal["exact", "running"] = "exact"
+    decay: float = 0.9
     by_stage: dict[int, Literal[0, 4, 8, 16]] = field(default_factory=dict)
     modules: dict[str, ModuleCompression] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.group > 0, f"train.compression.group={self.group} must be positive")
         require(self.min_bytes >= 0, f"train.compression.min_bytes={self.min_bytes} must not be negative")
+        require(0 <= self.decay < 1, f"train.compression.decay={self.decay} must be in [0, 1)")
         for name in ("modules", "by_stage"):
             require(
                 self.bits > 0 or not getattr(self, name),
                 f"train.compression.{name} means nothing with train.compression.bits=0; use bits=16 to keep the others "
                 "as they are",
             )
+
+    @property
+    def has_running_ranges(self) -> bool:
+        """Whether any tensor may have a running range."""
+        return bool(self.bits) and "running" in (self.range, *(rule.range for rule in self.modules.values()))
 
 
 @dataclass

@@ -19,6 +19,7 @@ from trainer.callbacks.health import NonFiniteGuard, TrainingDiverged
 from trainer.callbacks.metrics import MetricsFile, TensorBoard
 from trainer.callbacks.profiler import Profiler
 from trainer.callbacks.progress import ProgressLine
+from trainer.callbacks.ranges import RunningRanges
 from trainer.callbacks.signals import StopOnSignal
 from trainer.compression import check_compression
 from trainer.config import PretrainConfig
@@ -189,6 +190,8 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
     if reporting.profile_step:
         callbacks.append(Profiler(run_dir / "profile", reporting.profile_step))
     callbacks.append(NonFiniteGuard(config.train.max_skipped_steps))
+    if config.train.compression.has_running_ranges:
+        callbacks.append(RunningRanges())
     saving = config.checkpoint
     callbacks.append(Checkpointer(saving.every, Retention.of(saving), saving.asynchronous))
     if sources.validation is not None:
