@@ -47,13 +47,13 @@ class Role(Enum):
 
 
 class Extent(NamedTuple):
-    """The stretch of a storage that a tensor's elements fill, in any order of its dimensions.
+    """The range of elements that a tensor fills in its storage, whatever the order of its dimensions.
 
     Attributes:
-        storage: Its identity, which no other storage gets while a weak reference to it is held.
-        first: The first element.
+        storage: Identity of the storage. It is not reused while a weak reference to the storage is held.
+        first: Index of the first element.
         numel: Number of elements.
-        version: How often the storage had been written to.
+        version: The tensor's version counter, which in-place writes increment.
     """
 
     storage: int
@@ -63,12 +63,12 @@ class Extent(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> "Extent":
-        """The stretch from x's first element on."""
+        """Return the range of x's `numel` elements from its storage offset on."""
         return cls(x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x._version)
 
 
 class Geometry(NamedTuple):
-    """How a tensor lies in its storage."""
+    """A tensor's extent, shape and strides: enough to rebuild the tensor as a view of its storage."""
 
     extent: Extent
     shape: torch.Size
@@ -76,19 +76,19 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> "Geometry":
-        """Of a tensor."""
+        """Return the geometry of x."""
         return cls(Extent.of(x), x.shape, x.stride())
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How a tensor is made again: function(*inputs, *constants).
+    """How to recompute a tensor: function(*inputs, *constants).
 
     Attributes:
-        extent: Of the tensor.
-        function: Gives it, contiguous; without a gradient.
-        inputs: Activations, which need not exist any more: how they lay, and themselves as long as others need them.
-        constants: Weights and statistics.
+        extent: Extent of the tensor.
+        function: Computes the tensor, contiguous and without a gradient.
+        inputs: Activations, each as its geometry and a weak reference. The recipe does not keep them in memory.
+        constants: Weights and statistics, which the recipe keeps in memory.
     """
 
     extent: Extent
@@ -99,12 +99,12 @@ class Recipe:
 
 @dataclass
 class Notes:
-    """What is said of tensors while what is saved of them is compressed.
+    """What operations declare about their tensors while saved activations are compressed.
 
     Attributes:
-        recipes: By storage.
-        labels: Tensors that have a name in their module, by storage.
-        storages: Weak references, so that no address comes again.
+        recipes: Recipes of recomputable tensors, by the storage's identity.
+        labels: Names given by `label`, with a weak reference to the tensor, by the storage's identity.
+        storages: Weak references that keep the identities of storages from being reused.
     """
 
     recipes: dict[int, Recipe] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Notes:
     storages: list[StorageWeakRef] = field(default_factory=list)
 
     def hold(self, *tensors: Tensor) -> None:
-        """Keep their storages' addresses from coming again, but not their memory."""
+        """Keep the identities of the tensors' storages from being reused, without keeping their memory."""
         self.storages += [StorageWeakRef(x.untyped_storage()) for x in tensors]
 
 
@@ -149,7 +149,7 @@ def name(named: Iterable[tuple[Tensor | None, Role]]) -> None:
 
 @contextmanager
 def noting(notes: Notes | None) -> Iterator[None]:
-    """In here `derive` and `label` write to these notes; None: nowhere."""
+    """Context in which `derive` and `label` write to `notes`. With None they do nothing."""
     token = _NOTES.set(notes)
     try:
         yield
@@ -158,15 +158,21 @@ def noting(notes: Notes | None) -> Iterator[None]:
 
 
 def compresses() -> bool:
-    """Whether activations that are saved now will be compressed."""
+    """Return whether activations saved now will be compressed."""
     return _NOTES.get() is not None
 
 
 def derive(y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor], *constants: Tensor) -> None:
-    """Say that y, contiguous, is function(*inputs, *constants), to the last bit, if anybody asks.
+    """Declare that y equals function(*inputs, *constants) bit by bit, so that compression need not store y.
 
-    The inputs are activations that backward keeps for another reason, or that are themselves derived; one that is not
-    is stored in y's place, if it still exists. A y that shares its storage with one of them needs no recipe.
+    Does nothing if activations are not compressed, if y is not contiguous, or if y shares its storage with an input.
+
+    Args:
+        y: the tensor that can be recomputed.
+        function: computes y from the inputs and constants.
+        inputs: activations that backward keeps for another reason, or that are themselves derived. An input that is
+            neither is stored in place of y, if it still exists when y is saved.
+        constants: weights and statistics.
     """
     if (notes := _NOTES.get()) is None or not y.is_contiguous():
         return
@@ -174,14 +180,17 @@ def derive(y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor],
         return
     notes.hold(y, *inputs)
     extent = Extent.of(y)
-    # Detached: ZeRO 3 takes a parameter's values away between its module's forward and backward.
+    # Detach, because ZeRO 3 frees a parameter's values between its module's forward and backward.
     values = tuple(x.detach() for x in constants)
     known = tuple((Geometry.of(x), weakref.ref(x)) for x in inputs)
     notes.recipes[extent.storage] = Recipe(extent, function, known, values)
 
 
 def label(**tensors: Tensor) -> None:
-    """Name tensors in the module that runs, where the order in which they, or parts of them, are saved may differ."""
+    """Name tensors of the running module, where the order in which they are saved may differ between layouts.
+
+    If an operation saves a part of a labelled tensor, compression stores the whole tensor, once for all parts.
+    """
     if (notes := _NOTES.get()) is not None:
         notes.hold(*tensors.values())
         notes.labels |= {x.untyped_storage()._cdata: (name, weakref.ref(x)) for name, x in tensors.items()}
@@ -189,7 +198,10 @@ def label(**tensors: Tensor) -> None:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """In here what torch's own operations save counts as a statistic: decays, write strengths and their inputs."""
+    """Context in which tensors saved by torch's own operations count as statistics.
+
+    Used around the computation of decays and write strengths, whose inputs must keep full precision.
+    """
     token = _EXACT.set(True)
     try:
         yield

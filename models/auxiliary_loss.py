@@ -1,4 +1,4 @@
-"""Losses that layers add in their backward pass; the reported loss does not include them."""
+"""Auxiliary losses whose gradients layers add in their backward pass. The reported loss does not include them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from kernels.autograd import once_differentiable
 
 
 def add_loss(x: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """X itself, whose backward also back-propagates `scale` into a loss [] that the reported loss does not include."""
+    """Return x. Its backward also back-propagates into `loss`, a scalar, with gradient `scale`."""
     y: Tensor = _AddLoss.apply(x, loss, scale)
     return y
 

@@ -1,18 +1,20 @@
 """Spiking neurons in front of a block's linear layers: x̂ = s V, with integer counts s = round(x / V).
 
-A pattern chooses the linear layers (`model.spiking.layers`); kernels.spiking.neuron has arithmetic and gradient.
-Thresholds are adaptive, V = mean|x| / k for each token (SpikingBrain, arXiv 2509.05276, section 3.3); or they come from
-moving averages M of mean|x| over all tokens of a step, V = M / k, of a whole neuron or of each of its channels.
+`model.spiking.layers` selects the linear layers by name patterns. kernels.spiking.neuron implements the arithmetic and
+the gradient. Thresholds are adaptive, V = mean|x| / k for each token (SpikingBrain, arXiv 2509.05276, section 3.3), or
+come from running averages M of mean|x| over all tokens of a step, V = M / k. There is one average per neuron or one per
+channel.
 
-What reads one tensor has one neuron: the queries', keys', values' and gates' projections of a mixer, the gate and up
-projection of a feed-forward. It computes x̂ once for all of them, and backward keeps it once. What enters a layer that
-writes to the residual stream (o_proj, down_proj) has a neuron of its own. Under tensor parallelism the channels of such
-an input lie on several ranks, and the mean is over all of them: one number a token is summed. Routed experts of a layer
-share their neurons; every row has its own threshold.
+Linear layers that read the same tensor share one neuron: a mixer's query, key, value and gate projections, or a
+feed-forward's gate and up projections. The neuron computes x̂ once for all of them, and backward keeps x̂ once. A layer
+that writes to the residual stream (o_proj, down_proj) has its own neuron. Under tensor parallelism, the channels of its
+input are sharded. The mean is then over the channels of all ranks, which all-reduces one number per token. The routed
+experts of a layer share their neurons; an adaptive threshold is still computed for each row.
 
-Softmax attention may have neurons for its rotated queries, and keys and values in int8; the chosen linear layers may
-have int8 weights (W8A-spike). Before `start_step` all are floats. All is a function of step, parameters, and the moving
-averages, which an engine updates after a step from sums over all micro-batches and ranks, like the routers' loads.
+Softmax attention can have neurons for its rotated queries, and int8 keys and values. The selected linear layers can
+have int8 weights (W8A-spike). Before `start_step`, everything is in floating point. Results depend only on the step,
+the parameters and the running averages. After each step, the engine updates the averages from sums over all
+micro-batches and ranks, as it does for the routers' loads.
 """
 
 import difflib
@@ -39,7 +41,7 @@ from models.parallel import Projection, sum_of_shares
 from models.parameters import Drawing, Module, Placement, zeros
 from models.saved_activations import is_recomputing
 
-# Inputs that share a scale of int8 weights, as in the published W8A-spike models.
+# Number of inputs that share a scale in int8 weights, as in the published W8A-spike models.
 WEIGHT_GROUP = 128
 
 
@@ -52,7 +54,14 @@ _AVERAGE = Placement(zeros, float32=True, decayed=False)
 
 @dataclass(frozen=True)
 class _Last:
-    """What a neuron saw last, and what it gave."""
+    """A neuron's last input and output.
+
+    Attributes:
+        x: The input.
+        version: The input's version counter at that time.
+        recorded: Whether autograd recorded the output.
+        spikes: The output.
+    """
 
     x: Tensor
     version: int
@@ -60,23 +69,23 @@ class _Last:
     spikes: Tensor
 
     def is_of(self, x: Tensor) -> bool:
-        """Whether these are the spikes of x: not of an earlier content, nor without the gradient that is asked for."""
+        """Return whether `spikes` can serve as the output for x: same tensor, same content, same gradient mode."""
         return self.x is x and self.version == x._version and self.recorded == torch.is_grad_enabled()
 
     def has_content_of(self, x: Tensor) -> bool:
-        """Whether x is the same memory: ZeRO 3 gives each layer an alias of its input."""
+        """Return whether x has the same memory and content. Under ZeRO 3 each layer gets an alias of its input."""
         same = self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
         return same and self.version == x._version
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which tokens of a micro-batch follow each other.
+    """The order of a micro-batch's tokens, which temporal-delta spikes need.
 
     Attributes:
-        documents: Those packed into the row; None if every row is one sequence.
-        group: Context-parallel ranks, which hold consecutive shards of the sequence; None if this rank has all of it.
-        states: What neurons carry from token to token in generation, by name; None outside of it.
+        documents: Documents packed into the row. None if every row is one sequence.
+        group: Context-parallel ranks, which hold consecutive shards of the sequence. None if this rank holds all of it.
+        states: States that neurons carry from token to token in generation, by neuron name. None outside generation.
     """
 
     documents: Documents | None
@@ -89,7 +98,7 @@ _ORDER: ContextVar[Order | None] = ContextVar("order", default=None)
 
 @contextmanager
 def in_order(order: Order) -> Iterator[None]:
-    """In here neurons know which tokens follow each other; also in what runs again, if that is in here."""
+    """Context in which neurons use `order`. A recomputed forward must run inside it, too."""
     token = _ORDER.set(order)
     try:
         yield
@@ -98,10 +107,10 @@ def in_order(order: Order) -> Iterator[None]:
 
 
 class Scheduled(Module):
-    """A part of a spiking model, on from start_step on.
+    """A part of a spiking model that is switched on at `start_step`.
 
     Attributes:
-        step: Number of training steps taken before this one; None once training is over.
+        step: Number of training steps taken before this one. None after training.
     """
 
     step: int | None = None
@@ -112,24 +121,24 @@ class Scheduled(Module):
 
     @property
     def is_on(self) -> bool:
-        """Whether its time has come."""
+        """Whether `start_step` is reached."""
         return self.config.is_on(self.step)
 
 
 class Int8(Scheduled):
-    """Keys or values [B, T, H, K] in int8, with a scale for each token and head."""
+    """Rounds keys or values [B, T, H, K] to int8, with one scale per token and head."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X rounded to int8; x itself before start_step."""
+        """Quantize and dequantize x. Before start_step return x."""
         return fake_int8(x) if self.is_on else x
 
 
 class Int8Weight(Scheduled):
-    """A weight [..., O, D] in int8, with a scale for each group of inputs.
+    """Rounds a weight [..., O, D] to int8, with one scale per output and group of inputs.
 
     Args:
         config: `model.spiking`.
-        is_split: Whether tensor-parallel ranks hold consecutive inputs each.
+        is_split: Whether the inputs are sharded over tensor-parallel ranks.
     """
 
     def __init__(self, config: SpikingConfig, is_split: bool) -> None:
@@ -137,25 +146,27 @@ class Int8Weight(Scheduled):
         self.is_split = is_split
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight rounded to int8; itself before start_step."""
+        """Quantize and dequantize the weight. Before start_step return it unchanged."""
         group = self.groups.tensor if self.is_split else None
         return fake_int8_weight(weight, WEIGHT_GROUP, group=group) if self.is_on else weight
 
 
 class Neuron(Scheduled):
-    """The neurons of one input [..., D], for all linear layers that read it.
+    """The neuron of one input [..., D], shared by all linear layers that read it.
 
     Attributes:
-        is_ready: Whether moving averages have begun. Until then, in the first step, thresholds are adaptive.
-        statistics: Sums of |x| since the start of the step, float64 [1] or [D], and at the end the number of summands
-            of each; None if nobody collects them, or nobody needs them.
-        name: Of the input, unique in the layer.
-        observer: Gets the counts [..., D] of every input once, while there are spikes (models.spiking_statistics).
-        log_k: Logarithm of a learned k, which keeps k positive, float32 [1].
-        magnitude: Moving average of mean|x|, float32 [1].
-        magnitudes: That of each channel, float32 [D].
-        loss_scale: Factor of a micro-batch's loss before backward.
-        repeats: Whether tensor-parallel ranks all have the same input, so that each is to add its share of the loss.
+        is_ready: Whether the running averages are initialised. Until then, in the first step, thresholds are adaptive.
+        statistics: Sums of |x| since the start of the step for the running averages, float64 [1] or [D], with the
+            number of summands of each sum appended. None if the step does not collect them, or thresholds need none.
+        name: Path of the owning module and the name of the input. Empty for the neurons of queries.
+        observer: Called once with the counts [..., D] of every input while the neuron is on
+            (models.spiking_statistics).
+        log_k: Logarithm of a learned k, float32 [1]. The logarithm keeps k positive.
+        magnitude: Running average of mean|x|, float32 [1].
+        magnitudes: Running average of each channel's mean|x|, float32 [D].
+        loss_scale: Factor by which a micro-batch's loss is multiplied before backward.
+        repeats: Whether all tensor-parallel ranks have the same input. Each rank then adds an equal share of the
+            activity loss.
     """
 
     placements: ClassVar = {
@@ -184,11 +195,11 @@ class Neuron(Scheduled):
 
     @property
     def average(self) -> Tensor | None:
-        """The moving average that thresholds come from, this rank's shard; None if they come from the tokens."""
+        """The running average for the thresholds, this rank's shard. None if thresholds come from the tokens."""
         return self.magnitude if self.magnitudes is None else self.magnitudes
 
     def forward(self, x: Tensor) -> Tensor:
-        """Spikes of x [..., D], times their thresholds; x itself before start_step."""
+        """Compute x̂ = s V for x [..., D]. Before start_step return x."""
         if self._last is not None and self._last.is_of(x):
             return self._last.spikes
         training = self.training and torch.is_grad_enabled()
@@ -201,11 +212,11 @@ class Neuron(Scheduled):
         return y
 
     def forget(self) -> None:
-        """Forget the last input, at the end of the module that the linear layers are in."""
+        """Forget the last input and output. Called at the end of the owning module's forward."""
         self._last = None
 
     def count_options(self) -> dict[str, Any]:
-        """What says how kernels.spiking counts: k or threshold, count_range and group."""
+        """Return the arguments of kernels.spiking that determine counts: k or threshold, count_range and group."""
         k, average, bounds = self.config.k_at(self.step), self.average, self.config.count_range
         given: dict[str, Any] = {"k": k}
         if self.log_k is not None:
@@ -218,7 +229,7 @@ class Neuron(Scheduled):
         }
 
     def _observer_of(self, x: Tensor) -> Callable[[Tensor], None] | None:
-        """Who wants the counts of x, and has not got them for another layer that reads it."""
+        """Return the observer, or None if it already got the counts of x, or if x is a recomputed input."""
         known = self._last is not None and self._last.has_content_of(x)
         return None if known or is_recomputing() else self.observer
 
@@ -231,7 +242,7 @@ class Neuron(Scheduled):
         return spike(x, gradient=self.config.gradient, **options)
 
     def _fire_changes(self, x_TBD: Tensor, options: dict[str, Any]) -> Tensor:
-        """What a receiver of temporal-delta spikes holds; only a dead zone lets it depend on earlier tokens."""
+        """Compute x̂ with temporal-delta spikes. Only with a dead zone does it depend on earlier tokens."""
         order, zone = _ORDER.get(), self.config.dead_zone
         assert order is not None, "a block says which tokens follow each other"
         x_BTD, bounds = x_TBD.transpose(0, 1), options["count_range"]
@@ -248,16 +259,16 @@ class Neuron(Scheduled):
         return y_BTD.transpose(0, 1)
 
     def _activity_loss(self, x: Tensor) -> Tensor:
-        """The loss of a micro-batch, a sum over tokens, or this rank's share of it.
+        """Return a micro-batch's activity loss, summed over tokens, or this rank's share of it.
 
-        |s| has the gradient of |x / V|, straight through; V is constant but for a learned k.
+        The gradient of |s| is that of |x / V| (straight-through estimator). V is a constant unless k is learned.
         """
         activity, options = self.config.activity, self.count_options()
         wide, ranks = x.float(), dist.get_world_size(self.groups.tensor) if self.groups.tensor is not None else 1
         threshold = options.get("threshold")
         if threshold is None:
             threshold = mean_abs(wide.detach(), options["group"]) / options["k"]
-        # mean|x| of a token of zeros is 0; kernels.spiking has the same limit.
+        # mean|x| is 0 for a token of zeros. kernels.spiking has the same lower limit.
         ratio = wide / threshold.clamp(min=LEAST_THRESHOLD)
         low, high = options["count_range"] or (-math.inf, math.inf)
         counts = ratio + (ratio.round().clamp(low, high) - ratio).detach()
@@ -265,17 +276,17 @@ class Neuron(Scheduled):
         if self.is_split:
             mean = sum_of_shares(mean, self.groups)
         loss = mean if activity.loss == "l1" else (mean - activity.target).square()
-        # Where all ranks have the same input, or of split ones the same mean, each adds its part to the sum of all.
+        # If all tensor-parallel ranks have the same input, each adds an equal share, and the shares sum to the loss.
         return activity.weight * loss.sum() / (ranks if self.repeats else 1)
 
     def _leave_alone(self, x: Tensor) -> Tensor:
-        """X itself; a learned k gets a gradient of zero, which reductions may wait for."""
+        """Return x. A learned k gets a zero gradient, because gradient reductions may wait for it."""
         untouched: Tensor = x if self.log_k is None else _Unused.apply(x, self.log_k)
         return untouched
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        """Add a micro-batch to the step's sums; before start_step, too, so that thresholds are there when it comes."""
+        """Add a micro-batch to the step's sums. This also runs before start_step, so that thresholds exist by then."""
         if self.statistics is None:
             return
         magnitudes = x.detach().flatten(0, -2).abs()
@@ -286,17 +297,18 @@ class Neuron(Scheduled):
         ranks, rank, own = 1, 0, x.shape[-1]
         if self.is_split and self.groups.tensor is not None:
             ranks, rank = dist.get_world_size(self.groups.tensor), dist.get_rank(self.groups.tensor)
-        # Of ranks with channels of their own each counts all tokens, and sums up a part.
+        # With sharded channels every rank counts all tokens, so the summed number of tokens is `ranks` times too large.
+        # The factor `ranks` compensates in the sums of |x|.
         self.statistics[rank * own : (rank + 1) * own] += ranks * magnitudes.sum(0, dtype=torch.float64)
         self.statistics[-1] += len(magnitudes)
 
     @torch.no_grad()
     def begin(self, counts: bool) -> None:
-        """Begin a step; `counts` resets the sums for the moving averages, if there are any."""
+        """Begin a step. With `counts`, reset the sums for the running averages, if the neuron has any."""
         self.forget()
         average = self.average
         if average is not None and not self.is_ready:
-            # Read once: after an update, or a checkpoint that has one, it stays so.
+            # Synchronises with a GPU until the averages are initialised, by an update or from a checkpoint.
             self.is_ready = bool(average.any())
         self.statistics = None
         if counts and average is not None:
@@ -305,9 +317,10 @@ class Neuron(Scheduled):
 
     @torch.no_grad()
     def update(self, sums: Tensor) -> None:
-        """Move the averages towards the means of a step, given `statistics` summed over all ranks; the first are taken.
+        """Update the running averages from `statistics` summed over all ranks.
 
-        Without a token, as of experts that got none, nothing moves.
+        The first update sets them to the step's means. If there was no token, as can happen to experts, they keep their
+        values.
         """
         average = self.average
         assert average is not None, "only moving averages are updated"
@@ -320,7 +333,7 @@ class Neuron(Scheduled):
 
 
 class SplitNeuron(Neuron):
-    """Neurons of an input whose channels are divided among tensor-parallel ranks: that of a RowLinear."""
+    """The neuron of an input whose channels are sharded over tensor-parallel ranks: the input of a RowLinear."""
 
     placements: ClassVar = Neuron.placements | {
         "magnitudes": Placement(zeros, shard_axis=0, float32=True, decayed=False)
@@ -329,7 +342,7 @@ class SplitNeuron(Neuron):
 
 
 class _Unused(torch.autograd.Function):
-    """Identity on x; the parameter gets zeros."""
+    """Identity on x, with a zero gradient for the parameter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
@@ -343,15 +356,15 @@ class _Unused(torch.autograd.Function):
 
 
 def add_neurons(layers: nn.ModuleDict, config: SpikingConfig, is_whole: bool) -> None:
-    """Put neurons in front of the linear layers of these blocks that the configuration picks.
+    """Put neurons in front of the linear layers that the configuration selects.
 
     Args:
-        layers: The blocks of a decoder, or of a stage of it, by number.
+        layers: The blocks of a decoder or of one of its stages, by layer number.
         config: `model.spiking`.
-        is_whole: Whether these are all blocks, among which every pattern must find something.
+        is_whole: Whether these are all blocks of the model. If so, every pattern must match a linear layer.
 
     Raises:
-        ValueError: a pattern matches no linear layer, or routed experts would get changes.
+        ValueError: a pattern matches no linear layer, or routed experts would get temporal-delta spikes.
     """
     if not config.layers:
         return
@@ -376,10 +389,10 @@ def _require_matches(config: SpikingConfig, names: list[str]) -> None:
 
 
 def _inputs(path: str, owner: Module) -> Iterator[tuple[str, list[tuple[str, Projection]]]]:
-    """The inputs of a module's own linear layers: a name of each, and the layers that read it, by their names.
+    """Yield the inputs of a module's own linear layers: each input's name, and the named layers that read it.
 
-    Those that do not write to the residual stream read what enters the module, and so does the first of several in
-    sequence; the later ones have inputs of their own.
+    A linear layer reads the module's input unless it writes to the residual stream. In an nn.Sequential, only the first
+    linear layer does so. Each other linear layer has an input of its own.
     """
     entering: dict[int, list[tuple[str, Projection]]] = {}
     for name, child in owner.named_children():
@@ -397,12 +410,12 @@ def _inputs(path: str, owner: Module) -> Iterator[tuple[str, list[tuple[str, Pro
 
 
 def _width(projection: Projection) -> int:
-    """Channels of a linear layer's input."""
+    """Return the number of input channels of a linear layer on this rank."""
     return projection.get_parameter("weight").shape[-1]
 
 
 def _share(owner: Module, path: str, name: str, readers: list[Projection], config: SpikingConfig) -> None:
-    """Give the layers one neuron, a part of the module that they are in, and int8 weights if they are to have them."""
+    """Give the layers a shared neuron, which becomes a submodule of their owner, and int8 weights if configured."""
     placement = readers[0].placements["weight"]
     if config.code == "delta" and placement.expert:
         raise ValueError(
@@ -410,7 +423,7 @@ def _share(owner: Module, path: str, name: str, readers: list[Projection], confi
             "leave routed experts out, or use code=counts"
         )
     is_split = placement.shard_axis == 1
-    # Of routed experts every rank has rows of its own.
+    # Routed experts have different rows on every rank.
     repeats = not is_split and not placement.expert
     neuron = (SplitNeuron if is_split else Neuron)(config, _width(readers[0]), repeats)
     neuron.name = f"{path}.{name}"
@@ -423,16 +436,16 @@ def _share(owner: Module, path: str, name: str, readers: list[Projection], confi
 
 
 def attach(owner: Module, name: str, neuron: Neuron) -> Callable[[Tensor], Tensor]:
-    """Make a neuron a part of the module in whose forward it runs, at the end of which it forgets what it saw.
+    """Make a neuron a submodule of `owner`, at the end of whose forward it forgets its last input.
 
     Returns:
-        What gives the spikes of an input: the bound method, for as a module it would be a part of every reader, with
-        parameters of several names.
+        The neuron as a function from an input to its spikes. It is a bound method: readers that stored the module
+        itself would register it as their submodule, and its parameters would have several names.
     """
     group = getattr(owner, "neurons", None)
     if group is None:
         group = owner.neurons = nn.ModuleDict()
-        # Whatever runs again, or for another micro-batch, begins anew; and no activation outlives its region.
+        # Recomputation and the next micro-batch then start afresh, and no activation outlives its recomputed region.
         owner.register_forward_hook(_forget, always_call=True)
     group[name] = neuron
     spikes: Callable[[Tensor], Tensor] = neuron.__call__
@@ -445,12 +458,12 @@ def _forget(owner: Any, inputs: Any, output: Any) -> None:
 
 
 def neurons(models: Iterable[nn.Module]) -> list[Neuron]:
-    """All neurons of models or stages, in module order."""
+    """Return all neurons of models or stages, in module order."""
     return [module for model in models for module in model.modules() if isinstance(module, Neuron)]
 
 
 def set_step(models: Sequence[nn.Module], step: int) -> None:
-    """Set the schedules to a training step (steps taken before it)."""
+    """Set the schedules to a training step, given as the number of steps taken before it."""
     for model in models:
         for module in model.modules():
             if isinstance(module, Scheduled):
@@ -460,7 +473,7 @@ def set_step(models: Sequence[nn.Module], step: int) -> None:
 
 
 def begin_step(models: Sequence[nn.Module], step: int, loss_scale: float = 1.0) -> None:
-    """Set the step and the factor of the loss before backward, and reset what neurons count."""
+    """Set the step and the factor of the loss before backward, and reset the neurons' sums."""
     set_step(models, step)
     for neuron in neurons(models):
         neuron.loss_scale = loss_scale
@@ -468,7 +481,7 @@ def begin_step(models: Sequence[nn.Module], step: int, loss_scale: float = 1.0) 
 
 
 def finish_step(models: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:
-    """Update the moving averages of a step that was not skipped. Every rank of the group calls this.
+    """Update the running averages after a step that was not skipped. Every rank of the group must call this.
 
     Args:
         models: This rank's stages.
@@ -486,7 +499,7 @@ def finish_step(models: Iterable[nn.Module], group: dist.ProcessGroup | None) ->
 
 
 def missing_tensors(model: nn.Module, stored: Iterable[str]) -> list[str]:
-    """Tensors of neurons that are not among the stored ones: those of a model without spikes, or with other ones."""
+    """Return the names of neuron tensors that `stored` lacks, because it has no spikes or other thresholds."""
     own = {
         f"{path}.{name}"
         for path, module in model.named_modules()

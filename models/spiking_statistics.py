@@ -1,11 +1,12 @@
-"""What a model's neurons count: tallies of their spikes in a training step or an evaluation, and measures by layer.
+"""Spike statistics of a model's neurons, collected in a training step or an evaluation, and measures by layer.
 
-While counting, each neuron has an observer that gets its counts of every micro-batch, not of its recomputation. It adds
-to float64 [TALLIES + D]: the tallies of kernels.spiking.measures, and for each channel the micro-batches in which it
-fired. The engine sums the rows of all neurons over all ranks, together with the loss. Each count is counted on one
-rank: where all tensor-parallel ranks see a token's channels, on the first; where each has channels of its own, on that.
+While statistics are collected, each neuron has an observer that receives its counts for every micro-batch, but not for
+recomputations. The observer adds to a row, float64 [TALLIES + D]: the tallies of kernels.spiking.measures, and for each
+channel the number of micro-batches in which it fired. The engine sums the rows of all neurons over all ranks, together
+with the loss. Each count is tallied on one rank only: on the first tensor-parallel rank if all of them hold the same
+channels, and on the rank that holds the channel if channels are sharded.
 
-A tally takes as long as several spikes, so an engine counts in some steps only.
+One tally takes as long as several spikes, so the engine collects statistics in some steps only.
 """
 
 import math
@@ -34,8 +35,9 @@ class Place:
     Attributes:
         layer: Number of its layer.
         channels: Channels of its input, over all ranks.
-        outputs: Outputs of the linear layers that read it, over all ranks; of routed experts, those of one.
-        is_routed: Whether it fires for routed experts, which see some tokens, and some of them several times.
+        outputs: Outputs of the linear layers that read it, over all ranks; for routed experts, the outputs of one
+            expert.
+        is_routed: Whether it belongs to routed experts. It then sees a token once per expert that the token is sent to.
     """
 
     layer: int
@@ -46,13 +48,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Activity:
-    """What one or several neurons did.
+    """Spike statistics of one or several neurons.
 
     Attributes:
-        measures: Of their counts.
-        operations: Of the linear layers that read them.
-        channels: How many channels they have.
-        silent_channels: How many of these never fired.
+        measures: Measures of their counts.
+        operations: Operations of the linear layers that read them.
+        channels: Number of channels.
+        silent_channels: Number of channels that never fired.
     """
 
     measures: Measures = field(default_factory=lambda: Measures.of([0.0] * TALLIES))
@@ -62,7 +64,7 @@ class Activity:
 
     @classmethod
     def of(cls, place: Place, row: Sequence[float]) -> "Activity":
-        """That of a neuron, from its row of `collect`, summed over ranks."""
+        """Compute a neuron's activity from its row of `collect`, summed over ranks."""
         measures = Measures.of(row[:TALLIES])
         silent = sum(not fired for fired in row[TALLIES:])
         return cls(measures, Operations.of(measures, place.outputs), place.channels, silent)
@@ -77,17 +79,17 @@ class Activity:
 
 
 class _Counter:
-    """A neuron's observer in a step.
+    """A neuron's observer during a step.
 
     Attributes:
-        sums: What has been counted, float64 [TALLIES + D]; None if nothing has.
+        sums: The row of sums, float64 [TALLIES + D]. None if the observer has received no counts.
     """
 
     def __init__(self, neuron: Neuron, is_routed: bool) -> None:
         groups = neuron.groups
         self._channels, self._is_split = neuron.channels, neuron.is_split
         self._rank = 0 if groups.tensor is None else dist.get_rank(groups.tensor)
-        # With sequence parallelism each rank sends tokens of its own to the experts.
+        # With sequence parallelism, each rank sends different tokens to the experts.
         self._counts = self._rank == 0 or neuron.is_split or (is_routed and groups.sequence)
         self.sums: Tensor | None = None
 
@@ -98,7 +100,7 @@ class _Counter:
             self.sums = torch.zeros(TALLIES + self._channels, dtype=torch.float64, device=counts.device)
         tallies = tally(counts)
         if self._is_split and self._rank:
-            # The first rank counts the tokens.
+            # Only the first rank counts the tokens, which all ranks share.
             tallies[-1] = 0
         self.sums[:TALLIES] += tallies
         own = counts.shape[-1]
@@ -107,9 +109,9 @@ class _Counter:
 
 
 def named_neurons(decoders: Iterable[Decoder]) -> dict[str, Neuron]:
-    """The neurons of a rank's stages by their names in the whole model, in its order; not those of queries.
+    """Return the neurons of a rank's stages by their names in the whole model, in module order.
 
-    A query meets as many keys as there are, so its spikes have no fixed number of operations.
+    Neurons of queries are left out: the number of keys varies, so their spikes have no fixed number of operations.
     """
     return {
         name: module
@@ -123,7 +125,7 @@ _PLACES: dict[str, dict[str, Place]] = {}
 
 
 def places(config: ModelConfig) -> dict[str, Place]:
-    """The neurons of a whole model, by name. All ranks agree on them, whatever layers they have."""
+    """Return the places of all neurons of the whole model, by name. The result is the same on every rank."""
     key = repr(config)
     if key not in _PLACES:
         _PLACES[key] = _find_places(shapes(config, 1)) if config.spiking.layers else {}
@@ -135,7 +137,7 @@ def _find_places(model: Decoder) -> dict[str, Place]:
     routed: dict[Neuron, bool] = {}
     for module in model.modules():
         if isinstance(module, Projection) and module.neuron is not None:
-            # A bound method (models.spiking).
+            # `module.neuron` is a bound method (models.spiking.attach).
             neuron = cast(Neuron, module.neuron.__self__)  # type: ignore[attr-defined]
             outputs[neuron] = outputs.get(neuron, 0) + module.get_parameter("weight").shape[-2]
             routed[neuron] = module.placements["weight"].expert
@@ -146,16 +148,17 @@ def _find_places(model: Decoder) -> dict[str, Place]:
 
 
 def begin(decoders: Iterable[Decoder], config: ModelConfig) -> None:
-    """Begin to count."""
+    """Start collecting: give every neuron an observer."""
     known = places(config)
     for name, neuron in named_neurons(decoders).items():
         neuron.observer = _Counter(neuron, known[name].is_routed)
 
 
 def collect(decoders: Iterable[Decoder], config: ModelConfig) -> list[float]:
-    """Stop counting, and return this rank's rows, to be summed over all ranks; empty if nothing has been counted.
+    """Stop collecting and return this rank's rows, which the engine sums over all ranks.
 
-    They are those of all the model's neurons, concatenated: zeros of the layers that other ranks have.
+    The rows of all neurons of the whole model are concatenated, with zeros for neurons of other ranks' layers. The list
+    is empty if the model has no neurons.
     """
     own = named_neurons(decoders)
     counted: dict[str, Tensor] = {}
@@ -174,7 +177,7 @@ def collect(decoders: Iterable[Decoder], config: ModelConfig) -> list[float]:
 
 
 def activities(config: ModelConfig, totals: Sequence[float]) -> dict[str, Activity]:
-    """What each neuron did, by name, from the sums over all ranks of `collect`."""
+    """Return each neuron's activity by name, from the result of `collect` summed over all ranks."""
     found, first = {}, 0
     for name, place in places(config).items():
         size = TALLIES + place.channels
@@ -184,7 +187,7 @@ def activities(config: ModelConfig, totals: Sequence[float]) -> dict[str, Activi
 
 
 def by_layer(config: ModelConfig, found: dict[str, Activity]) -> dict[int, Activity]:
-    """The sums over the neurons of each layer that has some, by its number."""
+    """Sum the activities of each layer's neurons. Return them by layer number; layers without neurons are left out."""
     layers: dict[int, Activity] = {}
     for name, place in places(config).items():
         layers[place.layer] = layers.get(place.layer, Activity()) + found[name]
@@ -192,15 +195,15 @@ def by_layer(config: ModelConfig, found: dict[str, Activity]) -> dict[int, Activ
 
 
 def tokens(config: ModelConfig, found: dict[str, Activity]) -> float:
-    """How many tokens were counted; 0 if only routed experts have neurons, whose rows are no tokens."""
+    """Return the number of tokens counted. It is 0 if only routed experts have neurons: their rows are not tokens."""
     rows = [found[name].measures.rows for name, place in places(config).items() if not place.is_routed]
     return max(rows, default=0.0)
 
 
 def metrics(config: ModelConfig, totals: Sequence[float]) -> dict[str, Any]:
-    """The `spiking/` metrics of a step from the sums over all ranks; none where nothing was counted.
+    """Compute a step's `spiking/` metrics from the sums over all ranks. Return none if nothing was counted.
 
-    The lists are by layer, a value for each that has neurons.
+    Metrics named `_by_layer` are lists with one value per layer that has neurons.
     """
     if not totals:
         return {}
@@ -219,7 +222,10 @@ def metrics(config: ModelConfig, totals: Sequence[float]) -> dict[str, Any]:
 
 
 def summary(activity: Activity, counted: float) -> dict[str, float]:
-    """The measures of an activity in so many tokens, by name (docs/spiking.md); 0 tokens leave energies out."""
+    """Return an activity's measures by name (docs/spiking.md).
+
+    `counted` is the number of tokens. If it is 0, the operations and the energy per token are left out.
+    """
     measures, operations = activity.measures, activity.operations
     named = {
         "sparsity": measures.sparsity,
@@ -243,9 +249,9 @@ def summary(activity: Activity, counted: float) -> dict[str, float]:
 def record(
     decoder: Decoder, tokens_BT: Tensor, positions_BT: Tensor, documents: Documents | None = None
 ) -> dict[str, Tensor]:
-    """The counts of every neuron on some tokens, [T, B, D] by name; not of routed experts, whose rows have no order.
+    """Run the decoder and return every neuron's counts [T, B, D], by name.
 
-    Nothing before start_step.
+    Routed experts are left out, because their rows are not in token order. Before start_step the result is empty.
     """
     known, counts = places(decoder.model_config), dict[str, Tensor]()
     own = {name: neuron for name, neuron in named_neurons([decoder]).items() if not known[name].is_routed}
@@ -260,7 +266,11 @@ def record(
 
 
 def rasters(counts: dict[str, Tensor], channels: int, tokens_shown: int) -> dict[str, np.ndarray]:
-    """Of the first row of each of `record`'s neurons some channels, evenly spaced: [channels, T] by name."""
+    """Select `channels` evenly spaced channels and the first tokens of batch row 0 from the result of `record`.
+
+    Returns:
+        Counts [channels, T] for each neuron, by name.
+    """
     found = {}
     for name, counts_TBD in counts.items():
         first_TD = counts_TBD[:tokens_shown, 0]

@@ -1,9 +1,9 @@
-"""What the modules of a model count in a training step: one vector, which the engine sums over ranks with the loss.
+"""Statistics that a model's modules collect in a training step: one vector, which the engine sums with the loss.
 
-Routers count in every step (models.moe.statistics). Neurons (models.spiking_statistics) and compressed activations
-(models.compression_statistics) are measured in some steps, because that takes time. All count each micro-batch once,
-not in its recomputation. Routers and neurons count each token on one rank. A pipeline stage sends zeros for layers that
-it lacks.
+Routers collect statistics in every step (models.moe.statistics). Neurons (models.spiking_statistics) and compressed
+activations (models.compression_statistics) are measured in some steps, because that takes time. All count each
+micro-batch once, not again in its recomputation. Routers and neurons count each token on one rank. A pipeline stage
+contributes zeros for the layers that it does not have.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from models.moe import statistics as routers
 
 
 class StepStatistics:
-    """Collects what this rank's modules count, and updates them by the sums over all ranks.
+    """Collects the statistics of this rank's modules, and updates the routers from the sums over all ranks.
 
     Args:
         config: Configuration of the whole model.
         decoders: This rank's stages.
-        measure_every: Training steps between those with measures of spikes and compression; 0 for never.
+        measure_every: Spikes and compression are measured every so many training steps; 0 disables it.
     """
 
     def __init__(self, config: ModelConfig, decoders: Sequence[Decoder], measure_every: int) -> None:
@@ -31,18 +31,18 @@ class StepStatistics:
         self._lengths = [0, 0, 0]
 
     def begin(self, step: int, loss_scale: float = 1.0) -> None:
-        """Set the modules' step and the factor of the loss before backward, and reset what they count."""
+        """Set the modules' step and the factor of the loss before backward, and reset their statistics."""
         routers.begin_step(self._decoders, step, loss_scale)
         spiking.begin_step(self._decoders, step, loss_scale)
         every = self._measure_every
-        # In those steps whose number, which counts from 1 in metrics, is a multiple.
+        # Metrics number steps from 1, so measure if that number is a multiple.
         self._measures = bool(every) and (step + 1) % every == 0
         if self._measures:
             spiking_statistics.begin(self._decoders, self._config)
             compression_statistics.begin(self._decoders)
 
     def collect(self) -> list[float]:
-        """Return what has been counted on this rank, to be summed over all ranks; of the same length on each."""
+        """Return this rank's statistics, which the engine sums over all ranks. All ranks' lists have equal length."""
         parts: list[list[float]] = [routers.collect(self._decoders, self._config), [], []]
         if self._measures:
             parts[1] = spiking_statistics.collect(self._decoders, self._config)
@@ -51,7 +51,7 @@ class StepStatistics:
         return [value for part in parts for value in part]
 
     def finish(self, totals: list[float]) -> None:
-        """Update the routers by the sums over all ranks. Not called for a skipped step."""
+        """Update the routers from the sums over all ranks. Not called for a skipped step."""
         routers.finish_step(self._decoders, self._config, totals[: self._lengths[0]])
 
     def metrics(self, totals: list[float]) -> dict[str, Any]:

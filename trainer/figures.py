@@ -1,4 +1,4 @@
-"""Figures in files, drawn by matplotlib, which only development installs bring."""
+"""Figures written to files with matplotlib, which is a development dependency."""
 
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,6 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path, dpi: int = 110) -> None:
-    """Write a figure into a file, of the kind that its name ends with, and make its directory."""
+    """Write a figure to a file, in the format of the name's suffix. Create the directory if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)

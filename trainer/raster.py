@@ -1,4 +1,4 @@
-"""Rasters of spikes: counts of some channels over tokens, a line for each channel, as an image or as a figure."""
+"""Spike rasters: counts of some channels over tokens, one line per channel, as an image or as a figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +8,15 @@ import numpy as np
 from trainer.figures import pyplot, save
 
 CHANNELS, TOKENS = 16, 256
-# The largest |count| that is told apart: what three steps hold.
+# Larger counts are drawn like this one. It is the largest |count| in three steps.
 _LARGEST = 7
 _MOST_NEURONS = 24
 
 
 def image(rasters: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Neurons' rasters [channels, T] below each other, as bytes [lines, T]: |count| up to 7 from black to white.
+    """Stack the neurons' rasters [channels, T] vertically into a grayscale image, uint8 [lines, T].
 
-    A grey line is between two neurons.
+    |count| from 0 to 7 maps to black to white. A gray line separates neurons.
     """
     parts: list[np.ndarray] = []
     for raster in rasters.values():
@@ -27,9 +27,9 @@ def image(rasters: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def draw(rasters: Mapping[str, np.ndarray], path: Path) -> None:
-    """Draw neurons' rasters into a file: negative counts blue, silence white, positive counts red.
+    """Draw the neurons' rasters into a file: negative counts in blue, zeros in white, positive counts in red.
 
-    Of more than 24 neurons it draws 24, evenly spaced over the depth.
+    Draws at most 24 neurons, evenly spaced over the depth.
     """
     step = -(-len(rasters) // _MOST_NEURONS)
     shown = dict(list(rasters.items())[::step])

@@ -1,4 +1,4 @@
-"""A checkpoint with spikes against the same weights without: losses on the same batches, and what the neurons do."""
+"""Evaluation of a checkpoint with spikes and of the same weights without: losses on the same batches, and measures."""
 
 import sys
 from dataclasses import asdict, replace
@@ -18,17 +18,18 @@ from trainer.evaluation import EvaluationSums
 
 
 def choose(own: SpikingConfig, last_step: int, asked: SpikingConfig) -> SpikingConfig:
-    """The neurons to evaluate: those asked for, else the checkpoint's own, else the report's.
+    """Choose the neurons to evaluate: those asked for, otherwise the checkpoint's own, otherwise the report's.
 
-    Those asked for are on, whatever the step; where no layers are named, they are in the checkpoint's, or in all.
+    Neurons that are asked for are always on. If they name no layers, they take the checkpoint's, or all layers if the
+    checkpoint has none.
 
     Args:
         own: `model.spiking` of the checkpoint.
-        last_step: Number of the last step that it has taken, from 0.
-        asked: What to use instead; the defaults ask for nothing.
+        last_step: Number of the checkpoint's last step, counted from 0.
+        asked: The settings asked for. The defaults ask for nothing.
 
     Raises:
-        ConfigError: they need parameters that the checkpoint lacks, or are not on yet.
+        ConfigError: the neurons need parameters that the checkpoint lacks, or the checkpoint's own are not on yet.
     """
     if asked == SpikingConfig() and own.layers:
         if not own.is_on(last_step):
@@ -47,11 +48,14 @@ def choose(own: SpikingConfig, last_step: int, asked: SpikingConfig) -> SpikingC
 
 
 class Comparison:
-    """A model with spikes, which someone else evaluates, and what is found beside it: its counts, and float's loss.
+    """Compares a model with spikes to the same weights without.
+
+    The caller evaluates the model with spikes. This class collects its spike statistics, and runs the model without
+    spikes on the same batches.
 
     Args:
         spiking: The model with spikes.
-        floats: The same weights without, on the same device.
+        floats: The model with the same weights without spikes, on the same device.
     """
 
     def __init__(self, spiking: Decoder, floats: Decoder) -> None:
@@ -61,14 +65,14 @@ class Comparison:
         counted.begin([spiking], spiking.model_config)
 
     def add(self, batch: Batch) -> None:
-        """Run the model without spikes on a micro-batch, on its device, that the other has run on."""
+        """Run the model without spikes on a micro-batch that the model with spikes has run on, on the same device."""
         self._first = batch if self._first is None else self._first
         self._tokens += batch.tokens.numel()
         loss, _ = self.floats(batch.tokens, batch.positions, batch.documents, batch.labels, batch.loss_mask)
         self._nll += float(loss)
 
     def result(self, sums: EvaluationSums) -> dict[str, Any]:
-        """What was found, as plain values, given the sums of the model with spikes; counting ends."""
+        """Stop collecting and return the results as plain values, given the sums of the model with spikes."""
         config, floats = self.spiking.model_config, replace(sums, nll=self._nll)
         found = counted.activities(config, counted.collect([self.spiking], config))
         layers = counted.by_layer(config, found)
@@ -93,14 +97,14 @@ class Comparison:
         }
 
     def print_table(self, found: dict[str, Any]) -> None:
-        """Print a line for each layer and for all of them, and the losses."""
+        """Print one line per layer, one for all layers, and the losses."""
         table = Table(title="spikes that enter the linear layers", title_justify="left")
         table.add_column("")
         for title, _ in _COLUMNS.values():
             table.add_column(title, justify="right")
         for name, values in [*found["layers"].items(), ("all", found["total"])]:
             table.add_row(name, *(form.format(values[key]) for key, (_, form) in _COLUMNS.items()))
-        # For files and pipes rich would assume 80 columns.
+        # rich assumes 80 columns for files and pipes.
         Console(width=None if sys.stdout.isatty() else 140).print(table)
         print(
             f"without spikes: loss {found['float_loss']:.4f}, so they cost {found['loss_increase']:+.2%}; of FP16's "
@@ -114,7 +118,7 @@ class Comparison:
         raster.draw(counted.rasters(counts, raster.CHANNELS, raster.TOKENS), path)
 
 
-# By the name of a measure: the column's title, and the form of its numbers.
+# For each measure, the column's title and number format.
 _COLUMNS = {
     "sparsity": ("sparsity, 3 steps", "{:.2%}"),
     "sparsity_all_steps": ("all steps", "{:.2%}"),

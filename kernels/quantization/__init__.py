@@ -1,4 +1,4 @@
-"""Tensors in fewer bits: 8 or 4 for the backward, signs in one bit, and the int8 of spiking models (int8.py)."""
+"""Quantization: stored activations in 8 or 4 bits, ReLU masks in one bit, and int8 of spiking models (int8.py)."""
 
 from kernels.noise import Noise, noise_key
 from kernels.quantization.quantizer import (

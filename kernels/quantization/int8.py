@@ -1,10 +1,11 @@
-"""Symmetric int8: whole numbers times a scale, one for each group of consecutive numbers of the last dimension.
+"""Symmetric int8 quantization with one scale per group of consecutive elements of the last dimension.
 
     scale = clamp(max|x| / 127, least, 1e4)      code = clamp(round(x / scale), -128, 127)      x̂ = code · scale
 
-SpikingBrain's W8A-spike models (arXiv 2509.05276, section 3.3) have keys and values of a head and groups of 128 weights
-of one output in it. Their published code clamps keys' and values' codes and not those of weights, of which about 1 % do
-not fit int8. Scales are float32; round has no gradient, and x gets that of x̂, straight through.
+SpikingBrain's W8A-spike models (arXiv 2509.05276, section 3.3) use it for keys and values, with one scale per token and
+head, and for weights, with one scale per 128 inputs of an output. Their published code clamps the codes of keys and
+values, but not those of weights, about 1 % of which do not fit int8. Here all codes are clamped. Scales are float32.
+The gradient is a straight-through estimator: x receives the gradient of x̂.
 """
 
 from collections.abc import Sequence
@@ -17,38 +18,38 @@ from torch import Tensor
 
 from kernels.autograd import once_differentiable
 
-# The limits of the scales of keys and values in the published code (W8ASpike).
+# The limits of the scales of keys and values in SpikingBrain's published code (W8ASpike).
 LEAST_SCALE, LARGEST_SCALE = 1e-5, 1e4
 
 
 def encode_int8(x: Tensor, least: float = LEAST_SCALE) -> tuple[Tensor, Tensor]:
-    """Codes, int8 [..., D], and scales, float32 [..., 1], of x [..., D]; without a gradient."""
+    """Encode x [..., D] as codes, int8 [..., D], and scales, float32 [..., 1], each at least `least`. No gradient."""
     wide = x.detach().float()
     scale = _scales(wide.abs().amax(-1, keepdim=True), least)
     return _codes(wide, scale).to(torch.int8), scale
 
 
 def decode_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """X̂ of codes and scales that broadcast against them, in a floating dtype."""
+    """Compute x̂ = codes · scale in the floating `dtype`. The scales must broadcast against the codes."""
     return (codes.float() * scale).to(dtype)
 
 
 def fake_int8(x: Tensor) -> Tensor:
-    """X̂ of x [..., D] with one scale for each row: what `decode_int8` gives of its codes."""
+    """Quantize and dequantize x [..., D], with one scale per row and a straight-through gradient."""
     return _StraightThrough.apply(x, decode_int8(*encode_int8(x), x.dtype))
 
 
 def fake_int8_weight(
     weight: Tensor, size: int, *, group: dist.ProcessGroup | None = None, least: float = 1e-12
 ) -> Tensor:
-    """Ŵ of a weight [..., O, D] in groups of `size` inputs, the last of which may be smaller.
+    """Quantize and dequantize a weight [..., O, D] in groups of `size` inputs, with a straight-through gradient.
 
     Args:
-        weight: With `group`, this rank's inputs.
-        size: Inputs of a group.
-        group: Ranks that hold equally many consecutive inputs each. Where groups lie on several of them, one number a
+        weight: [..., O, D]. With `group`, D are this rank's inputs.
+        size: Inputs per group; the last group may be smaller.
+        group: Ranks that each hold the same number of consecutive inputs. If groups span several ranks, one number per
             group and output is all-reduced.
-        least: The least scale, for groups of zeros.
+        least: The smallest scale, which groups of zeros get.
     """
     wide = weight.detach().float()
     scale = _scales(group_maxima(wide, size, group), least)
@@ -57,19 +58,20 @@ def fake_int8_weight(
 
 
 def clip_int8_weight(weight: Tensor, moments: Tensor, ratios: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
-    """Ŵ of a weight, of whose groups each clips where the squared error of the product is least.
+    """Quantize and dequantize a weight, clipping each group at the ratio with the least squared error of the product.
 
-    For inputs x that are uncorrelated it is Σ_d E[x_d²] (w_d − ŵ_d)², with scale = ratio · max|w| / 127. Codes are
-    clamped to ±127, so that a group's largest magnitude gives its scale again: `fake_int8_weight` of Ŵ is Ŵ.
+    The scale of a group is ratio · max|w| / 127. For uncorrelated inputs x, the group's error is
+    Σ_d E[x_d²] (w_d − ŵ_d)². Codes are clamped to ±127, so the largest magnitude in Ŵ reproduces the group's scale, and
+    `fake_int8_weight` leaves Ŵ unchanged.
 
     Args:
-        weight: [..., O, D]; whole.
+        weight: [..., O, D], not sharded.
         moments: E[x_d²], [D], or [..., 1, D] for several weights.
-        ratios: Of clipping, from which the best is chosen; the earliest among equals.
-        size: Inputs of a group.
+        ratios: Clipping ratios to choose from. Of equal errors, the first ratio wins.
+        size: Inputs per group.
 
     Returns:
-        Ŵ in weight's dtype, and the error with the chosen ratios, and with the first one, float64 [2].
+        Ŵ in weight's dtype, and float64 [2]: the total error with the chosen ratios, and with the first ratio alone.
     """
     wide, maxima = weight.detach().float(), group_maxima(weight.detach().float(), size)
     best = least_error = first_error = None
@@ -93,7 +95,7 @@ def _group_sums(x: Tensor, size: int) -> Tensor:
 
 
 def group_maxima(weight: Tensor, size: int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """For each number of a weight [..., D] the largest magnitude of its group, in its shape; see `fake_int8_weight`."""
+    """Return the largest magnitude in each element's group, in the weight's shape [..., D]; see `fake_int8_weight`."""
     own = weight.shape[-1]
     if group is None or own % size == 0:
         padded = F.pad(weight.abs(), (0, -own % size)).unflatten(-1, (-1, size))
@@ -115,7 +117,7 @@ def _codes(wide: Tensor, scale: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """What x was rounded to, with x's gradient."""
+    """Return `rounded` in forward, and pass its gradient to x in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:

@@ -1,31 +1,33 @@
-"""Activations in 8 or 4 bits: asymmetric, by groups of a token's channels, rounded stochastically.
+"""Per-group asymmetric quantization of activations to 8 or 4 bits, with stochastic rounding.
 
-For each group, `group` consecutive channels of one row (the last one of a row may be shorter), with L = 2^bits − 1:
+A group is `group` consecutive channels of one row; the last group of a row may be shorter. With L = 2^bits − 1, each
+group has:
 
-    offset = min x                                in x's dtype, so exact
+    offset = min x                                in x's dtype, so it is exact
     scale  = max((max x − min x) / L, 2^-126)     rounded up to bfloat16, so the range still covers the group
     code   = clamp(floor((x − offset) / scale + u), 0, L)        u in [0, 1) from `Noise`; 1/2 rounds to nearest
     x̂      = code · scale + offset                one multiplication, one addition, rounded once to x's dtype
 
-The scheme is Mesa's (Pan et al. 2021, arXiv:2111.11124, section 3.2). As P(floor(y + u) = floor(y) + 1) = frac(y), x̂ is
-unbiased, with the variance frac(y) (1 − frac(y)) scale². It is so for the scale that is stored, and up to float32's
-rounding of (x − offset) / scale, 2^-23 of the range.
+The scheme is Mesa's (Pan et al. 2021, arXiv:2111.11124, section 3.2). Let y = (x − offset) / scale. Because
+P(floor(y + u) = floor(y) + 1) = frac(y), x̂ is unbiased and has variance frac(y) (1 − frac(y)) scale². This holds for
+the stored, rounded scale, up to float32's rounding of y, which is 2^-23 of the range.
 
-What is kept of N rows of D channels, in bytes: N · D · bits / 8 of codes, and for each group the scale (2) and the
-offset (2 for 16-bit inputs, 4 for float32). Of groups of 128 that is 8.25 bits an element in bfloat16 and 8.375 in
-float32. A float32 scale would take 0.125 more; rounding it up widens a step by 0.8 % at most. An offset in bfloat16
-would be exact for bfloat16 inputs alone: of others, a group far from 0 would lose the digits that tell its elements
-apart.
+Storage for N rows of D channels is N · D · bits / 8 bytes of codes. Each group adds 2 bytes for the scale, and for the
+offset 2 bytes (16-bit inputs) or 4 bytes (float32). With 8 bits and groups of 128, this is 8.25 bits per element for
+bfloat16 inputs and 8.375 for float32. A float32 scale would add 0.125 bits; the bfloat16 scale, rounded up, makes a
+quantization step at most 0.8 % larger. The offset is not stored in bfloat16 for other dtypes: in a group far from 0,
+the rounded offset would lose the digits that distinguish the group's elements.
 
-A group belongs to one token, so no range needs a collective, and groups that divide a rank's channels are the same in
-every tensor-parallel layout.
+A group belongs to one token, so its range needs no collective. If the group size divides a rank's channels, the groups
+are the same in every tensor-parallel layout.
 
-- A constant group is exact, and so are zeros: x − offset is 0, and with the least scale 0 / scale is no NaN.
-- An infinity or a NaN makes its group NaN, and so does a range beyond half of the largest number of the arithmetic
-  (1.7e38 in float32); with `check` it is an error. Codes never wrap around.
-- Ranges below 2^-126 · L are resolved to 2^-126, still unbiased. Within a step of the dtype's largest number, x̂ may
-  be infinite (float16: that largest number).
-- float64 has float64 scales and arithmetic, with 2^-1022 as the least.
+- Constant groups, including zeros, are exact: x − offset is 0, and the minimum scale prevents 0 / 0.
+- An infinity, a NaN, or a range above half of the arithmetic's largest number (1.7e38 in float32) makes the whole group
+  NaN. With `check` it raises an error instead. Codes never wrap around.
+- The smallest scale is 2^-126, so ranges below 2^-126 · L have a coarser grid. x̂ is still unbiased.
+- If x is within one quantization step of its dtype's largest number, x̂ may be infinite. In float16, x̂ is clamped to
+  that number.
+- float64 inputs have float64 scales and arithmetic, and a smallest scale of 2^-1022.
 """
 
 from collections.abc import Iterator
@@ -40,7 +42,7 @@ from kernels.noise import Noise, uniform
 from kernels.shapes import block_limit
 from kernels.triton import LARGEST_GROUP, implementations
 
-# Elements per block of rows on the CPU: the block and its two float32 temporaries stay in a core's second cache.
+# Elements per block of rows on the CPU: the block and its two float32 temporaries stay in a core's L2 cache.
 _BLOCK_ELEMENTS = 1 << 17
 
 _BACKENDS = ("torch", "reference")
@@ -50,16 +52,16 @@ Bounds = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Quantized:
-    """A tensor in 8 or 4 bits, as `quantize` makes it of N rows [..., D] with G groups each.
+    """A tensor [..., D] quantized by `quantize`: N rows of G groups each.
 
     Attributes:
-        codes: [N, bytes of a row], uint8. With 4 bits a byte has two codes of one group: its lower half those of the
-            first half of the group's channels, its upper half those of the second.
-        scale: [N, G], bfloat16 (float64 of a float64 tensor).
-        offset: [N, G], in the dtype of the tensor.
-        shape: Of the tensor.
-        bits: 8 or 4.
-        group: Channels of a group.
+        codes: Codes, uint8 [N, bytes per row]. With 4 bits, each byte holds two codes of one group: the low four bits
+            belong to the first half of the group's channels, the high four bits to the second half.
+        scale: Scales, bfloat16 [N, G] (float64 for a float64 tensor).
+        offset: Offsets, [N, G], in the tensor's dtype.
+        shape: Shape of the tensor.
+        bits: Bits per element, 8 or 4.
+        group: Channels per group.
     """
 
     codes: Tensor
@@ -71,22 +73,22 @@ class Quantized:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensor."""
+        """The dtype of the tensor before quantization."""
         return self.offset.dtype
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What must be stored."""
+        """The tensors to store: codes, scale and offset."""
         return self.codes, self.scale, self.offset
 
     @property
     def bytes(self) -> int:
-        """Of what must be stored."""
+        """Total size of `tensors` in bytes."""
         return sum(x.numel() * x.element_size() for x in self.tensors)
 
 
 def quantized_bytes(shape: torch.Size, dtype: torch.dtype, *, bits: int, group: int) -> int:
-    """`Quantized.bytes` of a tensor of this shape and dtype."""
+    """Return `Quantized.bytes` for a tensor with this shape and dtype, without quantizing it."""
     channels = shape[-1]
     rows = shape.numel() // channels if channels else 0
     per_group = dtype.itemsize + _scale_dtype(dtype).itemsize
@@ -97,7 +99,7 @@ def quantized_bytes(shape: torch.Size, dtype: torch.dtype, *, bits: int, group: 
 def quantize_reference(
     x: Tensor, *, bits: int, group: int, noise: Noise | None = None, bounds: Bounds | None = None
 ) -> Quantized:
-    """`quantize` in plain operations, a group after another."""
+    """`quantize` in plain operations, one group at a time."""
     rows_ND = _widen(x.detach()).reshape(-1, x.shape[-1])
     u_ND = torch.full_like(rows_ND, 0.5)
     if noise is not None:
@@ -116,7 +118,7 @@ def quantize_reference(
 
 @torch.no_grad()
 def dequantize_reference(q: Quantized) -> Tensor:
-    """`dequantize` in plain operations, a group after another."""
+    """`dequantize` in plain operations, one group at a time."""
     parts, first = [], 0
     for index, channels in enumerate(_group_sizes(q.shape[-1], q.group)):
         last = first + _row_bytes(channels, q.bits, q.group)
@@ -137,21 +139,22 @@ def quantize(
     check: str | None = None,
     backend: str = "auto",
 ) -> Quantized:
-    """Store x in 8 or 4 bits; see the module for what is kept and what comes back.
+    """Quantize x to 8 or 4 bits. The module docstring describes the format and the accuracy.
 
     Args:
-        x: [..., D], floating. For groups of (token, head), heads and their channels are one dimension.
-        bits: 8, or 4 with two elements a byte.
-        group: channels that have one scale and offset; the last group of a row may be shorter.
-        noise: of stochastic rounding, by the token and channel; None rounds to nearest, which is biased.
-        bounds: (low, high), each broadcastable to [N, G], in place of the exact ranges; what is beyond is clamped.
-        check: x's name: what is not finite is then an error that names it, for which a GPU is waited for. Without
-            it, its group comes back as NaN.
+        x: [..., D], floating. For groups of (token, head), merge the heads and their channels into D.
+        bits: 8, or 4 (two elements per byte).
+        group: number of channels that share a scale and an offset; the last group of a row may be shorter.
+        noise: noise of stochastic rounding, a function of token and channel. None rounds to nearest, which is biased.
+        bounds: (low, high), each broadcastable to [N, G], used in place of the exact ranges. Values outside are
+            clamped.
+        check: name of x for an error message. If given, a group that is not finite raises an error; this synchronises
+            with a GPU. If None, the group is dequantized to NaN.
         backend: auto, reference, torch or triton; all give the same bits.
 
     Raises:
-        ValueError: x is not floating or has no dimension, bits or group do not exist, noise or bounds do not fit x,
-            something is not finite and `check` asks, or the backend cannot serve x.
+        ValueError: x is not floating or has no dimension, bits or group is invalid, noise or bounds do not fit x, a
+            group is not finite and `check` is given, or the backend cannot serve x.
     """
     _check_arguments(x, bits, group)
     groups = -(-x.shape[-1] // group)
@@ -170,10 +173,10 @@ def quantize(
 
 
 def dequantize(q: Quantized, *, backend: str = "auto") -> Tensor:
-    """The tensor of q in its shape and dtype; groups that were not finite are NaN.
+    """Return the dequantized tensor in its original shape and dtype. Groups that were not finite are NaN.
 
     Args:
-        q: what `quantize` gave.
+        q: the result of `quantize`.
         backend: auto, reference, torch or triton; all give the same bits.
 
     Raises:
@@ -194,9 +197,10 @@ def dequantize(q: Quantized, *, backend: str = "auto") -> Tensor:
 
 @torch.no_grad()
 def group_bounds(x: Tensor, group: int) -> Bounds:
-    """(low, high) of every group of x [..., D], each [N, G] in x's dtype: what `quantize` takes without `bounds`.
+    """Return (low, high), the exact range of every group of x [..., D], each [N, G] in x's dtype.
 
-    For ranges that the caller keeps, as Mesa's running ones: those of a block of channels, over all tokens.
+    `quantize` uses these ranges if `bounds` is None. Callers use them to keep their own ranges, such as Mesa's running
+    averages, which have one range per group of channels for all tokens.
     """
     _check_arguments(x, 8, group)
     x_ND = _rows(x)
@@ -205,7 +209,7 @@ def group_bounds(x: Tensor, group: int) -> Bounds:
     for part in _parts(x.shape[-1], group, 8):
         tensors = part.channels(x_ND), low_NG[:, part.groups], high_NG[:, part.groups]
         for block, low, high in zip(*(tensor.split(rows) for tensor in tensors)):
-            # Reductions of float32 are five times as fast as those of bfloat16.
+            # float32 reductions are five times as fast as bfloat16 ones.
             wide = _widen(block)
             low.copy_(wide.amin(-1))
             high.copy_(wide.amax(-1))
@@ -213,20 +217,20 @@ def group_bounds(x: Tensor, group: int) -> Bounds:
 
 
 def _implementations(x: Tensor, channels: int) -> tuple[str, ...]:
-    """What serves x in groups of so many channels."""
+    """Return the backends that can serve x in groups of `channels`."""
     return implementations(_BACKENDS, x, fits=channels <= LARGEST_GROUP)
 
 
 class _Part(NamedTuple):
-    """Groups of one size, beside each other: all whole ones of a row, or the last one, which is shorter.
+    """Consecutive groups of one size: either all full groups of a row, or its last, shorter group.
 
     Attributes:
-        first: The first group's number.
-        number: How many groups there are.
-        size: Channels of one.
-        start: The first channel.
-        width: Bytes of one.
-        place: The first byte.
+        first: Index of the first group in the row.
+        number: Number of groups.
+        size: Channels per group.
+        start: Index of the first channel in the row.
+        width: Bytes of codes per group.
+        place: Index of the first byte in the row of codes.
     """
 
     first: int
@@ -238,15 +242,15 @@ class _Part(NamedTuple):
 
     @property
     def groups(self) -> slice:
-        """Where the groups are in a row of groups."""
+        """The slice of these groups in a row of G groups."""
         return slice(self.first, self.first + self.number)
 
     def channels(self, x_ND: Tensor) -> Tensor:
-        """[N, G, C] of the channels, a view."""
+        """View these groups' channels of x [N, D] as [N, groups, C]."""
         return x_ND[:, self.start : self.start + self.number * self.size].unflatten(1, (self.number, self.size))
 
     def codes(self, codes: Tensor) -> Tensor:
-        """[N, G, bytes of a group] of the codes, a view."""
+        """View these groups' codes as [N, groups, bytes per group]."""
         return codes[:, self.place : self.place + self.number * self.width].unflatten(1, (self.number, self.width))
 
 
@@ -262,7 +266,7 @@ def _parts(channels: int, group: int, bits: int) -> Iterator[_Part]:
 def _quantize_triton(
     x_ND: Tensor, bits: int, group: int, noise: Noise | None, bounds: Bounds | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scale, offset), by Triton."""
+    """Return (codes, scale, offset), computed by Triton."""
     from kernels.triton import quantization
 
     codes = x_ND.new_empty(len(x_ND), _row_bytes(x_ND.shape[1], bits, group), dtype=torch.uint8)
@@ -274,7 +278,7 @@ def _quantize_triton(
 def _quantize(
     x_ND: Tensor, bits: int, group: int, noise: Noise | None, bounds: Bounds | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scale, offset), by torch: the grids of all groups, then the codes, block by block of rows."""
+    """Return (codes, scale, offset), computed by torch: first all scales and offsets, then the codes by row blocks."""
     rows, columns = x_ND.shape
     low_NG, high_NG = group_bounds(x_ND, group)
     offset_NG, scale_NG = _grid(_widen(low_NG), _widen(high_NG), x_ND.dtype, bits, bounds)
@@ -291,33 +295,33 @@ def _quantize(
 def _quantize_groups(
     x_NGC: Tensor, shift_NG1: Tensor, factor_NG1: Tensor, codes: Tensor, a_N11: Tensor, b_1GC: Tensor | None, bits: int
 ) -> None:
-    """The codes of groups of one size, in passes over two temporaries that are used again for every block."""
+    """Write the codes of groups of one size. Two temporaries are reused for every block of rows."""
     rows = _block_rows(x_NGC)
     y_NGC, u_NGC = (shift_NG1.new_empty(rows, *x_NGC.shape[1:]) for _ in range(2))
     tensors = x_NGC, shift_NG1, factor_NG1, codes, a_N11
     for block, shift, factor, out, a in zip(*(tensor.split(rows) for tensor in tensors)):
         y, u = y_NGC[: len(block)], u_NGC[: len(block)]
-        # Widened first: an operation on two dtypes takes twice the time of both.
+        # Convert first: an operation on mixed dtypes takes twice as long as the conversion and the operation.
         torch.sub(block if block.dtype == y.dtype else y.copy_(block), shift, out=y).mul_(factor)
         y.add_(0.5 if b_1GC is None else torch.add(a, b_1GC, out=u).frac_())
         _store(y.clamp_(0, _levels(bits)), out, bits)
 
 
 def _store(y_NGC: Tensor, codes: Tensor, bits: int) -> None:
-    """The codes of 0 ≤ y < 2^bits, whose fractions the conversion to integers drops."""
-    # By way of int16 it takes half the time.
+    """Convert 0 ≤ y < 2^bits to integer codes, dropping the fractions, and write them packed."""
+    # Converting through int16 takes half the time.
     code = y_NGC.to(torch.int16)
     if bits == 4:
         half = codes.shape[-1]
         upper = code[..., half:]
-        # Of an odd number of channels, the middle one has its byte alone.
+        # With an odd number of channels, the middle channel has a byte to itself.
         code = code[..., :half]
         code[..., : upper.shape[-1]].add_(upper, alpha=16)
     codes.copy_(code)
 
 
 def _dequantize(q: Quantized, out_ND: Tensor) -> None:
-    """Write the tensor of q, by torch, block by block of rows."""
+    """Write the dequantized tensor to `out_ND`, computed by torch in blocks of rows."""
     offset_NG1, scale_NG1 = _widen(q.offset)[..., None], _widen(q.scale)[..., None]
     rows = _block_rows(out_ND)
     for part in _parts(out_ND.shape[1], q.group, q.bits):
@@ -333,7 +337,7 @@ def _dequantize(q: Quantized, out_ND: Tensor) -> None:
 
 
 def _load(codes: Tensor, y_NGC: Tensor, bits: int) -> None:
-    """The codes as numbers, into y."""
+    """Unpack the codes into y as floating-point numbers."""
     if bits == 8:
         y_NGC.copy_(codes)
         return
@@ -343,30 +347,34 @@ def _load(codes: Tensor, y_NGC: Tensor, bits: int) -> None:
 
 
 def _grid(low: Tensor, high: Tensor, dtype: torch.dtype, bits: int, given: Bounds | None) -> Bounds:
-    """(offset, scale) in their stored dtypes, of groups with these exact ranges in the dtype of the arithmetic."""
+    """Compute (offset, scale) in their stored dtypes.
+
+    `low` and `high` are the groups' exact ranges in the dtype of the arithmetic. `given` are bounds to use instead.
+    """
     offset = low.to(dtype)
     span = high - low
     if given is not None:
-        # A copy: running ranges go on while this is kept.
+        # Copy, because the caller updates running ranges in place while this offset is stored.
         offset = given[0].to(low.dtype).to(dtype, copy=True, memory_format=torch.contiguous_format)
-        # What is not finite must show under a given range, too: there is no telling it from the codes.
+        # Codes cannot represent non-finite values. Adding 0 · the exact range makes the scale NaN in that case.
         span = given[1].to(low.dtype) - _widen(offset) + span * 0.0
     scale = span.div_(_levels(bits)).clamp_min_(torch.finfo(span.dtype).smallest_normal)
-    # 0 times twice the range: NaN where that is not finite. Half of it is left for code · scale not to overflow.
+    # 0 · (twice the range) is NaN where twice the range overflows. The factor 2 leaves room for the rounded-up scale in
+    # code · scale.
     poison = scale * (2 * _levels(bits)) * 0.0
     stored = scale if scale.dtype == torch.float64 else _round_up(scale)
     return offset, (stored + poison).to(_scale_dtype(dtype))
 
 
 def _round_up(scale: Tensor) -> Tensor:
-    """Positive finite float32 numbers to those of bfloat16, upwards."""
-    # bfloat16 is the upper half of float32: with any bit in the lower half, the upper one is raised. What is not finite
-    # may come out as anything: a GPU's NaN, all ones, carries into the sign and is 0.
+    """Round positive finite float32 numbers up to bfloat16 precision."""
+    # bfloat16 is the upper half of a float32. If any bit of the lower half is set, the addition carries into the upper
+    # half. The result is undefined for non-finite numbers: a GPU's NaN is all ones, carries into the sign and gives 0.
     return (scale.view(torch.int32) + 0xFFFF).bitwise_and_(~0xFFFF).view(torch.float32)
 
 
 def _pack(code: Tensor, bits: int) -> Tensor:
-    """Codes [N, C] of one group as bytes."""
+    """Pack one group's codes [N, C] into bytes."""
     if bits == 8:
         return code
     half = -(-code.shape[1] // 2)
@@ -374,12 +382,12 @@ def _pack(code: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, channels: int, bits: int) -> Tensor:
-    """Codes [N, channels] of one group."""
+    """Unpack one group's codes to [N, channels]."""
     return packed if bits == 8 else torch.cat((packed & 15, packed >> 4), 1)[:, :channels]
 
 
 def _levels(bits: int) -> int:
-    """L: steps of the grid."""
+    """L, the largest code."""
     return (1 << bits) - 1
 
 
@@ -388,7 +396,7 @@ def _group_sizes(channels: int, group: int) -> list[int]:
 
 
 def _row_bytes(channels: int, bits: int, group: int) -> int:
-    """Bytes of a row's codes: whole bytes for every group."""
+    """Return the bytes of one row's codes. Every group starts on a byte boundary."""
     return sum(-(-size * bits // 8) for size in _group_sizes(channels, group))
 
 
@@ -397,23 +405,24 @@ def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _widen(x: Tensor) -> Tensor:
-    """X in the dtype of the arithmetic: float32, or float64 if x has it."""
+    """Convert x to the dtype of the arithmetic: float64 for float64, float32 for all others."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """X in the stored tensor's dtype."""
-    # float16 ends where activations may come: a step above the largest of a group must not make an infinity.
+    """Convert x to `dtype`."""
+    # x̂ may exceed a group's maximum by up to one quantization step. In float16, whose largest number activations can
+    # reach, this must not overflow to infinity.
     return x.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else x.to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """X as a matrix of its last dimension's rows."""
+    """Reshape x [..., D] to [N, D], detached."""
     return x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _block_rows(x: Tensor) -> int:
-    """Rows per block of [N, ...], at least 1; one block where there is no CPU cache to keep them in."""
+    """Return the rows per block of x [N, ...], at least 1. On a GPU all rows are one block."""
     limit = block_limit(_BLOCK_ELEMENTS) // max(x[0].numel(), 1) if x.is_cpu and len(x) else len(x)
     return max(1, min(len(x), limit))
 
@@ -428,7 +437,7 @@ def _check_arguments(x: Tensor, bits: int, group: int) -> None:
 
 
 def _checked_bounds(x: Tensor, groups: int, bounds: Bounds) -> Bounds:
-    """The bounds as [N, G]."""
+    """Expand the bounds to [N, G]. Raise ValueError if they do not broadcast."""
     shape = (x.shape[:-1].numel(), groups)
     try:
         return bounds[0].expand(shape), bounds[1].expand(shape)

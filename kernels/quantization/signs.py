@@ -1,7 +1,7 @@
-"""One bit an element: which elements ReLU lets through, eight to a byte, exact.
+"""ReLU masks packed into one bit per element. The gradient is exact.
 
-A row of D channels takes W = ceil(D / 8) bytes; byte j has the channels j, W + j, 2W + j … in its bits 0, 1, 2 …, so
-that both directions work on neighbours.
+A row of D channels takes W = ceil(D / 8) bytes. Bits 0, 1, 2, … of byte j hold channels j, W + j, 2W + j, …, so packing
+and unpacking both work on contiguous slices of channels.
 """
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def pack_signs(x: Tensor) -> Tensor:
-    """One bit an element: 1 where x > 0 or is NaN, as torch's ReLU has its gradient.
+    """Pack one bit per element: 1 where x > 0 or x is NaN, which is where torch's ReLU passes the gradient.
 
     Args:
-        x: [..., D], a ReLU's input or output; any real dtype.
+        x: [..., D], the input or output of a ReLU, in any real dtype.
 
     Returns:
-        [..., ceil(D / 8)] of uint8.
+        uint8 [..., ceil(D / 8)].
     """
     passes = (x.detach() <= 0).logical_not_().view(torch.uint8)
     width = -(-x.shape[-1] // 8)
@@ -29,7 +29,11 @@ def pack_signs(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unpack_signs(packed: Tensor, channels: int) -> Tensor:
-    """The mask that `pack_signs` packed: bool [..., channels] of packed [..., ceil(channels / 8)]."""
+    """Unpack the result of `pack_signs`, [..., ceil(channels / 8)], to the mask bool [..., channels].
+
+    Raises:
+        ValueError: the width of `packed` does not fit `channels`.
+    """
     width = packed.shape[-1]
     if width != -(-channels // 8):
         raise ValueError(f"unpack_signs: {channels} channels have {-(-channels // 8)} bytes a row, not {width}")

@@ -3,7 +3,7 @@
 SpikingBrain (arXiv:2509.05276, section 3.3 and appendix A.8) expands a count s into T spikes with s = Σ_t w_t s_t:
 
     coding           s_t          w_t                           counts
-    binary           {0, 1}       1                             0 to T             s spikes, then silence
+    binary           {0, 1}       1                             0 to T             s spikes, then none
     ternary          {-1, 0, 1}   1                             −T to T            |s| spikes with the sign of s
     bitwise          {0, 1}       2^(T−1−t)                     0 to 2^T − 1       binary digits, the highest first
     bidirectional    {-1, 0, 1}   2^(T−1−t)                     ± (2^T − 1)        digits of |s|, with the sign of s

@@ -1,20 +1,23 @@
-"""Temporal-delta spikes: a neuron sends the change of its count since the token before, and the receiver adds it up.
+"""Temporal-delta spikes: a neuron sends the change of its count since the previous token, and the receiver sums them.
 
     n_t = clip(round(x_t / V))                            the count of `spike` under a given V
-    s_t = n_t                                             without a dead zone
-    s_t = s_{t−1} if |x_t / V − s_{t−1}| <= d else n_t    with a dead zone of d counts
-    δ_t = s_t − s_{t−1}                                   what is sent; s = 0 before a document's first token
-    x̂_t = s_t · V = x̂_{t−1} + δ_t · V                     what the receiver holds
+    s_t = n_t                                             the level, without a dead zone
+    s_t = s_{t−1} if |x_t / V − s_{t−1}| <= d else n_t    the level, with a dead zone of d counts
+    δ_t = s_t − s_{t−1}                                   the change that is sent; s = 0 before a document's first token
+    x̂_t = s_t · V = x̂_{t−1} + δ_t · V                     the receiver's value
 
-The loop is closed: a change is taken from what the receiver holds, not from x_{t−1}. So errors do not add up, and
-|x̂_t − x_t| <= max(d, 1/2) · V wherever nothing is clipped: x̂ tends to x as V goes to 0. Without a dead zone these are
-the differences of rounded activations of O'Connor & Welling 2016 (arXiv:1611.02024), and x̂ is that of `spike`: all
-tokens are computed at once. The dead zone is the delta network's (Neil et al. 2016, arXiv:1612.05571), a loop over
-tokens. A linear layer W receives y_t = y_{t−1} + W (V δ_t), so a token costs the products of channels that changed.
+Each change is relative to the receiver's level s_{t−1}, not to x_{t−1}. Errors therefore do not accumulate:
+|x̂_t − x_t| <= max(d, 1/2) · V wherever no count is clipped, and x̂ tends to x as V tends to 0. A linear layer W computes
+y_t = y_{t−1} + W (V δ_t), so a token costs products only for the channels that changed.
 
-V is one number a neuron or channel, never a token: s_{t−1} would be no integer in units of another V. Gradients are
-those of `spike`, straight through to x_t, also where the level is held, from which x_t is at most d · V away; and
-dx̂/dV = s. What is not finite makes x̂ NaN in that channel of that token; a dead zone holds the level over it.
+Without a dead zone, the changes are the differences of rounded activations of O'Connor & Welling 2016
+(arXiv:1611.02024). x̂ then equals that of `spike`, and all tokens are computed at once. The dead zone comes from delta
+networks (Neil et al. 2016, arXiv:1612.05571) and needs a loop over tokens.
+
+V is one number per neuron or per channel. A V per token is impossible, because s_{t−1} would not be an integer in units
+of a different V. Gradients are those of `spike`: straight through to x_t, and dx̂/dV = s. The same rule applies where
+the dead zone keeps the level, from which x_t is then at most d · V away. A non-finite x_t makes x̂_t NaN in its channel;
+with a dead zone, the level stays as it was.
 """
 
 import math
@@ -45,25 +48,27 @@ def delta_spike(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the receiver of temporal-delta spikes holds, x̂ = s · V.
+    """Compute x̂ = s · V, the receiver's values for temporal-delta spikes of x.
 
     Args:
         x: `[B, T, D]`, floating.
         threshold: V, a number or a tensor [] or [D], which may be learned; clamped as in `spike`.
-        dead_zone: d, in counts: 0, or from 1/2 on.
-        count_range: (low, high) that s is clipped to; None does not clip.
-        gradient: that of x, as in `spike`; "surrogate" only without a dead zone.
+        dead_zone: d, in counts: 0, or 1/2 or more.
+        count_range: (low, high) to clip s to; None does not clip.
+        gradient: the rule for x's gradient, as in `spike`; "surrogate" only without a dead zone.
         initial_state: `[N, D]`, s before each sequence's first token; zeros by default.
-        output_final_state: whether to return s after each sequence's last token, else None.
+        output_final_state: whether to return s after each sequence's last token.
         documents: the N documents packed into B = 1; without them N = B.
-        group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
-            sequence and are the same on every rank. With a dead zone ranks compute one after the other.
+        group: context-parallel ranks, which hold consecutive, equal shards of the sequence. `documents` and states then
+            describe the whole sequence and are the same on every rank. With a dead zone, each rank waits for the
+            previous one.
 
     Returns:
-        x̂ `[B, T, D]` in x's dtype, and s `[N, D]`, float32 or float64 like the arithmetic, or None.
+        x̂ `[B, T, D]` in x's dtype, and the final s `[N, D]` in the dtype of the arithmetic (float32, or float64 for
+        float64 inputs), or None.
 
     Raises:
-        ValueError: an argument or a shape that does not fit.
+        ValueError: an argument or a shape does not fit.
     """
     if dead_zone and gradient == "surrogate":
         raise ValueError("delta_spike: a held level has no surrogate gradient; use plain or clipped, or no dead zone")
@@ -83,7 +88,7 @@ def delta_spike(
     )
     if not dead_zone:
         return straight, final
-    # Adds 0, or NaN where x is not finite, and has the gradient of `spike`.
+    # The second term is 0, or NaN where x is not finite, and carries the gradient of `spike`.
     return (levels * _clamped(threshold, levels)).to(x.dtype) + (straight - straight.detach()), final
 
 
@@ -100,13 +105,14 @@ def delta_levels(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The levels s of `delta_spike`, integers `[B, T, D]` in float32 (float64 for float64 inputs), and its final state.
+    """Return the levels s of `delta_spike` and its final state. No gradients.
 
-    Without gradients. Arguments and errors as in `delta_spike`.
+    Levels are integers `[B, T, D]`, stored as float32 (float64 for float64 inputs). Arguments and errors are those of
+    `delta_spike`.
     """
     low, high = (-math.inf, math.inf) if count_range is None else count_range
     _check(x, threshold, dead_zone, (low, high))
-    # In units of V, in which levels are integers and so exact.
+    # Compute in units of V, where levels are integers and therefore exact.
     ratios = _widen(x) / _clamped(threshold, _widen(x))
     run = partial(_hold, dead_zone=dead_zone, low=low, high=high)
     if group is not None:
@@ -122,7 +128,7 @@ def delta_changes(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The changes δ that are sent, `[B, T, D]`, of levels s of `delta_levels`; arguments as there."""
+    """Return the changes δ `[B, T, D]` that are sent for levels `[B, T, D]`. Other arguments as in `delta_levels`."""
     batch, time, _ = levels.shape
     entering = None
     if group is not None:
@@ -165,7 +171,7 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _clamped(threshold: float | Tensor, like: Tensor) -> Tensor:
-    """V in the dtype of the arithmetic, within the limits of `spike`."""
+    """Return V in the dtype of the arithmetic, clamped to the limits of `spike`."""
     value = torch.as_tensor(threshold, dtype=like.dtype, device=like.device)
     return value.clamp(LEAST_THRESHOLD, LARGEST_THRESHOLD)
 
@@ -180,7 +186,7 @@ def _hold(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Levels of x / V on one rank, and the last one of each sequence."""
+    """Return the levels for `ratios` = x / V on one rank, and the last level of each sequence."""
     batch, time, channels = ratios.shape
     sequences = sequences_in(batch, time, documents)
     if initial_state is not None and initial_state.shape != (len(sequences), channels):
@@ -198,9 +204,9 @@ def _hold(
 def _hold_over_tokens(
     ratios: Tensor, levels: Tensor, documents: Documents | None, initial_state: Tensor | None, dead_zone: float
 ) -> None:
-    """Overwrite levels [B, T, D] where the one before is near enough."""
+    """Overwrite each level in [B, T, D] with the previous one if x / V is within the dead zone."""
     if not has_values():
-        # A plan needs no numbers, and would wait for the loop.
+        # `spiketrain plan` needs no values, and the loop would only take time.
         return
     batch, time, channels = ratios.shape
     states = ratios.new_zeros(batch if documents is None else len(documents), channels)
@@ -209,7 +215,7 @@ def _hold_over_tokens(
     for n, (start, end) in enumerate(pairwise((0, time) if documents is None else documents.bounds)):
         level = states if documents is None else states[n : n + 1]
         for t in range(start, end):
-            # A NaN is not near anything, and would stay as the level: > is false for it.
+            # The comparison is false for a NaN, so the level is held. `<=` would let the NaN replace the level.
             level = torch.where((ratios[:, t] - level).abs_() > dead_zone, levels[:, t], level)
             levels[:, t] = level
 
@@ -223,9 +229,10 @@ def _over_ranks(
     group: dist.ProcessGroup,
     waits: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`_hold` over context-parallel ranks. Where a level depends on the one before, a rank waits for the rank before.
+    """Run `_hold` over context-parallel ranks.
 
-    Which tokens hold a level depends on that level, so no rank can begin before it knows its own.
+    If `waits`, levels depend on previous levels (dead zone), and each rank first receives the previous rank's last
+    level. Which tokens hold a level depends on the level itself, so no rank can start earlier.
     """
     batch, time, channels = ratios.shape
     shard = None if documents is None else cut_documents(documents, batch, time, group)
@@ -236,7 +243,7 @@ def _over_ranks(
 
     def run_and_pass_on(own: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         levels, final = run(own, **options)
-        # Here, before the exchange of final states, in which the next rank takes part once it knows this level.
+        # Send before the exchange of final states. The next rank joins it only after it has received this level.
         if waits and rank + 1 < world:
             dist.send(levels[:, -1].contiguous(), group=group, group_dst=rank + 1)
         return levels, final

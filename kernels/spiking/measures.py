@@ -1,17 +1,19 @@
-"""Measures of spikes: tallies of counts, which add up over tensors, micro-batches and ranks, and what follows of them.
+"""Measures of spikes: tallies of spike counts, and sparsity, firing rate and energy computed from them.
 
-A count s of a channel of a token is sent as the spikes of its bidirectional bitwise code (kernels.spiking.coding): the
-non-zero digits of |s|, each with the sign of s. What is stated of a neuron's counts is stated under one of two rules:
+Tallies are sums, so those of several tensors, micro-batches and ranks can be added.
 
-    window    three steps, as in SpikingBrain's report (arXiv:2509.05276, section 3.3): the digits 1, 2 and 4 of every
-              count. Digits above are left out, also of counts above 7, of which there are few.
-    all       T steps, the digits of the largest count: what a lossless code takes.
+A channel sends its count s for a token in the bidirectional bitwise code (kernels.spiking.coding): each non-zero binary
+digit of |s| is one spike with the sign of s. Sparsity is 1 − spikes / (steps · counts), under one of two rules:
 
-Under either rule, sparsity is 1 − spikes / (steps · counts). The report gives 69.15 % by the window for k = 3, and does
-not say what it makes of the digits above the window; 1.13 spikes a channel, its other figure, are of all steps.
+    window    Three steps, as in SpikingBrain's report (arXiv:2509.05276, section 3.3). Only the digits with weights 1,
+              2 and 4 are counted. Higher digits are ignored; few counts exceed 7.
+    all       T steps, where T is the number of digits of the largest count. This code is lossless.
 
-Energy is idealised, as in the report's appendix: arithmetic alone at 45 nm, and neither memory nor control, which in
-practice cost more than either.
+The report states a sparsity of 69.15 % in the window for k = 3, and does not say how it treats higher digits. Its
+figure of 1.13 spikes per channel counts all steps.
+
+Energy is idealised, as in the report's appendix: it includes arithmetic at 45 nm alone. Memory and control are left
+out, although they cost more than the arithmetic in practice.
 """
 
 import math
@@ -21,25 +23,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Energies of the report, pJ at 45 nm (after Horowitz 2014): adding a weight up, and a product with its addition.
+# The report's energies in pJ at 45 nm (after Horowitz 2014): adding a weight for a spike, and one multiply-add.
 PICOJOULES_SPIKE, PICOJOULES_FP16, PICOJOULES_INT8 = 0.03, 1.5, 0.23
 WINDOW_STEPS = 3
 _LARGEST_IN_WINDOW = (1 << WINDOW_STEPS) - 1
-# Float32 holds integers up to here; larger ones are tallied as it.
+# Float32 represents all integers of up to 24 digits. Larger counts are tallied as 2^24 − 1.
 _DIGITS = 24
-# |s| of 0 to 7, then by the number of digits: 8 to 15, 16 to 31, …
+# One bin for each |s| from 0 to 7, then one for each number of digits: 8 to 15, 16 to 31, …
 _BINS = _LARGEST_IN_WINDOW + 1 + _DIGITS - WINDOW_STEPS
 _SUMS = ("window_spikes", "spikes", "total", "rows")
 TALLIES = _BINS + len(_SUMS)
-# Counts below are looked up.
+# Counts with |s| below this are tallied through a lookup table.
 _TABLE_SIZE = 256
 
 
 def tally(counts: Tensor) -> Tensor:
-    """The tallies of counts [..., D], float64 [TALLIES] on their device; those of several tensors add up.
+    """Return the tallies of counts [..., D], float64 [TALLIES] on their device.
 
-    They are the numbers of counts with |s| in each bin, the spikes in the window, all spikes, the sum of |s|, and the
-    rows of D counts. Counts are integers in any dtype; what is not finite is tallied as silent.
+    The tallies are the number of counts in each bin of |s|, the spikes in the window, all spikes, the sum of |s|, and
+    the number of rows. Counts are integers in any dtype. A count that is not finite is tallied as 0.
     """
     magnitude = counts.detach().abs().flatten()
     if magnitude.is_floating_point():
@@ -58,10 +60,10 @@ def _table(device: torch.device) -> Tensor:
 
 
 def _tallies_of(magnitude: Tensor) -> Tensor:
-    """What each count adds to the tallies, float64 [N, TALLIES], without its row."""
+    """Return the contribution of each count to the tallies, float64 [N, TALLIES]. The number of rows is left at 0."""
     place = torch.arange(_DIGITS, device=magnitude.device)
     digits = (magnitude[:, None] >> place) & 1
-    # The number of digits: one more than the place of the highest.
+    # The number of digits is one more than the position of the highest.
     length = (digits * (place + 1)).amax(1)
     bins = torch.where(magnitude <= _LARGEST_IN_WINDOW, magnitude, length + _LARGEST_IN_WINDOW - WINDOW_STEPS)
     found = torch.zeros(len(magnitude), TALLIES, dtype=torch.float64, device=magnitude.device)
@@ -73,15 +75,15 @@ def _tallies_of(magnitude: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Measures:
-    """What tallies say of a neuron, or of several.
+    """The spikes of one or several neurons, read from tallies.
 
     Attributes:
-        counts: How many counts there are: channels of tokens.
-        rows: How many tokens; of routed experts, tokens that an expert got.
-        histogram: Numbers of counts with |s| of 0, 1, …, 7, 8 to 15, 16 to 31, ….
-        window_spikes: Spikes in the window.
-        spikes: All spikes.
-        total: The sum of |s|: the spikes of a unary code.
+        counts: Number of counts, one per channel and token.
+        rows: Number of tokens. For routed experts, a token counts once per expert that it is routed to.
+        histogram: Number of counts with |s| equal to 0, 1, …, 7, then from 8 to 15, from 16 to 31, ….
+        window_spikes: Number of spikes in the window.
+        spikes: Number of all spikes.
+        total: Sum of |s|, which is the number of spikes of a unary code.
     """
 
     counts: float
@@ -111,7 +113,7 @@ class Measures:
 
     @property
     def steps(self) -> int:
-        """T, the digits of the largest count, at least 1."""
+        """T, the number of digits of the largest count, at least 1."""
         largest = max((place for place, number in enumerate(self.histogram) if number), default=0)
         if largest > _LARGEST_IN_WINDOW:
             return largest - _LARGEST_IN_WINDOW + WINDOW_STEPS
@@ -119,7 +121,7 @@ class Measures:
 
     @property
     def sparsity(self) -> float:
-        """The share of silent steps in the window of three; 1 of no counts."""
+        """The share of silent steps in the window of three steps; 1 without counts."""
         return _silent(self.window_spikes, WINDOW_STEPS * self.counts)
 
     @property
@@ -129,7 +131,7 @@ class Measures:
 
     @property
     def firing_rate(self) -> float:
-        """Spikes of a channel of a token, all steps together (1.13 in the report)."""
+        """Mean number of spikes per channel and token, over all steps (1.13 in the report)."""
         return self.spikes / max(self.counts, 1.0)
 
     @property
@@ -139,7 +141,7 @@ class Measures:
 
     @property
     def within_window(self) -> float:
-        """The share of counts with |s| <= 7, which the window holds whole."""
+        """The share of counts with |s| <= 7, which the window represents exactly."""
         return sum(self.histogram[: _LARGEST_IN_WINDOW + 1]) / self.counts if self.counts else 1.0
 
     @property
@@ -154,11 +156,11 @@ def _silent(spikes: float, places: float) -> float:
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations of linear layers on spikes; those of several layers add up.
+    """Numbers of operations of linear layers. Those of several layers can be added.
 
     Attributes:
-        additions: A weight added up for a spike: spikes times outputs.
-        products: Multiply-additions of the same layers without spikes: inputs times outputs.
+        additions: Additions of a weight on spikes: spikes times outputs.
+        products: Multiply-adds of the same layers without spikes: counts times outputs.
     """
 
     additions: float = 0.0
@@ -166,7 +168,7 @@ class Operations:
 
     @classmethod
     def of(cls, measures: Measures, outputs: float) -> "Operations":
-        """Those of a neuron whose channels lead to so many outputs, of all the linear layers that read it."""
+        """Return the operations of the linear layers that read a neuron and have `outputs` outputs in all."""
         return cls(measures.spikes * outputs, measures.counts * outputs)
 
     def __add__(self, other: "Operations") -> "Operations":
@@ -174,7 +176,7 @@ class Operations:
 
     @property
     def picojoules(self) -> float:
-        """Energy on spikes, pJ."""
+        """Energy with spikes, pJ."""
         return self.additions * PICOJOULES_SPIKE
 
     @property
@@ -188,5 +190,5 @@ class Operations:
         return self.products * PICOJOULES_INT8
 
     def saved(self, dense: float) -> float:
-        """The share of a dense energy, pJ, that spikes save; NaN without operations."""
+        """Return the share of the energy `dense`, pJ, that spikes save; NaN if `dense` is 0."""
         return 1.0 - self.picojoules / dense if dense else math.nan

@@ -183,9 +183,9 @@ def float_counts(
     count_range: tuple[int, int] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The counts and thresholds of `spike_counts` in the dtype of the arithmetic; NaN or clipped where x is not finite.
+    """Return the counts and thresholds of `spike_counts` in the dtype of the arithmetic, without synchronising a GPU.
 
-    Nothing is read back from a device. Arguments as in `spike`.
+    The arguments are those of `spike`. Where x is not finite, counts are NaN or clipped.
     """
     neuron, parameter = _checked("spike_counts", x, k, threshold, count_range, "plain")
     wide = _widen(x)
@@ -294,7 +294,7 @@ def _block_rows(x_ND: Tensor) -> int:
 
 
 class _Spike(torch.autograd.Function):
-    """`spike`. The mean [N, 1] is given if the channels are sharded over ranks."""
+    """The torch backend of `spike`. The mean [N, 1] is given if the channels are sharded over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor, mean_N1: Tensor | None, neuron: _Neuron) -> Tensor:
@@ -354,9 +354,10 @@ class _Spike(torch.autograd.Function):
 
 
 def _derive_from_counts(out: Tensor, thresholds: Tensor, largest: float) -> None:
-    """Let what compresses store x̂ = s · V, exactly, by its counts in 4 or 8 bits and its thresholds.
+    """Declare that x̂ = s · V can be recomputed exactly from counts in 4 or 8 bits and thresholds (`derive`).
 
-    A threshold's multiple divided by it rounds to the count, in bfloat16, too, as long as that is below 2^7.
+    The counts are recovered as round(x̂ / V). This is exact for counts up to 127, even if x̂ is rounded to bfloat16.
+    Larger ranges of counts are not compressed this way.
     """
     if largest > _LARGEST_INT8:
         return
@@ -370,13 +371,13 @@ def _derive_from_counts(out: Tensor, thresholds: Tensor, largest: float) -> None
 
 
 def _packed(counts_ND: Tensor) -> Tensor:
-    """Counts of -7 to 7, those of a row's first half in the lower four bits: uint8 [N, D/2]."""
+    """Pack counts [N, D] from -7 to 7 as uint8 [N, D/2], the first half of each row in the low four bits."""
     low, high = (counts_ND + 8).view(torch.uint8).chunk(2, dim=1)
     return low | high << 4
 
 
 def _times_thresholds(kept: Tensor, thresholds: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """S · V of what `_derive_from_counts` keeps."""
+    """Compute s · V from the packed counts and the thresholds that `_derive_from_counts` keeps."""
     counts = kept if kept.dtype == torch.int8 else torch.cat((kept & 15, kept >> 4), 1).to(torch.int8) - 8
     return (counts * thresholds).to(dtype).view(shape)
 

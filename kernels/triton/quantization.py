@@ -1,12 +1,15 @@
-"""Quantization by groups of a row's channels to 8 or 4 bits, and back; see kernels/quantization.
+"""Per-group quantization to 8 or 4 bits, and dequantization, in Triton; see kernels/quantization/quantizer.py.
 
-A program has some rows of one group, as two tiles of 4-bit codes' halves or one of 8-bit codes; x is read once. The
-noise is computed here, of the rows' and channels' numbers: it costs no memory. Codes equal the torch path's bit by bit,
-for which products and sums must not be fused; those of groups that are not finite mean nothing. Back, they may be:
-the product of a code and a scale, 8 digits each, is exact.
+Each program handles one group of several rows, and reads x once. With 8 bits it loads the group as one tile; with 4
+bits as two tiles, one for each half of the channels, because a byte holds one code of each half. The kernel computes
+the noise from row and channel indices, so noise takes no memory.
+
+Codes equal those of the torch path bit by bit, except in groups that are not finite. For this, quantization must not
+fuse multiplications and additions. Dequantization may fuse them, because the product of a code and a scale, with 8
+significant bits each, is exact.
 """
 
-# Triton reads a kernel's annotations: only those of constexprs mean anything to it.
+# Triton interprets a kernel's annotations, and only constexpr annotations are meaningful to it.
 # ruff: noqa: ANN001, ANN202
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 
@@ -35,13 +38,13 @@ _LARGEST_HALF = tl.constexpr(65504.0)
 
 @triton.jit
 def _shift(z, by):
-    """Z >> by with zeros above, of int64."""
+    """Logical right shift of an int64."""
     return (z.to(tl.uint64, bitcast=True) >> by).to(tl.int64, bitcast=True)
 
 
 @triton.jit
 def _uniform(key, number):
-    """The leading bits of splitmix64's hash of int64 numbers, as a float32 in [0, 1)."""
+    """Return the leading bits of each int64 number's splitmix64 hash as a float32 in [0, 1)."""
     z = number * _GOLDEN + key
     z = (z ^ _shift(z, 30)) * _FIRST
     z = (z ^ _shift(z, 27)) * _SECOND
@@ -51,17 +54,17 @@ def _uniform(key, number):
 
 @triton.jit
 def _round_up(scale):
-    """Positive finite numbers to those of bfloat16, upwards."""
+    """Round positive finite numbers up to bfloat16 precision."""
     return ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _noise(rows_ptr, row, rows, key, channel):
-    """The noise [N, C] of these rows and channels; 1/2, to round to nearest, where rows have no numbers."""
+    """Return the noise [N, C] of these rows and channels; without `rows_ptr` 1/2, which rounds to nearest."""
     u = 0.5
     if rows_ptr is not None:
         a = _uniform(key, tl.load(rows_ptr + row, mask=row < rows, other=0))[:, None]
-        # The other generator, as in kernels/noise.py. The sum is exact, and so is its fraction.
+        # −1 − key is ~key, as in kernels/noise.py. The sum and its fraction are exact.
         total = a + _uniform(-1 - key, channel.to(tl.int64))
         u = tl.where(total >= 1.0, total - 1.0, total)
     return u
@@ -69,20 +72,23 @@ def _noise(rows_ptr, row, rows, key, channel):
 
 @triton.jit
 def _first_byte(group, BITS: tl.constexpr):
-    """Where the codes of the program's group begin in their row."""
+    """Return the offset of the program's group in a row of codes, in bytes."""
     return tl.program_id(1) * (group if BITS == 8 else (group + 1) // 2)
 
 
 @triton.jit
 def _code(x, offset, factor, u, LEVELS: tl.constexpr):
-    """clamp(floor((x − offset) · factor + u), 0, LEVELS) as int32; 0 of NaN."""
+    """Compute clamp(floor((x − offset) · factor + u), 0, LEVELS) as int32; 0 for NaN."""
     y = (x - offset[:, None]) * factor[:, None] + u
     return tl.where(y > 0.0, tl.where(y < LEVELS, y, LEVELS), 0.0).to(tl.int32)
 
 
 @triton.jit
 def _tiles(row, rows, columns, group, BITS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The program's channels of the first tile and of the second, both their masks, and that of the codes' bytes."""
+    """Return the channels of the program's first and second tile, and their masks.
+
+    The first mask is also that of the bytes of codes. With 8 bits, the second tile is not used.
+    """
     start = tl.program_id(1) * group
     size = tl.minimum(group, columns - start)
     width = size if BITS == 8 else (size + 1) // 2
@@ -93,7 +99,7 @@ def _tiles(row, rows, columns, group, BITS: tl.constexpr, BLOCK_C: tl.constexpr)
     return lower, upper, mask, exists & (width + index < size)[None, :]
 
 
-# Keys are of no use to the compiler: it would build a kernel for those that are multiples of 16.
+# Do not specialize on these: the compiler would build another kernel for values that are multiples of 16.
 @triton.jit(do_not_specialize=["key", "first_channel"])
 def _quantize_kernel(
     x_ptr,
@@ -121,7 +127,7 @@ def _quantize_kernel(
     x = tl.load(x_ptr + row[:, None] * x_stride + lower, mask=mask, other=0.0).to(tl.float32)
     low = tl.min(tl.where(mask, x, float("inf")), axis=1)
     high = tl.max(tl.where(mask, x, float("-inf")), axis=1)
-    # Minima and maxima drop NaN: this is NaN where anything is not finite.
+    # Minima and maxima drop NaN. This sum is NaN if any x is not finite.
     poison = tl.sum(x * 0.0, axis=1)
     if BITS == 4:
         x2 = tl.load(x_ptr + row[:, None] * x_stride + upper, mask=upper_mask, other=0.0).to(tl.float32)
@@ -135,7 +141,7 @@ def _quantize_kernel(
         span = tl.load(high_ptr + place, mask=row < rows, other=0.0) - offset + span * 0.0
     scale = tl.div_rn(span + poison, tl.zeros_like(span) + LEVELS)
     scale = tl.where(scale < _LEAST, _LEAST, scale)
-    # NaN where twice the range is not finite, which the rounding upwards would not keep.
+    # The second term is NaN if twice the range is not finite. Rounding up would not preserve a NaN or an infinity.
     scale = _round_up(scale) + scale * (2 * LEVELS) * 0.0
     tl.store(scale_ptr + place, scale.to(scale_ptr.dtype.element_ty), mask=row < rows)
     tl.store(offset_ptr + place, offset.to(offset_ptr.dtype.element_ty), mask=row < rows)
@@ -178,16 +184,16 @@ def _dequantize_kernel(
 
 @triton.jit
 def _store(places, y, mask):
-    """Store y in the dtype there; float16 ends at its largest number, but for NaN."""
+    """Store y in the pointer's dtype. For float16, clamp it to the largest finite number; NaN is kept."""
     if places.dtype.element_ty == tl.float16:
         y = tl.where(y > _LARGEST_HALF, _LARGEST_HALF, tl.where(y < -_LARGEST_HALF, -_LARGEST_HALF, y))
     tl.store(places, y.to(places.dtype.element_ty), mask=mask)
 
 
 def _tile(target: str, channels: int, bits: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_C, warps) for groups of so many channels, 16 elements a thread while 16 warps suffice."""
+    """Return (BLOCK_N, BLOCK_C, warps) for groups of `channels`: 16 elements per thread, up to 16 warps."""
     width = next_power(channels if bits == 8 else -(-channels // 2))
-    # With 4 bits there are two tiles of that width.
+    # With 4 bits there are two tiles of this width.
     elements = width if bits == 8 else 2 * width
     rows = max(1, _BLOCK_ELEMENTS // elements)
     return rows, width, min(max(rows * elements // (16 * warp_size(target)), 1), 16)
@@ -196,13 +202,13 @@ def _tile(target: str, channels: int, bits: int) -> tuple[int, int, int]:
 def quantize(
     x_ND: Tensor, codes: Tensor, bits: int, group: int, noise: Noise | None, bounds: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Write the codes; returns (scale, offset) [N, G] of `kernels.quantization.quantize`, of checked arguments.
+    """`kernels.quantization.quantize` with checked arguments: write the codes and return (scale, offset) [N, G].
 
     Args:
-        x_ND: rows, not empty.
-        codes: [N, bytes of a row].
-        bits, group, noise: as there.
-        bounds: low and high [N, G].
+        x_ND: [N, D], not empty.
+        codes: uint8 [N, bytes per row]; written.
+        bits, group, noise: as in `kernels.quantization.quantize`.
+        bounds: (low, high), each [N, G], or None for the exact ranges.
     """
     x_ND = unit_stride(x_ND)
     rows, columns = x_ND.shape
@@ -221,7 +227,7 @@ def quantize(
 
 
 def dequantize(codes: Tensor, scale_NG: Tensor, offset_NG: Tensor, y_ND: Tensor, bits: int, group: int) -> None:
-    """Write `kernels.quantization.dequantize` of these into y, contiguous rows that are not empty."""
+    """`kernels.quantization.dequantize`: write the dequantized tensor to y_ND, contiguous [N, D] and not empty."""
     rows, columns = y_ND.shape
     groups = scale_NG.shape[1]
     block_n, block_c, warps = _tile(target_name(y_ND.device), min(group, columns), bits)
@@ -233,7 +239,7 @@ def dequantize(codes: Tensor, scale_NG: Tensor, offset_NG: Tensor, y_ND: Tensor,
 
 
 def specs(target: str, head_dim: int, dtype: str) -> list[KernelSpec]:
-    """Kernels for 8192 tokens of a model of 16 heads, in groups of (token, head), 8 and 4 bits."""
+    """Return the kernels for 8192 tokens of 16 heads, with 8 and 4 bits and one group per token and head."""
     rows, columns, groups = 8192, 16 * head_dim, 16
     pointer, elements, size = f"*{dtype}", rows * columns, dtype_bytes(dtype)
     kept = {"codes_ptr": "*u8", "scale_ptr": "*bf16", "offset_ptr": pointer}

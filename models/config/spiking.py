@@ -7,20 +7,20 @@ from typing import Literal
 
 from models.config.checks import require, require_positive
 
-# SpikingBrain's report spikes the inputs of all projections (arXiv 2509.05276, section 3.3). Its published code feeds
-# down_proj, whose product it fuses with the activation, with floats (W8ASpike).
+# SpikingBrain's report has spikes at the inputs of all projections (arXiv 2509.05276, section 3.3). Its published code
+# (W8ASpike) fuses down_proj with the activation function and gives it floating-point inputs.
 _PRESETS = {"all": lambda name: True, "released": lambda name: not name.endswith(".down_proj")}
 
 
 @dataclass
 class ActivityConfig:
-    """A loss that keeps neurons quiet. It affects only the gradient; the reported loss is the language model's.
+    """An auxiliary loss on spike counts. It only affects the gradient; the reported loss is the language model's.
 
     Attributes:
-        loss: rate, for every token and input the squared difference of its mean count |s| from the target; l1, the mean
-            count itself; none.
-        weight: Its coefficient; a step's loss is divided by the number of tokens like the language model's.
-        target: Mean count that the rate is drawn to.
+        loss: none; l1, the mean count |s| over the channels of each token and input; or rate, the squared difference
+            between that mean and `target`.
+        weight: Coefficient of the loss. A step's loss is divided by its number of tokens, like the language model's.
+        target: Target of the mean count |s| for loss=rate.
     """
 
     loss: Literal["none", "rate", "l1"] = "none"
@@ -40,26 +40,29 @@ class SpikingConfig:
     """Spiking neurons in front of linear layers: activations as integer counts of spikes (arXiv 2509.05276).
 
     Attributes:
-        layers: Patterns of the names of linear layers whose inputs are spikes, such as "layers.*.mixer.q_proj", where *
-            matches anything; all means every one in a block, released those of the authors' code, all but down_proj.
-            Empty: no spikes. Embedding, head and routers have none.
-        k: Spikes that a channel of mean magnitude fires, V = mean|x| / k; the report takes 3.
-        k_start: The k of start_step, larger and so finer, from which k is reached linearly; null starts with k.
-        anneal_steps: Steps from k_start to k.
-        start_step: Before this training step activations are floats.
-        threshold: adaptive, V from the mean of each token; learned, the same with a learned k; running, one V for all
-            tokens from a moving average; per_channel, one V for each channel from moving averages.
-        momentum: Share of the moving averages that a step keeps.
-        count_range: Least and largest count, to which others are clipped; null does not clip.
-        code: What a channel sends: counts, those of each token; delta, their changes since the token before in its
-            document, which need a threshold that no token has its own of (kernels.spiking.delta).
-        dead_zone: Of delta, counts by which a channel may be off before it sends a change: 0, or 1/2 or more.
-        gradient: That of the rounding: plain passes it on; clipped stops it where a count was clipped; surrogate has it
-            peak where the count steps (kernels.spiking.neuron).
-        queries: Softmax attention reads spikes of its rotated queries, with a threshold for each token and head.
-        int8_keys_values: Softmax attention reads keys and values rounded to int8, with a scale for each token and head.
-        weights: int8 rounds the weights of the chosen linear layers, with a scale for each group of 128 inputs.
-        activity: A loss on the counts.
+        layers: Name patterns of the linear layers whose inputs are spikes, such as "layers.*.mixer.q_proj"; * matches
+            any characters. The preset all selects every linear layer in a block; released selects those of the authors'
+            code, which are all but down_proj. An empty list means no spikes. The embedding, the head and the routers
+            never have spikes.
+        k: Number of spikes of a channel with mean magnitude, V = mean|x| / k; 3 in the report.
+        k_start: Value of k at start_step, from which it falls linearly to k. A larger k is finer. null uses k
+            throughout.
+        anneal_steps: Number of steps in which k falls from k_start to k.
+        start_step: First training step with spikes. Before it, activations are floating-point numbers.
+        threshold: adaptive computes V from each token's mean; learned does the same with a learned k; running uses one
+            V for all tokens, from a running average; per_channel uses one V per channel, from running averages.
+        momentum: Momentum of the running averages: the share of the old value that a step keeps.
+        count_range: Smallest and largest count, to which counts are clipped. null does not clip.
+        code: What a channel sends for each token: counts, its count; delta, the change of its count since the previous
+            token of the document. delta needs a threshold shared by all tokens (kernels.spiking.delta).
+        dead_zone: For code=delta, the deviation in counts up to which a channel sends no change: 0, or 1/2 or more.
+        gradient: Gradient of the rounding: plain passes the gradient through; clipped makes it 0 where a count was
+            clipped; surrogate peaks where the count changes (kernels.spiking.neuron).
+        queries: Softmax attention reads spikes of its rotated queries, with one threshold per token and head.
+        int8_keys_values: Softmax attention reads keys and values rounded to int8, with one scale per token and head.
+        weights: int8 rounds the weights of the selected linear layers, with one scale per output and group of 128
+            inputs.
+        activity: Auxiliary loss on the counts.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -144,11 +147,11 @@ class SpikingConfig:
 
     @property
     def is_used(self) -> bool:
-        """Whether anything differs from a model of floats."""
+        """Whether the model has spikes or int8 keys and values anywhere."""
         return bool(self.layers) or self.queries or self.int8_keys_values
 
     def picks(self, name: str) -> bool:
-        """Whether the input of a linear layer, by its name in the decoder, is spikes."""
+        """Return whether the linear layer with this name in the decoder reads spikes."""
         return any(self._picks(pattern, name) for pattern in self.layers)
 
     @staticmethod
@@ -157,15 +160,15 @@ class SpikingConfig:
         return fnmatchcase(name, pattern) if preset is None else preset(name)
 
     def unmatched(self, names: list[str]) -> list[str]:
-        """The patterns that match none of these names."""
+        """Return the patterns that match none of these names."""
         return [pattern for pattern in self.layers if not any(self._picks(pattern, name) for name in names)]
 
     def is_on(self, step: int | None) -> bool:
-        """Whether there are spikes at a training step; None means after the last step."""
+        """Return whether there are spikes at a training step; None means after the last step."""
         return step is None or step >= self.start_step
 
     def k_at(self, step: int | None) -> float:
-        """K at a training step; None means after the annealing."""
+        """Return k at a training step; None means after the annealing."""
         if self.k_start is None or step is None:
             return self.k
         left = 1 - min(max((step - self.start_step) / self.anneal_steps, 0.0), 1.0)

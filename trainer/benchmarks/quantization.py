@@ -1,4 +1,4 @@
-"""The quantizer's time an element, beside a copy in bfloat16 and torch's own quantizer."""
+"""Benchmarks of the quantizer's time per element, against a bfloat16 copy and torch's own quantizer."""
 
 import statistics
 import time
@@ -23,15 +23,15 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        dtypes: Of the tensor.
-        bits: Of the codes: 8, 4 or both.
-        group: Channels of a group.
+        dtypes: Dtypes of the tensor.
+        bits: Bits per element: 8, 4 or both.
+        group: Channels per group.
         tokens: Rows of the tensor.
-        hidden_size: Its channels.
-        rounds: Timed calls of each side.
-        warmup: Untimed calls of each side before.
-        threads: CPU threads; 0 takes every core.
-        clock: wall, or cpu: this process's CPU time, which is fair on a shared machine; with one thread only.
+        hidden_size: Channels of the tensor.
+        rounds: Timed calls per side.
+        warmup: Untimed calls per side before the timed ones.
+        threads: CPU threads; 0 uses every core.
+        clock: wall, or cpu for this process's CPU time, which is fair on a shared machine but needs --threads 1.
     """
 
     json: str | None = None
@@ -71,7 +71,7 @@ def main(config: Config) -> None:
 
 
 def _against_copy(config: Config, dtype: Dtype, bits: int) -> list[Comparison]:
-    """Both directions beside the copy that storing in bfloat16 takes."""
+    """Compare both directions with the copy to or from bfloat16 that storing in bfloat16 would need."""
     import torch
 
     from kernels.quantization import Noise, dequantize, noise_key, quantize
@@ -103,10 +103,10 @@ def _against_copy(config: Config, dtype: Dtype, bits: int) -> list[Comparison]:
 
 
 def _against_torch(config: Config) -> list[Comparison]:
-    """Both directions beside torch's, which rounds to nearest and is given the scales: it does not find them.
+    """Compare both directions with torch's quantizer, which rounds to nearest and is given the scales.
 
     Raises:
-        RuntimeError: the sides are further apart than a step.
+        RuntimeError: the results of the two sides differ by more than a quantization step.
     """
     import torch
 
@@ -143,7 +143,7 @@ def _random(config: Config, dtype: Dtype) -> "Tensor":
 def _compare(
     config: Config, case: str, ours: Callable[[], object], peer: Callable[[], object], note: str
 ) -> Comparison:
-    """Nanoseconds an element of both, by turns."""
+    """Compare the median times of both sides in nanoseconds per element, called in turns."""
     clock = time.process_time if config.clock == "cpu" else time.perf_counter
     taken = time_by_turns({"ours": ours, "peer": peer}, config.rounds, config.warmup, clock)
     elements = config.tokens * config.hidden_size

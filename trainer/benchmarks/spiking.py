@@ -36,8 +36,8 @@ class Config:
         dtypes: Dtypes of the spike's inputs.
         tokens: Rows of the spike's inputs.
         hidden_size: Channels of the spike, and inputs and outputs of the product.
-        product_tokens: Rows of the products. Each is compared at every sparsity.
-        sparsities: Shares of silent channels.
+        product_tokens: Numbers of rows of the products. Each is compared at every sparsity.
+        sparsities: Shares of silent channels in the products' inputs.
         rounds: Timed calls per side.
         warmup: Untimed calls per side before the timed ones.
         threads: CPU threads; 0 uses every core.
@@ -140,7 +140,7 @@ def _eager(x: "Tensor", *, k: "float | Tensor", count_range: tuple[int, int] | N
 
 
 def _products(config: Config, tokens: int) -> list[Comparison]:
-    """Compare event-driven and dense products at each sparsity. A note says from which sparsity on the former wins."""
+    """Compare event-driven and dense products at each sparsity. The note states where the event-driven ones win."""
     import torch
     import torch.nn.functional as F
 

@@ -1,9 +1,10 @@
-"""W8A-spike models from trained ones: spikes in, int8 weights, clipped where a calibration set's products suffer least.
+"""Conversion of trained models to W8A-spike models: spiking inputs, and int8 weights with calibrated clipping.
 
-SpikingBrain's released W8A-spike models were made this way after training, from 128 texts (arXiv 2509.05276, section
-3.3); how their scales were calibrated is not published. Here the second moments E[x²] of every input channel are taken
-of the spikes that enter a product, and each group of 128 weights of an output chooses its clipping ratio by them
-(kernels.quantization.clip_int8_weight). Imports neither megatron nor deepspeed.
+SpikingBrain's released W8A-spike models were made after training, from 128 calibration texts (arXiv 2509.05276, section
+3.3). How their scales were calibrated is not published. Here the second moments E[x²] of a linear layer's input
+channels are measured on spikes. Each group of 128 weights of an output then takes the clipping ratio with the least
+expected squared error of the product (kernels.quantization.int8.clip_int8_weight). Imports neither megatron nor
+deepspeed.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,18 +28,18 @@ from trainer.stored import weights
 from trainer.stored.export import DTYPES
 from trainer.stored.inference import LoadedModel
 
-# Finer towards 1: of a few hundred weights' groups most clip little.
+# Clipping ratios, closer together towards 1, because most groups clip little.
 RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        tensors: Number of weights that are int8 now.
+        tensors: Number of weights rounded to int8.
         error: Σ E[x²] (w − ŵ)² over all of them, relative to Σ E[x²] w².
-        unclipped: The same without clipping.
+        unclipped: The same error without clipping.
     """
 
     tensors: int
@@ -47,10 +48,10 @@ class Calibration:
 
 
 def spiking_model(loaded: LoadedModel, spiking: SpikingConfig) -> Decoder:
-    """The loaded model with spikes, and weights as they are, in evaluation mode.
+    """Return the loaded model with spikes and unrounded weights, in evaluation mode.
 
     Raises:
-        ConfigError: a pattern matches no linear layer, or numbers that neurons have learned would be lost or missing.
+        ConfigError: a pattern matches no linear layer, or tensors of trained neurons would be lost or missing.
     """
     parameter, stored = next(loaded.model.parameters()), loaded.model.state_dict()
     new = replace(loaded.model.model_config, spiking=replace(spiking, weights="float"))
@@ -70,9 +71,14 @@ def spiking_model(loaded: LoadedModel, spiking: SpikingConfig) -> Decoder:
 
 @torch.no_grad()
 def second_moments(model: Decoder, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """E[x²] of each channel that enters the linear layers that read spikes, float64 [D], of experts [E, 1, D], by name.
+    """Measure E[x²] of each input channel of the linear layers that read spikes.
 
-    An expert that no token went to has zeros.
+    Returns:
+        Second moments by the layer's name, float64 [D], or [E, 1, D] for experts. They are 0 for an expert that got no
+        token.
+
+    Raises:
+        ConfigError: there are no batches.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -102,7 +108,7 @@ def _observe(
     options: dict[str, Any],
     _: Tensor,
 ) -> None:
-    # The neuron remembers this input's spikes until its module's end.
+    # This does not compute the spikes again: the neuron keeps them until its owner's forward ends.
     squares = module.spikes(inputs[0]).flatten(0, -2).double().square()
     if module.weight.dim() == 2:
         sums[name] = sums.get(name, 0) + squares.sum(0)
@@ -117,7 +123,7 @@ def _observe(
 
 
 def round_weights(model: Decoder, moments: dict[str, Tensor], report: Callable[[str], None]) -> Calibration:
-    """Round the weights of the linear layers that moments are given of, in place."""
+    """Round the weights of the linear layers in `moments` to int8, in place, and report each layer's error."""
     errors, total = torch.zeros(2, dtype=torch.float64), 0.0
     for name, moment in moments.items():
         weight = model.get_submodule(name).weight
@@ -141,7 +147,7 @@ def write(
     max_file_bytes: float,
     report: Callable[[str], None],
 ) -> None:
-    """Write a model with rounded weights as weights whose configuration says so."""
+    """Write a model with rounded weights to `output`, with `weights=int8` in its configuration."""
     config: ModelConfig = replace(model.model_config, spiking=replace(model.model_config.spiking, weights="int8"))
     whole = shapes(config, model.vocab_size)
     cast_parameters(whole, next(model.parameters()).dtype if precision is None else DTYPES[precision])

@@ -1,18 +1,20 @@
-"""Study: a language model trained with spikes from the first step, against floats. On the laptop recipe, equal steps.
+"""Study: language models trained with spikes from the first step, against a model without spikes at equal steps.
 
-A variant is a name of parts joined by underscores: `float`, or `k2.5` for spikes with that k, and after it
+All runs use the laptop recipe. A variant's name is `float` (no spikes), or `k2.5` for spikes with that k, optionally
+followed by these parts, joined by underscores:
 
-    l1=W, rate=W@R   the activity loss of weight W, for rate with target R     (model.spiking.activity)
-    start=F          spikes from that fraction of the run on                   (model.spiking.start_step)
-    anneal=F         k falls from four times itself within that fraction       (model.spiking.k_start)
-    zone=D           temporal-delta spikes with a dead zone of D counts        (model.spiking.code)
+    l1=W, rate=W@R   activity loss with weight W, for rate with target R                 (model.spiking.activity)
+    start=F          spikes start after the fraction F of the run                        (model.spiking.start_step)
+    anneal=F         k falls from four times its value within the fraction F of the run  (model.spiking.k_start)
+    zone=D           temporal-delta spikes with a dead zone of D counts                  (model.spiking.code)
 
 In the table and the JSON file, `ours` is a variant's validation loss in nats per token, averaged over seeds, `peer` is
-that of floats, and `ratio` the peer's over ours. The note has the sparsity by both rules of docs/spiking.md, over all
-layers and the last fifth of a run, and whether the variant reaches what the report has (SpikingBrain, arXiv:2509.05276:
-69.15 % in the window of three steps) at no more than 2 % more loss.
+that of the model without spikes, and `ratio` is peer / ours. The note states the sparsity by both rules of
+docs/spiking.md, over all layers and the last fifth of a run. It also states whether the variant reaches the sparsity of
+the report (SpikingBrain, arXiv:2509.05276: 69.15 % in the window of three steps) with a loss at most 2 % higher.
 
-Each run is a separate spiketrain pretrain in one thread. Finished runs are reused, and a stopped one resumes.
+Each run is a separate `spiketrain pretrain` process with one thread. Finished runs are reused, and a stopped run
+resumes.
 """
 
 import json
@@ -35,11 +37,11 @@ FLOAT = "float"
 _K_SWEEP = ["k2", "k2.5", "k3", "k3.5", "k4"]
 _ACTIVITY = ["k2_l1=0.0001", "k2_l1=0.001", "k2_l1=0.01", "k3_l1=0.001"]
 _SCHEDULES = ["k2_start=0.3", "k2_anneal=0.3"]
-# The report's model by its three-step rule, the goal beyond it, and the loss that either may cost.
+# The report's sparsity in the window of three steps, our goal above it, and the largest relative increase of the loss.
 REPORT_SPARSITY, GOAL_SPARSITY, MOST_LOSS = 0.6915, 0.80, 0.02
-# The report's k sweep of a trained 7B model: sparsity by k.
+# The report's sweep over k with a trained 7B model: sparsity for each k.
 REPORT_SWEEP = {2.0: 0.730, 2.5: 0.709, 3.0: 0.692, 3.5: 0.677, 4.0: 0.664}
-# Metrics that the table reports for the last fifth of a run, with their forms.
+# Metrics that the table reports for the last fifth of a run, with their formats.
 _LATE = {
     "sparsity_all_steps": "of all steps {:.2%}",
     "firing_rate": "{:.3f} spikes a channel",
@@ -51,16 +53,16 @@ _LATE = {
 
 @dataclass
 class Config:
-    """Sizes. The defaults are the whole experiment.
+    """Settings of the study. The defaults run the whole experiment.
 
     Attributes:
         json: Write the comparisons to this file.
         plot: Draw loss against sparsity into this file.
         output: Directory of the runs. A rerun continues from its contents.
-        recipe: The configuration that all runs share. It may have no spikes of its own.
-        steps: Optimizer steps of every run; null takes the recipe's.
-        seeds: Seeds of weights, batches and noise. Two to ten.
-        variants: What to train beside floats.
+        recipe: The configuration that all runs share. It must have no spikes of its own.
+        steps: Optimizer steps of every run; null takes the recipe's number.
+        seeds: Seeds of weights, batches and noise; two to ten seeds.
+        variants: Variants to train in addition to float.
         jobs: Number of concurrent runs, each with one thread.
         quick: Two seeds and two variants of a few steps. They only show that the command works.
     """
@@ -85,10 +87,10 @@ class Config:
 
 
 def neurons(variant: str, steps: int) -> dict[str, Any]:
-    """`model.spiking` of a variant in a run of so many steps; empty for floats.
+    """Return `model.spiking` of a variant for a run of `steps` steps; empty for float.
 
     Raises:
-        ConfigError: a part that is not known, or no number where one belongs.
+        ConfigError: a part of the name is unknown, or its value is not a number.
     """
     if variant == FLOAT:
         return {}
@@ -137,16 +139,16 @@ class Run(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """Share of silent steps in the window of three, over all layers; of floats 0."""
+        """Share of silent steps in the window of three steps, over all layers; 0 for float."""
         return self.late("sparsity") if self.variant != FLOAT else 0.0
 
     def late(self, name: str) -> float:
-        """The mean of a measure of spikes over the last fifth of the steps."""
+        """Return the mean of a spike measure over the last fifth of the steps."""
         return self.curves.late(f"spiking/{name}")
 
 
 def job(config: Config, values: dict[str, Any], variant: str, seed: int) -> Job:
-    """The run of a variant and a seed."""
+    """Return the job that trains a variant with a seed."""
     steps = values["train"]["steps"] if config.steps is None else config.steps
     directory = Path(config.output).resolve() / f"{variant}-{steps}-steps-seed-{seed}"
     spiking = neurons(variant, steps)
@@ -155,11 +157,11 @@ def job(config: Config, values: dict[str, Any], variant: str, seed: int) -> Job:
 
 
 def run(config: Config) -> list[Run]:
-    """Train the missing runs, several at a time, and read all."""
+    """Train the missing runs, several at a time, and read the results of all."""
     values = recipe_values(config.recipe)
     if values["model"]["spiking"]["layers"]:
         raise ConfigError(f"recipe: {config.recipe} has spikes of its own; name one without model.spiking.layers")
-    # By seed, so that a study that is stopped early has whole seeds.
+    # Order by seed, so that a study that is stopped early has complete seeds.
     jobs = [job(config, values, variant, seed) for seed in config.seeds for variant in (FLOAT, *config.variants)]
     say(f"{len(jobs)} runs of {jobs[0].steps} steps, {config.jobs} at a time")
     train_all(config.recipe, values, jobs, config.jobs)
@@ -174,12 +176,12 @@ def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def increases(runs: Sequence[Run], floats: Sequence[Run]) -> list[float]:
-    """By how much, relative to floats with the same seed, the loss of each run is higher."""
+    """Return the relative increase of each run's loss over float with the same seed."""
     return [ours.loss / other.loss - 1 for ours, other in zip(runs, floats, strict=True)]
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
-    """A line for each variant, each seed compared with the same seed of floats."""
+    """Return one line per variant. Each seed is compared with the same seed of float."""
     by_variant = _by_variant(runs)
     floats = by_variant[FLOAT]
     peer, _ = interval([one.loss for one in floats])
@@ -207,7 +209,7 @@ def _note(own: Sequence[Run], floats: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw the increase of the loss against sparsity, and both against k."""
+    """Draw the increase of the loss against sparsity, and sparsity by both rules against k."""
     by_variant = _by_variant(runs)
     floats = by_variant.pop(FLOAT)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
@@ -240,7 +242,7 @@ def _draw_trade(axes: Any, by_variant: dict[str, list[Run]], floats: Sequence[Ru
 
 
 def _draw_sweep(axes: Any, by_variant: dict[str, list[Run]]) -> None:
-    """Sparsity against k, ours and the report's."""
+    """Draw sparsity against k, ours and the report's."""
     alone = {float(variant[1:]): own for variant, own in by_variant.items() if "_" not in variant}
     for name, label in (("sparsity", "window of three steps"), ("sparsity_all_steps", "all steps")):
         found = [(k, *interval([100 * one.late(name) for one in alone[k]])) for k in sorted(alone)]
@@ -253,7 +255,7 @@ def _draw_sweep(axes: Any, by_variant: dict[str, list[Run]]) -> None:
 
 
 def main(config: Config) -> None:
-    """Train, print the table and draw."""
+    """Train all variants, print the table and draw the figure."""
     try:
         runs = run(config)
     except RuntimeError as failed:
