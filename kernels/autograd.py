@@ -89,12 +89,14 @@ class Recipe:
         function: Computes the tensor, contiguous and without a gradient.
         inputs: Activations, each as its geometry and a weak reference. The recipe does not keep them in memory.
         constants: Weights and statistics, which the recipe keeps in memory.
+        stores_inputs: See `derive`.
     """
 
     extent: Extent
     function: Callable[..., Tensor]
     inputs: tuple[tuple[Geometry, weakref.ref[Tensor]], ...]
     constants: tuple[Tensor, ...]
+    stores_inputs: bool
 
 
 @dataclass
@@ -162,7 +164,13 @@ def compresses() -> bool:
     return _NOTES.get() is not None
 
 
-def derive(y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor], *constants: Tensor) -> None:
+def derive(
+    y: Tensor,
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    *constants: Tensor,
+    stores_inputs: bool = True,
+) -> None:
     """Declare that y equals function(*inputs, *constants) bit by bit, so that compression need not store y.
 
     Does nothing if activations are not compressed, if y is not contiguous, or if y shares its storage with an input.
@@ -170,9 +178,10 @@ def derive(y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor],
     Args:
         y: the tensor that can be recomputed.
         function: computes y from the inputs and constants.
-        inputs: activations that backward keeps for another reason, or that are themselves derived. An input that is
-            neither is stored in place of y, if it still exists when y is saved.
+        inputs: activations that backward keeps for another reason, or that are themselves derived.
         constants: weights and statistics.
+        stores_inputs: whether an input that is neither is stored in place of y, if it still exists when y is saved.
+            Otherwise y itself is stored then.
     """
     if (notes := _NOTES.get()) is None or not y.is_contiguous():
         return
@@ -183,7 +192,7 @@ def derive(y: Tensor, function: Callable[..., Tensor], inputs: Sequence[Tensor],
     # Detach, because ZeRO 3 frees a parameter's values between its module's forward and backward.
     values = tuple(x.detach() for x in constants)
     known = tuple((Geometry.of(x), weakref.ref(x)) for x in inputs)
-    notes.recipes[extent.storage] = Recipe(extent, function, known, values)
+    notes.recipes[extent.storage] = Recipe(extent, function, known, values, stores_inputs)
 
 
 def label(**tensors: Tensor) -> None:

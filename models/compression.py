@@ -111,6 +111,10 @@ class TokenRows:
             return self._numbers(self._begin, own), own * batch
         return (self._rows_first, time * batch) if shape[:2] == (batch, time) else None
 
+    def has_heads_first(self, shape: torch.Size) -> bool:
+        """Whether this is [B, H, T, K], as fused attention puts out."""
+        return len(shape) == 4 and (shape[0], shape[2]) == (self._batch, self._time) and self.of(shape) is None
+
     @property
     def own(self) -> Tensor:
         """The numbers of the tokens of this rank's part of the residual stream, int64 [T/P * B]."""
@@ -353,6 +357,10 @@ class Compression:
         bits, group, ranges = self.settings_of(path)
         if bits in (0, 16) or x.numel() * x.element_size() < self.min_bytes:
             return as_it_is(x)
+        if site.rows.has_heads_first(x.shape):
+            x_BTHK = x.transpose(1, 2).contiguous()
+            kept = self._store(site, x_BTHK, place)
+            return Kept(kept.tensors, partial(_heads_first, kept.restore, x_BTHK.shape))
         # Of what has no tokens as rows, a convolution's entering state, nobody knows what they are in other layouts.
         numbers, rows = _rows(site, x.shape) or (None, x.numel() // x.shape[-1])
         channels, first = x.numel() // rows, 0
@@ -395,6 +403,10 @@ def _group_within(channels: int, shards: int, most: int) -> int:
     """The largest group that every part of the channels is a multiple of, over at most `shards` ranks."""
     part = channels // math.gcd(channels, shards)
     return next(size for size in range(min(most, part), 0, -1) if part % size == 0)
+
+
+def _heads_first(restore: Callable[..., Tensor], shape_BTHK: torch.Size, *tensors: Tensor) -> Tensor:
+    return restore(*tensors).view(shape_BTHK).transpose(1, 2).contiguous()
 
 
 def _restore(shape: torch.Size, bits: int, group: int, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

@@ -366,7 +366,11 @@ class _Compressor:
         if recipe is None or extent.version != recipe.extent.version:
             return self._of_part(extent)
         if recipe not in self._derived:
-            inputs = [self._find(geometry.extent) or self._of_input(x()) for geometry, x in recipe.inputs]
+            stores = recipe.stores_inputs
+            inputs = [
+                self._find(geometry.extent) or (self._of_input(x()) if stores else None)
+                for geometry, x in recipe.inputs
+            ]
             found = [stored for stored in inputs if stored is not None]
             if len(found) < len(inputs):
                 return self._of_part(extent)

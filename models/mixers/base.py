@@ -90,8 +90,9 @@ def split_heads(x_TBD: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x_BTHK: Tensor) -> Tensor:
     """Reshape [B, T, H, K] to [T, B, H*K] for the output projection."""
     merged = _merged(x_BTHK)
-    # Of several rows it is a copy.
-    derive(merged, _merged, (x_BTHK,))
+    # A copy, unless heads lie beside each other. Attention's output may have any order of dimensions: if the operation
+    # does not save it, this copy is stored, which has the same order in every layout.
+    derive(merged, _merged, (x_BTHK,), stores_inputs=False)
     return merged
 
 

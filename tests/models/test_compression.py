@@ -14,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kernels.documents import Documents
 from kernels.matmul import linear
+from kernels.quantization import quantize
+from models import compression
 from models.compression import Compression, Origin, Rule, Site, TokenRows, _group_within, running, sharded_modules
 from models.config import LINEAR_MIXERS, MoEConfig, RouterConfig, SpikingConfig
 from models.decoder import Decoder, initialize
@@ -107,6 +109,42 @@ def test_gradients_are_close_and_forward_is_exact(mixer):
         assert torch.equal(hidden, again) and kept < whole
         ours, theirs = (torch.cat([x.flatten() for x in grads]) for grads in (found, expected))
         assert least < torch.cosine_similarity(ours, theirs, dim=0) < 1 - 1e-9, bits
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_rounding_is_stochastic_wherever_rows_are_tokens(mixer, rows, monkeypatch):
+    """Also where an operation puts heads before tokens; rounding to nearest is biased.
+
+    What enters a convolution before each document, [3, D], is of no token of the micro-batch.
+    """
+    nearest = []
+
+    def spy(x, *, noise=None, **options):
+        if noise is None and len(x) > 9:
+            nearest.append(x.shape)
+        return quantize(x, noise=noise, **options)
+
+    monkeypatch.setattr(compression, "quantize", spy)
+    model = model_of(mixer, moe=EXPERTS)
+    for documents in (None, Documents((0, 1, 8, T))) if rows == 1 else (None,):
+        gradients(model, policy_of(EIGHT), rows=rows, documents=documents)
+    assert not nearest
+
+
+@pytest.mark.parametrize("heads", [1, 3, T])
+def test_heads_before_tokens_are_stored_as_after_them(heads):
+    """In the same groups and with the same noise."""
+    x_BTHK = torch.randn(2, T, heads, 8, generator=torch.Generator().manual_seed(heads))
+    site = Site(0, frozenset(), rows=TokenRows(Origin(step=3), 2, T))
+    with running(site):
+        codec = EIGHT.codec()
+        after, before = codec(x_BTHK, "p"), codec(x_BTHK.transpose(1, 2).contiguous(), "p")
+    ours, theirs = (kept.restore(*kept.tensors) for kept in (before, after))
+    ours, theirs = ours.view(2, heads, T, 8), theirs.view(2, T, heads, 8)
+    # As many heads as tokens cannot be told from tokens and heads.
+    assert torch.equal(ours.transpose(1, 2), theirs) == (heads != T)
+    assert (ours.transpose(1, 2) - x_BTHK).abs().max() < 0.05
 
 
 def test_steps_and_seeds_draw_anew_and_nothing_else_does():
