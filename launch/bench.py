@@ -18,6 +18,7 @@ BENCHMARKS = {
     "spiking": "the spike, forward and backward, against eager torch; event-driven against dense products",
     "quantization": "activations in 8 and 4 bits and back, against a bfloat16 copy and torch.quantize_per_channel",
     "memory": "what backward keeps by policy: bytes, peak memory, time, error of the gradient",
+    "compression_error": "bias and noise of gradients that read activations in 8 or 4 bits, by operator",
     "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",
 }

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from tests.helpers import WAIT
 from tests.processes import ROOT, finish, start
-from trainer.benchmarks import train_step
+from trainer.benchmarks import compressed_operators, compression_error, train_step
 
 _SIZES = {
     "layers": 2,
@@ -137,6 +138,57 @@ def test_quantization_writes_its_fields(tmp_path):
     assert all(line["unit"] == "ns/element" and line["ours"] > 0 and line["peer"] > 0 for line in lines)
 
 
+def test_compression_error_writes_its_fields(tmp_path):
+    path = tmp_path / "result.json"
+    sizes = {"draws": 50, "tokens": 16, "channels": 32, "head_dim": 16, "group": 16, "outlier_every": 16}
+    output = _bench("compression_error", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
+    lines = {line["case"]: line for line in json.loads(path.read_text())}
+    operators = "linear experts rms_norm gated_rms_norm swiglu gelu silu relu convolution attention attention_sdpa"
+    operators += " attention_unfused gla gated_delta_rule kimi_delta_attention spike"
+    assert list(dict.fromkeys(case.split(":")[0] for case in lines)) == [
+        f"{operator}, {bits} bits" for operator in operators.split() for bits in (8, 4)
+    ]
+    inputs = {"linear": "x weight", "experts": "x gates weight", "kimi_delta_attention": "q k v log_decay beta"}
+    for operator, names in inputs.items():
+        assert [case for case in lines if case.startswith(f"{operator}, 4")] == [
+            f"{operator}, 4 bits: {name}" for name in names.split()
+        ]
+    for case, line in lines.items():
+        exact = line["note"].startswith("exact")
+        # One chunk of these linear attentions has exact scores, and so an exact gradient of the values.
+        assert exact == bool(re.match(r"(linear|experts).*x$|relu|spike|(gla|kimi).*v$", case)), case
+        assert line["unit"] == "%" and (line["ours"] < line["peer"] or exact), case
+        assert (line["ours"], line["peer"], line["ratio"]) == (0, 0, 1) or not exact, case
+    assert lines["gelu, 4 bits: x"]["peer"] > 5 * lines["gelu, 8 bits: x"]["peer"] > 0
+    assert lines["swiglu, 8 bits: up"]["note"].endswith("rounded: gate, up")
+    assert "compression_error" not in output and "kimi_delta_attention, 4 bits: beta" in output
+
+
+def test_compression_error_fails_where_a_linear_gradient_is_biased(monkeypatch):
+    """Rounded to nearest: the figures are printed, then the command fails and names the gradient."""
+    nearest = partial(compressed_operators.quantize, noise=None)
+    monkeypatch.setattr(compressed_operators, "quantize", lambda x, noise, **options: nearest(x, **options))
+    options = {"operators": ["linear", "gelu"], "bits": [4], "draws": 50, "tokens": 16, "channels": 32, "head_dim": 16}
+    with pytest.raises(SystemExit, match=r"as they must be: linear, 4 bits: weight$"):
+        compression_error.main(compression_error.Config(**options))
+
+
+def test_compression_error_judges_by_the_limits():
+    """Exact, unbiased, biased and unsafe; the ratio is to the bias, or to the least that would show."""
+
+    def errors(bias):
+        # 100 degrees of freedom: z of unbiased gradients is at most about 1.7.
+        return compressed_operators.Errors(square=1e-2, chance=1e-6, of_mean=1e-6 + bias**2, freedom=100)
+
+    exact = compressed_operators.Errors(0.0, 0.0, 0.0, 1.0)
+    verdicts = [compression_error.verdict(found) for found in (exact, errors(1e-4), errors(5e-3), errors(0.02))]
+    assert [verdict.split()[0] for verdict in verdicts] == ["exact", "unbiased", "biased", "unsafe:"]
+    line = compression_error.compare("case", errors(0.02), ("x", "gate"))
+    assert (line.ours, line.peer, line.ratio) == pytest.approx((2, 10, 5))
+    assert line.note.endswith("rounded: x, gate")
+    assert compression_error.compare("case", errors(0), ()).ratio == pytest.approx(0.1 / errors(0).least)
+
+
 def test_spiking_writes_its_fields(tmp_path):
     path = tmp_path / "result.json"
     sizes = {"tokens": 64, "hidden_size": 128, "product_tokens": "[1,3]", "sparsities": "[0.95,0.5]", "rounds": 1}
@@ -227,6 +279,11 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
         (["quantization", "--clock=cpu"], "--threads 1"),
         (["quantization", "--bits=[2]"], "bits"),
         (["quantization", "--group=96"], "multiple of group"),
+        (["compression_error", "--operators=[nonlinear]"], "linear, experts"),
+        (["compression_error", "--draws=49"], "at least 50"),
+        (["compression_error", "--bits=[16]"], "8 or 4"),
+        (["compression_error", "--head_dim=96"], "multiple of head_dim"),
+        (["compression_error", "--tokens=0"], "tokens"),
         (["spiking", "--clock=cpu"], "--threads 1"),
         (["spiking", "--product_tokens=[0]"], "product_tokens"),
         (["spiking", "--sparsities=[1.5]"], "sparsities"),
