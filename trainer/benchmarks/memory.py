@@ -9,13 +9,13 @@ import multiprocessing
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
-from models.config import ModelConfig
+from models.config import ModelConfig, SpikingConfig
 from trainer.benchmarks.report import Comparison, report, say
 from trainer.cli import from_mapping
 from trainer.config import CompressionConfig, PretrainConfig, TrainConfig
@@ -29,15 +29,29 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Saved activations by policy: bytes, peak memory, time of a step, error of the gradient."
 
-# train.recompute and train.compression.bits of each policy.
-POLICIES: dict[str, tuple[Literal["none", "selective", "full"], Literal[0, 4, 8, 16]]] = {
-    "selective": ("selective", 0),
-    "full": ("full", 0),
-    "16 bits": ("none", 16),
-    "8 bits": ("none", 8),
-    "4 bits": ("none", 4),
-    "8 bits, selective": ("selective", 8),
-    "8 bits, full": ("full", 8),
+
+@dataclass(frozen=True)
+class Setting:
+    """A policy: train.recompute, train.compression.bits, and whether the model spikes.
+
+    Spikes are those of the preset `all` with counts within ±7, which compression keeps exactly in 4 bits.
+    """
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    bits: Literal[0, 4, 8, 16] = 0
+    spikes: bool = False
+
+
+POLICIES = {
+    "selective": Setting("selective"),
+    "full": Setting("full"),
+    "16 bits": Setting(bits=16),
+    "8 bits": Setting(bits=8),
+    "4 bits": Setting(bits=4),
+    "8 bits, selective": Setting("selective", 8),
+    "8 bits, full": Setting("full", 8),
+    "spiking counts": Setting(bits=16, spikes=True),
+    "spiking counts, 8 bits": Setting(bits=8, spikes=True),
 }
 
 
@@ -49,7 +63,7 @@ class Config:
         json: Write the comparisons to this file.
         models: Model files (YAML).
         precisions: fp32 or bf16, for parameters and activations.
-        policies: Policies to measure, each against keeping everything. All by default.
+        policies: Policies to measure, each against the same model keeping everything. All by default.
         tokens: Tokens of a micro-batch, one document.
         rounds: Timed steps; the median counts.
         threads: CPU threads.
@@ -62,7 +76,7 @@ class Config:
     precisions: list[Literal["fp32", "bf16"]] = field(default_factory=lambda: ["fp32", "bf16"])
     policies: list[str] = field(default_factory=lambda: list(POLICIES))
     tokens: int = 1024
-    rounds: int = 3
+    rounds: int = 5
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -84,7 +98,7 @@ class Measured:
     Attributes:
         kept: Bytes that the blocks keep from forward to backward.
         peak: Rise of the resident memory over a step, bytes.
-        seconds: Median time of forward and backward.
+        seconds: Median time of forward and backward; of one thread, processor time.
         gradient: All gradients, flat, float32.
     """
 
@@ -101,12 +115,15 @@ def main(config: Config) -> None:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         model = from_mapping(PretrainConfig, {"model": values}).model
         for precision in config.precisions:
-            say(f"{path} {precision}: everything kept")
-            whole = _in_process(config, model, precision, "none", 0)
+            kept: dict[bool, Measured] = {}
             for name in config.policies:
+                spikes = POLICIES[name].spikes
+                if spikes not in kept:
+                    say(f"{path} {precision}: everything kept{', spiking' if spikes else ''}")
+                    kept[spikes] = _in_process(config, model, precision, Setting(spikes=spikes))
                 say(f"{path} {precision}: {name}")
-                found = _in_process(config, model, precision, *POLICIES[name])
-                lines += _compare(f"{Path(path).stem} {precision}, {name}", found, whole)
+                found = _in_process(config, model, precision, POLICIES[name])
+                lines += _compare(f"{Path(path).stem} {precision}, {name}", found, kept[spikes])
     report(f"a step of {config.tokens} tokens; the peer keeps everything", lines, config.json)
 
 
@@ -128,10 +145,12 @@ def _compare(case: str, found: Measured, whole: Measured) -> list[Comparison]:
     ]
 
 
-def _in_process(config: Config, model: ModelConfig, precision: str, recompute: Any, bits: Any) -> Measured:
+def _in_process(config: Config, model: ModelConfig, precision: str, setting: Setting) -> Measured:
     # A new process for each, because a process's peak memory never falls.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        train = TrainConfig(recompute=recompute, compression=CompressionConfig(bits))
+        train = TrainConfig(recompute=setting.recompute, compression=CompressionConfig(setting.bits))
+        if setting.spikes:
+            model = replace(model, spiking=SpikingConfig(layers=["all"], count_range=[-7, 7]))
         return pool.apply(_measure, (config, PretrainConfig(model=model, train=train), precision))
 
 
@@ -141,7 +160,10 @@ def _measure(config: Config, run: PretrainConfig, precision: str) -> Measured:
     from models.decoder import build, initialize
     from models.saved_activations import Policy
     from trainer.compression import block_policy
+    from trainer.device import keep_freed_memory
 
+    # As in a run.
+    keep_freed_memory()
     torch.set_num_threads(config.threads)
     decoder = build(run.model, 512, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     initialize(decoder, 0)
@@ -153,11 +175,13 @@ def _measure(config: Config, run: PretrainConfig, precision: str) -> Measured:
     kept = _step(decoder, tokens)
     peak = resident_bytes(peak=True) - before
     gradient = torch.cat([p.grad.flatten().float() for p in decoder.parameters() if p.grad is not None])
+    # Other processes of a shared machine do not count; of several threads there is only the wall clock.
+    clock = time.process_time if config.threads == 1 else time.perf_counter
     seconds = []
     for _ in range(config.rounds):
-        start = time.perf_counter()
+        start = clock()
         _step(decoder, tokens)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return Measured(kept, peak, statistics.median(seconds), gradient)
 
 
