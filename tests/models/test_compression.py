@@ -292,3 +292,18 @@ def test_bytes_of_the_laptop_models(name, dtype, eight, four):
         kept[bits] = count.bytes
     assert kept[8] <= (1 - eight) * kept[0]
     assert kept[4] <= (1 - four) * kept[0]
+
+
+def test_experts_without_tokens_and_a_row_of_one_token():
+    """One token goes to two of four experts: the others have no rows to store."""
+    model = model_of("full_attention", moe=EXPERTS)
+    tokens, positions = draw_tokens(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+
+    def gradient(policy):
+        model.keep(policy)
+        model.zero_grad()
+        model.hidden_states(tokens, positions).sin().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    ours, exact = gradient(policy_of(EIGHT)), gradient(Policy())
+    assert torch.cosine_similarity(ours, exact, dim=0) > 0.999 and not torch.equal(ours, exact)
