@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable
+from kernels.autograd import exact, once_differentiable
 from kernels.documents import Documents, sequences_in, to_device
 
 # Maps a piece's tokens [B, T, ...] to (M, C). M is an elementwise factor broadcastable to C, or a matrix applied from
@@ -107,11 +107,13 @@ def run_sharded(
     # Only the last piece can affect later ranks.
     last = inputs if shard is None else [None if x is None else x[:, shard.pieces.bounds[-2] :] for x in inputs]
     transition, contribution = summarize(last)
-    if begins_here(shard, group):
-        if initial_state is not None:
-            contribution = contribution + _apply(transition, state_of_last(initial_state, shard))
-        transition = torch.zeros_like(transition)
-    entering = _entering(transition, contribution, group)
+    # States and transitions are never compressed.
+    with exact():
+        if begins_here(shard, group):
+            if initial_state is not None:
+                contribution = contribution + _apply(transition, state_of_last(initial_state, shard))
+            transition = torch.zeros_like(transition)
+        entering = _entering(transition, contribution, group)
     return run_from(op, inputs, entering, shard, group, initial_state, output_final_state)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.autograd import once_differentiable, save
+from kernels.autograd import compresses, once_differentiable, save
 from kernels.backend import resolve
 from kernels.documents import Documents, sequences_in
 from kernels.linear_attention._chunks import ChunkLayout, chunk_layout
@@ -242,7 +242,7 @@ def run(
     if group is not None:
         # Each rank runs this same function on its own tokens, without a group.
         one_rank = partial(run, recurrence, backend=backend)
-        summarize = partial(recurrence.summarize, one_rank)
+        summarize = partial(_summarize, recurrence, one_rank)
         return run_sharded(one_rank, summarize, inputs, group, initial_state, output_final_state, documents)
     heads, sequences = recurrence.check(inputs, initial_state, documents)
     first = inputs[0]
@@ -260,6 +260,43 @@ def run(
             layout = sequences.made(chunk_layout, first.device)
             o, state = _Chunked.apply(recurrence, layout, heads, initial_state, *inputs)
     return o, state if output_final_state else None
+
+
+def _summarize(recurrence: Recurrence, one_rank: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """`recurrence.summarize`; if saved activations are compressed, run again in backward."""
+    if not compresses():
+        return recurrence.summarize(one_rank, inputs)
+    transition, contribution = _Summary.apply(recurrence, one_rank, *inputs)
+    return transition, contribution
+
+
+class _Summary(torch.autograd.Function):
+    """(M, C) of a rank's tokens. Saves the inputs only, as `_Chunked` does.
+
+    torch's own operations would save decays and states, which compression must not round.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, recurrence: Recurrence, one_rank: Run, *inputs: Any) -> tuple[Tensor, Tensor]:
+        ctx.recurrence, ctx.one_rank = recurrence, one_rank
+        outputs = recurrence.summarize(one_rank, inputs)
+        activations = recurrence.activations
+        # Last, because the recurrence within names what it saves.
+        save(ctx, activations=inputs[:activations], statistics=inputs[activations:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_transition: Tensor, d_contribution: Tensor) -> tuple[Tensor | None, ...]:
+        # Only floating tensors have gradients; None stands for an optional input.
+        inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            outputs = ctx.recurrence.summarize(ctx.one_rank, inputs)
+        given = [x for x in inputs if x is not None]
+        pairs = [(y, d) for y, d in zip(outputs, (d_transition, d_contribution), strict=True) if y.requires_grad]
+        outputs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, given, grads, allow_unused=True))
+        return None, None, *(None if x is None else next(found) for x in inputs)
 
 
 class _Chunked(torch.autograd.Function):

@@ -23,7 +23,6 @@ chunks at once, which leaves two products per chunk in the scan: r and S'. On a 
 cache until they are consumed.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import derive
 from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention._decays import (
     block_groups,
@@ -145,9 +143,7 @@ class _GatedDeltaRule(Recurrence):
         _, k, v, log_decay, beta = inputs
         heads, dtype = max(x.shape[2] for x in inputs if x is not None), compute_dtype(*inputs)
         key_dim, value_dim = k.shape[-1], v.shape[-1]
-        pad = partial(_taught, heads=heads, key_dim=key_dim)
-        taught = pad(v)
-        derive(taught, pad, (v,))
+        taught = _taught(v, heads, key_dim)
         start = F.pad(torch.eye(key_dim, dtype=dtype, device=k.device), (value_dim, 0))
         start = start.expand(k.shape[0], heads, -1, -1)
         _, state = one_rank(k, k, taught, log_decay, beta, initial_state=start, output_final_state=True)

@@ -1,11 +1,19 @@
 """Linear attention and short convolutions over 2 and 4 ranks equal one rank: outputs, states and every gradient."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from kernels.autograd import Notes, Role, noting, role_of
 from kernels.convolution import causal_conv1d
 from kernels.documents import Documents
 from kernels.linear_attention import _sharded
+from kernels.linear_attention.driver import _summarize, run
+from kernels.linear_attention.gated_delta_rule import _GatedDeltaRule
+from kernels.linear_attention.gla import _GLA
+from kernels.linear_attention.retention import _Retention
 from tests.processes import run_ranks
 
 
@@ -41,6 +49,45 @@ def test_decays_after_strong_ones_are_exact() -> None:
     expected = torch.tensor([[0.0, 0.0, 0.0, -0.375, -0.125, 0.0]]).exp()
     expected[0, :3] = 0
     assert torch.equal(_sharded.decays_after(log_decay), expected)
+
+
+RECURRENCES = {
+    "gla": (_GLA(), (8, 8, 6), [(2, 8)]),
+    "retention": (_Retention(), (8, 8, 6), [(2,)]),
+    "gated_delta_rule": (_GatedDeltaRule(), (8, 8, 6), [(2,), (2,)]),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_a_summary_under_compression_keeps_its_inputs_alone(name: str) -> None:
+    """Decays and states of earlier ranks' tokens are made again: torch's operations would have them rounded."""
+    recurrence, sizes, rest = RECURRENCES[name]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 12, 2, size, generator=generator) for size in sizes)
+    others = [torch.rand(1, 12, *shape, generator=generator) for shape in rest]
+    inputs = [x.requires_grad_() for x in (q, k / k.norm(dim=-1, keepdim=True), v, -others[0], *others[1:])]
+    one_rank = partial(run, recurrence, backend="torch")
+    weights = [torch.randn_like(y) for y in recurrence.summarize(one_rank, inputs)]
+
+    def gradients(given: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        outputs = _summarize(recurrence, one_rank, given)
+        total = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
+        # Keys and values determine a state; queries do not.
+        return torch.autograd.grad(total, given, allow_unused=True)
+
+    expected, roles = gradients(inputs), []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        roles.append(role_of(x))
+        return x
+
+    with noting(Notes()), saved_tensors_hooks(keep, lambda x: x):
+        outputs = _summarize(recurrence, one_rank, inputs)
+    assert roles == [Role.ACTIVATION] * 3 + [Role.STATISTIC] * len(rest)
+    total = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
+    found = torch.autograd.grad(total, inputs, allow_unused=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
 
 
 def test_a_convolution_needs_as_many_tokens_on_each_rank_as_it_looks_back() -> None:
