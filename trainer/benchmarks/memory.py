@@ -99,12 +99,14 @@ class Measured:
         kept: Bytes that the blocks keep from forward to backward.
         peak: Rise of the resident memory over a step, bytes.
         seconds: Median time of forward and backward; of one thread, processor time.
+        seconds_kept: That of the same model keeping everything, step by step in turn.
         gradient: All gradients, flat, float32.
     """
 
     kept: int
     peak: int
     seconds: float
+    seconds_kept: float
     gradient: "Tensor"
 
 
@@ -135,7 +137,7 @@ def _compare(case: str, found: Measured, whole: Measured) -> list[Comparison]:
     figures = {
         "kept": (found.kept / 1e6, whole.kept / 1e6, "MB"),
         "peak": (found.peak / 1e6, whole.peak / 1e6, "MB"),
-        "step": (found.seconds, whole.seconds, "s"),
+        "step": (found.seconds, found.seconds_kept, "s"),
     }
     return [
         Comparison(
@@ -177,12 +179,16 @@ def _measure(config: Config, run: PretrainConfig, precision: str) -> Measured:
     gradient = torch.cat([p.grad.flatten().float() for p in decoder.parameters() if p.grad is not None])
     # Other processes of a shared machine do not count; of several threads there is only the wall clock.
     clock = time.process_time if config.threads == 1 else time.perf_counter
-    seconds = []
+    policies = {"seconds": Policy(block_policy(run)), "seconds_kept": Policy()}
+    seconds: dict[str, list[float]] = {name: [] for name in policies}
     for _ in range(config.rounds):
-        start = clock()
-        _step(decoder, tokens)
-        seconds.append(clock() - start)
-    return Measured(kept, peak, statistics.median(seconds), gradient)
+        for name, policy in policies.items():
+            decoder.keep(policy)
+            start = clock()
+            _step(decoder, tokens)
+            seconds[name].append(clock() - start)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return Measured(kept, peak, gradient=gradient, **medians)
 
 
 def _step(decoder: "Decoder", tokens: "Tensor") -> int:
