@@ -85,7 +85,7 @@ class EvaluateConfig:
         if self.raster is not None and Path(self.raster).suffix not in (".png", ".svg"):
             raise ConfigError(f"raster: {self.raster} must end in .png or .svg")
         if not self.spiking and (self.raster is not None or self.neurons != SpikingConfig()):
-            raise ConfigError("raster and neurons are of the model with spikes; add --spiking true")
+            raise ConfigError("raster and neurons need an evaluation with spikes; add --spiking true")
 
 
 def is_indexed(path: str) -> bool:

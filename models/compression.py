@@ -1,17 +1,19 @@
-"""Compressed activations: which tensors that backward keeps are stored in how many bits, and with which noise.
+"""Compressed activations: the number of bits and the rounding noise of the tensors that are stored for backward.
 
-The scheme is Mesa's (arXiv 2111.11124): forward is exact, what it saves is quantized, backward reads what comes back
-(kernels.quantization). Rounding is stochastic, and so unbiased. A weight's gradient is linear in what its product
-saved: it is unbiased, too. Norms and activation functions are not linear in what they saved; docs/memory.md has what
-that costs.
+The scheme is Mesa's (arXiv 2111.11124). Forward is exact. The activations that it saves for backward are quantized, and
+backward computes with the dequantized values (kernels.quantization). Rounding is stochastic and therefore unbiased. A
+weight's gradient is linear in the saved input, so it is unbiased, too. The gradients of norms and activation functions
+are not linear in the saved tensors; docs/memory.md gives their error.
 
-What is drawn depends on what a tensor is, and not on where it lies. Its key is made of the seed, the layer, the place
-and the step; its rows are numbered by the tokens' places in the whole batch of the step, its columns by the channel in
-the whole tensor. A place is a module's name in its block and the order in which the module's tensors are saved. So
-recomputation, a resumed run and every layout round alike. Groups of channels never cross tensor-parallel ranks, and are
-the same for every number of ranks over which the model can be cut.
+The noise depends on which tensor is rounded, not on which rank holds it. Its key is made from the seed, the layer, the
+tensor's place and the step. Rows are numbered by the position of the token in the step's global batch, columns by the
+channel in the unsharded tensor. A place is a module's name within its block, followed by the tensor's label or, without
+one, by its number in the order in which the module saves tensors. Recomputation, a resumed run and every parallel
+layout therefore draw the same noise. Groups of channels never cross tensor-parallel ranks, and are the same for every
+tensor-parallel size that the model allows.
 
-Ranges of groups are exact, or running as Mesa's: of a group of channels over all tokens of earlier steps (`Ranges`).
+A group's range is either exact or running. As in Mesa, a running range is the moving average over steps of the range
+over all tokens of a step (`Ranges`).
 """
 
 import math
@@ -31,19 +33,20 @@ from kernels.shapes import has_values
 from models.parameters import WHOLE, Groups, Module, matches
 from models.saved_activations import Codec, Kept, as_it_is
 
-# Above every number of experts: rows are numbered by token and expert.
+# More than any number of experts. The number of a routed row combines its token and its expert.
 _MOST_EXPERTS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the tokens [B, T] of a micro-batch lie in the whole batch of a step.
+    """Position of a micro-batch's tokens [B, T] in the global batch of a step.
 
     Attributes:
-        step: Steps taken before this one.
-        first: The number of the first row's first token.
-        length: Tokens in a whole row; 0 for as many as there are.
-        offset: The place of the first token in its row: context-parallel ranks have later parts of it.
+        step: Number of steps taken before this one.
+        first: Number of the first row's first token in the global batch.
+        length: Number of tokens in a whole row; 0 means T.
+        offset: Position in the row of this rank's first token. It is above 0 on all but the first context-parallel
+            rank.
     """
 
     step: int = 0
@@ -52,44 +55,44 @@ class Origin:
     offset: int = 0
 
     def part(self, tokens: int, whole: int, rank: int) -> "Origin":
-        """Of the `rank`-th part, of so many tokens, of rows of `whole`."""
+        """Return the origin of part number `rank`, if rows of `whole` tokens are cut into parts of `tokens` tokens."""
         return replace(self, length=self.length or whole, offset=self.offset + rank * tokens)
 
 
 class Encoding(Protocol):
-    """An encoded tensor (models.saved_activations.Kept)."""
+    """The stored form of an encoded tensor (models.saved_activations.Kept)."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is kept."""
+        """The tensors kept from forward to backward."""
 
     @property
     def restore(self) -> Callable[..., Tensor]:
-        """Decodes `tensors`."""
+        """A function that decodes `tensors`."""
 
 
 class Observer(Protocol):
-    """What measures a block's activations (models.compression_statistics.Meter)."""
+    """Measures the activations of a block (models.compression_statistics.Meter)."""
 
     def forward(self) -> AbstractContextManager[None]:
-        """In here the block runs forward on a micro-batch."""
+        """Context in which the block runs forward on a micro-batch."""
 
     def encoded(self, place: str, x: Tensor, encoding: Encoding) -> None:
-        """Add a tensor that has been encoded."""
+        """Add an encoded tensor, given its place in the block, its values and its encoding."""
 
 
-# Of a step's first micro-batch.
+# The first micro-batch of the first step.
 BEGINNING = Origin()
 
 
 class TokenRows:
-    """The tokens' numbers in the batch of a step, for whatever has one row for each token of a micro-batch.
+    """Token numbers in the global batch of a step, for tensors with one row per token of a micro-batch.
 
     Args:
-        origin: Of the micro-batch.
+        origin: Origin of the micro-batch.
         batch: B.
         time: T on this rank.
-        sequence: The ranks over which the residual stream is cut along the sequence; None if it is not.
+        sequence: Ranks over which sequence parallelism shards the residual stream; None without it.
     """
 
     def __init__(self, origin: Origin, batch: int, time: int, sequence: dist.ProcessGroup | None = None) -> None:
@@ -99,10 +102,10 @@ class TokenRows:
         self._own, self._begin = time // ranks, rank * (time // ranks)
 
     def of(self, shape: torch.Size) -> tuple[Tensor | int, int] | None:
-        """The rows' numbers of a tensor of this shape, and how many there are; None if its rows are not the tokens'.
+        """Return the token numbers of a tensor's rows, and the number of rows. None if its rows are not tokens.
 
-        [T, B, ...] and [T * B, D] are in the order of the residual stream, [B, T, ...] in that of the kernels. Numbers
-        that are consecutive are given by the first one.
+        [T, B, ...] and [T * B, D] are in the order of the residual stream, where T may be this rank's part of the
+        sequence. [B, T, ...] is in the order of the kernels. For consecutive numbers, only the first one is returned.
         """
         batch, time, own = self._batch, self._time, self._own
         if shape[:2] == (time, batch) or shape[0] == time * batch:
@@ -112,12 +115,12 @@ class TokenRows:
         return (self._rows_first, time * batch) if shape[:2] == (batch, time) else None
 
     def has_heads_first(self, shape: torch.Size) -> bool:
-        """Whether this is [B, H, T, K], as fused attention puts out."""
+        """Return whether a shape is [B, H, T, K], the layout of fused attention's output."""
         return len(shape) == 4 and (shape[0], shape[2]) == (self._batch, self._time) and self.of(shape) is None
 
     @property
     def own(self) -> Tensor:
-        """The numbers of the tokens of this rank's part of the residual stream, int64 [T/P * B]."""
+        """Token numbers of this rank's part of the residual stream, int64 [T/P * B]."""
         numbers = self._numbers(self._begin, self._own)
         return torch.arange(numbers, numbers + self._own) if isinstance(numbers, int) else numbers
 
@@ -132,21 +135,21 @@ class TokenRows:
 
     @cached_property
     def _table(self) -> Tensor:
-        """[B, T]."""
+        """Token numbers, int64 [B, T]."""
         rows = torch.arange(self._batch)[:, None] * (self._origin.length or self._time)
         return self._origin.first + self._origin.offset + rows + torch.arange(self._time)
 
 
 @dataclass(frozen=True)
 class Site:
-    """The block that runs.
+    """The block that is running.
 
     Attributes:
-        layer: Its number in the whole model.
-        sharded: Its modules, by name, whose activations are cut over tensor-parallel ranks along the channels.
-        groups: The ranks that share the model.
-        rows: The numbers of its micro-batch's tokens.
-        meter: Measures what is encoded; None in most steps.
+        layer: Number of its layer in the whole model.
+        sharded: Names of its modules whose activations are sharded over tensor-parallel ranks by channels.
+        groups: Process groups of the ranks that share the model.
+        rows: Token numbers of its micro-batch.
+        meter: Measures the encoded tensors. None in most steps.
     """
 
     layer: int
@@ -162,7 +165,7 @@ _ROWS: ContextVar[Tensor | None] = ContextVar("rows", default=None)
 
 @contextmanager
 def running(site: Site) -> Iterator[None]:
-    """In here a block runs."""
+    """Context in which the block of `site` runs."""
     token = _SITE.set(site)
     try:
         yield
@@ -171,14 +174,14 @@ def running(site: Site) -> Iterator[None]:
 
 
 def token_numbers() -> Tensor | None:
-    """The numbers of the residual stream's tokens on this rank, int64 [N]; None where nothing is compressed."""
+    """Return this rank's token numbers of the residual stream, int64 [N]. None where nothing is compressed."""
     site = _SITE.get()
     return None if site is None else site.rows.own
 
 
 @contextmanager
 def numbered(numbers: Tensor | None) -> Iterator[None]:
-    """In here tensors of as many rows as there are numbers have these rows, whatever their place in the sequence."""
+    """Context in which tensors with len(numbers) rows have these row numbers. None numbers rows by position."""
     token = _ROWS.set(numbers)
     try:
         yield
@@ -188,28 +191,29 @@ def numbered(numbers: Tensor | None) -> Iterator[None]:
 
 @contextmanager
 def selected(places: Tensor) -> Iterator[None]:
-    """In here the rows at these places of those that are numbered."""
+    """Context in which the row numbers are those of the surrounding `numbered` context at these indices."""
     numbers = _ROWS.get()
     with numbered(None if numbers is None else numbers.index_select(0, places)):
         yield
 
 
 def numbers_by_expert(numbers_N: Tensor, experts: Tensor, counts_E: Tensor) -> Tensor:
-    """Numbers of rows, of tokens, which are sorted by expert: no two of a layer have the same.
+    """Return row numbers, int64 [N], for tokens sorted by expert. They are unique within a layer.
 
     Args:
-        numbers_N: The tokens' numbers, in the order of the rows.
-        experts: The experts' indices in the whole layer, int64 [E].
-        counts_E: How many rows each has.
+        numbers_N: Token number of each row.
+        experts: Indices of the experts in the whole layer, int64 [E].
+        counts_E: Number of rows of each expert.
     """
     return numbers_N * _MOST_EXPERTS + experts.repeat_interleave(counts_E, output_size=len(numbers_N))
 
 
 def sharded_modules(block: Module) -> frozenset[str]:
-    """The modules of a block, by name, whose activations tensor-parallel ranks have a part of the channels of.
+    """Return the names of a block's modules whose activations are sharded over tensor-parallel ranks by channels.
 
-    These are a region's modules, but for the projections that lead into it or stay within a replicated part of it: a
-    linear layer saves its input, which is cut only if its weight is cut along the inputs.
+    These are all modules in a tensor-parallel region except linear layers whose weight is not sharded by inputs: the
+    projections that enter the region, and those in a replicated part of it. A linear layer saves its input, and their
+    input is replicated.
     """
     return frozenset(_sharded(block, "", False))
 
@@ -227,12 +231,12 @@ def _sharded(module: nn.Module, path: str, in_region: bool) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """How the tensors of some modules are stored, where it differs; None for as elsewhere.
+    """Storage settings for the places that match a pattern. None leaves a setting unchanged.
 
     Attributes:
-        pattern: Of places, as `layers.*.ffn.*`, where * matches anything.
-        bits: 4 or 8; 16 as they are.
-        group: Channels that share a scale.
+        pattern: A pattern of places, such as `layers.*.ffn.*`; * matches any characters.
+        bits: Bits per element: 4 or 8. 16 stores tensors unchanged.
+        group: Largest number of channels of a token that share a scale and an offset.
         range: exact or running.
     """
 
@@ -243,7 +247,7 @@ class Rule:
 
 
 class Settings(NamedTuple):
-    """How one place is stored (train.compression)."""
+    """Storage settings of one place (train.compression)."""
 
     bits: int
     group: int
@@ -251,19 +255,20 @@ class Settings(NamedTuple):
 
 
 Observed = dict[str, dict[int, Tensor]]
-"""Ranges of a step by place and number of the first group: lows and highs, float32 [2, G]."""
+"""Ranges observed in a step, by place and by number of the first group: lows and highs, float32 [2, G]."""
 
 
 @dataclass(eq=False)
 class Ranges:
     """Running ranges of groups of channels over all tokens, by place (Mesa, arXiv 2111.11124, section 3.2).
 
-    After each step, low ← decay · low + (1 − decay) · (the step's least element), and alike the high. The first step
-    has exact ranges. Mesa updates before each use, which would make ranges depend on the number of micro-batches.
+    After each step, low ← decay · low + (1 − decay) · (the group's smallest element in the step). The high is updated
+    in the same way from the largest element. The first step uses exact ranges. Mesa updates before each use, which
+    would make the ranges depend on the number of micro-batches.
 
     Attributes:
-        decay: The share of a range that a step keeps.
-        values: By place, lows and highs of all groups of the whole tensor, float32 [2, G], on the CPU.
+        decay: The share of the old range that a step keeps.
+        values: Lows and highs of all groups of the whole tensor by place, float32 [2, G], on the CPU.
     """
 
     decay: float = 0.9
@@ -271,7 +276,10 @@ class Ranges:
     _observed: Observed = field(default_factory=dict)
 
     def bounds(self, place: str, first: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Lows and highs [1, G] of this rank's groups; None in the first step."""
+        """Return lows and highs [1, G] of this rank's groups, the first of which is number `first`.
+
+        None in the first step.
+        """
         if place not in self.values:
             return None
         low, high = self.values[place][:, None, first : first + groups].to(device, non_blocking=True)
@@ -279,7 +287,7 @@ class Ranges:
 
     @torch.no_grad()
     def observe(self, place: str, first: int, x_ND: Tensor, group: int) -> None:
-        """Extend the step's ranges by this rank's rows of a micro-batch."""
+        """Widen the step's ranges to include this rank's rows of a micro-batch."""
         if not len(x_ND) or not has_values():
             return
         low_NG, high_NG = group_bounds(x_ND, group)
@@ -288,14 +296,17 @@ class Ranges:
         known[first] = _widest(known[first], found) if first in known else found
 
     def take(self) -> Observed:
-        """What this rank has observed in the step, on the CPU; it is then forgotten."""
+        """Return the ranges that this rank observed in the step, on the CPU, and forget them."""
         observed, self._observed = self._observed, {}
         return {
             place: {first: part.cpu() for first, part in parts.items()} for place, parts in sorted(observed.items())
         }
 
     def update(self, of_ranks: Iterable[Observed]) -> None:
-        """Move the ranges towards those of a step, given what all ranks have observed."""
+        """Move the ranges towards those of a step, given the observations of all ranks.
+
+        A place whose observed ranges are not finite keeps its old ones.
+        """
         merged: Observed = {}
         for observed in of_ranks:
             for place, parts in observed.items():
@@ -310,23 +321,23 @@ class Ranges:
 
 
 def _widest(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Of lows and highs [2, G]."""
+    """Return the union of two ranges, lows and highs [2, G]."""
     return torch.stack([torch.minimum(ours[0], theirs[0]), torch.maximum(ours[1], theirs[1])])
 
 
 @dataclass(frozen=True)
 class Compression:
-    """What a run stores of its activations (train.compression).
+    """How a run stores its activations (train.compression).
 
     Attributes:
-        bits: Of an element: 4 or 8; 16 keeps it as it is.
-        group: Channels of a token that share a scale and an offset, at most.
-        min_bytes: Smaller tensors are kept as they are.
-        seed: Of the noise.
-        shards: The most tensor-parallel ranks over which the model can be cut: every group lies within one of them.
-        rules: For some modules; later ones go before earlier ones.
+        bits: Bits per element: 4 or 8. 16 stores tensors unchanged.
+        group: Largest number of channels of a token that share a scale and an offset.
+        min_bytes: Tensors smaller than this are stored unchanged.
+        seed: Seed of the noise.
+        shards: Largest number of tensor-parallel ranks that the model allows. No group crosses the ranks' borders.
+        rules: Settings for some places. Later rules override earlier ones.
         range: exact or running.
-        ranges: The running ones.
+        ranges: The running ranges.
     """
 
     bits: int = 8
@@ -339,12 +350,12 @@ class Compression:
     ranges: Ranges = field(default_factory=Ranges, compare=False)
 
     def codec(self) -> Codec | None:
-        """See `models.saved_activations.Compressing`."""
+        """Return the codec of the running block. None outside blocks."""
         site = _SITE.get()
         return None if site is None else partial(self._store, site)
 
     def settings_of(self, place: str) -> Settings:
-        """The settings of a place, such as `layers.3.ffn.0`."""
+        """Return the settings of a place, such as `layers.3.ffn.0`."""
         found = Settings(self.bits, self.group, self.range)
         for rule in self.rules:
             if matches(place, [rule.pattern]):
@@ -361,12 +372,13 @@ class Compression:
             x_BTHK = x.transpose(1, 2).contiguous()
             kept = self._store(site, x_BTHK, place)
             return Kept(kept.tensors, partial(_heads_first, kept.restore, x_BTHK.shape))
-        # Of what has no tokens as rows, a convolution's entering state, nobody knows what they are in other layouts.
+        # Rows that are not tokens, such as a convolution's entering state, have no number that is the same in every
+        # layout. Without numbers there is no noise: these tensors are rounded to nearest.
         numbers, rows = _rows(site, x.shape) or (None, x.numel() // x.shape[-1])
         channels, first = x.numel() // rows, 0
         if x.dim() == 4:
-            # Groups of a token and a head: a norm by head would enlarge what a larger head's range does to a small one.
-            # Ranks have whole heads.
+            # A group lies within one head. A group over several heads would round a head of small values by the range
+            # of a larger one, and a norm per head would then enlarge these errors. Every rank has whole heads.
             group = _group_within(x.shape[-1], 1, group)
         if place.rpartition(".")[0] in site.sharded:
             ranks, rank = _place(site.groups.tensor)
@@ -394,13 +406,13 @@ def _rows(site: Site, shape: torch.Size) -> tuple[Tensor | int, int] | None:
 
 
 def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Ranks of a group, and this rank's number."""
+    """Return the number of ranks in a group, and this rank's number in it."""
     return (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
 
 
 @cache
 def _group_within(channels: int, shards: int, most: int) -> int:
-    """The largest group that every part of the channels is a multiple of, over at most `shards` ranks."""
+    """Return the largest group size, at most `most`, that divides each rank's channels for up to `shards` ranks."""
     part = channels // math.gcd(channels, shards)
     return next(size for size in range(min(most, part), 0, -1) if part % size == 0)
 

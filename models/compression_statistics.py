@@ -1,11 +1,11 @@
 """Measures of compressed activations in a training step: bytes that autograd saves, bytes kept, and rounding error.
 
 While measuring, each block has a `Meter`. It sees every tensor that autograd saves in the block, before and after
-encoding. Bytes are counted by storage, each storage once in a micro-batch, without parameters. The rounding error takes
-one more decoding of every encoded tensor, so an engine measures in some steps only.
+encoding. Bytes are counted by storage: each storage counts once per micro-batch, and parameters do not count. Measuring
+the rounding error decodes every encoded tensor once more, so an engine measures only in some steps.
 
 The engine sums the layers' rows over all ranks, together with the loss. A tensor that several tensor-parallel ranks
-hold counts on each of them, as it takes memory on each.
+hold counts once for each of them, because it takes memory on each.
 """
 
 import math
@@ -24,12 +24,12 @@ from models.config import ModelConfig
 from models.decoder import Block, Decoder
 from models.saved_activations import Kept, as_it_is, hooks, observing
 
-# Columns of a row: bytes saved and kept, squared error and squared norm of what is encoded.
+# Columns of a row: bytes saved, bytes kept, squared error and squared norm of the encoded tensors.
 _COLUMNS = 4
 
 
 class _Storages:
-    """Distinct storages, and their bytes, but for those of parameters."""
+    """A set of distinct storages without those of parameters, and the sum of their bytes."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.bytes = 0
@@ -38,7 +38,10 @@ class _Storages:
         self._references: list[StorageWeakRef] = []
 
     def add(self, x: Tensor) -> None:
-        """Add a tensor's storage, unless the tensor is a weight. ZeRO 3 gathers weights in storages of their own."""
+        """Add a tensor's storage, unless the tensor is a weight.
+
+        Addresses do not suffice to recognise weights, because ZeRO 3 gathers them into storages of their own.
+        """
         storage = x.untyped_storage()
         if storage._cdata in self._known or role_of(x) is Role.WEIGHT:
             return
@@ -90,7 +93,7 @@ class Meter:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """In here the block runs forward on a micro-batch."""
+        """Context in which the block runs forward on a micro-batch."""
         saved, kept = (_Storages(self.block.parameters()) for _ in range(2))
 
         def count(x: Tensor) -> Kept:
@@ -102,33 +105,33 @@ class Meter:
         self.saved, self.kept = self.saved + saved.bytes, self.kept + kept.bytes
 
     def encoded(self, place: str, x: Tensor, encoding: Encoding) -> None:
-        """Add a tensor that has been encoded."""
+        """Add an encoded tensor, given its place in the block, its values and its encoding."""
         self.places.setdefault(place, Tensors()).add(x, encoding)
 
     def row(self) -> list[float]:
-        """The sums over the block: [saved bytes, kept bytes, squared error, squared norm]."""
+        """Return the sums over the block: [saved bytes, kept bytes, squared error, squared norm]."""
         squares = [tensors.squares for tensors in self.places.values() if tensors.squares is not None]
-        # One copy from the device for all places.
+        # Sum on the device first, so that only one copy to the host is needed.
         error, norm = torch.stack(squares).sum(0).tolist() if squares else (0.0, 0.0)
         return [float(self.saved), float(self.kept), error, norm]
 
 
 def blocks(decoders: Iterable[Decoder]) -> list[Block]:
-    """The blocks of a rank's stages that compress."""
+    """Return the blocks of a rank's stages that compress activations."""
     found = [block for decoder in decoders for block in decoder.layers.values() if isinstance(block, Block)]
     return [block for block in found if block.policy.compression is not None]
 
 
 def begin(decoders: Iterable[Decoder]) -> None:
-    """Begin to measure."""
+    """Start measuring: give every block that compresses a new meter."""
     for block in blocks(decoders):
         block.meter = Meter(block)
 
 
 def collect(decoders: Iterable[Decoder], config: ModelConfig) -> list[float]:
-    """Stop measuring, and return the rows of all the model's layers: zeros of those that this rank does not have.
+    """Stop measuring and return the concatenated rows of all layers of the model.
 
-    Empty if nothing compresses.
+    The rows of layers that this rank does not have are 0. The list is empty if no block compresses.
     """
     if not blocks(decoders):
         return []
@@ -141,10 +144,11 @@ def collect(decoders: Iterable[Decoder], config: ModelConfig) -> list[float]:
 
 
 def metrics(totals: Sequence[float]) -> dict[str, Any]:
-    """The `compression/` metrics of a step from the sums over all ranks of `collect`; none where nothing was measured.
+    """Return the `compression/` metrics of a step, given the results of `collect` summed over all ranks.
 
-    `kept_bytes` is the sum over ranks and micro-batches, `saved` the fraction of bytes that compression saves, `error`
-    the relative error ‖x̂ − x‖ / ‖x‖ of all encoded tensors.
+    `kept_bytes` is the sum over ranks and micro-batches. `saved` is the fraction of bytes that compression saves.
+    `error` is the relative error ‖x̂ − x‖ / ‖x‖ over all encoded tensors. Metrics named `_by_layer` are lists with one
+    value per layer. The result is empty if nothing was measured.
     """
     if not any(totals):
         return {}
@@ -166,7 +170,7 @@ def _summary(row: Sequence[float]) -> dict[str, float]:
 
 
 def measure(decoder: Decoder, tokens: Tensor, positions: Tensor, **arguments: Any) -> tuple[Tensor, dict[int, Meter]]:
-    """Run the blocks on a micro-batch; return the final hidden states, and each layer's meter."""
+    """Run the blocks on a micro-batch. Return the final hidden states, and the meters by layer number."""
     begin([decoder])
     try:
         hidden = decoder.hidden_states(tokens, positions, **arguments)

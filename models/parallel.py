@@ -138,11 +138,11 @@ _BIAS = Placement(zeros, decayed=False)
 
 
 class Projection(Module):
-    """What multiplies its input by a weight [..., out, in].
+    """Base of the layers that multiply their input by a weight [..., out, in].
 
     Attributes:
-        neuron: What turns the input into spikes first (models.spiking); None leaves it as it is.
-        rounding: What rounds the weight first; None leaves it as it is.
+        neuron: Turns the input into spikes before the product (models.spiking). None uses the input itself.
+        rounding: Rounds the weight before the product. None uses the weight itself.
     """
 
     neuron: Callable[[Tensor], Tensor] | None = None
@@ -151,11 +151,11 @@ class Projection(Module):
 
     @property
     def factor(self) -> Tensor:
-        """The weight as it enters the product."""
+        """The weight that enters the product: rounded, if `rounding` is set."""
         return self.weight if self.rounding is None else self.rounding(self.weight)
 
     def spikes(self, x: Tensor) -> Tensor:
-        """The input [..., in] as it enters the product."""
+        """Return the input [..., in] that enters the product: the spikes of x, if `neuron` is set."""
         return x if self.neuron is None else self.neuron(x)
 
 
@@ -228,8 +228,9 @@ def apply_experts(
         routing_map_NE: Expert assignment of each token, bool; any number of experts.
         experts: Applies this rank's experts to rows sorted by expert, given the number of rows for each.
         dispatcher: Result of `token_dispatcher`; None if this rank has all experts.
-        num_rows: Sum of the map if the host knows it, which avoids a device-to-host read without a dispatcher.
-        indices: Of this rank's experts in the whole layer, int64; None for the first ones, or the dispatcher's.
+        num_rows: Sum of the map, if the host knows it. Without a dispatcher this avoids a device-to-host read.
+        indices: Indices of this rank's experts in the whole layer, int64. None means the first ones or, with a
+            dispatcher, the dispatcher's.
 
     Returns:
         [N, D].
@@ -242,11 +243,12 @@ def apply_experts(
             numbers = numbers_by_expert(numbers.to(x_ND.device)[row_tokens], indices, counts)
         with numbered(numbers):
             rows = experts(rows, counts)
-            # Not by the order of saving: the exchange saves tensors of its own.
+            # Without a label, the place would depend on the order of saving. That order differs between layouts,
+            # because the token exchange saves tensors of its own.
             label(rows=rows)
             return unpermute(rows, row_tokens, len(x_ND), row_gates)
     if numbers is not None:
-        # The same exchange: the dispatcher knows nothing else of which row is whose.
+        # Send the token numbers through the same exchange. The dispatcher does not report the tokens of its rows.
         numbers_N1, counts, _ = _exchange(dispatcher, numbers[:, None].double(), routing_map_NE, gates_NE.detach())
         indices = torch.tensor(dispatcher.local_expert_indices)
         numbers = numbers_by_expert(numbers_N1[:, 0].long(), indices.to(x_ND.device), counts.to(x_ND.device))
@@ -261,7 +263,11 @@ def apply_experts(
 
 
 def _exchange(dispatcher: Any, x_ND: Tensor, routing_map_NE: Tensor, gates_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens to the ranks of their experts: rows sorted by expert, how many each has, and their gates."""
+    """Send tokens to the ranks of their experts.
+
+    Returns:
+        Rows sorted by expert, the number of rows of each expert, and the gate of each row.
+    """
     rows, row_gates = dispatcher.dispatch_preprocess(x_ND, routing_map_NE, gates_NE)
     rows, row_gates = dispatcher.token_dispatch(rows, row_gates)
     rows, counts, row_gates = dispatcher.dispatch_postprocess(rows, row_gates)
@@ -302,20 +308,20 @@ class _Replicate(torch.autograd.Function):
 
 
 def replicate_experts(weight_EOD: Tensor, experts: Sequence[int], groups: Groups) -> Tensor:
-    """The weights [R, O, D] of R experts, given by global index, from this rank's own weights [E, O, D].
+    """Return the weights [R, O, D] of R experts, given by global index, on every rank of the expert group.
 
-    Every rank must request the same experts in the same order.
+    `weight_EOD` holds this rank's own experts. Every rank must request the same experts in the same order.
     """
     copies: Tensor = _Replicate.apply(weight_EOD, experts, groups.expert)
     return copies
 
 
 def token_dispatcher(num_experts: int, group: dist.ProcessGroup) -> Any:
-    """All-to-all token exchange of mcore between the ranks that share experts.
+    """Return mcore's all-to-all token exchange between the ranks that share experts.
 
-    Without token dropping, mcore assumes that every token has the same number of experts when it sizes the rows. With a
-    capacity factor it counts the assignments instead, and unless padding is requested the factor has no other effect in
-    the dispatcher.
+    To size its buffers without token dropping, mcore assumes that every token has the same number of experts. With a
+    capacity factor it counts the assignments instead. Without padding, the factor has no other effect in the
+    dispatcher.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection

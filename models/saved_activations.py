@@ -62,10 +62,10 @@ class Kept(NamedTuple):
 
 
 Codec = Callable[[Tensor, str], Kept]
-"""Encodes an activation, contiguous and given with its place in the block, in fewer bytes.
+"""Encodes a contiguous activation in fewer bytes, given its place in the block.
 
-It must not keep the activation itself; to leave it uncompressed it returns `as_it_is`. Random numbers must be a
-function of the place (models.compression), so that recomputation and every layout draw the same.
+A codec must not keep the activation itself, except by returning `as_it_is` to leave it uncompressed. Its random numbers
+must be a function of the place (models.compression), so that recomputation and every layout draw the same ones.
 """
 
 
@@ -79,10 +79,10 @@ def _same(x: Tensor) -> Tensor:
 
 
 class Compressing(Protocol):
-    """How activations are compressed; models.compression has the one that a run is configured with."""
+    """A source of codecs. models.compression implements the one that train.compression configures."""
 
     def codec(self) -> Codec | None:
-        """The codec of the block that runs; None to keep activations as they are."""
+        """Return the codec of the running block. None keeps activations as they are."""
 
 
 class Saving(Enum):
@@ -162,7 +162,7 @@ class BlockPolicy:
         """Run `function`, the given part of the block, under the policy's setting, and return its result."""
         saving = self._saving(part)
         if saving is RECOMPUTE:
-            # On rounded tokens a router might choose other experts.
+            # A router needs exact inputs. With rounded tokens it might choose other experts.
             routes = part == "moe_activation" or (self.routed and part in ("block", "ffn"))
             with self._compressing() if part == "block" else nullcontext():
                 return run_region(function, *args, exact=routes)
@@ -222,11 +222,11 @@ def is_recomputing() -> bool:
 
 
 def follow(block: nn.Module) -> list[RemovableHandle]:
-    """Have a block's modules say when they run, so that `scope_now` knows what saves a tensor; until removed."""
+    """Register hooks that track which module of a block is running, for `scope_now`. Return their handles."""
     handles = []
     for path, module in block.named_modules():
         handles.append(module.register_forward_pre_hook(partial(_enter, path)))
-        # Also after an error: the next forward begins anew.
+        # Leave also after an error, so that the next forward starts without scopes.
         handles.append(module.register_forward_hook(_leave, always_call=True))
     return handles
 
@@ -240,7 +240,7 @@ def _leave(*_: Any) -> None:
 
 
 def scope_now() -> str:
-    """The name in its block of the innermost module that runs."""
+    """Return the name, within its block, of the innermost running module."""
     scopes = _SCOPES.get()
     return scopes[-1] if scopes else ""
 
@@ -249,7 +249,7 @@ def scope_now() -> str:
 def _in_run(number: int) -> Iterator[None]:
     token = _RUN.set(number)
     try:
-        # Both runs must save alike, and the second is outside of what compresses.
+        # Both runs must save the same tensors. The second runs outside of `compressing`, so neither may take notes.
         with noting(None):
             yield
     finally:
@@ -272,15 +272,15 @@ def run_region(function: Callable[[*Ts], R], *args: *Ts, exact: bool = True) -> 
     if not torch.is_grad_enabled():
         return function(*args)
     tensors = [x for x in args if isinstance(x, Tensor)]
-    # A statistic is never compressed: from rounded tokens a router might choose other experts.
+    # Statistics are never compressed. With rounded tokens a router might choose other experts.
     name((x, Role.STATISTIC if exact or not x.requires_grad else Role.ACTIVATION) for x in tensors)
     output: R = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
     return output
 
 
 def _let_go(x: Tensor) -> Tensor:
-    # Detach: a node that keeps its own output would otherwise form a reference cycle with it. A parameter stays itself,
-    # for ZeRO 3 takes its values away until backward.
+    # Detach, because a node that keeps its own output would form a reference cycle with it. Parameters are not
+    # detached, because ZeRO 3 removes their values between forward and backward.
     return x if x.is_leaf else x.detach()
 
 
@@ -331,7 +331,7 @@ def observing(see: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 class _Compressor:
-    """The hook of `compressing`: what it has stored and what it has been told, until forward is through."""
+    """The hook of `compressing`, with the tensors that it has stored and the notes from kernels, until forward ends."""
 
     def __init__(self, codec: Codec) -> None:
         self.notes = Notes()
@@ -341,11 +341,11 @@ class _Compressor:
         self._saved: Counter[str] = Counter()
 
     def clear(self) -> None:
-        """Forget everything: hooks may live as long as the graph."""
+        """Forget everything, because the hooks may live as long as the autograd graph."""
         self.__init__(self._codec)  # type: ignore[misc]
 
     def keep(self, x: Tensor) -> Kept:
-        """The hook."""
+        """Return the stored form of a tensor that autograd saves."""
         if (see := _OBSERVER.get()) is not None:
             see(x)
         repeats = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
@@ -359,7 +359,7 @@ class _Compressor:
         return Kept(stored.tensors, partial(_view, stored.restore, geometry, stored.first))
 
     def _find(self, extent: Extent) -> "_Stored | None":
-        """What is stored, or what makes it from what is stored."""
+        """Return a stored form that contains an extent, already stored or recomputed from stored tensors, or None."""
         if extent in self._stored:
             return self._stored[extent]
         recipe = self.notes.recipes.get(extent.storage)
@@ -378,7 +378,10 @@ class _Compressor:
         return self._derived[recipe]
 
     def _of_part(self, extent: Extent) -> "_Stored | None":
-        """Of a part of a labelled tensor all of it: others save other parts."""
+        """Return the stored form of the whole labelled tensor of which an extent is a part, storing it if necessary.
+
+        The whole is stored because other operations save other parts of it.
+        """
         _, whole_ref = self.notes.labels.get(extent.storage, ("", None))
         whole = None if whole_ref is None else whole_ref()
         if whole is None or whole._version != extent.version or in_storage_order(whole) is None:
@@ -389,12 +392,13 @@ class _Compressor:
         return None if x is None or role_of(x) is not Role.ACTIVATION else self._store(x)
 
     def _store(self, x: Tensor) -> "_Stored | None":
-        """What the codec makes of it; None if it keeps a part of a storage as it is."""
+        """Encode a tensor. Return None if it has gaps in its storage and the codec leaves it uncompressed."""
         dense = in_storage_order(x)
         given = x.contiguous() if dense is None else dense
         kept = self._codec(given, self._place(x))
         if dense is None:
-            # Its own copy, in a storage like the one it was a part of, which may hold much else.
+            # Encode a copy of the tensor's own elements, because its storage may hold much else. Restoring puts them
+            # into a new storage with the same gaps.
             restore = partial(_spread, kept.restore, x.shape, x.stride())
             stored = _Stored(kept.tensors, _remembering(restore), int(x.storage_offset()))
             return None if kept.tensors[0] is given else stored
@@ -407,7 +411,7 @@ class _Compressor:
         scope = scope_now()
         label, _ = self.notes.labels.get(x.untyped_storage()._cdata, ("", None))
         if not label:
-            # By the order in which a module's tensors are saved, which no layout changes.
+            # Number the tensors of a module in the order of saving, which is the same in every layout.
             label = str(self._saved[scope])
             self._saved[scope] += 1
         return f"{scope}.{label}".lstrip(".")
@@ -415,7 +419,13 @@ class _Compressor:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A stretch of a storage from its element `first` on; `restore` gives it flat."""
+    """The stored form of a range of a storage.
+
+    Attributes:
+        tensors: The tensors kept from forward to backward.
+        restore: Computes the range, flat, from `tensors`.
+        first: Index in the storage of the range's first element.
+    """
 
     tensors: tuple[Tensor, ...]
     restore: Callable[..., Tensor]
@@ -423,7 +433,7 @@ class _Stored:
 
 
 def in_storage_order(x: Tensor) -> Tensor | None:
-    """X with its dimensions in the order of the storage: contiguous; None if there are gaps."""
+    """Return x with its dimensions permuted to the order of its storage, contiguous. None if it has gaps."""
     strides = x.stride()
     ordered = x.permute(sorted(range(x.dim()), key=lambda dim: -strides[dim]))
     return ordered if ordered.is_contiguous() else None
@@ -434,7 +444,7 @@ def _flat(restore: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def _spread(restore: Callable[..., Tensor], shape: torch.Size, stride: tuple[int, ...], *tensors: Tensor) -> Tensor:
-    """A storage with gaps, for a view like the one that was saved."""
+    """Return a flat storage with gaps, in which the view of this shape and stride has the restored values."""
     values = restore(*tensors).view(shape)
     size = 1 + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
     flat = values.new_empty(size)
@@ -462,15 +472,15 @@ def _derived(recipe: Recipe, inputs: Sequence[_Stored]) -> _Stored:
     return _Stored((*tensors, *recipe.constants), _remembering(restore), recipe.extent.first)
 
 
-# How many restored tensors backward holds at a time. A norm's output is read by each projection that follows it, and a
-# SwiGLU reads gate and up again after the projection that follows it.
+# Number of restored tensors that backward caches. Every projection that reads a norm's output needs it in backward.
+# Gate and up are needed twice: to recompute SwiGLU's product for the down projection, and for SwiGLU's own gradient.
 RECENT = 4
 _recent: OrderedDict[object, Tensor] = OrderedDict()
 _backward: list[int] = [-1]
 
 
 def _remembering(restore: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`restore`, which within one backward gives again what it gave a short while ago."""
+    """Return `restore` with a cache: within one backward, a recently restored tensor is not restored again."""
     token = object()
 
     def recall(*tensors: Tensor) -> Tensor:

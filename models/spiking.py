@@ -383,8 +383,8 @@ def _require_matches(config: SpikingConfig, names: list[str]) -> None:
     for pattern in config.unmatched(names):
         close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
         raise ValueError(
-            f"model.spiking.layers: {pattern!r} matches no linear layer; close names are {', '.join(close)}, and all "
-            "and released are sets of them"
+            f"model.spiking.layers: {pattern!r} matches no linear layer; the closest names are {', '.join(close)}, and "
+            "the presets are all and released"
         )
 
 
@@ -419,8 +419,8 @@ def _share(owner: Module, path: str, name: str, readers: list[Projection], confi
     placement = readers[0].placements["weight"]
     if config.code == "delta" and placement.expert:
         raise ValueError(
-            f"model.spiking.layers picks {path}, which gets tokens out of order, and code=delta sends their changes; "
-            "leave routed experts out, or use code=counts"
+            f"model.spiking.layers selects the routed experts {path}, whose tokens do not follow each other, but "
+            "code=delta sends changes from token to token; leave routed experts out of layers, or use code=counts"
         )
     is_split = placement.shard_axis == 1
     # Routed experts have different rows on every rank.

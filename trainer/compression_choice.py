@@ -1,16 +1,16 @@
-"""Choose train.compression by measurement: bytes and gradient error of every place, and the bits of each.
+"""Choose the bits of every place in train.compression from measurements of its bytes and its gradient error.
 
-A place is a tensor of a module that compression encodes (models.compression). With g the gradient of all parameters on
-one micro-batch, and g_pb the gradient if only place p is stored in b bits, the relative squared error of the choice is
+A place is a tensor of a module that compression encodes (models.compression). Let g be the gradient of all parameters
+on one micro-batch, and g_pb the gradient if only place p is stored, in b bits. Its relative squared error is
 
     e(p, b) = ‖g_pb − g‖² / ‖g‖²
 
-Rounding errors of two places are independent and nearly of mean zero, so the errors of several places add up. The
-choice starts with every place as it is, and takes the steps 16 → 8 → 4 bits in the order of bytes saved for the error
-added, until the bytes or the error reach their limit. The result is measured as a whole.
+The rounding errors of two places are independent and have a mean near zero, so the errors of several places add up. The
+choice starts with every place unchanged. It then takes the steps 16 → 8 → 4 bits of all places in the order of bytes
+saved per error added, until the bytes or the error reach their limit. Finally, the whole choice is measured.
 
-Errors of single places are measured in float32. In bfloat16 any change of one bit spreads to 1 % of the gradient, which
-would hide them.
+The errors of single places are measured in float32. In bfloat16, a change of a single bit grows to 1 % of the gradient,
+which would hide them.
 """
 
 import math
@@ -39,14 +39,14 @@ from trainer.errors import ConfigError
 from trainer.precision import choose as choose_precision
 from trainer.stored import weights
 
-# Bits of an element in the order of rising error; 16 stands for "as it is".
+# Bits per element in the order of rising error. 16 means that a place is stored unchanged.
 BITS = (16, 8, 4)
-# A choice for a cosine is measured and corrected at most so often.
+# Largest number of times that a choice for a cosine is measured and corrected.
 _ATTEMPTS = 6
 
 
 class Place(NamedTuple):
-    """A tensor of a module: its layer, and its name in the block."""
+    """A tensor of a module, given by its layer and its name within the block."""
 
     layer: int
     name: str
@@ -59,11 +59,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """One micro-batch's forward and backward with a policy.
+    """Result of one micro-batch's forward and backward under a policy.
 
     Attributes:
-        gradient: Of every trained parameter.
-        meters: What each layer keeps, by its number.
+        gradient: The gradient of every trained parameter.
+        meters: Each layer's measures of the activations that it keeps, by layer number.
     """
 
     gradient: list[Tensor]
@@ -76,17 +76,17 @@ class Measured:
 
     @property
     def saved(self) -> int:
-        """Bytes that they would keep without compression."""
+        """Bytes that all layers would keep without compression."""
         return sum(meter.saved for meter in self.meters.values())
 
     def error_of(self, exact: Sequence[Tensor]) -> float:
-        """‖g − exact‖² / ‖exact‖²."""
+        """Return ‖g − exact‖² / ‖exact‖²."""
         pairs = zip(self.gradient, exact, strict=True)
         difference = sum(float((ours.double() - theirs.double()).square().sum()) for ours, theirs in pairs)
         return difference / sum(float(theirs.double().square().sum()) for theirs in exact)
 
     def cosine(self, exact: Sequence[Tensor]) -> float:
-        """The cosine of the angle between the gradients."""
+        """Return the cosine of the angle between the two gradients."""
         pairs = [(ours.double(), theirs.double()) for ours, theirs in zip(self.gradient, exact, strict=True)]
         product = sum(float((ours * theirs).sum()) for ours, theirs in pairs)
         norms = (math.sqrt(sum(float(pair[i].square().sum()) for pair in pairs)) for i in range(2))
@@ -95,16 +95,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """The bits of every place, and what they were measured to give.
+    """The bits of every place, with the measured results.
 
     Attributes:
-        bits: By place.
-        settings: The same as train.compression.
+        bits: Bits per element by place.
+        settings: The same choice in the form of train.compression.
         kept: Bytes of a micro-batch that all layers keep.
-        saved: Bytes that they keep without compression.
-        cosine: Between the gradients with and without compression.
-        layers: By layer: bytes without compression, bytes kept, and the relative error ‖g_l − g‖ / ‖g‖ of the gradient
-            if only this layer compresses.
+        saved: Bytes that all layers would keep without compression.
+        cosine: Cosine between the gradients with and without compression.
+        layers: For each layer number, the bytes without compression, the bytes kept, and the relative error
+            ‖g_l − g‖ / ‖g‖ of the gradient if only this layer compresses.
     """
 
     bits: dict[Place, int]
@@ -119,8 +119,8 @@ class Probe:
     """A model with one micro-batch of its training data, on one device.
 
     Args:
-        config: The run. Weights of checkpoint.init, or else of its initialisation.
-        dtype: Of parameters and activations.
+        config: The run. Its weights come from checkpoint.init or, without one, from its initialisation.
+        dtype: Dtype of parameters and activations.
 
     Raises:
         ConfigError: the run's data or weights do not fit.
@@ -144,7 +144,7 @@ class Probe:
         return self._batch.tokens.numel()
 
     def run(self, stored: Compression) -> Measured:
-        """Forward and backward of the language model's loss."""
+        """Run forward and backward of the language model's loss with these compression settings."""
         decoder, batch = self._decoder, self._batch
         decoder.keep(Policy(replace(self._policy, compression=stored)))
         decoder.zero_grad()
@@ -174,7 +174,7 @@ class Chooser:
     """Measures the places of a run's model, and chooses their bits.
 
     Args:
-        config: The run. Of train.compression, group and min_bytes count.
+        config: The run. Choices take group and min_bytes from its train.compression.
     """
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -182,13 +182,13 @@ class Chooser:
         self._probe = Probe(config, _dtype(config))
         given = config.train.compression
         self._base = replace(given, bits=16, modules={}, by_stage={})
-        _say(f"a micro-batch of {self._probe.tokens} tokens: the gradient")
+        _say(f"measuring the gradient of a micro-batch of {self._probe.tokens} tokens")
         self._exact = self._probe.run(self._stored(self._base))
         self._places = self._find_places()
 
     @cached_property
     def _in_float32(self) -> tuple[Probe, list[Tensor]]:
-        """A probe for errors of single places, and its exact gradient."""
+        """A float32 probe for the errors of single places, and its gradient without rounding."""
         if _dtype(self._config) is torch.float32:
             return self._probe, self._exact.gradient
         probe = Probe(self._config, torch.float32)
@@ -196,11 +196,11 @@ class Chooser:
 
     def _stored(self, settings: CompressionConfig) -> Compression:
         stored = compression(_compressing(self._config, settings))
-        assert stored is not None, "16 bits, too, are a setting"
+        assert stored is not None, "bits=16 is a setting, too: only bits=0 is off"
         return stored
 
     def _find_places(self) -> dict[Place, dict[int, int]]:
-        """Every place that can be encoded, with its bytes by bits."""
+        """Return every place that can be encoded, with its bytes by number of bits."""
         found: dict[Place, dict[int, int]] = {}
         for bits in (8, 4):
             run = self._probe.run(replace(self._stored(self._base), bits=bits))
@@ -209,7 +209,9 @@ class Chooser:
                     found.setdefault(Place(layer, name), {16: tensors.saved})[bits] = tensors.kept
         if not found:
             least = self._base.min_bytes
-            raise ConfigError(f"nothing is compressed: no tensor has train.compression.min_bytes={least} or more")
+            raise ConfigError(
+                f"nothing is compressed: every tensor is smaller than train.compression.min_bytes={least}; lower it"
+            )
         return found
 
     def _of(self, bits: Mapping[Place, int]) -> Compression:
@@ -224,40 +226,40 @@ class Chooser:
         return probe.run(self._of(bits)).error_of(exact)
 
     def sensitivities(self) -> dict[Place, dict[int, float]]:
-        """e(p, b) of every place and number of bits."""
+        """Return e(p, b) for every place and number of bits."""
         found: dict[Place, dict[int, float]] = {}
         for number, place in enumerate(self._places, 1):
             found[place] = {16: 0.0}
             for bits in (8, 4):
                 found[place][bits] = self._error({place: bits})
-            _say(f"{number}/{len(self._places)} {place.path}: {_errors(found[place])}")
+            _say(f"{number}/{len(self._places)} {place.path}: gradient error {_errors(found[place])}")
         return found
 
     def for_cosine(self, least: float) -> Choice:
-        """The fewest bytes at which the cosine of the gradients is at least `least`.
+        """Return the choice with the fewest bytes at which the cosine of the gradients is at least `least`.
 
         Raises:
-            ConfigError: no choice reaches it.
+            ConfigError: no attempt reaches this cosine.
         """
         errors = self.sensitivities()
-        # Of an error at right angles to the gradient: cos² = 1 / (1 + e).
+        # If the error is orthogonal to the gradient, cos² = 1 / (1 + e).
         limit = most = 1 / least**2 - 1
         for _ in range(_ATTEMPTS):
             bits = choose(self._places, errors, error=limit)
             found = self._measure(bits)
             if found.cosine(self._exact.gradient) >= least:
                 return self._as_choice(bits, found)
-            # Errors of norms and activations are biased, and then add up to more.
+            # The errors of norms and activation functions are biased, so their sum underestimates their joint error.
             limit *= 0.9 * most / max(1 / found.cosine(self._exact.gradient) ** 2 - 1, most)
-        raise ConfigError(f"--cosine {least:g} was not reached in {_ATTEMPTS} attempts: use a lower one")
+        raise ConfigError(f"--cosine {least:g} was not reached in {_ATTEMPTS} attempts; use a lower value")
 
     def for_bytes(self, most: float) -> Choice:
-        """The least error at which all layers keep at most so many bytes of a micro-batch.
+        """Return the choice with the least error at which all layers keep at most `most` bytes of a micro-batch.
 
         Raises:
-            ConfigError: they keep more at 4 bits everywhere.
+            ConfigError: the layers keep more even with 4 bits everywhere.
         """
-        # What is not encoded is kept in any case.
+        # Tensors that are never encoded take the same bytes under every choice.
         fixed = self._exact.kept - sum(sizes[16] for sizes in self._places.values())
         least = fixed + sum(min(sizes.values()) for sizes in self._places.values())
         if least > most:
@@ -268,7 +270,7 @@ class Chooser:
         return self._as_choice(bits, self._measure(bits))
 
     def configured(self) -> Choice:
-        """What the run's own train.compression gives."""
+        """Measure the run's own train.compression, and return it as a choice."""
         stored = self._stored(self._config.train.compression)
         bits = {place: stored.settings_of(place.path)[0] or 16 for place in self._places}
         return self._as_choice(bits, self._measure(bits))
@@ -279,7 +281,7 @@ class Chooser:
             own = {place: chosen for place, chosen in bits.items() if place.layer == layer}
             error = math.sqrt(self._error(own))
             layers[layer] = meter.saved, meter.kept, error
-            _say(f"layer {layer}: {error:.2%} of the gradient")
+            _say(f"layer {layer}: gradient error {error:.2%}")
         settings = as_settings(bits, self._base)
         return Choice(bits, settings, found.kept, found.saved, found.cosine(self._exact.gradient), layers)
 
@@ -291,20 +293,20 @@ def choose(
     error: float = math.inf,
     size: float = -math.inf,
 ) -> dict[Place, int]:
-    """Lower the bits of places until their bytes are at most `size`, as long as the sum of errors is at most `error`.
+    """Lower the bits of places until their bytes are at most `size`, keeping the sum of errors at most `error`.
 
     Args:
         sizes: Bytes by place and bits.
         errors: Errors by place and bits.
         error: Largest sum of errors.
-        size: Bytes that are enough.
+        size: Bytes of all places at which to stop.
     """
     steps = sorted((step for place in sizes for step in _steps(place, sizes[place], errors[place])), reverse=True)
     bits = dict.fromkeys(sizes, BITS[0])
     total, kept = 0.0, sum(sizes[place][bits[place]] for place in sizes)
     for _, place, before, after in steps:
         added = errors[place][after] - errors[place][before]
-        # A place whose earlier step did not fit takes no later one.
+        # If the first step of a place was skipped, its second one must be skipped too.
         if kept <= size or bits[place] != before or total + added > error:
             continue
         bits[place], total, kept = after, total + added, kept + sizes[place][after] - sizes[place][before]
@@ -319,20 +321,26 @@ class _Step(NamedTuple):
 
 
 def _steps(place: Place, sizes: Mapping[int, int], errors: Mapping[int, float]) -> list[_Step]:
-    """The steps from 16 bits down that lie on the convex hull of bytes and error, with bytes saved per error."""
+    """Return the steps of a place, starting at 16 bits, with the bytes that each saves per error added.
+
+    Only the steps on the convex hull of bytes and error are returned.
+    """
 
     def gain(before: int, after: int) -> float:
         return (sizes[before] - sizes[after]) / max(errors[after] - errors[before], 1e-30)
 
     first, second = gain(16, 8), gain(8, 4)
     if second >= first:
-        # 4 bits are the better choice already where 8 are.
+        # Where 8 bits are worth their error, 4 bits are worth theirs as well, so go there directly.
         return [_Step(gain(16, 4), place, 16, 4)]
     return [_Step(first, place, 16, 8), _Step(second, place, 8, 4)]
 
 
 def as_settings(bits: Mapping[Place, int], base: CompressionConfig) -> CompressionConfig:
-    """The choice as train.compression: the commonest bits, and exceptions, by `layers.*` where all layers agree."""
+    """Return a choice in the form of train.compression: the most frequent bits, and the exceptions as patterns.
+
+    A pattern starts with `layers.*` if all layers agree on the bits of the name.
+    """
     common = Counter(bits.values()).most_common(1)[0][0]
     by_name: dict[str, dict[int, int]] = {}
     for place, chosen in bits.items():
@@ -348,7 +356,7 @@ def as_settings(bits: Mapping[Place, int], base: CompressionConfig) -> Compressi
     stored = Compression(rules=tuple(Rule(pattern, chosen) for pattern, chosen in patterns.items()), bits=common)
     if all(stored.settings_of(place.path)[0] == chosen for place, chosen in bits.items()):
         return settings
-    # A name that is the end of another one: each place by itself.
+    # A pattern also matches longer names that end in the same way. Give every exceptional place by its path instead.
     return _with(base, common, {place.path: chosen for place, chosen in bits.items() if chosen != common})
 
 
@@ -377,7 +385,7 @@ def _errors(errors: Mapping[int, float]) -> str:
 
 
 def by_name(bits: Iterable[tuple[Place, int]]) -> dict[str, dict[int, int]]:
-    """How many layers store each name in how many bits."""
+    """Return, for each name, the number of layers that store it in each number of bits."""
     found: dict[str, Counter[int]] = {}
     for place, chosen in bits:
         found.setdefault(place.name, Counter())[chosen] += 1

@@ -106,12 +106,12 @@ class DataConfig:
 
 @dataclass
 class ModuleCompression:
-    """How the tensors of some modules are stored, where it differs from train.compression.
+    """How the tensors of some modules are stored. null takes the setting of train.compression.
 
     Attributes:
-        bits: Of an element; 0 and 16 keep it as it is; null takes train.compression.bits.
-        group: Channels that share a scale; null takes train.compression.group.
-        range: exact or running; null takes train.compression.range.
+        bits: Bits per element; 0 and 16 store tensors unchanged.
+        group: Largest number of channels of a token that share a scale and an offset.
+        range: exact or running.
     """
 
     bits: Literal[0, 4, 8, 16] | None = None
@@ -127,17 +127,18 @@ class CompressionConfig:
     """How the activations that backward reads are stored (docs/memory.md). Forward is exact.
 
     Attributes:
-        bits: Of an element: 8 or 4, stochastically rounded. 16 rounds nothing, but does not store what can be made
-            again from what is stored. 0 turns all of it off.
-        group: Channels of a token that share a scale and an offset, at most: fewer where a tensor-parallel rank's
-            channels are no multiple of them.
-        min_bytes: Smaller tensors of a rank and micro-batch are kept as they are.
-        by_stage: Other bits for the layers of some pipeline stages, by number: early stages hold more micro-batches.
-        range: Of a group: exact, from its own elements; or running, a moving average over steps of the range over all
-            tokens (Mesa), beyond which elements are clamped.
-        decay: The share of a running range that a step keeps.
-        modules: Other settings for tensors whose places match a pattern such as "layers.*.ffn.*", where * matches
-            anything; later ones go before earlier ones.
+        bits: Bits per element. 8 and 4 round stochastically. 16 rounds nothing, but tensors that can be recomputed from
+            stored ones are not stored. 0 turns compression off.
+        group: Largest number of channels of a token that share a scale and an offset. Groups are smaller where the
+            channels of a tensor-parallel rank are not a multiple of this number.
+        min_bytes: Tensors smaller than this, per rank and micro-batch, are stored unchanged.
+        range: Range of a group's codes. exact: the range of the group's own elements. running: a moving average over
+            steps of the range over all tokens (Mesa, arXiv 2111.11124); elements outside it are clamped.
+        decay: Decay of the moving averages: the share of the old range that a step keeps.
+        by_stage: Bits for the layers of single pipeline stages, by stage number. Early stages hold more micro-batches
+            and may need fewer bits.
+        modules: Settings for tensors whose place matches a name pattern, such as "layers.*.ffn.*"; * matches any
+            characters. Later patterns override earlier ones, and all override by_stage.
     """
 
     bits: Literal[0, 4, 8, 16] = 0
@@ -155,8 +156,8 @@ class CompressionConfig:
         for name in ("modules", "by_stage"):
             require(
                 self.bits > 0 or not getattr(self, name),
-                f"train.compression.{name} means nothing with train.compression.bits=0; use bits=16 to keep the others "
-                "as they are",
+                f"train.compression.{name} is set, but train.compression.bits=0 turns compression off; set bits to 4 "
+                f"or 8, or to 16 to round only the tensors that {name} selects",
             )
 
     @property
@@ -186,7 +187,7 @@ class TrainConfig:
             In a mixture of experts also parts of ffn: moe_activation (router, and activation between the experts'
             products) or moe_experts (routed and shared experts). null takes mixer, which saves the most memory per
             operation.
-        compression: How the activations that are kept are stored.
+        compression: How the activations that backward reads are stored.
         trainable: Patterns of the names of trained parameters, such as "layers.*.mixer.*", where * matches anything.
             All others are frozen: they have no gradient and no optimizer state. Names are those of exported weights.
     """
@@ -210,8 +211,8 @@ class TrainConfig:
         require(self.seed >= 0, f"train.seed is {self.seed}: it must not be negative")
         require(
             self.recompute_modules is None or self.recompute == "selective",
-            f"train.recompute_modules={self.recompute_modules} means nothing with train.recompute={self.recompute}; "
-            "use train.recompute=selective, or leave it out",
+            f"train.recompute_modules={self.recompute_modules} has no effect with train.recompute="
+            f"{self.recompute}; use train.recompute=selective, or leave it out",
         )
         require(
             self.recompute_modules != [],
@@ -571,8 +572,8 @@ class PretrainConfig:
         unknown = sorted(set(self.train.compression.by_stage) - set(range(parallel.pipeline)))
         require(
             not unknown,
-            f"train.compression.by_stage has stage {', '.join(map(str, unknown))}, and parallel.pipeline="
-            f"{parallel.pipeline} numbers its stages from 0 to {parallel.pipeline - 1}",
+            f"train.compression.by_stage has stage {', '.join(map(str, unknown))}, but parallel.pipeline="
+            f"{parallel.pipeline} has only stages 0 to {parallel.pipeline - 1}",
         )
         parallel.require_divisible(self.model)
         self._check_experts(world_size)
@@ -606,8 +607,8 @@ class PretrainConfig:
             require(
                 self.engine.name == "megatron" or own == accumulation,
                 f"phases: phase {phase.number} has {own} micro-batches of a rank in a step, and the run begins with "
-                f"{accumulation}: DeepSpeed is told once how many; change train.micro_batch_size along with "
-                "train.global_batch_size, or use engine.name=megatron",
+                f"{accumulation}: DeepSpeed cannot change this number; change train.micro_batch_size along "
+                "with train.global_batch_size, or use engine.name=megatron",
             )
             require(
                 self.engine.name == "megatron" or phase.config.train.trainable == self.train.trainable,

@@ -212,7 +212,9 @@ def _resume(
     """
     path = _checkpoint_to_load(config, engine)
     if path is None and resumes:
-        raise ConfigError(f"{config.run.dir} lost its checkpoints while this start began; see to them, and start again")
+        raise ConfigError(
+            f"{config.run.dir}: its checkpoints disappeared during the start; restore them and start again"
+        )
     if engine.rank == 0:
         # Before the first event of this start is appended.
         events.cut_torn_line()

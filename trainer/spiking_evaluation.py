@@ -34,14 +34,14 @@ def choose(own: SpikingConfig, last_step: int, asked: SpikingConfig) -> SpikingC
     if asked == SpikingConfig() and own.layers:
         if not own.is_on(last_step):
             raise ConfigError(
-                f"checkpoint: its spikes begin at step {own.start_step}; say with which neurons to evaluate it before "
-                "that, such as --neurons.layers '[all]'"
+                f"checkpoint: it ends at step {last_step}, but its spikes start at step {own.start_step}; choose the "
+                "neurons to evaluate, such as --neurons.layers '[all]'"
             )
         return own
     if asked.threshold not in ("adaptive", own.threshold if own.layers else "adaptive"):
         raise ConfigError(
-            f"neurons.threshold={asked.threshold} needs what training with it stores, which the checkpoint lacks; use "
-            "adaptive"
+            f"neurons.threshold={asked.threshold} needs values that only training with it stores; this checkpoint has "
+            "none, so use neurons.threshold=adaptive"
         )
     layers = asked.layers or own.layers or ["all"]
     return replace(asked, layers=layers, start_step=0, k_start=None, anneal_steps=0)
@@ -107,8 +107,8 @@ class Comparison:
         # rich assumes 80 columns for files and pipes.
         Console(width=None if sys.stdout.isatty() else 140).print(table)
         print(
-            f"without spikes: loss {found['float_loss']:.4f}, so they cost {found['loss_increase']:+.2%}; of FP16's "
-            f"energy, arithmetic alone at 45 nm (idealised), they save {found['total']['energy_saved']:.1%}"
+            f"without spikes: loss {found['float_loss']:.4f}; spikes change the loss by {found['loss_increase']:+.2%} "
+            f"and save {found['total']['energy_saved']:.1%} of the energy of FP16 (idealised: arithmetic only, 45 nm)"
         )
 
     def draw(self, path: Path) -> None:

@@ -36,7 +36,11 @@ def unpack_signs(packed: Tensor, channels: int) -> Tensor:
     """
     width = packed.shape[-1]
     if width != -(-channels // 8):
-        raise ValueError(f"unpack_signs: {channels} channels have {-(-channels // 8)} bytes a row, not {width}")
+        needed = -(-channels // 8)
+        raise ValueError(
+            f"unpack_signs: rows of channels={channels} take {needed} bytes, but the packed rows have {width}; pass "
+            "the number of channels that was packed"
+        )
     mask = torch.empty(*packed.shape[:-1], channels, dtype=torch.uint8, device=packed.device)
     for bit in range(8):
         part = mask[..., bit * width : (bit + 1) * width]

@@ -71,7 +71,10 @@ def delta_spike(
         ValueError: an argument or a shape does not fit.
     """
     if dead_zone and gradient == "surrogate":
-        raise ValueError("delta_spike: a held level has no surrogate gradient; use plain or clipped, or no dead zone")
+        raise ValueError(
+            f"delta_spike: gradient=surrogate is not defined with dead_zone={dead_zone}; use gradient=plain or "
+            "gradient=clipped, or dead_zone=0"
+        )
     fixed = threshold.detach() if isinstance(threshold, Tensor) else threshold
     straight = spike(x, threshold=fixed if dead_zone else threshold, count_range=count_range, gradient=gradient)
     if not (dead_zone or output_final_state):
@@ -161,9 +164,11 @@ def _check(x: Tensor, threshold: float | Tensor, dead_zone: float, bounds: tuple
     elif not 0 < threshold < math.inf:
         raise ValueError(f"threshold is {threshold}: it must be positive and finite")
     if not (dead_zone == 0 or 0.5 <= dead_zone < math.inf):
-        raise ValueError(f"dead_zone is {dead_zone}: it must be 0, or 1/2 or more; rounding alone holds less")
+        raise ValueError(
+            f"dead_zone is {dead_zone}: it must be 0, or 1/2 or more, as rounding alone is off by up to 1/2"
+        )
     if not bounds[0] <= 0 <= bounds[1]:
-        raise ValueError(f"count_range {bounds} must include 0, the level before a document")
+        raise ValueError(f"count_range {bounds} must include 0, which is the level before a document's first token")
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -97,52 +97,56 @@ class SpikingConfig:
         )
         require(
             self.gradient != "clipped" or bounds is not None,
-            f"{prefix}.gradient=clipped needs counts that are clipped; set {prefix}.count_range, or use plain",
+            f"{prefix}.gradient=clipped needs a range to clip to; set {prefix}.count_range, or use gradient=plain",
         )
-        for name, unused in (("weights", self.weights == "float"), ("activity", self.activity.loss == "none")):
+        for name, value, default in (("weights", self.weights, "float"), ("activity.loss", self.activity.loss, "none")):
             require(
-                unused or bool(self.layers), f"{prefix}.{name} is of the linear layers in {prefix}.layers; name some"
+                value == default or bool(self.layers),
+                f"{prefix}.{name}={value} needs linear layers with spikes, but {prefix}.layers is empty; set layers, "
+                f"such as [all], or use {name}={default}",
             )
 
     def _check_annealing(self, prefix: str) -> None:
         start = self.k_start
         require(
             start is None or self.k <= start < math.inf,
-            f"{prefix}.k_start is {start}: it must be finite and at least k={self.k}, for a larger k is finer",
+            f"{prefix}.k_start is {start}: it must be finite and at least k={self.k}, as k falls from k_start to k",
         )
         require(
             (start is None) == (self.anneal_steps == 0),
-            f"{prefix}.k_start={start} with anneal_steps={self.anneal_steps}: one says whence and one how long; give "
-            "both, or neither",
+            f"{prefix}.k_start={start} with anneal_steps={self.anneal_steps}: annealing k needs both; set k_start and "
+            "anneal_steps, or k_start=null and anneal_steps=0",
         )
         require(
             start is None or self.threshold != "learned",
-            f"{prefix}.k_start sets k by a schedule, and threshold=learned by its gradient; leave one of them out",
+            f"{prefix}.k_start={start} schedules k, but threshold=learned trains k; use k_start=null and "
+            "anneal_steps=0, or another threshold",
         )
 
     def _check_delta(self, prefix: str) -> None:
         zone = self.dead_zone
         require(
             zone == 0 or 0.5 <= zone < math.inf,
-            f"{prefix}.dead_zone is {zone}: it must be 0, or 1/2 or more, for rounding alone is off by so much",
+            f"{prefix}.dead_zone is {zone}: it must be 0, or 1/2 or more, as rounding alone is off by up to 1/2",
         )
         require(
             zone == 0 or self.code == "delta",
-            f"{prefix}.dead_zone is of changes; set {prefix}.code=delta, or dead_zone=0",
+            f"{prefix}.dead_zone={zone} needs temporal-delta spikes; set {prefix}.code=delta, or use dead_zone=0",
         )
         require(
             self.code != "delta" or self.threshold in ("running", "per_channel"),
-            f"{prefix}.code=delta counts changes in units of one threshold for all tokens, which "
-            f"threshold={self.threshold} is not; use running or per_channel",
+            f"{prefix}.code=delta needs a threshold that all tokens share, but threshold={self.threshold} computes one "
+            "for each token; use threshold=running or threshold=per_channel",
         )
         require(
             self.code != "delta" or not self.queries,
-            f"{prefix}.queries have a threshold for each token, and code=delta one for all; leave one of them out",
+            f"{prefix}.queries=true computes a threshold for each token, but code=delta needs one that all tokens "
+            "share; use queries=false or code=counts",
         )
         require(
             zone == 0 or self.gradient != "surrogate",
-            f"{prefix}.gradient=surrogate is of each token's own count, where a dead zone may hold another; use "
-            "plain or clipped",
+            f"{prefix}.gradient=surrogate needs each token's own count, but dead_zone={zone} may keep an earlier "
+            "token's; use gradient=plain or gradient=clipped, or dead_zone=0",
         )
 
     @property

@@ -345,7 +345,7 @@ def missing_documents(arrays):
         (shift_offsets, "sequence 0 does not begin where it should"),
         (negative_length, r"sequence 5 has -\d+ tokens"),
         (longer_last, "cut short"),
-        (shorter_last, "not of one preparation"),
+        (shorter_last, "the two files do not belong together"),
         (unordered_documents, "not in order"),
         (missing_documents, "do not cover its 40 sequences"),
     ],

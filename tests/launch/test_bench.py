@@ -169,7 +169,7 @@ def test_compression_error_fails_where_a_linear_gradient_is_biased(monkeypatch):
     nearest = partial(compressed_operators.quantize, noise=None)
     monkeypatch.setattr(compressed_operators, "quantize", lambda x, noise, **options: nearest(x, **options))
     options = {"operators": ["linear", "gelu"], "bits": [4], "draws": 50, "tokens": 16, "channels": 32, "head_dim": 16}
-    with pytest.raises(SystemExit, match=r"as they must be: linear, 4 bits: weight$"):
+    with pytest.raises(SystemExit, match=r"exact or unbiased, but are not: linear, 4 bits: weight$"):
         compression_error.main(compression_error.Config(**options))
 
 

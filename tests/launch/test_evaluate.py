@@ -154,7 +154,7 @@ def test_spikes_against_the_same_weights_without(launch, trained, tiny_data, tmp
 def test_neurons_are_the_checkpoint_s_unless_others_are_asked_for():
     own = SpikingConfig(layers=["released"], k=2.0, start_step=10, threshold="running")
     assert choose(own, 12, SpikingConfig()) is own
-    with pytest.raises(ConfigError, match="begin at step 10"):
+    with pytest.raises(ConfigError, match="ends at step 9, but its spikes start at step 10"):
         choose(own, 9, SpikingConfig())
     other = choose(own, 9, SpikingConfig(k=4.0))
     assert (other.layers, other.k, other.start_step, other.threshold) == (["released"], 4.0, 0, "adaptive")

@@ -265,7 +265,10 @@ def test_generation_goes_token_by_token_through_the_same_model(pattern):
         ({"k_start": 2.0, "anneal_steps": 5}, "k_start is 2.0: it must be finite and at least k=3.0"),
         ({"k_start": 9.0}, "k_start=9.0 with anneal_steps=0"),
         ({"anneal_steps": 9}, "k_start=None with anneal_steps=9"),
-        ({"k_start": 9.0, "anneal_steps": 9, "threshold": "learned"}, "leave one of them out"),
+        (
+            {"k_start": 9.0, "anneal_steps": 9, "threshold": "learned"},
+            "k_start=9.0 schedules k, but threshold=learned trains",
+        ),
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"count_range": [3, 1]}, r"count_range is \[3, 1\]"),
         ({"count_range": [1]}, r"count_range is \[1\]"),
@@ -409,8 +412,8 @@ def test_a_learned_k_gets_quieter_under_an_activity_loss(loss):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "int8"}, "weights is of the linear layers in model.spiking.layers"),
-        ({"activity": ActivityConfig("l1")}, "activity is of the linear layers"),
+        ({"weights": "int8"}, "weights=int8 needs .* model.spiking.layers is empty"),
+        ({"activity": ActivityConfig("l1")}, "activity.loss=l1 needs .*layers is empty"),
     ],
 )
 def test_what_belongs_to_linear_layers_needs_some(changes, message):

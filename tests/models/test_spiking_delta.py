@@ -107,10 +107,11 @@ def test_changes_are_counted():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"code": "delta"}, "use running or per_channel"),
+        ({"code": "delta"}, "threshold=adaptive computes one .* use threshold=running or threshold=per_channel"),
         (ZONE | {"dead_zone": 0.3}, "or 1/2 or more"),
         ({"dead_zone": 1.0}, "set model.spiking.code=delta"),
-        (ZONE | {"gradient": "surrogate"}, "surrogate"),
+        (ZONE | {"gradient": "surrogate"}, r"surrogate needs .* dead_zone=\d"),
+        (ZONE | {"queries": True}, "use queries=false or code=counts"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):
@@ -120,7 +121,7 @@ def test_settings_that_do_not_fit(settings, message):
 
 def test_routed_experts_have_no_order():
     moe = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=16, router=RouterConfig(top_k=2))
-    with pytest.raises(ValueError, match=r"layers\.\d\.ffn\.experts, which gets tokens out of order"):
+    with pytest.raises(ValueError, match=r"selects the routed experts layers\.\d\.ffn\.experts, "):
         tiny_decoder(moe=moe, spiking=SpikingConfig(layers=["all"], **ZONE))
     patterns = ["*.mixer.*", "*.shared_experts.*"]
     assert neurons([tiny_decoder(moe=moe, spiking=SpikingConfig(layers=patterns, **ZONE))])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.compression import Compression, Rule
@@ -67,12 +67,13 @@ def test_the_place_that_costs_least_is_stored_in_fewest_bits():
     assert choose(sizes, errors, error=0.01) == {cheap: 4, dear: 8}
 
 
+@settings(deadline=None)
 @given(st.dictionaries(PLACES, st.sampled_from(BITS), min_size=1))
 def test_the_section_says_what_was_chosen(bits):
-    settings = as_settings(bits, CompressionConfig(bits=16, group=32))
-    assert settings.group == 32
-    rules = tuple(Rule(pattern, rule.bits) for pattern, rule in settings.modules.items())
-    stored = Compression(bits=settings.bits, rules=rules)
+    section = as_settings(bits, CompressionConfig(bits=16, group=32))
+    assert section.group == 32
+    rules = tuple(Rule(pattern, rule.bits) for pattern, rule in section.modules.items())
+    stored = Compression(bits=section.bits, rules=rules)
     assert {place: stored.settings_of(place.path)[0] for place in bits} == bits
 
 

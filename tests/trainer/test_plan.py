@@ -396,7 +396,7 @@ LAPTOP = ("--config", "configs/pretrain/laptop.yaml", "--cluster", "configs/clus
         (("--train.compression.bits", "8", "--train.compression.group", "0"), "train.compression.group=0 must be"),
         (
             ("--train.compression.bits", "8", "--train.compression.modules", "{layers.*.fnn.*: {bits: 4}}"),
-            "train.compression.modules: no module's tensors match 'layers.*.fnn.*'",
+            "train.compression.modules: 'layers.*.fnn.*' matches no tensor",
         ),
     ],
 )

@@ -161,7 +161,7 @@ def test_an_end_of_document_token_of_ones_own(configure, data, bare):
     assert batch.documents is not None and batch.documents.tokens == 64
     refused(replace(config, data=replace(config.data, eod_id=7)), r"document 0 ends with token 0, not with .* 7")
     refused(replace(config, data=replace(config.data, eod_id=512, document_mask=False)), "outside the vocabulary")
-    refused(configure(eod_id=3), r"said differently: 3 by data\.eod_id, 0 by dataset\.json")
+    refused(configure(eod_id=3), r"given differently: 3 by data\.eod_id, 0 by dataset\.json")
     refused(configure(path=str(bare), tokenizer=str(data), eod_id=3), r"3 by data\.eod_id, 0 by the tokenizer")
     with pytest.raises(ValueError, match=r"data\.eod_id is -1"):
         DataConfig(path=str(bare), eod_id=-1)

@@ -226,7 +226,7 @@ def test_a_run_goes_on_with_another_choice(tmp_path):
     [
         ({"recompute": "some"}, "train.recompute: expected one of 'none', 'selective', 'full'"),
         ({"recompute": "full", "recompute_modules": ["ffn"]}, "use train.recompute=selective, or leave it out"),
-        ({"recompute_modules": ["mixer"]}, "means nothing with train.recompute=none"),
+        ({"recompute_modules": ["mixer"]}, "has no effect with train.recompute=none"),
         ({"recompute": "selective", "recompute_modules": []}, "name mixer or ffn, or use train.recompute=none"),
         ({"recompute": "selective", "recompute_modules": ["ffn", "moe_experts"]}, "moe_experts beside ffn"),
         ({"recompute": "selective", "recompute_modules": ["moe_activation"]}, "the model has no experts"),

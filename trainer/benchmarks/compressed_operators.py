@@ -1,19 +1,22 @@
 """Operators whose saved activations are rounded, and the error of their gradients over independent draws of the noise.
 
-An operator runs forward exactly, within `models.saved_activations.compressing`; its backward reads what comes back from
-8 or 4 bits. Of the exact gradient g and the gradients ĝ_1 … ĝ_N of N draws, whose mean is m and whose covariance is Σ:
+An operator's forward is exact and runs in `models.saved_activations.compressing`. Its backward reads activations that
+were stored in 8 or 4 bits. Let g be the exact gradient, and ĝ_1 … ĝ_N the gradients of N draws of the noise. Their mean
+is m, and the covariance of one draw is Σ.
 
-    noise² = mean ‖ĝ_n − g‖² / ‖g‖²                   of one draw
-    S²     = sum ‖ĝ_n − m‖² / (N − 1)                  estimates tr Σ
-    bias²  = max(‖m − g‖² − S² / N, 0) / ‖g‖²          without what the mean's own error adds
-    z      = ‖m − g‖² / (S² / N)                       1 on average where there is no bias
+    noise² = mean ‖ĝ_n − g‖² / ‖g‖²                   the error of one draw
+    S²     = sum ‖ĝ_n − m‖² / (N − 1)                  an estimate of tr Σ
+    bias²  = max(‖m − g‖² − S² / N, 0) / ‖g‖²          the error of the mean, less the part that chance explains
+    z      = ‖m − g‖² / (S² / N)                       1 on average if there is no bias
 
-‖m − g‖² − S² / N is the mean of (ĝ_i − g) · (ĝ_j − g) over all pairs i ≠ j. Without bias its mean is 0 and its variance
-2 tr Σ² / (N (N − 1)), whatever the distribution of a draw. So z has the standard deviation (2 / ν)^½, where
-ν = (tr Σ)² / tr Σ² are the effective degrees of freedom. The test compares z with the quantile of χ²_ν / ν
-(Satterthwaite 1946) that a normal number exceeds at 4 standard deviations (p = 3e-5), by Wilson and Hilferty's formula
-(1931): about 1 + 4 (2 / ν)^½ where ν is large. tr Σ² comes from draws too: of d_n = ĝ_2n − ĝ_2n−1, (d_n · d_n+1)² has
-the mean 4 tr Σ².
+‖m − g‖² − S² / N equals the mean of (ĝ_i − g) · (ĝ_j − g) over all pairs i ≠ j. Without bias, it has the expectation 0
+and the variance 2 tr Σ² / (N (N − 1)) for any distribution of the draws. The standard deviation of z is therefore
+(2 / ν)^½, where ν = (tr Σ)² / tr Σ² is the effective number of degrees of freedom.
+
+The test compares z with a quantile of χ²_ν / ν (Satterthwaite 1946). An unbiased gradient exceeds the quantile with the
+probability p = 3e-5, like a normal variable that exceeds 4 standard deviations. The quantile follows from Wilson and
+Hilferty's formula (1931); for large ν it is about 1 + 4 (2 / ν)^½. tr Σ² is also estimated from the draws: with
+d_n = ĝ_2n − ĝ_2n−1, the mean of (d_n · d_n+1)² is 4 tr Σ².
 """
 
 import math
@@ -36,9 +39,9 @@ from kernels.quantization import Noise, Quantized, dequantize, noise_key, quanti
 from kernels.spiking import spike
 from models.saved_activations import Codec, Kept, compressing
 
-# Standard deviations of a normal number: without bias, one gradient in 30,000 is called biased.
+# Limit of the test in standard deviations of a normal variable. One unbiased gradient in 30,000 is called biased.
 _CONFIDENCE = 4.0
-# Taps of the convolution; experts, and experts per token.
+# Taps of the convolution, number of experts, and experts per token.
 _WIDTH, _EXPERTS, _TOP_K = 4, 4, 2
 _EPS = 1e-6
 
@@ -48,12 +51,12 @@ class Operator:
     """An operator and its arguments, float32.
 
     Attributes:
-        function: Of the inputs, then the weights.
+        function: Computes the output from the inputs, followed by the weights.
         inputs: Activations by name.
         weights: Parameters by name.
-        rounded: What backward reads rounded, in the order of saving.
-        exact: Gradients that must not change at all.
-        unbiased: Gradients in which no rounded number meets itself: their mean must be the exact one.
+        rounded: Names of the tensors that backward reads in rounded form, in the order of saving.
+        exact: Arguments whose gradients must be bitwise exact.
+        unbiased: Arguments whose gradients are linear in each rounded number, so that their mean must be exact.
     """
 
     function: Callable[..., Tensor]
@@ -64,13 +67,15 @@ class Operator:
     unbiased: frozenset[str] = frozenset()
 
     def gradients(self, codec: Codec | None = None) -> dict[str, Tensor]:
-        """The gradients of inputs and weights, of a loss that weighs the outputs with fixed normal numbers.
+        """Return the gradients of inputs and weights by name.
+
+        The loss is a sum of the outputs, weighted with fixed normal random numbers.
 
         Args:
-            codec: Encodes what is saved; None keeps it as it is.
+            codec: Encodes the saved activations. None keeps them exact.
         """
         leaves = {name: x.detach().requires_grad_() for name, x in [*self.inputs.items(), *self.weights.items()]}
-        # An input that is a leaf would count as a weight.
+        # Compression treats leaves as weights, so the inputs must not be leaves.
         given = [1 * leaves[name] for name in self.inputs]
         weights = [leaves[name] for name in self.weights]
         if codec is None:
@@ -84,14 +89,14 @@ class Operator:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an operator's inputs.
+    """Sizes of an operator's inputs.
 
     Attributes:
         tokens: T.
-        channels: D, also of all heads together.
+        channels: D, the number of channels of a token, which are those of all heads together.
         head_dim: Channels of a head.
-        outlier_every: Every so many channels one is larger.
-        outlier_factor: How many times.
+        outlier_every: Distance between outlier channels.
+        outlier_factor: Factor by which outlier channels are larger.
     """
 
     tokens: int
@@ -102,49 +107,49 @@ class Sizes:
 
 
 class Drawing:
-    """Normal random arguments; of activations, some channels are larger.
+    """Draws normal random arguments. Some channels of the activations are outliers.
 
     Args:
-        sizes: Of the activations.
-        seed: Of the random numbers.
+        sizes: Sizes of the activations.
+        seed: Seed of the random numbers.
     """
 
     def __init__(self, sizes: Sizes, seed: int) -> None:
         self.sizes, self._generator = sizes, torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers."""
+        """Draw standard normal numbers."""
         return torch.randn(shape, generator=self._generator)
 
     def tokens(self) -> Tensor:
-        """Activations [T, D]."""
+        """Draw activations [T, D]."""
         x_TD = self.normal(self.sizes.tokens, self.sizes.channels)
         x_TD[:, :: self.sizes.outlier_every] *= self.sizes.outlier_factor
         return x_TD
 
     def heads(self) -> Tensor:
-        """Activations [1, T, H, K]."""
+        """Draw activations [1, T, H, K]."""
         return self.tokens().unflatten(1, (-1, self.sizes.head_dim))[None]
 
     def normed(self) -> Tensor:
-        """Queries or keys [1, T, H, K] whose mean square is 1 in every head, as after a norm of queries and keys."""
+        """Draw queries or keys [1, T, H, K] whose mean square is 1 in every head, as after a norm per head."""
         x_BTHK = self.heads()
         return x_BTHK / x_BTHK.square().mean(-1, keepdim=True).sqrt()
 
     def unit(self) -> Tensor:
-        """Queries or keys [1, T, H, K] of norm 1, as the delta rules take them."""
+        """Draw queries or keys [1, T, H, K] of norm 1, as the delta rules expect them."""
         return F.normalize(self.heads(), dim=-1)
 
     def per_head(self) -> Tensor:
-        """Standard normal numbers [1, T, H]."""
+        """Draw standard normal numbers [1, T, H]."""
         return self.normal(1, self.sizes.tokens, self.sizes.channels // self.sizes.head_dim)
 
     def scale(self) -> Tensor:
-        """The weight [D] of a norm."""
+        """Draw the weight [D] of a norm."""
         return 1 + 0.1 * self.normal(self.sizes.channels)
 
     def matrix(self, *leading: int) -> Tensor:
-        """The weight [..., D, D] of a linear layer that keeps the inputs' size."""
+        """Draw the weight [..., D, D] of a linear layer whose outputs are about as large as its inputs."""
         return self.normal(*leading, self.sizes.channels, self.sizes.channels) / self.sizes.channels**0.5
 
 
@@ -177,7 +182,7 @@ def _relu(draw: Drawing) -> Operator:
 
 def _convolution(draw: Drawing) -> Operator:
     weight = draw.normal(draw.sizes.channels, _WIDTH) / _WIDTH**0.5
-    # Also the state before the first token, which is 0.
+    # Backward also reads the state before the first token, which is 0.
     return Operator(_convolved, {"x": draw.tokens()[None]}, {"weight": weight}, ("x", "state"))
 
 
@@ -191,7 +196,7 @@ def _attention(backend: str, rounded: tuple[str, ...], unbiased: frozenset[str],
 
 
 def _gla(draw: Drawing) -> Operator:
-    # The decays of GatedLinearAttention, at an input that is a standard normal number.
+    # The decays of GatedLinearAttention for gate inputs that are standard normal numbers.
     log_decay = F.logsigmoid(draw.normal(*draw.heads().shape)) / 16
     inputs = {"q": draw.heads(), "k": draw.heads(), "v": draw.heads(), "log_decay": log_decay}
     return Operator(_of_recurrence(gla), inputs, rounded=("q", "k", "v"), unbiased=frozenset(inputs))
@@ -238,7 +243,8 @@ OPERATORS: dict[str, Callable[[Drawing], Operator]] = {
     "silu": partial(_activation, F.silu),
     "relu": _relu,
     "convolution": _convolution,
-    # The one that a CPU takes, torch's fused one with its sums of exponentials, and the scores of all pairs.
+    # The default on CPUs; torch's fused attention, which saves sums of exponentials; and unfused attention, which
+    # saves the probabilities of all pairs.
     "attention": partial(_attention, "banded", ("q", "k", "v"), frozenset()),
     "attention_sdpa": partial(_attention, "sdpa", ("q", "k", "v", "o"), frozenset()),
     "attention_unfused": partial(_attention, "reference", ("scaled q", "k", "p", "v"), frozenset({"v"})),
@@ -250,7 +256,7 @@ OPERATORS: dict[str, Callable[[Drawing], Operator]] = {
 
 
 class Moments:
-    """The module's sums over the draws of a gradient.
+    """Sums over the draws of a gradient, from which the module's figures follow.
 
     Args:
         exact: The exact gradient.
@@ -264,7 +270,7 @@ class Moments:
         self._last = self._difference = self._sum
 
     def add(self, grad: Tensor) -> None:
-        """Take in a draw."""
+        """Add the gradient of a draw."""
         error = grad.double().flatten() - self._exact
         self._sum += error
         self._squares += float(error @ error)
@@ -278,28 +284,28 @@ class Moments:
         self._last = error
 
     def errors(self) -> "Errors":
-        """The module's figures, of at least four draws.
+        """Return the module's figures.
 
         Raises:
-            ValueError: There are fewer.
+            ValueError: there are fewer than four draws.
         """
         if not self._pairs:
-            raise ValueError(f"{self._draws} draws have no variance of their variance; take at least 4")
+            raise ValueError(f"{self._draws} draws are too few to estimate the spread of the variance; take at least 4")
         size, draws = float(self._exact @ self._exact), self._draws
         of_mean = float(self._sum @ self._sum) / draws**2
         variance = max(self._squares - draws * of_mean, 0.0) / (draws - 1)
-        # tr Σ² is at most (tr Σ)², but its estimate need not be.
+        # tr Σ² is at most (tr Σ)², but its estimate may be larger.
         freedom = max(variance**2 / (self._products / self._pairs), 1.0) if self._products else 1.0
         return Errors(self._squares / draws / size, variance / draws / size, of_mean / size, freedom)
 
 
 @dataclass(frozen=True)
 class Errors:
-    """What `Moments` found; squares are relative to the exact gradient's.
+    """Errors of a gradient, as defined in the module's docstring. Squares are relative to ‖g‖².
 
     Attributes:
-        square: mean ‖ĝ_n − g‖².
-        chance: S² / N, which ‖m − g‖² is on average without bias.
+        square: Mean ‖ĝ_n − g‖².
+        chance: S² / N, the average of ‖m − g‖² if there is no bias.
         of_mean: ‖m − g‖².
         freedom: ν.
     """
@@ -311,52 +317,52 @@ class Errors:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all draws gave the exact gradient, to the last bit."""
+        """Whether all draws gave the exact gradient, bit for bit."""
         return self.square == 0
 
     @property
     def noise(self) -> float:
-        """Root mean square error of one draw, relative to the gradient."""
+        """Root mean square error of one draw, relative to the gradient's norm."""
         return math.sqrt(self.square)
 
     @property
     def bias(self) -> float:
-        """Of the gradient, relative to it, without what chance adds."""
+        """Bias relative to the gradient's norm, less the part that chance explains."""
         return math.sqrt(max(self.of_mean - self.chance, 0.0))
 
     @property
     def z(self) -> float:
-        """‖m − g‖² by what it is on average without bias; infinite where draws do not differ from each other."""
+        """‖m − g‖² relative to its average without bias. Infinite if the draws are equal but not exact."""
         if self.is_exact:
             return 1.0
         return self.of_mean / self.chance if self.chance else math.inf
 
     @property
     def limit(self) -> float:
-        """The largest z of a gradient that passes for unbiased."""
+        """The largest z at which a gradient is called unbiased."""
         spread = 2 / (9 * self.freedom)
         return (1 - spread + _CONFIDENCE * math.sqrt(spread)) ** 3
 
     @property
     def is_unbiased(self) -> bool:
-        """Whether the mean lies within its standard error of the exact gradient."""
+        """Whether chance explains the distance of the mean from the exact gradient."""
         return self.z <= self.limit
 
     @property
     def least(self) -> float:
-        """The least bias that the draws would have told from none."""
+        """The smallest bias that the test would have detected with these draws, relative to the gradient's norm."""
         return math.sqrt((self.limit - 1) * self.chance)
 
 
 def rounding(name: str, bits: int, group: int, draw: int, seed: int = 0) -> Codec:
-    """The codec of a draw: other noise for each operator, tensor, draw and seed.
+    """Return the codec of a draw. Its noise differs between operators, tensors, draws and seeds.
 
     Args:
-        name: The operator's.
-        bits: Of an element, 8 or 4.
+        name: Name of the operator.
+        bits: Bits per element, 8 or 4.
         group: Channels that share a scale and an offset, within a head.
-        draw: Its number.
-        seed: Of all draws.
+        draw: Number of the draw.
+        seed: Seed of all draws.
     """
 
     def store(x: Tensor, place: str) -> Kept:
@@ -371,12 +377,12 @@ def _restore(shape: torch.Size, bits: int, group: int, codes: Tensor, scale: Ten
 
 
 def measure(operator: Operator, codec_of: Callable[[int], Codec], draws: int) -> dict[str, Errors]:
-    """The errors of an operator's gradients, by input and weight, over so many draws.
+    """Return the errors of an operator's gradients by the name of the input or weight.
 
     Args:
-        operator: With its inputs.
-        codec_of: The codec of each draw.
-        draws: At least 4.
+        operator: The operator and its arguments.
+        codec_of: Returns the codec of a draw, given its number.
+        draws: Number of draws, at least 4.
     """
     sums = {name: Moments(grad) for name, grad in operator.gradients().items()}
     for draw in range(draws):

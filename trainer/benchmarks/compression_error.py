@@ -1,13 +1,14 @@
-"""The error that activations in 8 or 4 bits cause in gradients: bias and noise, by operator, input and weight.
+"""Benchmark of the error that activations in 8 or 4 bits cause in gradients: bias and noise, by operator and argument.
 
-Each operator of trainer.benchmarks.compressed_operators runs on fixed random inputs, once exactly and then over many
-draws of the rounding noise. Statistics stay exact, as `kernels.autograd.save` says: inverse norms, decays, write
-strengths, states, sums of exponentials. The noise averages out over steps, the bias does not. A bias above 1 % of the
-gradient is called unsafe: there, recompute the operator or keep what it reads.
+Each operator of trainer.benchmarks.compressed_operators runs on fixed random inputs, once exactly and then with many
+draws of the rounding noise. Statistics stay exact (`kernels.autograd.save`): inverse norms, decays, write strengths,
+states and sums of exponentials. Noise averages out over training steps, but bias does not. A bias above 1 % of the
+gradient's norm is reported as unsafe. Such an operator should be recomputed, or the activations that it reads kept
+exactly.
 
-A gradient in which no rounded number meets itself is unbiased: of the weights of linear layers, experts and RMSNorm,
-and all of gated linear attention. The command fails if one of these is not, or if a gradient that reads nothing rounded
-changes by a bit.
+A gradient that is linear in each rounded number is unbiased. This holds for the weights of linear layers, experts and
+RMSNorm, and for all gradients of gated linear attention. The command fails if one of these is biased, or if a gradient
+whose backward reads no rounded number is not bitwise exact.
 """
 
 from dataclasses import dataclass, field
@@ -20,10 +21,10 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:
     from trainer.benchmarks.compressed_operators import Errors, Operator
 
-DESCRIPTION = "Bias and noise of gradients whose operators read activations in 8 or 4 bits, by operator."
-# Bias, of the gradient's norm, above which an operator's saved activations should not be rounded.
+DESCRIPTION = "Bias and noise of each operator's gradients if backward reads activations in 8 or 4 bits."
+# Bias, relative to the gradient's norm, above which an operator's saved activations should not be rounded.
 UNSAFE = 0.01
-# With so many tr Σ², which sets the limit of z, is known to about 30 %.
+# With this number of draws, the error of tr Σ², which determines the limit of z, is about 30 %.
 LEAST_DRAWS = 50
 
 
@@ -33,17 +34,17 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
-        operators: Operators to measure; none for all.
-        bits: Of the codes: 8, 4 or both.
-        group: Channels of a group, within a head.
-        draws: Draws of the noise, for each operator and number of bits.
+        operators: Operators to measure. An empty list measures all.
+        bits: Bits per element: 8, 4 or both.
+        group: Channels that share a scale and an offset, within a head.
+        draws: Draws of the noise for each operator and number of bits.
         tokens: Tokens of a sequence.
-        channels: Channels of a token, also of all heads together.
+        channels: Channels of a token, which are those of all heads together.
         head_dim: Channels of a head.
-        outlier_every: Of the normal activations, every so many channels one is larger.
-        outlier_factor: How many times.
-        seed: Of inputs and noise.
-        threads: CPU threads; 0 takes every core.
+        outlier_every: Distance between outlier channels of the normal random activations.
+        outlier_factor: Factor by which outlier channels are larger.
+        seed: Seed of inputs and noise.
+        threads: CPU threads; 0 uses every core.
     """
 
     json: str | None = None
@@ -64,7 +65,9 @@ class Config:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.draws < LEAST_DRAWS:
-            raise ConfigError(f"draws is {self.draws}: to tell bias from chance takes at least {LEAST_DRAWS}")
+            raise ConfigError(
+                f"draws is {self.draws}: it must be at least {LEAST_DRAWS} to distinguish bias from noise"
+            )
         if not self.bits or not set(self.bits) <= {8, 4}:
             raise ConfigError(f"bits are {self.bits}: they must be 8 or 4")
         if self.channels % self.head_dim:
@@ -77,7 +80,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Measure and print the table; exit with 1 if a gradient that must be exact or unbiased is not."""
+    """Measure and print the table. Exit with 1 if a gradient that must be exact or unbiased is not."""
     from trainer.benchmarks.compressed_operators import OPERATORS, Drawing, Sizes
     from trainer.device import configure_threads, keep_freed_memory
 
@@ -96,10 +99,10 @@ def main(config: Config) -> None:
                 )
                 wrong += [line.case] * broken
     shape = f"{config.draws} draws, {config.tokens} tokens of {config.channels} channels, groups of {config.group}"
-    title = f"gradients from rounded activations: bias (ours) and error of one draw (peer), of the norm; {shape}"
+    title = f"gradients from rounded activations: bias (ours), error of one draw (peer), in % of the norm; {shape}"
     report(title, lines, config.json)
     if wrong:
-        raise SystemExit(f"neither exact nor unbiased, as they must be: {'; '.join(wrong)}")
+        raise SystemExit(f"these gradients must be exact or unbiased, but are not: {'; '.join(wrong)}")
 
 
 def _measure(config: Config, name: str, operator: "Operator", bits: int) -> dict[str, "Errors"]:
@@ -110,9 +113,10 @@ def _measure(config: Config, name: str, operator: "Operator", bits: int) -> dict
 
 
 def compare(case: str, found: "Errors", rounded: tuple[str, ...]) -> Comparison:
-    """A line: bias beside noise in % of the gradient's norm, and in the note the verdict.
+    """Return a line with bias (ours) and noise (peer) in % of the gradient's norm, and the verdict as its note.
 
-    The ratio is the noise by the bias, or by the least bias that would have shown; 1 where both are 0.
+    The ratio is noise / bias. If the bias is below the smallest detectable one, that one replaces it. The ratio of an
+    exact gradient is 1.
     """
     ratio = 1.0 if found.is_exact else found.noise / max(found.bias, found.least)
     note = f"{verdict(found)}; rounded: {', '.join(rounded) or 'nothing'}"
@@ -120,7 +124,7 @@ def compare(case: str, found: "Errors", rounded: tuple[str, ...]) -> Comparison:
 
 
 def verdict(found: "Errors") -> str:
-    """What a gradient's errors amount to: exact, unbiased, biased or unsafe."""
+    """Return the verdict on a gradient: exact, unbiased, biased or unsafe, with the figures of the test."""
     if found.is_exact:
         return "exact"
     z = f"z {found.z:.3f}, at most {found.limit:.3f} without bias"

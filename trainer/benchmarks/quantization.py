@@ -12,7 +12,7 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-DESCRIPTION = "Time of quantizing activations and back, against a bfloat16 copy and torch.quantize_per_channel."
+DESCRIPTION = "Time to quantize and dequantize activations, against a bfloat16 copy and torch.quantize_per_channel."
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -52,7 +52,10 @@ class Config:
         if not set(self.bits) <= {8, 4}:
             raise ConfigError(f"bits are {self.bits}: they must be 8 or 4")
         if self.hidden_size % self.group:
-            raise ConfigError("torch's quantizer, which is the peer, needs a hidden_size that is a multiple of group")
+            raise ConfigError(
+                f"hidden_size is {self.hidden_size}: it must be a multiple of group, {self.group}, because "
+                "torch.quantize_per_channel, the peer, needs whole groups"
+            )
         if self.clock == "cpu" and self.threads != 1:
             raise ConfigError("clock=cpu adds up the threads' time; use it with --threads 1")
 
@@ -82,7 +85,7 @@ def _against_copy(config: Config, dtype: Dtype, bits: int) -> list[Comparison]:
     back = dequantize(q)
     error = float((back.double() - x.double()).norm() / x.double().norm())
     kept = 8 * q.bytes / x.numel()
-    note = f"against a copy in bfloat16; {kept:.3f} bits an element are kept, with a relative error of {error:.1e}"
+    note = f"against a copy to or from bfloat16; {kept:.3f} bits stored per element, relative error {error:.1e}"
     narrow = x.to(torch.bfloat16, copy=True)
     return [
         _compare(
@@ -124,8 +127,11 @@ def _against_torch(config: Config) -> list[Comparison]:
     kept = peer()
     apart = (kept.dequantize().view(x.shape) - dequantize(q)).abs().amax() / scales_M.amax()
     if not apart <= 1:
-        raise RuntimeError(f"ours and torch's are {float(apart):.1f} steps apart")
-    note = "rounded to nearest, against torch.quantize_per_channel, whose scales are given and their search not timed"
+        raise RuntimeError(
+            f"our quantizer and torch's differ by {float(apart):.1f} quantization steps, more than 1: they do not "
+            "compute the same, so their times cannot be compared"
+        )
+    note = "round to nearest, against torch.quantize_per_channel with given scales; ours computes its scales as well"
     return [
         _compare(config, "quantize fp32, nearest", lambda: quantize(x, bits=8, group=config.group), peer, note),
         _compare(config, "dequantize fp32, nearest", lambda: dequantize(q), kept.dequantize, note),

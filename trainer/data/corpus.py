@@ -515,7 +515,7 @@ def _hub_rows(name: str) -> Iterator[dict[str, Any]]:
         reason = (str(error).splitlines() or [""])[0][:300]
         raise ConfigError(
             f"hf:{name} broke off ({type(error).__name__}: {reason}); "
-            "run the same command again, it continues behind what is done"
+            "run the same command again; it continues where it stopped"
         ) from error
 
 

@@ -131,8 +131,8 @@ class Index:
             )
         if size > wanted:
             raise ConfigError(
-                f"{self.prefix}.bin holds {size:,} bytes and its index speaks of {wanted:,}: "
-                "they are not of one preparation; copy or prepare them again"
+                f"{self.prefix}.bin holds {size:,} bytes, but its index needs {wanted:,}: "
+                "the two files do not belong together; copy or prepare them again"
             )
 
     def _damaged(self, reason: str) -> ConfigError:

@@ -269,7 +269,7 @@ def prepare(config: PrepareConfig) -> Path:
         # A full disk, a vanished file, a broken mount: a traceback would not help.
         where = f"{error.filename}: " if error.filename is not None else ""
         raise ConfigError(
-            f"preparing {output} stopped ({where}{error.strerror or error}); mend that, and the same command continues"
+            f"preparing {output} stopped ({where}{error.strerror or error}); correct it, and the same command continues"
         ) from error
     return output
 
@@ -436,7 +436,9 @@ def _join(output: Path, directory: Path, parts: list[dict[str, Any]], split: str
             with (directory / f"{number:08}.bin").open("rb") as file:
                 file.seek(sum(counts[name] for name in SPLITS[: SPLITS.index(split)]))
                 if joined.write(file.read(counts[split])) != counts[split]:
-                    raise ConfigError(f"{file.name} was cut short meanwhile; remove it, and the same command continues")
+                    raise ConfigError(
+                        f"{file.name} became shorter meanwhile; remove it, and the same command continues"
+                    )
         joined.flush()
         os.fsync(joined.fileno())
     os.replace(temporary, output / f"{split}.bin")

@@ -132,8 +132,8 @@ def _agreed_end(named: dict[str, int | None]) -> int | None:
     if len(set(known.values())) > 1:
         what = ", ".join(f"{token} by {name}" for name, token in known.items())
         raise ConfigError(
-            f"which token ends a document is said differently: {what}; leave data.eod_id out, or name the tokenizer "
-            "that made the data and its eos_token in tokenizer_config.json beside it"
+            f"the end-of-document token is given differently: {what}; leave data.eod_id out, or set data.tokenizer to "
+            "the one that made the data, with its eos_token in tokenizer_config.json beside it"
         )
     return next(iter(known.values()), None)
 

@@ -61,9 +61,10 @@ def spiking_model(loaded: LoadedModel, spiking: SpikingConfig) -> Decoder:
         raise ConfigError(str(error)) from error
     lost, missing = stored.keys() - model.state_dict().keys(), missing_tensors(model, stored)
     if lost or missing:
+        problem = "would drop trained tensors" if lost else "need trained tensors that the checkpoint lacks"
         raise ConfigError(
-            f"threshold={spiking.threshold} has to be trained, and {weights.listed(lost or missing)} would be "
-            f"{'lost' if lost else 'missing'}; leave layers and queries out, or train with the ones that are wanted"
+            f"threshold={spiking.threshold}: the chosen layers and queries {problem}: {weights.listed(lost or missing)}"
+            "; omit layers and queries to keep the checkpoint's, or train with the chosen ones first"
         )
     model.load_state_dict(stored)
     return model.eval()

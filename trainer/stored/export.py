@@ -78,7 +78,7 @@ def _hub_layout(stored: StoredModel, dtype: torch.dtype, report: Callable[[str],
     for note in beside.notes:
         report(note)
     if stored.settings["data"]["document_mask"]:
-        report("documents did not see each other in training; give transformers one a row, or a mask of blocks")
+        report("training masked attention between documents; give transformers one document per row, or a block mask")
     return {"config": config | beside.ids, "name_of": hub_name, "files": beside.files}
 
 

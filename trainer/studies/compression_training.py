@@ -1,12 +1,13 @@
-"""Study: final validation loss with compressed activations, against the same runs without. Laptop recipe, equal steps.
+"""Study: final validation loss with compressed activations, against the same runs without compression at equal steps.
 
-A variant is a setting of train.compression: a number of bits, or a YAML file of the section, such as
-`spiketrain compression` writes. In the table and the JSON file, `ours` is a variant's validation loss in nats per
-token, averaged over seeds, `peer` is that of the runs that keep everything, and `ratio` the peer's over ours. The note
-has the difference seed by seed, with Student's 95 % interval, and whether it stays within half a percent.
+All runs use the laptop recipe. A variant is a setting of train.compression: a number of bits, or a YAML file of the
+section, such as `spiketrain compression` writes. In the table and the JSON file, `ours` is a variant's validation loss
+in nats per token, averaged over seeds, `peer` is that of the runs that keep everything, and `ratio` is peer / ours. The
+note states the relative difference, paired by seed, with Student's 95 % interval, and whether it is within half a
+percent.
 
-Forward is exact, so all runs of a seed begin with the same loss. Each run is a separate spiketrain pretrain in one
-thread. Finished runs are reused, and a stopped one resumes.
+Forward is exact, so all runs with the same seed start with the same loss. Each run is a separate `spiketrain pretrain`
+process with one thread. Finished runs are reused, and a stopped run resumes.
 """
 
 from collections.abc import Sequence
@@ -22,21 +23,22 @@ from trainer.studies.runs import Curves, Job, check_settings, interval, recipe_v
 DESCRIPTION = "Final validation loss with compressed activations against keeping everything, at equal steps."
 
 KEPT = "kept"
-# The loss that compression may cost or gain, relative to keeping everything.
+# Largest change of the loss, up or down, relative to keeping everything.
 MOST_CHANGE = 0.005
 
 
 @dataclass
 class Config:
-    """Sizes. The defaults are the whole experiment.
+    """Settings of the study. The defaults run the whole experiment.
 
     Attributes:
         json: Write the comparisons to this file.
         output: Directory of the runs. A rerun continues from its contents.
-        recipe: The configuration that all runs share. It may compress nothing itself.
-        steps: Optimizer steps of every run; null takes the recipe's.
-        seeds: Seeds of weights, batches and noise. Two to ten.
-        variants: What to train beside keeping everything: bits (4, 8, 16), or YAML files of train.compression.
+        recipe: The configuration that all runs share. It must not compress activations itself.
+        steps: Optimizer steps of every run; null takes the recipe's number.
+        seeds: Seeds of weights, batches and noise; two to ten seeds.
+        variants: Variants to train in addition to keeping everything: bits (4, 8, 16), or YAML files of
+            train.compression.
         jobs: Number of concurrent runs, each with one thread.
         quick: Two seeds and one variant of a few steps. They only show that the command works.
     """
@@ -62,7 +64,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its variant, its seed, and nats per token on the whole validation split after the last step."""
+    """A finished run.
+
+    Attributes:
+        variant: Name of the variant.
+        seed: Seed of the run.
+        loss: Nats per token on the whole validation split after the last step.
+    """
 
     variant: str
     seed: int
@@ -70,7 +78,7 @@ class Run:
 
 
 def job(config: Config, values: dict[str, Any], variant: str, seed: int) -> Job:
-    """The run of a variant and a seed."""
+    """Return the job that trains a variant with a seed."""
     steps = values["train"]["steps"] if config.steps is None else config.steps
     name = variant if variant == KEPT else f"{variant}-bits" if variant.isdigit() else Path(variant).stem
     directory = Path(config.output).resolve() / f"{name}-{steps}-steps-seed-{seed}"
@@ -83,11 +91,11 @@ def job(config: Config, values: dict[str, Any], variant: str, seed: int) -> Job:
 
 
 def run(config: Config) -> list[Run]:
-    """Train the missing runs, several at a time, and read all."""
+    """Train the missing runs, several at a time, and read the results of all."""
     values = recipe_values(config.recipe)
     if values["train"]["compression"]["bits"]:
         raise ConfigError(f"recipe: {config.recipe} compresses; name one without train.compression.bits")
-    # By seed, so that a study that is stopped early has whole seeds.
+    # Order by seed, so that a study that is stopped early has complete seeds.
     jobs = [job(config, values, variant, seed) for seed in config.seeds for variant in (KEPT, *config.variants)]
     say(f"{len(jobs)} runs of {jobs[0].steps} steps, {config.jobs} at a time")
     train_all(config.recipe, values, jobs, config.jobs)
@@ -96,7 +104,7 @@ def run(config: Config) -> list[Run]:
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
-    """A line for each variant, each seed compared with the same seed that keeps everything."""
+    """Return one line per variant. Each seed is compared with the same seed of the run that keeps everything."""
     by_variant: dict[str, list[Run]] = {}
     for one in runs:
         by_variant.setdefault(one.variant, []).append(one)
@@ -115,7 +123,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def main(config: Config) -> None:
-    """Train and print the table."""
+    """Train all variants and print the table."""
     try:
         runs = run(config)
     except RuntimeError as failed:

@@ -32,5 +32,5 @@ def test_views() -> None:
 
 
 def test_bytes_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="20 channels have 3 bytes a row, not 2"):
+    with pytest.raises(ValueError, match="channels=20 take 3 bytes, but the packed rows have 2"):
         unpack_signs(torch.zeros(4, 2, dtype=torch.uint8), 20)
