@@ -53,6 +53,7 @@ def desk_with_results(tmp_path_factory):
     (folder / "data/stdlib-bpe4096").mkdir(parents=True)
     for suffix in ("bin", "idx"):
         (folder / f"data/stdlib-bpe4096/test.{suffix}").touch()
+    (folder / "runs/mixed.yaml").write_text("bits: 8\n")
     return folder
 
 
