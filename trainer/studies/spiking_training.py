@@ -34,7 +34,7 @@ DESCRIPTION = (
 )
 
 FLOAT = "float"
-_K_SWEEP = ["k2", "k2.5", "k3", "k3.5", "k4"]
+_K_SWEEP = ["k1", "k2", "k2.5", "k3", "k3.5", "k4"]
 _ACTIVITY = ["k2_l1=0.0001", "k2_l1=0.001", "k2_l1=0.01", "k3_l1=0.001"]
 _SCHEDULES = ["k2_start=0.3", "k2_anneal=0.3"]
 # The report's sparsity in the window of three steps, our goal above it, and the largest relative increase of the loss.
