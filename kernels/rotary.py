@@ -7,6 +7,7 @@ t · theta^(-2i/K):
     out_2 = x_2 cos + x_1 sin
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from kernels.autograd import derive, once_differentiable, save
 from kernels.backend import resolve
 from kernels.indices import check_range
+from kernels.rotary_scaling import RotaryScaling, yarn_range
 from kernels.shapes import block_limit
 from kernels.triton import implementations
 
@@ -26,13 +28,40 @@ _MAX_POSITIONS = 1 << 24
 _BLOCK_ELEMENTS = 1 << 17
 
 
-def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def frequencies(
+    dim: int, theta: float, scaling: RotaryScaling | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Compute the angle per position of each pair of channels, float32 [K/2]; scaled as kernels.rotary_scaling says."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    # Same rounding as in transformers and Megatron, because distant positions of imported models depend on it.
+    plain = 1.0 / theta**exponents
+    if scaling is None:
+        return plain
+    slow = plain / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    if scaling.kind == "llama3":
+        wavelength = 2 * math.pi / plain
+        share = (scaling.original_length / wavelength - scaling.low) / (scaling.high - scaling.low)
+        blend = (1 - share) * slow + share * plain
+        scaled = torch.where(wavelength > scaling.original_length / scaling.low, slow, blend)
+        return torch.where(wavelength < scaling.original_length / scaling.high, plain, scaled)
+    first, last = yarn_range(scaling, dim, theta)
+    pairs = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+    return 1.0 / (scaling.factor * theta**exponents) * (1 - kept) + plain * kept
+
+
+def rotary_tables(
+    positions: Tensor, dim: int, theta: float, scaling: RotaryScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines of the angles.
 
     Args:
         positions: integers [T] or [B, T] in [0, 2^24); they may restart at every packed document.
         dim: the head dimension K, even.
         theta: the base of the wavelengths, 10000 in the paper.
+        scaling: changes of the frequencies for longer contexts; None for none.
 
     Returns:
         (cos, sin), float32 [T, K/2] or [B, T, K/2].
@@ -43,11 +72,10 @@ def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Te
     if dim % 2 or dim < 2:
         raise ValueError(f"rotary_tables: the head dimension must be even to be split in halves, not {dim}")
     check_range("rotary_tables", "position", positions, _MAX_POSITIONS)
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    # Same rounding as in transformers and Megatron, because distant positions of imported models depend on it.
     known = positions.float().masked_fill((positions < 0) | (positions >= _MAX_POSITIONS), torch.nan)
-    angles = known[..., None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    angles = known[..., None] * frequencies(dim, theta, scaling, positions.device)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return (angles.cos(), angles.sin()) if factor == 1 else (angles.cos() * factor, angles.sin() * factor)
 
 
 def apply_rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from models.config.mixers import KimiDeltaAttentionConfig as KimiDeltaAttentionC
 from models.config.mixers import MixerLayoutConfig as MixerLayoutConfig
 from models.config.mixers import MixerType as MixerType
 from models.config.mixers import RetentionConfig as RetentionConfig
+from models.config.mixers import RopeScalingConfig as RopeScalingConfig
+from models.config.mixers import Rotary as Rotary
 from models.config.mixers import SpikingBrainGLAConfig as SpikingBrainGLAConfig
 from models.config.mixers import branches as branches
 from models.config.mixers import parse_pattern as parse_pattern

@@ -5,9 +5,10 @@ Imports no torch, like all of models.config.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from kernels.rotary_scaling import RotaryScaling, yarn_attention_factor
 from models.config.checks import require, require_positive
 
 if TYPE_CHECKING:
@@ -22,6 +23,61 @@ def _whole_value_size(prefix: str, head_dim: int, expand_v: float) -> None:
 
 
 @dataclass
+class RopeScalingConfig:
+    """Rotary frequencies for contexts longer than those of training (kernels.rotary_scaling).
+
+    Attributes:
+        kind: none, linear (position interpolation), llama3 (Llama 3.1's rule) or yarn.
+        factor: By how much slow pairs of channels are slowed down: the new length over the original one.
+        original_length: Tokens of the longest sequences that the model was trained with before; of llama3 and yarn.
+        low_freq_factor: llama3: pairs that turn less often than this within original_length are slowed down.
+        high_freq_factor: llama3: pairs that turn more often than this are left alone.
+        beta_slow: The same as low_freq_factor, of yarn.
+        beta_fast: The same as high_freq_factor, of yarn.
+        attention_factor: yarn: factor of queries and keys; null takes 0.1 ln(factor) + 1.
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        name = "model.attention.rope_scaling"
+        require(self.factor >= 1, f"{name}.factor is {self.factor}: it must be at least 1, and 1 changes nothing")
+        if self.kind in ("llama3", "yarn"):
+            require(
+                self.original_length is not None and self.original_length > 0,
+                f"{name}.kind={self.kind} needs original_length, the tokens of a sequence in earlier training",
+            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            require(
+                0 < getattr(self, low) < getattr(self, high),
+                f"{name}.{low}={getattr(self, low)} must be positive and less than {high}={getattr(self, high)}",
+            )
+        require(
+            self.attention_factor is None or self.attention_factor > 0,
+            f"{name}.attention_factor is {self.attention_factor}: it must be positive, or null",
+        )
+
+    def rotary(self) -> RotaryScaling | None:
+        """The rule for kernels.rotary; None for none."""
+        if self.kind == "none":
+            return None
+        if self.kind == "linear":
+            return RotaryScaling("linear", self.factor)
+        length = self.original_length or 0
+        if self.kind == "llama3":
+            return RotaryScaling("llama3", self.factor, length, self.low_freq_factor, self.high_freq_factor)
+        attention = yarn_attention_factor(self.factor) if self.attention_factor is None else self.attention_factor
+        return RotaryScaling("yarn", self.factor, length, self.beta_slow, self.beta_fast, attention)
+
+
+@dataclass
 class AttentionConfig:
     """Softmax attention, full and sliding-window.
 
@@ -30,6 +86,7 @@ class AttentionConfig:
         num_kv_heads: Key and value heads; a divisor of num_heads (grouped-query attention).
         head_dim: Head size; null takes hidden_size / num_heads.
         rope_theta: Base of the rotary embedding; null for no positional encoding (NoPE).
+        rope_scaling: Frequencies for contexts longer than those of training.
         qk_norm: RMS-normalise queries and keys per head before the rotation.
         qkv_bias: Biases on the query, key and value projections.
         window: Number of keys that a query of a sliding-window layer sees, including its own.
@@ -39,6 +96,7 @@ class AttentionConfig:
     num_kv_heads: int = 2
     head_dim: int | None = None
     rope_theta: float | None = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     qk_norm: bool = False
     qkv_bias: bool = False
     window: int = 1024
@@ -52,6 +110,11 @@ class AttentionConfig:
         require(
             self.rope_theta is None or self.rope_theta > 0,
             f"model.attention.rope_theta is {self.rope_theta}: it must be positive, or null for NoPE",
+        )
+        require(
+            self.rope_theta is not None or self.rope_scaling.kind == "none",
+            f"model.attention.rope_scaling.kind={self.rope_scaling.kind} scales nothing with "
+            "model.attention.rope_theta=null; set the base, or kind=none",
         )
         if self.head_dim is not None:
             require_positive("model.attention", self, "head_dim")
@@ -252,6 +315,9 @@ class SpikingBrainGLAConfig:
         )
 
 
+Rotary = tuple[int, float, RotaryScaling | None]
+"""(head size, base, scaling) of a rotary embedding: arguments of kernels.rotary.rotary_tables."""
+
 State = tuple[int, int, int]
 """(heads, key size, value size) of the state that a linear mixer carries; of a vector (1, 1, size)."""
 
@@ -267,7 +333,7 @@ class MixerType:
             keys.
         state_products: Products with the state per token: it is written, and read for q; the delta rule also reads it
             for k. A vector state is only updated, and the rest is elementwise.
-        rotary: (head size, base) of its rotary embedding, given the configuration; None if it applies none.
+        rotary: (head size, base, scaling) of its rotary embedding, given the configuration; None if it applies none.
         shared: Sizes, by key, that must divide over tensor-parallel ranks; None means the head counts of the section.
         lower_bounded: Whether its decays have a lower bound that grows with the layer (models.mixers.hgrn).
         check: Raises ValueError if the model's configuration does not suit it.
@@ -277,7 +343,7 @@ class MixerType:
     section: str | None
     state: "Callable[[ModelConfig], State] | None" = None
     state_products: int = 2
-    rotary: "Callable[[ModelConfig], tuple[int, float] | None] | None" = None
+    rotary: "Callable[[ModelConfig], Rotary | None] | None" = None
     shared: "Callable[[ModelConfig], dict[str, int]] | None" = None
     lower_bounded: bool = False
     check: "Callable[[ModelConfig], None] | None" = None
@@ -300,9 +366,9 @@ def _check_attention(model: "ModelConfig") -> None:
     )
 
 
-def _attention_rotary(model: "ModelConfig") -> tuple[int, float] | None:
+def _attention_rotary(model: "ModelConfig") -> Rotary | None:
     base = model.attention.rope_theta
-    return None if base is None else (model.attention_head_dim, base)
+    return None if base is None else (model.attention_head_dim, base, model.attention.rope_scaling.rotary())
 
 
 def _expanded_state(model: "ModelConfig", config: GatedLinearAttentionConfig | RetentionConfig) -> State:
@@ -378,7 +444,7 @@ MIXERS: dict[str, MixerType] = {
         "models.mixers.retention.Retention",
         "retention",
         state=lambda model: _expanded_state(model, model.retention),
-        rotary=lambda model: (_expanded_state(model, model.retention)[1], model.retention.rope_theta),
+        rotary=lambda model: (_expanded_state(model, model.retention)[1], model.retention.rope_theta, None),
         check=_check_retention,
     ),
     "hgrn": MixerType(

@@ -15,6 +15,7 @@ from models.config.mixers import (
     KimiDeltaAttentionConfig,
     MixerLayoutConfig,
     RetentionConfig,
+    Rotary,
     SpikingBrainGLAConfig,
     State,
     branches,
@@ -83,8 +84,8 @@ class ModelConfig:
             rotations = {rotary for mixer in branches(layer) if (rotary := self.rotary(mixer)) is not None}
             require(
                 len(rotations) <= 1,
-                f"model.mixers: {layer!r} rotates by different (head size, base), "
-                f"{' and '.join(map(str, sorted(rotations)))}; make them alike, or model.attention.rope_theta null",
+                f"model.mixers: {layer!r} rotates by different (head size, base, scaling), "
+                f"{' and '.join(sorted(map(str, rotations)))}; make them alike, or model.attention.rope_theta null",
             )
         if self.moe.num_experts:
             dense = self.moe.dense_layers
@@ -108,8 +109,8 @@ class ModelConfig:
         layers = self.layer_mixers()
         return [i for i in range(1, self.num_layers) if any(MIXERS[name].lower_bounded for name in branches(layers[i]))]
 
-    def rotary(self, mixer: str) -> tuple[int, float] | None:
-        """(head size, base) of a mixer's rotary embedding; None if it has none."""
+    def rotary(self, mixer: str) -> Rotary | None:
+        """(head size, base, scaling) of a mixer's rotary embedding; None if it has none."""
         rotary = MIXERS[mixer].rotary
         return None if rotary is None else rotary(self)
 

@@ -8,7 +8,7 @@ reported as left out (`left_out`).
 import math
 from typing import Any
 
-from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig
+from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, RopeScalingConfig
 
 # Keys: (biases on queries, keys and values; norms on queries and keys).
 _TYPES = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
@@ -147,9 +147,10 @@ def to_hub(
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
         "max_position_embeddings": max_positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
+        "rope_parameters": {**_rope_to_hub(attention.rope_scaling), "rope_theta": attention.rope_theta},
         # Read by versions of transformers that predate rope_parameters.
         "rope_theta": attention.rope_theta,
+        "rope_scaling": None if attention.rope_scaling.kind == "none" else _rope_to_hub(attention.rope_scaling),
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
@@ -214,6 +215,7 @@ def from_hub(config: dict[str, Any]) -> ModelConfig:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             rope_theta=_rope_theta(config),
+            rope_scaling=_rope_scaling(config),
             qk_norm=normed,
             qkv_bias=biased,
         ),
@@ -247,14 +249,41 @@ def _all_full(layer_types: Any) -> bool:
     return isinstance(layer_types, list) and set(map(str, layer_types)) <= {"full_attention"}
 
 
-def _rope_theta(config: dict[str, Any]) -> float:
-    """Base of the rotary embedding, from any of the places where it may be given.
+# By rope_type: its numbers by Hugging Face's key and the field of RopeScalingConfig, besides `factor`.
+_ROPE_TYPES: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+    },
+}
+# Further keys of a rotation, with the values that change nothing.
+_ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1.0, None), "truncate": (True, None)}
+
+
+def _rope_to_hub(scaling: RopeScalingConfig) -> dict[str, Any]:
+    kind = "default" if scaling.kind == "none" else scaling.kind
+    values = {key: getattr(scaling, name) for key, name in _ROPE_TYPES[kind].items()}
+    return {"rope_type": kind, **{key: value for key, value in values.items() if value is not None}}
+
+
+def _rotations(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The places that describe the rotation, checked for keys that models here cannot represent.
 
     Raises:
-        ValueError: the rotation has parameters besides rope_theta, or two places disagree.
+        ValueError: a place is no object, or asks for a rotation that is not supported.
     """
-    neutral = {"rope_type": ("default", None), "type": ("default", None), "partial_rotary_factor": (1.0, None)}
-    thetas = {"rope_theta": config.get("rope_theta")}
+    found = {}
     for name in ("rope_parameters", "rope_scaling"):
         rope = {} if config.get(name) is None else config[name]
         if not isinstance(rope, dict):
@@ -262,8 +291,62 @@ def _rope_theta(config: dict[str, Any]) -> float:
         for key, value in rope.items():
             if isinstance(value, dict):
                 raise ValueError(f"{name} of {key} alone is not supported; one rotation for all layers is")
-            if key != "rope_theta" and value not in neutral.get(key, (None,)):
-                raise ValueError(f"{name}: {key}={value!r} is not supported; rope_type='default' with rope_theta is")
+        kind = _rope_type(rope)
+        if kind not in _ROPE_TYPES:
+            raise ValueError(f"{name}: rope_type={kind!r} is not supported; {', '.join(_ROPE_TYPES)} are")
+        known = {"rope_theta", "rope_type", "type", *_ROPE_TYPES[kind]}
+        for key, value in rope.items():
+            if key not in known and value not in _ROPE_NEUTRAL.get(key, (None,)):
+                raise ValueError(f"{name}: {key}={value!r} is not supported with rope_type={kind!r}")
+        found[name] = rope
+    return found
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _rope_scaling(config: dict[str, Any]) -> RopeScalingConfig:
+    """Scaling of the rotary frequencies.
+
+    Raises:
+        ValueError: a number is missing or wrong, or two places disagree.
+    """
+    scaled = {name: rope for name, rope in _rotations(config).items() if _rope_type(rope) != "default"}
+    found = [_one_scaling(config, name, rope) for name, rope in scaled.items()]
+    if any(scaling != found[0] for scaling in found):
+        raise ValueError("rope_parameters and rope_scaling scale the rotation differently; keep the right one")
+    return found[0] if found else RopeScalingConfig()
+
+
+def _one_scaling(config: dict[str, Any], name: str, rope: dict[str, Any]) -> RopeScalingConfig:
+    kind = _rope_type(rope)
+    values: dict[str, Any] = {}
+    for key, own in _ROPE_TYPES[kind].items():
+        value = rope.get(key)
+        if value is None and key == "original_max_position_embeddings":
+            # Where older configurations have it.
+            value = config.get(key) or config.get("max_position_embeddings")
+        if value is not None:
+            values[own] = _positive(f"{name}: {key}", value)
+    # llama3 has no defaults in transformers, the others only for optional keys.
+    needed = _ROPE_TYPES[kind] if kind == "llama3" else {"factor": "factor"}
+    for key, own in needed.items():
+        if own not in values:
+            raise ValueError(f"{name}: {key} is missing, which rope_type={kind!r} needs")
+    if "original_length" in values:
+        values["original_length"] = int(values["original_length"])
+    return RopeScalingConfig(kind, **values)
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    """Base of the rotary embedding, from any of the places where it may be given.
+
+    Raises:
+        ValueError: the rotation is not supported, or two places disagree.
+    """
+    thetas = {"rope_theta": config.get("rope_theta")}
+    for name, rope in _rotations(config).items():
         thetas[f"{name}.rope_theta"] = rope.get("rope_theta")
     given = {name: _positive(name, theta) for name, theta in thetas.items() if theta is not None}
     if len(set(given.values())) > 1:

@@ -14,6 +14,7 @@ from kernels.autograd import derive, label
 from kernels.convolution import causal_conv1d
 from kernels.documents import Documents
 from models.compression import TokenRows
+from models.config import Rotary
 from models.parameters import Drawing, Groups, Init, Module, Placement
 
 
@@ -66,13 +67,14 @@ class Mixer(Module):
     With a cache, x continues the sequences whose state it holds, and the cache is updated.
 
     Attributes:
-        rotary: (head size, base) of the rotary embedding whose cosines and sines `info` must provide; None for none.
+        rotary: (head size, base, scaling) of the rotary embedding whose cosines and sines `info` must provide; None for
+            none.
         head_counts: Names of the attributes that count heads, which are divided among tensor-parallel ranks.
     """
 
     head_counts: ClassVar[tuple[str, ...]] = ()
     in_region: ClassVar = True
-    rotary: tuple[int, float] | None = None
+    rotary: Rotary | None = None
 
     def set_groups(self, groups: Groups) -> None:
         """Divide the head counts by the number of tensor-parallel ranks."""

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.rotary import apply_rotary, apply_rotary_reference, rotary_tables
+from kernels.rotary import apply_rotary, apply_rotary_reference, frequencies, rotary_tables
+from kernels.rotary_scaling import RotaryScaling, yarn_attention_factor
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -65,6 +66,46 @@ def test_same_as_transformers_llama() -> None:
     theirs, _ = llama.apply_rotary_pos_emb(q.transpose(1, 2), q.transpose(1, 2), cos_hf, sin_hf)
     ours = apply_rotary(q, *rotary_tables(positions, 16, 5e5))
     torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+SCALINGS = {
+    "linear": RotaryScaling("linear", 4.0),
+    "llama3": RotaryScaling("llama3", 8.0, 8192, 1.0, 4.0),
+    "yarn": RotaryScaling("yarn", 4.0, 4096, 1.0, 32.0, yarn_attention_factor(4.0)),
+}
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaled_frequencies_are_those_of_transformers(kind: str, dim: int, theta: float) -> None:
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
+    scaling = SCALINGS[kind]
+    numbers = {"factor": scaling.factor, "rope_theta": theta, "rope_type": kind}
+    numbers["original_max_position_embeddings"] = scaling.original_length
+    if kind == "llama3":
+        numbers |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+    config = LlamaConfig(hidden_size=2 * dim, num_attention_heads=2, rope_parameters=numbers)
+    theirs, factor = rope.ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    assert torch.equal(frequencies(dim, theta, scaling), theirs)
+    assert factor == scaling.attention_factor
+    cos, sin = rotary_tables(torch.tensor([0, 30000]), dim, theta, scaling)
+    assert torch.equal(cos[1], (30000 * theirs).cos() * factor) and torch.equal(sin[1], (30000 * theirs).sin() * factor)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaling_slows_pairs_down_by_its_factor_at_most(kind: str) -> None:
+    plain = frequencies(64, 1e4)
+    scaled = frequencies(64, 1e4, SCALINGS[kind])
+    ratios = plain / scaled
+    assert (ratios >= 1 - 1e-6).all() and (ratios <= SCALINGS[kind].factor * (1 + 1e-6)).all()
+    # The slowest pair by the whole factor, and the fastest one not at all, but for position interpolation.
+    assert ratios[-1] == pytest.approx(SCALINGS[kind].factor)
+    assert ratios[0] == pytest.approx(4.0 if kind == "linear" else 1.0)
+    none = SCALINGS[kind]._replace(factor=1.0)
+    torch.testing.assert_close(frequencies(64, 1e4, none), plain, rtol=1e-6, atol=0)
 
 
 def test_errors() -> None:

@@ -214,8 +214,8 @@ WRONG = [
     (pattern("hgrn + mamba"), "model.mixers.pattern: no mixer 'mamba'; choose from"),
     (
         model(hidden_size=64, mixers=MixerLayoutConfig(pattern="retention + full_attention, hgrn"), retention=TURNING),
-        "model.mixers: 'retention + full_attention' rotates by different (head size, base), (16, 500.0) and "
-        "(16, 10000.0); make them alike, or model.attention.rope_theta null",
+        "model.mixers: 'retention + full_attention' rotates by different (head size, base, scaling), "
+        "(16, 10000.0, None) and (16, 500.0, None); make them alike, or model.attention.rope_theta null",
     ),
     (
         model(hidden_size=192, mixers=MixerLayoutConfig(pattern="full_attention + hgrn2")),

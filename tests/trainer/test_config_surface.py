@@ -21,7 +21,9 @@ KEYS = {
     "scale_residual_init mixers attention gated_delta_net gated_linear_attention retention hgrn2 delta_net "
     "kimi_delta_attention spikingbrain_gla moe spiking",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
-    "model.attention": "num_heads num_kv_heads head_dim rope_theta qk_norm qkv_bias window",
+    "model.attention": "num_heads num_kv_heads head_dim rope_theta rope_scaling qk_norm qkv_bias window",
+    "model.attention.rope_scaling": "kind factor original_length low_freq_factor high_freq_factor beta_slow beta_fast "
+    "attention_factor",
     "model.gated_delta_net": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues",
     "model.gated_linear_attention": "num_heads expand_k expand_v gate_low_rank gate_normalizer",
     "model.retention": "num_heads expand_k expand_v rope_theta",

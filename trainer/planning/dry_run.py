@@ -308,7 +308,7 @@ class DryRun:
     def tables(self, layers: range, tokens: int) -> int:
         """Bytes of the rotary tables that layers share, for one row: cosines and sines, float32, half a head each."""
         blocks: Any = self._shapes.layers
-        return sum(tokens * size * 4 for size, _ in {blocks[str(i)].mixer.rotary for i in layers} - {None})
+        return sum(tokens * size * 4 for size, _, _ in {blocks[str(i)].mixer.rotary for i in layers} - {None})
 
     @cached_property
     def _shapes(self) -> Decoder:

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig
+from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig, RopeScalingConfig
 from models.decoder import Decoder
 from models.hub.dense import from_hub, to_hub
 from tests.trainer.conftest import in_process_config
@@ -26,6 +26,9 @@ KINDS = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
 SHAPE = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, tie_embeddings=False, norm_eps=1e-5)
 
 
@@ -86,9 +89,19 @@ def test_transformers_opens_an_exported_run(tiny_data, tmp_path, kind):
     assert all(torch.equal(parameter, theirs_again[name]) for name, parameter in ours.named_parameters())
 
 
+SCALINGS = {
+    "none": {},
+    "linear": {"factor": 2.0},
+    "llama3": {"factor": 8.0, "original_length": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 4.0, "original_length": 16, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.2},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_configuration_comes_back(kind):
+def test_a_configuration_comes_back(kind, scaling):
     model = shape(kind, vocab_size=100, vocab_multiple=1, mixers=MixerLayoutConfig(pattern="full_attention"))
+    model.attention.rope_scaling = RopeScalingConfig(scaling, **SCALINGS[scaling])
     assert from_hub(to_hub(model, 100, "bfloat16", 64)) == model
 
 
@@ -97,10 +110,13 @@ def test_a_configuration_comes_back(kind):
     [
         ({"model_type": "mamba"}, "model_type='mamba' is not known here; llama, qwen2, qwen3 are"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: factor=2.0 is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: type='linear' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: rope_type='llama3' is not"),
-        ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 500.0}}, "rope_parameters: type='linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type='dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "rope_scaling: factor=-1 is not a positive number"),
+        ({"rope_scaling": YARN | {"mscale": 0.7}}, "rope_scaling: mscale=0.7 is not supported with rope_type='yarn'"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling: truncate=False is not supported"),
+        ({"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 3.0}}, "scale the rotation differently"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 500.0}}}, "rope_parameters of full_attention alone"),
         ({"rope_parameters": {"rope_theta": 500.0, "mrope_section": [1, 2]}}, "mrope_section=[1, 2] is not"),
@@ -148,6 +164,12 @@ def config_of(kind, **changes):
         ("llama", {"rope_parameters": {"type": "default"}, "rope_theta": 700.0}, ()),
         ("qwen3", {"rope_parameters": None, "rope_scaling": {"rope_type": "default", "rope_theta": 700.0}}, ()),
         ("llama", {}, ("rope_parameters",)),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}}, ()),
+        ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}}, ()),
+        ("llama", {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": LLAMA3}, ()),
+        ("qwen2", {"rope_parameters": YARN | {"rope_theta": 500.0}}, ()),
+        ("qwen3", {"rope_parameters": YARN | {"rope_theta": 500.0, "attention_factor": 1.5, "beta_fast": 8.0}}, ()),
+        ("qwen2", {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": YARN}, ()),
         ("llama", {"pretraining_tp": 2, "attention_dropout": 0.1, "hidden_act": "silu"}, ()),
         ("llama", {"head_dim": None}, ("num_key_value_heads",)),
         ("qwen2", {"sliding_window": 4, "use_sliding_window": False, "max_window_layers": 1}, ("head_dim",)),
