@@ -338,6 +338,7 @@ class Compression:
         rules: Settings for some places. Later rules override earlier ones.
         range: exact or running.
         ranges: The running ranges.
+        check: Raise a ValueError that names the place if a tensor is not finite.
     """
 
     bits: int = 8
@@ -348,6 +349,7 @@ class Compression:
     rules: tuple[Rule, ...] = ()
     range: str = "exact"
     ranges: Ranges = field(default_factory=Ranges, compare=False)
+    check: bool = False
 
     def codec(self) -> Codec | None:
         """Return the codec of the running block. None outside blocks."""
@@ -390,7 +392,8 @@ class Compression:
         if ranges == "running":
             bounds = self.ranges.bounds(path, first // group, -(-channels // group), x.device)
             self.ranges.observe(path, first // group, x_ND, group)
-        stored = quantize(x_ND, bits=bits, group=group, noise=noise, bounds=bounds)
+        check = path if self.check and has_values() else None
+        stored = quantize(x_ND, bits=bits, group=group, noise=noise, bounds=bounds, check=check)
         kept = Kept(stored.tensors, partial(_restore, stored.shape, bits, group))
         if site.meter is not None:
             site.meter.encoded(place, x, kept)

@@ -31,7 +31,8 @@ def compression(config: PretrainConfig) -> Compression | None:
     rules[:0] = _rules_by_stage(config)
     bits, group, seed = settings.bits, settings.group, config.train.seed
     ranges = Ranges(settings.decay)
-    return Compression(bits, group, settings.min_bytes, seed, shards, tuple(rules), settings.range, ranges)
+    rounding = settings.range, ranges, settings.check
+    return Compression(bits, group, settings.min_bytes, seed, shards, tuple(rules), *rounding)
 
 
 def _rules_by_stage(config: PretrainConfig) -> list[Rule]:

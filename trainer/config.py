@@ -135,6 +135,8 @@ class CompressionConfig:
         range: Range of a group's codes. exact: the range of the group's own elements. running: a moving average over
             steps of the range over all tokens (Mesa, arXiv 2111.11124); elements outside it are clamped.
         decay: Decay of the moving averages: the share of the old range that a step keeps.
+        check: End the run with an error that names the tensor if one that is stored has an infinity or a NaN, to find
+            where it comes from. Without it the step is skipped. On a GPU every check waits for the device.
         by_stage: Bits for the layers of single pipeline stages, by stage number. Early stages hold more micro-batches
             and may need fewer bits.
         modules: Settings for tensors whose place matches a name pattern, such as "layers.*.ffn.*"; * matches any
@@ -146,6 +148,7 @@ class CompressionConfig:
     min_bytes: int = 4096
     range: Literal["exact", "running"] = "exact"
     decay: float = 0.9
+    check: bool = False
     by_stage: dict[int, Literal[0, 4, 8, 16]] = field(default_factory=dict)
     modules: dict[str, ModuleCompression] = field(default_factory=dict)
 

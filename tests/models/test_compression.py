@@ -294,6 +294,17 @@ def test_bytes_of_the_laptop_models(name, dtype, eight, four):
     assert kept[4] <= (1 - four) * kept[0]
 
 
+def test_what_is_not_finite_is_named_if_asked():
+    model = model_of("full_attention")
+    with torch.no_grad():
+        model.embedding.weight[:] = torch.inf
+    model.keep(policy_of(EIGHT))
+    model.hidden_states(draw_tokens(1, T), torch.arange(T)[None])
+    model.keep(policy_of(replace(EIGHT, check=True)))
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer_norm\.0 has an infinity or a NaN"):
+        model.hidden_states(draw_tokens(1, T), torch.arange(T)[None])
+
+
 def test_experts_without_tokens_and_a_row_of_one_token():
     """One token goes to two of four experts: the others have no rows to store."""
     model = model_of("full_attention", moe=EXPERTS)

@@ -44,7 +44,7 @@ KEYS = {
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute trainable "
     "recompute_modules compression",
-    "train.compression": "bits group min_bytes range decay by_stage modules",
+    "train.compression": "bits group min_bytes range decay check by_stage modules",
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
     "engine": "name zero_stage offload",
     "parallel": "tensor sequence pipeline virtual_pipeline pipeline_layers expert context",
