@@ -3,6 +3,7 @@
 spiketrain convert export --checkpoint runs/laptop --output weights/laptop
 spiketrain convert export --checkpoint runs/dense --output hub/dense --layout hf
 spiketrain convert import --source hub/Qwen2.5-0.5B --output weights/qwen
+spiketrain convert import --source hub/SmolLM2-135M.gguf --output weights/smollm
 spiketrain convert upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
 spiketrain convert spike --checkpoint runs/laptop --data data/stdlib-bpe4096 --output weights/laptop-w8a
 """
@@ -52,11 +53,11 @@ class ExportConfig:
     """Settings of an export.
 
     Attributes:
-        checkpoint: A run directory (its newest complete checkpoint), or one checkpoint, of either engine.
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, of either engine, or weights.
         output: Directory to write; must be absent or empty.
         dtype: fp32 or bf16; null keeps the run's precision. fp32 from a bf16 run takes the optimizer's main parameters.
-        layout: spiketrain, which runs start from; or hf, which transformers reads as Llama, Qwen2 or Qwen3, for models
-            that have only full_attention.
+        layout: spiketrain, which runs start from; or hf, the Hugging Face architecture that computes the model, for
+            transformers or flash-linear-attention.
         max_file_gb: Size above which weights are split into several files (10^9 bytes).
     """
 
@@ -78,7 +79,7 @@ class ImportConfig:
     """Settings of an import.
 
     Attributes:
-        source: Directory of a Hugging Face model (Llama, Qwen2 or Qwen3) with config.json and safetensors.
+        source: Directory of a Hugging Face model with config.json and safetensors, or a GGUF file.
         output: Directory to write; must be absent or empty.
         dtype: fp32 or bf16.
         max_file_gb: Size above which weights are split into several files (10^9 bytes).
@@ -90,8 +91,11 @@ class ImportConfig:
     max_file_gb: float = 5.0
 
     def __post_init__(self) -> None:
-        if not Path(self.source).is_dir():
-            raise ConfigError(f"source: {self.source} is not a directory; download the model and name its directory")
+        source = Path(self.source)
+        if not source.is_dir() and not (source.suffix == ".gguf" and source.is_file()):
+            raise ConfigError(
+                f"source: {source} is neither a directory nor a .gguf file; download the model and name it"
+            )
         require_free(self.output)
         require_size(self.max_file_gb)
 
@@ -200,7 +204,7 @@ class SpikeConfig:
 
 
 def export_weights(config: ExportConfig) -> None:
-    """Export the parameters of a checkpoint as safetensors."""
+    """Export the parameters of a checkpoint or of weights as safetensors."""
     # Imported here, because it loads torch, for which invalid settings need not wait.
     from trainer.stored.export import export
 
@@ -271,7 +275,7 @@ def spike_model(config: SpikeConfig) -> None:
 
 # Command name to (function, its configuration, one-line description).
 COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
-    "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
+    "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint or of weights as safetensors."),
     "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
     "upcycle": (upcycle_model, UpcycleConfig, "Write weights with experts that are copies of a dense model's."),
     "spike": (spike_model, SpikeConfig, "Write weights with spikes and int8 weights, calibrated on data."),

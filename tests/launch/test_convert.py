@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from kernels.spiking import spike_reference
 from models.config import MoEConfig, RouterConfig, SpikingConfig
 from models.decoder import Decoder, initialize
-from models.hub.dense import hub_name, to_hub
+from models.hub.llama_family import stored_name
+from models.hub.registry import to_hub
 from tests.helpers import VOCABULARY, draw_tokens, tiny_decoder, tiny_model_config
 from trainer.data.batch import make_batch
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.stored.calibration import round_weights, second_moments, spiking_model
 from trainer.stored.inference import load_model
+from trainer.stored.opening import open_weights
 
 UPCYCLE = ("upcycle", "--source", "RUN", "--moe.num_experts", "4")
 
@@ -61,7 +63,7 @@ def test_a_hugging_face_model_becomes_weights(launch, tmp_path):
     config = to_hub(tiny_model_config("full_attention"), VOCABULARY, "float32", 64)
     (hub / "config.json").write_text(json.dumps(config))
     parameters = {name: tensor.detach() for name, tensor in tiny_decoder("full_attention").named_parameters()}
-    save_file({hub_name(name): tensor for name, tensor in parameters.items()}, hub / "model.safetensors")
+    save_file({stored_name(name): tensor for name, tensor in parameters.items()}, hub / "model.safetensors")
     code, out, errors, imported = launch("convert", "import", "--source", "hub", "--output", "weights", forked=True)
     assert code == 0 and out.strip() == "weights: the parameters of hub", errors
     assert imported == ["torch"]
@@ -83,11 +85,17 @@ def test_a_dense_run_becomes_experts_that_a_run_starts_from(launch, trained, tmp
     assert code == 0, errors
 
 
-def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
+def test_a_hybrid_becomes_flash_linear_attention_s(launch, trained, tmp_path):
     arguments = ("export", "--checkpoint", str(trained), "--output", "hub", "--layout", "hf")
     code, _, errors, _ = launch("convert", *arguments, forked=True)
-    assert code == 2 and "layers with gated_delta_net have no Hugging Face layout; only full_attention has" in errors
-    assert list(tmp_path.iterdir()) == []
+    assert code == 0, errors
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["model_type"] == "gated_deltanet" and config["attn"]["layers"] == [1]
+    again = open_weights(tmp_path / "hub")
+    parameters = dict(load_model(trained, torch.device("cpu")).model.named_parameters())
+    read = {name: torch.empty_like(tensor) for name, tensor in parameters.items()}
+    again.read(read)
+    assert all(torch.equal(read[name], tensor) for name, tensor in parameters.items())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,7 @@ def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
         (("export", "--checkpoint", "RUN", "--max_file_gb", "0"), "max_file_gb is 0.0: it must be positive"),
         (("export", "--checkpoint", "RUN", "--dtype", "fp8"), "dtype: "),
         (("export", "--outptu", "x"), "did you mean 'output'"),
-        (("import", "--source", "nowhere"), "source: nowhere is not a directory; download the model"),
+        (("import", "--source", "nowhere"), "source: nowhere is neither a directory nor a .gguf file; download"),
         (("import", "--source", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
         (("upcycle", "--source", "nowhere"), "source: nowhere does not exist; give weights or a run directory"),
         (("upcycle", "--source", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
@@ -121,7 +129,7 @@ def test_bad_input_is_one_line_before_torch(launch, trained, arguments, message)
 
 def test_help_lists_the_commands(launch):
     code, out, _, imported = launch("convert", "--help")
-    assert code == 0 and "export     Write the parameters of a checkpoint as safetensors." in out
+    assert code == 0 and "export     Write the parameters of a checkpoint or of weights as safetensors." in out
     assert imported == []
 
 

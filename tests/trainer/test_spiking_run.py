@@ -19,7 +19,8 @@ from trainer.errors import ConfigError
 from trainer.planning.dry_run import Cut, DryRun
 from trainer.stored.export import export
 from trainer.stored.inference import load_model
-from trainer.stored.weights import check, check_spiking, check_tensors, open_weights, start
+from trainer.stored.opening import open_weights
+from trainer.stored.weights import check, check_spiking, check_tensors, start
 
 EXPERTS = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=32, router=RouterConfig(top_k=4))
 POLICIES = {
@@ -164,7 +165,7 @@ def test_what_a_run_learned_is_exported_and_named_for_others(tiny_run, tmp_path)
 
 
 def test_transformers_has_no_spikes(tmp_path):
-    from models.hub.dense import to_hub
+    from models.hub.registry import to_hub
 
     model = replace(tiny_model_config(spiking=config_of()), mixers=MixerLayoutConfig(pattern="full_attention"))
     with pytest.raises(ValueError, match=r"model\.spiking has no Hugging Face layout"):

@@ -10,6 +10,7 @@ from models.moe.statistics import begin_step, routers
 from tests.helpers import VOCABULARY, draw_tokens, rows, tiny_model_config
 from trainer.errors import ConfigError
 from trainer.stored import weights
+from trainer.stored.opening import open_weights
 from trainer.stored.upcycle import expected_gates, upcycle
 
 DENSE = tiny_model_config("gated_delta_net, full_attention, full_attention", num_layers=3)
@@ -37,7 +38,7 @@ def upcycled(folder, moe, name="moe", **changes):
     """The model that the dense weights in `folder` become; written beside them."""
     options = {"router_std": 1e-3, "diversify": 0.0, "seed": 0, "precision": "fp32", "max_file_bytes": 1e9}
     upcycle(folder / "dense", folder / name, moe, report=lambda line: None, **options | changes)
-    opened = weights.open_weights(folder / name)
+    opened = open_weights(folder / name)
     model = Decoder(opened.model, opened.vocab_size)
     weights.fill(model, opened)
     return model

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.hub.dense import hub_name
+from models.hub.llama_family import stored_name
 from models.mixers.gated_delta_net import GatedDeltaNet
 from trainer.errors import ConfigError
 
@@ -113,7 +113,7 @@ def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in ours.named_parameters():
         if not name.startswith(tuple(f"{path}." for path in delta_nets)):
             less = name.endswith(("mixer_norm.weight", "ffn_norm.weight", "final_norm.weight"))
-            yield hub_name(name), parameter - offset if less else parameter
+            yield stored_name(name), parameter - offset if less else parameter
     for path, mixer in delta_nets.items():
         for name, weight in qwen3_next_delta_net(mixer).items():
             yield f"model.{path.removesuffix('mixer')}linear_attn.{name}", weight

@@ -27,6 +27,7 @@ from trainer.errors import ConfigError
 from trainer.stored import weights
 from trainer.stored.export import DTYPES
 from trainer.stored.inference import LoadedModel
+from trainer.stored.source import listed
 
 # Clipping ratios, closer together towards 1, because most groups clip little.
 RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
@@ -63,7 +64,7 @@ def spiking_model(loaded: LoadedModel, spiking: SpikingConfig) -> Decoder:
     if lost or missing:
         problem = "would drop trained tensors" if lost else "need trained tensors that the checkpoint lacks"
         raise ConfigError(
-            f"threshold={spiking.threshold}: the chosen layers and queries {problem}: {weights.listed(lost or missing)}"
+            f"threshold={spiking.threshold}: the chosen layers and queries {problem}: {listed(lost or missing)}"
             "; omit layers and queries to keep the checkpoint's, or train with the chosen ones first"
         )
     model.load_state_dict(stored)

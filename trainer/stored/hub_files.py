@@ -6,15 +6,12 @@ from typing import Any, NamedTuple
 
 from trainer.data.tokenizer import Tokenizer, named_token, token_config
 from trainer.json_files import parse_object
+from trainer.stored.gguf_tokenizer import QWEN2
 
 _GENERATION, _TOKENS = "generation_config.json", "tokenizer_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Makes AutoTokenizer use tokenizer.json as it is. Otherwise the model type may select a class that rewrites it.
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
-# Pattern that transformers' Qwen2Tokenizer substitutes for the one in tokenizer.json (tokenization_qwen2.py, 5.x).
-_QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class HubFiles(NamedTuple):
@@ -127,7 +124,7 @@ def _is_qwen2(tokenizer: dict[str, Any]) -> bool:
     split = tokenizer.get("pre_tokenizer") or {}
     steps = [dict(step) for step in split.get("pretokenizers", [])]
     wanted = [
-        {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False},
+        {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
     ]
     # ByteLevel's trim_offsets affects only character offsets, not tokens.

@@ -19,7 +19,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.engines.pieces import MODEL, Piece, Reader, Shard
 from trainer.errors import ConfigError
 from trainer.run_directory import settings_in_phase
-from trainer.stored import checkpoint, weights
+from trainer.stored import checkpoint, opening, weights
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def load_model(
     Raises:
         ConfigError: the path holds no usable parameters, or the tokenizer has more ids than the model.
     """
-    opened = _open_weights(path, neurons) if weights.are_at(path) else _open_checkpoint(path, neurons)
+    opened = _open_weights(path, neurons) if opening.are_at(path) else _open_checkpoint(path, neurons)
     decoder, own, found, settings = opened
     chosen = tokenizer or own
     loaded = Tokenizer.load(chosen) if chosen else None
@@ -177,11 +177,9 @@ def _open_checkpoint(path: str | Path, neurons: SpikingConfig | None) -> _Opened
 
 
 def _open_weights(path: str | Path, neurons: SpikingConfig | None) -> _Opened:
-    found = weights.open_weights(path)
-    dtype = torch.bfloat16 if found.tensors["embedding.weight"].dtype == "BF16" else torch.float32
+    found = opening.open_weights(path)
     model = found.model if neurons is None else replace(found.model, spiking=neurons)
-    decoder = build(model, found.vocab_size, dtype=dtype)
-    weights.require_tensors(found.path, found.tensors, decoder)
+    decoder = build(model, found.vocab_size, dtype=getattr(torch, found.dtype))
+    found.require(decoder)
     weights.fill(decoder, found)
-    has_tokenizer = any((found.path / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-    return decoder, found.path if has_tokenizer else None, found.path, asdict(PretrainConfig(model=found.model))
+    return decoder, found.tokenizer, found.path, asdict(PretrainConfig(model=found.model))

@@ -12,7 +12,7 @@ exact only for alpha = 1: SiLU is not homogeneous, and G is only the mean of G(x
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,7 @@ from models.moe.spawning import expected_gates, masked_copy
 from models.parameters import cast_parameters, draw, seeded_generator
 from trainer.errors import ConfigError
 from trainer.stored import weights
-from trainer.stored.export import DTYPES
-from trainer.stored.inference import open_checkpoint
-
-
-class _Dense(NamedTuple):
-    """A dense model on disk: the common interface of a checkpoint and a weights directory."""
-
-    path: Path
-    model: ModelConfig
-    vocab_size: int
-    tokenizer: Path | None
-    read: Callable[[dict[str, Tensor]], None]
+from trainer.stored.export import DTYPES, OpenedModel, open_model
 
 
 def upcycle(
@@ -70,7 +59,9 @@ def upcycle(
     Raises:
         ConfigError: there is no dense model at `source`, or `moe` does not fit it.
     """
-    dense = _open(source, precision)
+    dense = open_model(source)
+    # float32 weights of a bf16 run come from the optimizer's main parameters.
+    main = (dense.dtype, DTYPES[precision]) == (torch.bfloat16, torch.float32)
     model = shapes(_with_experts(dense, moe), dense.vocab_size)
     cast_parameters(model, DTYPES[precision])
     gates = expected_gates(moe)
@@ -80,7 +71,7 @@ def upcycle(
 
     def read(tensors: dict[str, Tensor]) -> None:
         # Everything outside the experts (attention, norms, embedding) is taken over unchanged.
-        dense.read({name: tensor for name, tensor in tensors.items() if name in originals})
+        dense.read({name: tensor for name, tensor in tensors.items() if name in originals}, main)
         for name, tensor in tensors.items():
             if ".ffn.router." in name:
                 tensor.copy_(_router(moe, dense.model.hidden_size, router_std, seed, name))
@@ -88,33 +79,22 @@ def upcycle(
                 # Routed and shared experts come from the same dense matrix. One matrix is in memory at a time.
                 original = name.replace(".ffn.experts.", ".ffn.").replace(".ffn.shared_experts.", ".ffn.")
                 matrix = torch.empty_like(originals[original], device="cpu")
-                dense.read({original: matrix})
+                dense.read({original: matrix}, main)
                 _copy(alpha * matrix, tensor, diversify if ".ffn.experts." in name else 0.0, seed, name)
 
-    weights.write(output, model, read, tokenizer=dense.tokenizer, max_file_bytes=max_file_bytes, report=report)
+    weights.write(
+        output,
+        model,
+        read,
+        tokenizer=dense.tokenizer,
+        max_file_bytes=max_file_bytes,
+        report=report,
+        max_positions=dense.max_positions,
+    )
     return dense.path
 
 
-def _open(source: Path, precision: Literal["fp32", "bf16"]) -> _Dense:
-    if (source / weights.CONFIG_NAME).is_file():
-        opened = weights.open_weights(source)
-        weights.require_tensors(source, opened.tensors, shapes(opened.model, opened.vocab_size))
-        return _Dense(
-            source,
-            opened.model,
-            opened.vocab_size,
-            source,
-            lambda tensors: weights.read_tensors(tensors, opened.tensors),
-        )
-    stored = open_checkpoint(source)
-    # float32 weights of a bf16 run come from the optimizer's main parameters.
-    main = (stored.dtype, DTYPES[precision]) == (torch.bfloat16, torch.float32)
-    return _Dense(
-        stored.path, stored.model, stored.vocab_size, stored.tokenizer, lambda tensors: stored.read(tensors, main)
-    )
-
-
-def _with_experts(dense: _Dense, moe: MoEConfig) -> ModelConfig:
+def _with_experts(dense: OpenedModel, moe: MoEConfig) -> ModelConfig:
     """The dense model's configuration with experts added.
 
     Raises:

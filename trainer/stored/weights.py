@@ -15,37 +15,42 @@ import json
 import os
 import secrets
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from models.config import MIXERS, ModelConfig
-from trainer.cli import from_mapping
+from models.hub.adapter import Adapter
+from models.hub.tensors import Copy, everything, stored_shapes, whole
 from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
 from trainer.durable import flush_to_disk
 from trainer.errors import ConfigError
-from trainer.json_files import read_object
 from trainer.phases import expand, trained_in_any
 from trainer.run_directory import differences, flatten, starts_anew
+from trainer.stored.opening import open_weights
+from trainer.stored.source import (
+    CONFIG_NAME,
+    INDEX,
+    MODEL_TYPE,
+    WHOLE,
+    Part,
+    Weights,
+    kept_tensors,
+    listed,
+    model_of,
+    read_json,
+)
+from trainer.stored.tensor_files import Spec, widest_first, write_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from models.decoder import Decoder
 
-CONFIG_NAME = "config.json"
-_MODEL_TYPE = "spiketrain"
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_TYPES = ("F64", "F32", "F16", "BF16")
-# Lossless conversions: pairs of (dtype in the file, dtype of the parameter).
-_EXACT = {("F32", "float32"), ("F16", "float32"), ("BF16", "float32"), ("BF16", "bfloat16")}
 # Only initialisation depends on these. vocab_size and vocab_multiple matter through the number of rows, which is
 # compared separately.
 _NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple")
@@ -56,152 +61,6 @@ _NOT_COMPARED_OF_SPIKES = (
     *("start_step", "k_start", "anneal_steps", "momentum", "gradient", "activity"),
     *("queries", "int8_keys_values", "weights"),
 )
-_NAMES_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor's file, shape and dtype, the latter in safetensors' notation such as BF16."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The contents of a weights directory as its headers describe them; no tensor data is read.
-
-    Attributes:
-        path: The directory.
-        model: Configuration of the model.
-        vocab_size: Rows of the embedding.
-        tensors: Stored tensors by parameter name.
-    """
-
-    path: Path
-    model: ModelConfig
-    vocab_size: int
-    tensors: dict[str, StoredTensor]
-
-
-def are_at(path: str | Path) -> bool:
-    """Whether a path is a directory of weights, by its files' names; a run directory and a checkpoint are none."""
-    return (Path(path) / CONFIG_NAME).is_file() and any((Path(path) / name).is_file() for name in (_WHOLE, _INDEX))
-
-
-def open_weights(path: str | Path) -> Weights:
-    """Read config.json and the headers of a directory of weights.
-
-    Raises:
-        ConfigError: the directory does not exist, or its files are invalid.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise ConfigError(f"checkpoint.init: {path} is not a directory; name one that spiketrain convert wrote")
-    tensors = read_headers(path)
-    model, vocab_size = _read_config(path)
-    return Weights(path, model, vocab_size, tensors)
-
-
-def _read_config(path: Path) -> tuple[ModelConfig, int]:
-    """Read the model configuration and the number of embedding rows from config.json.
-
-    Raises:
-        ConfigError: config.json has neither.
-    """
-    config = read_json(path / CONFIG_NAME)
-    if isinstance(config.get("model"), dict) and isinstance(config.get("vocab_size"), int):
-        return from_mapping(ModelConfig, config["model"]), config["vocab_size"]
-    if config.get("model_type", _MODEL_TYPE) != _MODEL_TYPE:
-        raise ConfigError(
-            f"{path / CONFIG_NAME} is another program's (model_type={config['model_type']!r}); make weights of that "
-            f"model first: spiketrain convert import --source {path} --output weights/NAME"
-        )
-    raise ConfigError(
-        f"{path / CONFIG_NAME} has no model section and vocab_size; spiketrain convert writes one that has"
-    )
-
-
-def read_headers(path: Path) -> dict[str, StoredTensor]:
-    """Read the headers of all safetensors files in a directory: tensors by name.
-
-    Raises:
-        ConfigError: there are no such files, or they are incomplete.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for file, names in _files(path).items():
-        found = _read_header(file)
-        if names is not None and names != found.keys():
-            raise ConfigError(
-                f"{path / _INDEX} and {file.name} differ in {listed(names ^ found.keys())}; get both from one place"
-            )
-        tensors |= found
-    # Both a single file and an index: programs disagree on which of them they read.
-    if (path / _WHOLE).is_file() and all(tensor.file.name != _WHOLE for tensor in tensors.values()):
-        raise ConfigError(
-            f"{path} holds both {_WHOLE} and {_INDEX}, which names other files; keep the one that is meant"
-        )
-    return tensors
-
-
-def _files(path: Path) -> dict[Path, set[str] | None]:
-    """Files mapped to the tensor names that the index assigns to them; None without an index."""
-    if (path / _INDEX).is_file():
-        files: dict[Path, set[str] | None] = {}
-        weight_map = read_json(path / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"{path / _INDEX} has no weight_map; write the weights again")
-        for name, file in weight_map.items():
-            # Plain file names only: an index must not reach outside its directory.
-            if Path(str(file)).name != file:
-                raise ConfigError(f"{path / _INDEX} names {file!r}; it may only name files beside it")
-            names = files.setdefault(path / file, set())
-            assert names is not None
-            names.add(name)
-        return files
-    if (path / _WHOLE).is_file():
-        return {path / _WHOLE: None}
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
-    reason = f"; {pickles[0]} may be a pickle, which can run code and is never read" if pickles else ""
-    raise ConfigError(f"{path} holds neither {_WHOLE} nor {_INDEX}{reason}; give weights as safetensors")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Raises:
-        ConfigError: the file is missing or is not a JSON object.
-    """
-    try:
-        return read_object(path, "write the weights again", _without_repeats)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; name a directory that has it beside the tensors") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    # json.loads silently keeps the last of repeated keys.
-    if len(values) < len(pairs):
-        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise ValueError(f"{listed(repeated)} is given twice")
-    return values
-
-
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    try:
-        # No tensor is read here, so the framework does not matter; numpy avoids importing torch.
-        with safe_open(file, framework="np") as opened:
-            names = opened.keys()
-            slices = {name: opened.get_slice(name) for name in names}
-            types = {name: part.get_dtype() for name, part in slices.items()}
-            found = {name: StoredTensor(file, tuple(part.get_shape()), types[name]) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file} is not a whole safetensors file ({error}); write the weights again") from error
-    for name, kind in types.items():
-        if kind not in _TYPES:
-            raise ConfigError(f"{file}: {name} is {kind}; weights are {', '.join(_TYPES)}")
-    return found
 
 
 def check(config: PretrainConfig) -> None:
@@ -242,7 +101,7 @@ def check_tensors(config: PretrainConfig) -> None:
 
     weights = open_weights(config.checkpoint.init)
     model = shapes(config.model, weights.vocab_size)
-    require_tensors(weights.path, weights.tensors, model, drawn=_drawn(model, weights))
+    weights.require(model, _drawn(model, weights))
 
 
 def check_spiking(config: PretrainConfig) -> None:
@@ -289,34 +148,6 @@ def check_trainable(config: PretrainConfig) -> None:
             )
 
 
-def require_tensors(
-    path: Path,
-    tensors: dict[str, StoredTensor],
-    model: "Decoder",
-    name_of: Callable[[str], str] = str,
-    drawn: Iterable[str] = (),
-) -> None:
-    """Check the stored tensors against a model's parameters: one tensor is needed under `name_of` each parameter name.
-
-    Those that are `drawn` need none.
-
-    Raises:
-        ConfigError: tensors are missing, unexpected or of the wrong shape.
-    """
-    expected = {name_of(name): tuple(tensor.shape) for name, tensor in _kept(model).items() if name not in drawn}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if missing := expected.keys() - found.keys():
-        raise ConfigError(f"{path} lacks {listed(missing)}; write the weights again")
-    if extra := found.keys() - expected.keys():
-        raise ConfigError(f"{path} holds {listed(extra)}, which the model does not have; write the weights again")
-    if other := [name for name in expected if found[name] != expected[name]]:
-        name = other[0]
-        raise ConfigError(
-            f"{path} has other shapes than the model in {listed(other)} "
-            f"({name}: {list(found[name])} -> {list(expected[name])}); write the weights again"
-        )
-
-
 def check_vocabulary(config: PretrainConfig, vocab_size: int) -> None:
     """Check that the weights' embedding has as many rows as the run's.
 
@@ -360,8 +191,7 @@ def arguments_from(path: str | Path) -> list[str]:
             "weights are gone, give --config RUN/config.yaml"
         )
     weights = open_weights(path)
-    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-    tokenizer = [f"--data.tokenizer={path}"] if has_tokenizer else []
+    tokenizer = [] if weights.tokenizer is None else [f"--data.tokenizer={path}"]
     return [f"--model={json.dumps(asdict(weights.model))}", *tokenizer, f"--checkpoint.init={path}"]
 
 
@@ -393,7 +223,8 @@ def _model_section(value: str) -> str:
     # Not pathlib: the value may be an inline section, which can exceed the length limit of file names.
     if os.path.basename(value) != CONFIG_NAME or not os.path.isfile(value):
         return value
-    return json.dumps(asdict(_read_config(Path(value).parent)[0])) if "model_type" in read_json(Path(value)) else value
+    config = read_json(Path(value))
+    return json.dumps(asdict(model_of(Path(value).parent, config)[0])) if "model_type" in config else value
 
 
 def fill(model: "Decoder", weights: Weights) -> None:
@@ -403,16 +234,16 @@ def fill(model: "Decoder", weights: Weights) -> None:
     """
     from models.parameters import declared
 
-    parts: dict[str, tuple[slice, ...]] = {}
+    parts: dict[str, Part] = {}
     for name, row in declared(model).items():
         # Parameters without a sharded axis, or in a group of one rank, are read whole.
         axis, rank, ranks = row.place(model.groups)
         if axis is not None and ranks > 1:
             size = row.tensor.shape[axis]
-            parts[name] = (*[slice(None)] * axis, slice(rank * size, (rank + 1) * size))
+            shape = tuple(length * ranks if dim == axis else length for dim, length in enumerate(row.tensor.shape))
+            parts[name] = Part(shape, (*[slice(None)] * axis, slice(rank * size, (rank + 1) * size)))
     drawn = _drawn(model, weights)
-    into = {name: tensor for name, tensor in _kept(model).items() if name not in drawn}
-    read_tensors(into, weights.tensors, parts=parts)
+    weights.read({name: tensor for name, tensor in kept_tensors(model).items() if name not in drawn}, parts)
 
 
 def _drawn(model: "Decoder", weights: Weights) -> list[str]:
@@ -420,56 +251,6 @@ def _drawn(model: "Decoder", weights: Weights) -> list[str]:
     from models.spiking import missing_tensors
 
     return [] if weights.model.spiking.is_used else missing_tensors(model, weights.tensors)
-
-
-def _kept(model: "Decoder") -> dict[str, "Tensor"]:
-    """The tensors that weights hold: parameters, and buffers such as the routers' counters."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def read_tensors(
-    into: dict[str, "Tensor"],
-    stored: dict[str, StoredTensor],
-    name_of: Callable[[str], str] = str,
-    parts: Mapping[str, tuple[slice, ...]] | None = None,
-) -> None:
-    """Fill tensors one at a time from those stored under `name_of` their names, or from the slices in `parts`."""
-    parts = parts or {}
-    # Opens each file once. Tensors are read one by one, so memory holds at most one beyond `into`.
-    for file in {stored[name_of(name)].file for name in into}:
-        with safe_open(file, framework="pt") as opened:
-            for name, tensor in into.items():
-                if stored[name_of(name)].file == file:
-                    stored_name = name_of(name)
-                    part = parts.get(name)
-                    read = opened.get_tensor(stored_name) if part is None else opened.get_slice(stored_name)[part]
-                    tensor.copy_(read)
-                    # Only float64 exceeds the range of float32 and bfloat16.
-                    if stored[name_of(name)].dtype == "F64" and not read.isfinite().equal(tensor.isfinite()):
-                        raise ConfigError(f"{file}: {name_of(name)} has values beyond the range of {tensor.dtype}")
-
-
-def read_tensor(name: str, stored: StoredTensor) -> "Tensor":
-    """Read one tensor in its stored dtype."""
-    with safe_open(stored.file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor
-
-
-def read_parts(name: str, stored: StoredTensor, rows: int = 4096) -> Iterator["Tensor"]:
-    """Read one tensor in its stored dtype, `rows` rows at a time."""
-    with safe_open(stored.file, framework="pt") as opened:
-        part = opened.get_slice(name)
-        for start in range(0, stored.shape[0], rows):
-            yield part[start : start + rows]
-
-
-def conversions(stored: Iterable[StoredTensor], dtype: str) -> list[str]:
-    """Describe the dtype conversions from files to parameters (float32 or bfloat16), and whether they are exact."""
-    counts = Counter(tensor.dtype for tensor in stored)
-    lossy = {kind: "exactly" if (kind, dtype) in _EXACT else "rounded" for kind in counts}
-    own = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    return [f"{count} tensors from {kind} to {dtype}, {lossy[kind]}" for kind, count in counts.items() if kind != own]
 
 
 def write(
@@ -481,21 +262,23 @@ def write(
     max_file_bytes: float,
     report: Callable[[str], None],
     config: dict[str, Any] | None = None,
-    name_of: Callable[[str], str] = str,
+    adapter: Adapter | None = None,
     files: Mapping[str, bytes] | None = None,
+    max_positions: int | None = None,
 ) -> None:
-    """Write a weights directory, holding at most one of its files in memory.
+    """Write a weights directory. At most the parameters of one stored tensor are in memory, and that tensor.
 
     Args:
         output: The directory. It must be empty or absent, and appears only once it is complete.
         model: Shapes and dtypes of the parameters, on the meta device.
         read: Fills the empty tensors passed to it, by name.
         tokenizer: Directory whose tokenizer is copied, with special tokens, chat template and so on.
-        max_file_bytes: Size above which several files are written; a parameter is never split.
+        max_file_bytes: Size above which several files are written; a tensor is never split.
         report: Called with a line per file.
         config: Content of config.json in place of our own, which `open_weights` reads.
-        name_of: Maps a parameter's name to its name in the files.
+        adapter: The Hugging Face architecture whose names and shapes the tensors get; None for ours.
         files: Further files by name; they replace the tokenizer's files of the same names.
+        max_positions: Length of the longest sequence in training, in tokens, for our own config.json.
 
     Raises:
         ConfigError: the disk is full, the directory is not writable, or something was written there meanwhile.
@@ -513,8 +296,8 @@ def write(
         if other != unfinished:
             report(f"{other} is left of a write that did not end, or of one under way; if none is, remove it")
     try:
-        _write_tensors(unfinished, model, read, max_file_bytes, report, name_of)
-        _write_json(unfinished / CONFIG_NAME, _facts(model) if config is None else config)
+        _write_tensors(unfinished, _Targets(model, read, adapter), max_file_bytes, report)
+        _write_json(unfinished / CONFIG_NAME, _facts(model, max_positions) if config is None else config)
         _copy_tokenizer(tokenizer, unfinished, files or {})
         for path in (*unfinished.rglob("*"), unfinished):
             flush_to_disk(path)
@@ -534,46 +317,95 @@ def _is_taken(output: Path) -> bool:
     return output.is_file() or (output.is_dir() and any(output.iterdir()))
 
 
-def _write_tensors(
-    folder: Path,
-    model: "Decoder",
-    read: Callable[[dict[str, "Tensor"]], None],
-    max_file_bytes: float,
-    report: Callable[[str], None],
-    name_of: Callable[[str], str],
-) -> None:
-    """Write the parameters, and an index if there are several files."""
-    import torch
-    from safetensors.torch import save_file
+class _Targets:
+    """The tensors to write, made of a model's parameters.
 
-    parameters = _kept(model)
-    shards = _shards({name: parameter.nbytes for name, parameter in parameters.items()}, max_file_bytes)
+    Args:
+        model: Shapes and dtypes of the parameters, on the meta device.
+        read: Fills the empty tensors passed to it, by name.
+        adapter: See `write`.
+    """
+
+    def __init__(self, model: "Decoder", read: Callable[[dict[str, "Tensor"]], None], adapter: Adapter | None) -> None:
+        self._parameters, self._read = kept_tensors(model), read
+        self._in_memory: dict[str, Tensor] = {}
+        # By the stored tensor's name: its blocks, each with the parameter that has it.
+        self._blocks: dict[str, list[tuple[str, Copy]]] = {}
+        for name, parameter in self._parameters.items():
+            shape = tuple(parameter.shape)
+            copies = (
+                [whole(shape, name)] if adapter is None else adapter.place(name, shape, model.model_config, frozenset())
+            )
+            for copy in copies:
+                self._blocks.setdefault(copy.stored, []).append((name, copy))
+        shapes = stored_shapes(copy for blocks in self._blocks.values() for _, copy in blocks)
+        dtypes = {stored: self._parameters[blocks[0][0]].dtype for stored, blocks in self._blocks.items()}
+        if adapter is not None:
+            dtypes |= self._narrowed(dtypes, self._parameters["embedding.weight"].dtype)
+        self.specs = {stored: Spec(shape, dtypes[stored]) for stored, shape in shapes.items()}
+
+    def _narrowed(self, dtypes: Mapping[str, "torch.dtype"], dtype: "torch.dtype") -> dict[str, "torch.dtype"]:
+        """Parameters that training keeps in float32, such as routers, in the model's dtype where that is exact.
+
+        So an import in bfloat16 that is exported again is what it was.
+        """
+        wide = [stored for stored, own in dtypes.items() if own.itemsize > dtype.itemsize]
+        return {stored: dtype for stored in wide if _is_exact(self._gather([stored]), dtype)}
+
+    def _gather(self, stored: Sequence[str]) -> dict[str, "Tensor"]:
+        """The parameters of these stored tensors. Those that are in memory already are not read again."""
+        import torch
+
+        names = {name for target in stored for name, _ in self._blocks[target]}
+        self._in_memory = {name: tensor for name, tensor in self._in_memory.items() if name in names}
+        for name in sorted(names - self._in_memory.keys()):
+            tensor = torch.empty_like(self._parameters[name], device="cpu")
+            self._read({name: tensor})
+            self._in_memory[name] = tensor
+        return self._in_memory
+
+    def produce(self, stored: str) -> "Tensor":
+        """Make one tensor."""
+        import torch
+
+        own, blocks, spec = self._gather([stored]), self._blocks[stored], self.specs[stored]
+        if len(blocks) == 1 and blocks[0][1].index == everything(own[blocks[0][0]].shape):
+            # All of one parameter, at most with another shape: no second copy of a large matrix.
+            return own[blocks[0][0]].view(spec.shape).to(spec.dtype)
+        made = torch.empty(spec.shape, dtype=spec.dtype)
+        for name, copy in blocks:
+            made[copy.stored_index] = own[name][copy.index].to(spec.dtype)
+        return made
+
+
+def _is_exact(tensors: Mapping[str, "Tensor"], dtype: "torch.dtype") -> bool:
+    return all(tensor.to(dtype).to(tensor.dtype).equal(tensor) for tensor in tensors.values())
+
+
+def _write_tensors(folder: Path, targets: _Targets, max_file_bytes: float, report: Callable[[str], None]) -> None:
+    """Write the tensors, and an index if there are several files."""
+    specs = targets.specs
+    shards = _shards({name: spec.nbytes for name, spec in specs.items()}, max_file_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = _WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: torch.empty_like(parameters[name], device="cpu") for name in names}
-        read(tensors)
-        named = {name_of(name): tensor for name, tensor in tensors.items()}
-        try:
-            save_file(named, folder / file, metadata={"format": "pt"})
-        # safetensors raises its own error for a full disk.
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        weight_map |= dict.fromkeys(named, file)
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        file = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, {name: specs[name] for name in widest_first(names, specs)}, targets.produce)
+        weight_map |= dict.fromkeys(names, file)
+        size = sum(specs[name].nbytes for name in names)
         report(f"{file} ({number} of {len(shards)}): {len(names)} tensors, {size / 1e9:.3f} GB")
     if len(shards) > 1:
-        total = sum(parameter.nbytes for parameter in parameters.values())
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        total = sum(spec.nbytes for spec in specs.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _facts(model: "Decoder") -> dict[str, Any]:
+def _facts(model: "Decoder", max_positions: int | None) -> dict[str, Any]:
     """Our own config.json, which `open_weights` reads."""
-    embedding = _kept(model)["embedding.weight"]
+    embedding = kept_tensors(model)["embedding.weight"]
     return {
-        "model_type": _MODEL_TYPE,
+        "model_type": MODEL_TYPE,
         "dtype": str(embedding.dtype).removeprefix("torch."),
         "vocab_size": model.vocab_size,
+        "max_position_embeddings": max_positions,
         "model": asdict(model.model_config),
     }
 
@@ -634,10 +466,3 @@ def _require_rows(weights: Weights, rows: int) -> None:
             f"checkpoint.init: {weights.path} has {weights.vocab_size} rows of vocabulary and the run's data, padded "
             f"to model.vocab_multiple, {rows}; use the weights' tokenizer, or set model.vocab_size={weights.vocab_size}"
         )
-
-
-def listed(names: Any) -> str:
-    """The first few names, and how many more there are."""
-    shown = sorted(names)[:_NAMES_SHOWN]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")

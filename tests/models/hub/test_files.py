@@ -10,7 +10,8 @@ pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from models.hub.dense import hub_name, to_hub
+from models.hub.llama_family import stored_name
+from models.hub.registry import to_hub
 from tests.helpers import tiny_decoder, tiny_model_config
 from trainer.data.tokenizer import Tokenizer, learn_sentencepiece
 from trainer.errors import ConfigError
@@ -25,7 +26,7 @@ def hub_model(folder, tied=True, changes=None, extra=None, dtype=torch.float32):
     """A Llama as others wrote it, with the tensors and keys that are given; returns its tensors."""
     folder.mkdir()
     decoder = tiny_decoder("full_attention", tie_embeddings=tied)
-    tensors = {hub_name(name): tensor.detach().to(dtype) for name, tensor in decoder.named_parameters()}
+    tensors = {stored_name(name): tensor.detach().to(dtype) for name, tensor in decoder.named_parameters()}
     config = to_hub(tiny_model_config("full_attention", tie_embeddings=tied), 50, "float32", 64)
     (folder / "config.json").write_text(json.dumps(config | (changes or {})))
     save_file(tensors | (extra(tensors) if extra else {}), folder / "model.safetensors")

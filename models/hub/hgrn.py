@@ -1,0 +1,53 @@
+"""FLA's HGRN (arXiv 2311.04823) and HGRN2 (arXiv 2404.07904), whose decays have learned lower bounds."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from models.config import HGRN2Config, ModelConfig
+from models.hub.fla_family import FlaFamily
+from models.hub.values import whole
+
+_BOUNDED = {**FlaFamily.without, "use_lower_bound": (True, None)}
+
+
+class HGRN(FlaFamily):
+    """FLA's HGRNForCausalLM."""
+
+    model_type: ClassVar = "hgrn"
+    architecture: ClassVar = "HGRNForCausalLM"
+    mixer: ClassVar = "hgrn"
+    without: ClassVar = {**_BOUNDED, "expand_ratio": (1, None)}
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """The architecture's own keys of config.json."""
+        return super().write(model) | {"expand_ratio": 1, "use_lower_bound": True}
+
+
+class HGRN2(FlaFamily):
+    """FLA's HGRN2ForCausalLM."""
+
+    model_type: ClassVar = "hgrn2"
+    architecture: ClassVar = "HGRN2ForCausalLM"
+    mixer: ClassVar = "hgrn2"
+    represented: ClassVar = (*FlaFamily.represented, "expand_ratio")
+    without: ClassVar = _BOUNDED
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The section of the linear mixer. `expand_ratio` is the size of a head, and follows from num_heads.
+
+        Raises:
+            ValueError: the two disagree.
+        """
+        width = whole(config, "hidden_size")
+        heads = whole(config, "num_heads", None)
+        # A missing key has FLA's default; null asks for what num_heads gives.
+        size = whole(config, "expand_ratio", 128 if "expand_ratio" not in config else None) or width // (heads or 1)
+        if heads is not None and heads * size != width:
+            raise ValueError(f"expand_ratio={size} is not hidden_size={width} over num_heads={heads}; correct it")
+        return {"hgrn2": HGRN2Config(head_dim=size)}
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """The architecture's own keys of config.json."""
+        size = model.hgrn2.head_dim
+        keys = {"num_heads": model.hidden_size // size, "expand_ratio": size, "use_lower_bound": True}
+        return super().write(model) | keys

@@ -1,0 +1,50 @@
+"""Opens what holds a model by the names of its files: weights, a Hugging Face directory, a GGUF file."""
+
+from pathlib import Path
+
+from trainer.errors import ConfigError
+from trainer.stored.source import (
+    CONFIG_NAME,
+    INDEX,
+    MODEL_TYPE,
+    TOKENIZERS,
+    WHOLE,
+    Weights,
+    hub_weights,
+    model_of,
+    read_headers,
+    read_json,
+)
+
+
+def are_at(path: str | Path) -> bool:
+    """Whether a path is a model to read by `open_weights`, by its files' names; runs and checkpoints are none."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return path.is_file()
+    return (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in (WHOLE, INDEX))
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Open a directory of weights, the directory of a Hugging Face model, or a GGUF file.
+
+    Raises:
+        ConfigError: there is none, its files are invalid, or it is a model of another kind.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from trainer.stored.gguf_file import open_gguf
+
+        return open_gguf(path)
+    if not path.is_dir():
+        raise ConfigError(f"checkpoint.init: {path} is not a directory; name one that spiketrain convert wrote")
+    # An adapter's deltas are not in the base weights: ignoring it would read a different model.
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(f"{path} has an adapter (adapter_config.json), which is not read; merge it first")
+    config = read_json(path / CONFIG_NAME)
+    model, vocab_size = model_of(path, config)
+    tensors = read_headers(path)
+    tokenizer = path if any((path / name).is_file() for name in TOKENIZERS) else None
+    if config.get("model_type", MODEL_TYPE) == MODEL_TYPE:
+        return Weights(path, model, vocab_size, tensors, tokenizer, config=config)
+    return hub_weights(path, config, model, tensors, tokenizer)
