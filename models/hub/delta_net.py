@@ -14,7 +14,14 @@ class DeltaNet(FlaFamily):
     model_type: ClassVar = "delta_net"
     architecture: ClassVar = "DeltaNetForCausalLM"
     mixer: ClassVar = "delta_net"
-    represented: ClassVar = (*FlaFamily.represented, "expand_k", "expand_v", "conv_size", "use_gate")
+    represented: ClassVar = (
+        *FlaFamily.represented,
+        "expand_k",
+        "expand_v",
+        "conv_size",
+        "use_gate",
+        "allow_neg_eigval",
+    )
     without: ClassVar = {
         **FlaFamily.without,
         "use_short_conv": (True, None),
@@ -22,7 +29,6 @@ class DeltaNet(FlaFamily):
         "use_output_norm": (True, None),
         "qk_norm": ("l2", None),
         "qk_activation": ("silu", None),
-        "allow_neg_eigval": (False, None),
     }
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,15 +42,10 @@ class DeltaNet(FlaFamily):
             head_dim=key,
             expand_v=value / key,
             conv_size=whole(config, "conv_size", 4),
+            allow_negative_eigenvalues=flag(config, "allow_neg_eigval"),
             output_gate=flag(config, "use_gate"),
         )
         return {"delta_net": section}
-
-    def require(self, model: ModelConfig) -> None:
-        """Check that FLA's DeltaNet can compute a model."""
-        super().require(model)
-        negative = model.delta_net.allow_negative_eigenvalues
-        self.refuse(negative, "model.delta_net.allow_negative_eigenvalues=true")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The architecture's own keys of config.json."""
@@ -56,4 +57,5 @@ class DeltaNet(FlaFamily):
             "conv_size": delta.conv_size,
             "use_short_conv": True,
             "use_gate": delta.output_gate,
+            "allow_neg_eigval": delta.allow_negative_eigenvalues,
         }

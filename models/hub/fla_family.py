@@ -38,7 +38,8 @@ class FlaFamily(Adapter):
         "use_output_gate": (True, None),
         "feature_map": (None,),
         "num_kv_heads": (None,),
-        "attn_res": (None, False, {}),
+        # Residuals that attend to earlier layers' outputs.
+        "attnres_block_size": (None,),
     }
     # How FLA computes, not what.
     harmless: ClassVar[tuple[str, ...]] = (
@@ -75,6 +76,8 @@ class FlaFamily(Adapter):
             found.append(attention)
             windows += [] if window is None else [window]
             for layer in indices("attn: layers", spec["layers"], len(mixers)):
+                if mixers[layer] != self.mixer:
+                    raise ValueError(f"attn={given!r} names layer {layer} twice; correct it")
                 mixers[layer] = FULL if window is None else SLIDING
         if any(attention != found[0] for attention in found) or len(set(windows)) > 1:
             raise ValueError(f"attn={given!r} is not supported; softmax layers with equal settings are")
@@ -87,7 +90,8 @@ class FlaFamily(Adapter):
         given = whole_number(config, "intermediate_size", None)
         if given is not None:
             return int(given)
-        ratio = positive("hidden_ratio", config.get("hidden_ratio") or self.default_hidden_ratio)
+        # null has another default than a missing key, in some models.
+        ratio = positive("hidden_ratio", config.get("hidden_ratio", self.default_hidden_ratio) or 4)
         # FLA's GatedMLP: two thirds of the ratio, rounded up to a multiple of 256.
         return 256 * -(-int(whole_number(config, "hidden_size") * ratio * 2 / 3) // 256)
 

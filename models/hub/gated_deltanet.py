@@ -53,7 +53,12 @@ class GatedDeltaNet(_Grouped):
     default_heads: ClassVar = 6
     default_head_dim: ClassVar = 256
     default_expand_v: ClassVar = 2.0
-    without: ClassVar = {**FlaFamily.without, "use_short_conv": (True, None), "use_gate": (True, None)}
+    without: ClassVar = {
+        **FlaFamily.without,
+        "use_short_conv": (True, None),
+        "use_gate": (True, None),
+        "output_gate_activation": ("swish", "silu", None),
+    }
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The section of the linear mixer."""
@@ -69,7 +74,7 @@ class GatedDeltaNet(_Grouped):
 
 
 class KDA(_Grouped):
-    """FLA's KDAForCausalLM, with the unbounded gate."""
+    """FLA's KDAForCausalLM. Its gate is bounded if there is a `lower_bound`."""
 
     model_type: ClassVar = "kda"
     architecture: ClassVar = "KDAForCausalLM"
@@ -77,19 +82,17 @@ class KDA(_Grouped):
     default_heads: ClassVar = 16
     default_head_dim: ClassVar = 128
     default_expand_v: ClassVar = 1.0
-    without: ClassVar = {
-        **FlaFamily.without,
-        "use_short_conv": (True, None),
-        "safe_gate": (False, None),
-        "lower_bound": (None,),
-    }
+    represented: ClassVar = (*_Grouped.represented, "safe_gate", "lower_bound")
+    without: ClassVar = {**FlaFamily.without, "use_short_conv": (True, None)}
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The section of the linear mixer."""
-        return {"kimi_delta_attention": KimiDeltaAttentionConfig(**self.heads(config))}
+        bound = config.get("lower_bound")
+        gate = {} if bound is None else {"gate": "bounded", "min_log_decay": -positive("-lower_bound", -bound)}
+        return {"kimi_delta_attention": KimiDeltaAttentionConfig(**self.heads(config), **gate)}
 
-    def require(self, model: ModelConfig) -> None:
-        """Check that FLA's KDA can compute a model."""
-        super().require(model)
-        gate = model.kimi_delta_attention.gate
-        self.refuse(gate != "softplus", f"model.kimi_delta_attention.gate={gate}")
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """The architecture's own keys of config.json."""
+        section = model.kimi_delta_attention
+        bound = section.min_log_decay if section.gate == "bounded" else None
+        return super().write(model) | {"safe_gate": bound is not None, "lower_bound": bound}

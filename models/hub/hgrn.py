@@ -7,30 +7,38 @@ from models.config import HGRN2Config, ModelConfig
 from models.hub.fla_family import FlaFamily
 from models.hub.values import whole
 
-_BOUNDED = {**FlaFamily.without, "use_lower_bound": (True, None)}
+
+class _Bounded(FlaFamily):
+    """A model with one tensor of bounds for all layers."""
+
+    without: ClassVar[Mapping[str, tuple[Any, ...]]] = {**FlaFamily.without, "use_lower_bound": (True, None)}
+
+    def require(self, model: ModelConfig) -> None:
+        """Check that FLA's model can compute a model. The bound of layer 0 is 0, so that it alone needs no tensor."""
+        super().require(model)
+        self.refuse(not model.bounded_layers(), f"{self.mixer} in layer 0 alone")
 
 
-class HGRN(FlaFamily):
+class HGRN(_Bounded):
     """FLA's HGRNForCausalLM."""
 
     model_type: ClassVar = "hgrn"
     architecture: ClassVar = "HGRNForCausalLM"
     mixer: ClassVar = "hgrn"
-    without: ClassVar = {**_BOUNDED, "expand_ratio": (1, None)}
+    without: ClassVar = {**_Bounded.without, "expand_ratio": (1, None)}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The architecture's own keys of config.json."""
         return super().write(model) | {"expand_ratio": 1, "use_lower_bound": True}
 
 
-class HGRN2(FlaFamily):
+class HGRN2(_Bounded):
     """FLA's HGRN2ForCausalLM."""
 
     model_type: ClassVar = "hgrn2"
     architecture: ClassVar = "HGRN2ForCausalLM"
     mixer: ClassVar = "hgrn2"
     represented: ClassVar = (*FlaFamily.represented, "expand_ratio")
-    without: ClassVar = _BOUNDED
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The section of the linear mixer. `expand_ratio` is the size of a head, and follows from num_heads.

@@ -197,7 +197,7 @@ def _what_is_left(opened: Weights) -> list[str]:
     assert opened.adapter is not None, "only other programs' models are imported"
     lines = []
     if opened.spare:
-        lines.append(f"left out, for they follow from others: {listed(opened.spare)}")
+        lines.append(f"left out, for they are redundant: {listed(opened.spare)}")
     if keys := opened.adapter.left_out(opened.config):
         lines.append(f"{CONFIG_NAME}: left out, for models here have nothing of the kind: {', '.join(keys)}")
     read = {tensor.file for tensor in (*opened.tensors.values(), *opened.spare.values())}

@@ -120,10 +120,12 @@ def _sentencepiece(fields: Mapping[str, Any]) -> bytes:
         _message(1, _message(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, int(kind)))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
-    # TrainerSpec: model_type BPE, byte_fallback, and the special tokens' ids.
+    # TrainerSpec: model_type BPE, byte_fallback, and the special tokens by id and by piece (unk_id 40, unk_piece 45 …).
     trainer = _number(3, 2) + _number(4, len(tokens)) + _number(35, 1)
-    for place, (name, default) in enumerate((("unknown", 0), ("bos", 1), ("eos", 2), ("padding", -1)), 40):
-        trainer += _number(place, int(fields.get(f"{_PREFIX}{name}_token_id", default)))
+    for place, (name, default) in enumerate((("unknown", 0), ("bos", 1), ("eos", 2), ("padding", -1))):
+        index = int(fields.get(f"{_PREFIX}{name}_token_id", default))
+        trainer += _number(40 + place, index)
+        trainer += b"" if index < 0 else _message(45 + place, tokens[index].encode())
     # NormalizerSpec: add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
     prefix = int(fields.get(f"{_PREFIX}add_space_prefix", True))
     squeeze = int(fields.get(f"{_PREFIX}remove_extra_whitespaces", False))

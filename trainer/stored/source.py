@@ -58,7 +58,7 @@ class Weights:
         tokenizer: Directory of the tokenizer that came with it; None if there is none.
         adapter: The Hugging Face architecture that the names follow; None for our own names.
         config: Content of config.json.
-        spare: Further stored tensors, which follow from others: a tied head, rotary frequencies.
+        spare: Further stored tensors, which follow from others (a tied head, rotary frequencies) or are never read.
     """
 
     path: Path

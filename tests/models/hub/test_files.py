@@ -49,7 +49,7 @@ def test_what_is_stored_twice_and_agrees_is_left_out_and_said(tmp_path):
 
     hub_model(tmp_path / "hub", extra=extra)
     lines, stored = imported(tmp_path / "hub")
-    assert "left out, for they follow from others: lm_head.weight, model.layers.1.self_attn.rotary_emb" in lines
+    assert "left out, for they are redundant: lm_head.weight, model.layers.1.self_attn.rotary_emb" in lines
     assert "lm_head.weight" not in stored
 
 
