@@ -15,7 +15,7 @@ from kernels.matmul import linear
 from kernels.rotary import rotary_tables
 from models.compression import BEGINNING, Observer, Origin, Site, TokenRows, running, sharded_modules
 from models.config import MIXERS, SOFTMAX_MIXERS, ModelConfig, branches
-from models.layers import RMSNorm, SwiGLU
+from models.layers import SwiGLU, residual_norm
 from models.mixers import build_mixer
 from models.mixers.base import LayerCache, SequenceInfo
 from models.mixers.hgrn import layer_bounds
@@ -56,9 +56,9 @@ class Block(Module):
         super().__init__()
         self.layer = layer
         self._followed: list[RemovableHandle] = []
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_norm = residual_norm(config, config.hidden_size)
         self.mixer = build_mixer(mixer, config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn_norm = residual_norm(config, config.hidden_size)
         self.ffn = MoELayer(config) if experts else SwiGLU(config)
 
     def keep(self, policy: BlockPolicy) -> None:
@@ -131,7 +131,7 @@ class Decoder(Module):
         self._rotary = [block.mixer.rotary for block in blocks.values()]
         self.layers = nn.ModuleDict(blocks)
         add_neurons(self.layers, config.spiking, is_whole=len(layers) == config.num_layers)
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.is_last else None
+        self.final_norm = residual_norm(config, config.hidden_size) if self.is_last else None
         self.lm_head: ColumnLinear | None = None
         if self.is_last and not config.tie_embeddings:
             self.lm_head = ColumnLinear(config.hidden_size, vocab_size, bias=False)

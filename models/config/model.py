@@ -35,6 +35,7 @@ class ModelConfig:
         vocab_multiple: The number of embedding rows is rounded up to a multiple of this.
         tie_embeddings: Share the embedding with the output head.
         norm_eps: Epsilon of every RMSNorm.
+        zero_centered_norms: Norms of the residual stream, queries and keys multiply by 1 + weight, not by weight.
         init_std: Standard deviation of the normal initialisation of matrices.
         scale_residual_init: Divide init_std of the projections into the residual stream by sqrt(2 * num_layers).
         mixers: Assignment of mixers to layers.
@@ -57,6 +58,7 @@ class ModelConfig:
     vocab_multiple: int = 64
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
+    zero_centered_norms: bool = False
     init_std: float = 0.02
     scale_residual_init: bool = True
     mixers: MixerLayoutConfig = field(default_factory=MixerLayoutConfig)
@@ -84,7 +86,7 @@ class ModelConfig:
             rotations = {rotary for mixer in branches(layer) if (rotary := self.rotary(mixer)) is not None}
             require(
                 len(rotations) <= 1,
-                f"model.mixers: {layer!r} rotates by different (head size, base, scaling), "
+                f"model.mixers: {layer!r} rotates by different (channels, base, scaling), "
                 f"{' and '.join(sorted(map(str, rotations)))}; make them alike, or model.attention.rope_theta null",
             )
         if self.moe.num_experts:
@@ -110,7 +112,7 @@ class ModelConfig:
         return [i for i in range(1, self.num_layers) if any(MIXERS[name].lower_bounded for name in branches(layers[i]))]
 
     def rotary(self, mixer: str) -> Rotary | None:
-        """(head size, base, scaling) of a mixer's rotary embedding; None if it has none."""
+        """(rotated channels, base, scaling) of a mixer's rotary embedding; None if it has none."""
         rotary = MIXERS[mixer].rotary
         return None if rotary is None else rotary(self)
 

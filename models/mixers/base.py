@@ -67,8 +67,8 @@ class Mixer(Module):
     With a cache, x continues the sequences whose state it holds, and the cache is updated.
 
     Attributes:
-        rotary: (head size, base, scaling) of the rotary embedding whose cosines and sines `info` must provide; None for
-            none.
+        rotary: (rotated channels, base, scaling) of the rotary embedding whose cosines and sines `info` must provide;
+            None for none.
         head_counts: Names of the attributes that count heads, which are divided among tensor-parallel ranks.
     """
 

@@ -10,7 +10,7 @@ from kernels.autograd import label
 from kernels.quantization.int8 import decode_int8, encode_int8
 from kernels.rotary import apply_rotary
 from models.config import ModelConfig
-from models.layers import RMSNorm
+from models.layers import residual_norm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, split_heads
 from models.parallel import ColumnLinear, RowLinear
 from models.spiking import Int8, Neuron, attach
@@ -31,8 +31,10 @@ class FullAttention(Mixer):
         self.k_proj = ColumnLinear(config.hidden_size, attn.num_kv_heads * head_dim, bias=attn.qkv_bias)
         self.v_proj = ColumnLinear(config.hidden_size, attn.num_kv_heads * head_dim, bias=attn.qkv_bias)
         self.o_proj = RowLinear(attn.num_heads * head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(head_dim, config.norm_eps) if attn.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.norm_eps) if attn.qk_norm else None
+        gated = attn.output_gate
+        self.g_proj = ColumnLinear(config.hidden_size, attn.num_heads * head_dim, bias=False) if gated else None
+        self.q_norm = residual_norm(config, head_dim) if attn.qk_norm else None
+        self.k_norm = residual_norm(config, head_dim) if attn.qk_norm else None
         self.int8 = Int8(config.spiking) if config.spiking.int8_keys_values else None
         spiking = config.spiking
         self.query_spikes = attach(self, "queries", Neuron(spiking, head_dim)) if spiking.queries else None
@@ -46,7 +48,7 @@ class FullAttention(Mixer):
             # QK norm precedes the rotation, as in Qwen3.
             q, k = self.q_norm(q), self.k_norm(k)
         if info.cos is not None and info.sin is not None:
-            q, k = apply_rotary(q, info.cos, info.sin), apply_rotary(k, info.cos, info.sin)
+            q, k = _rotate(q, info.cos, info.sin), _rotate(k, info.cos, info.sin)
         if self.query_spikes is not None:
             # After the rotation, as in the published code of SpikingBrain.
             q = self.query_spikes(q)
@@ -56,7 +58,10 @@ class FullAttention(Mixer):
             k, v = self.int8(k), self.int8(v)
         label(q=q, k=k, v=v)
         o = attention(q, k, v, window=self.window, documents=info.documents, group=info.group)
-        return self.o_proj(merge_heads(o))
+        merged = merge_heads(o)
+        if self.g_proj is not None:
+            merged = merged * torch.sigmoid(self.g_proj(x))
+        return self.o_proj(merged)
 
     def _extend(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens so far [B, S, H, K], of which the cache keeps those that will be seen."""
@@ -77,6 +82,14 @@ class FullAttention(Mixer):
         first = 0 if self.window is None else max(length - self.window + 1, 0)
         cache.tensors |= {name: x[:, first:] for name, x in extended.items()}
         return extended
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first channels of heads x [B, T, H, K], as many as the tables are for."""
+    channels = 2 * cos.shape[-1]
+    if channels == x.shape[-1]:
+        return apply_rotary(x, cos, sin)
+    return torch.cat((apply_rotary(x[..., :channels], cos, sin), x[..., channels:]), dim=-1)
 
 
 class SlidingWindowAttention(FullAttention):

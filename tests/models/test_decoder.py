@@ -412,6 +412,7 @@ def test_rotary_positions_are_relative(theta):
         ("spikingbrain_gla", {"spikingbrain_gla__gate_normalizer": 2.0}),
         ("sliding_window_attention", {"attention__window": 9}),
         ("full_attention", {"attention__rope_theta": 100.0}),
+        ("full_attention", {"attention__partial_rotary_factor": 0.5}),
         ("full_attention", {"norm_eps": 0.1}),
     ],
 )

@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KEYS = {
     "run": "dir device threads deterministic timeout_seconds",
-    "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps init_std "
-    "scale_residual_init mixers attention gated_delta_net gated_linear_attention retention hgrn2 delta_net "
-    "kimi_delta_attention spikingbrain_gla moe spiking",
+    "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps "
+    "zero_centered_norms init_std scale_residual_init mixers attention gated_delta_net gated_linear_attention "
+    "retention hgrn2 delta_net kimi_delta_attention spikingbrain_gla moe spiking",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
-    "model.attention": "num_heads num_kv_heads head_dim rope_theta rope_scaling qk_norm qkv_bias window",
+    "model.attention": "num_heads num_kv_heads head_dim rope_theta rope_scaling partial_rotary_factor qk_norm "
+    "qkv_bias output_gate window",
     "model.attention.rope_scaling": "kind factor original_length low_freq_factor high_freq_factor beta_slow beta_fast "
     "attention_factor",
     "model.gated_delta_net": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues",
@@ -32,8 +33,9 @@ KEYS = {
     "model.kimi_delta_attention": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues gate "
     "min_log_decay",
     "model.spikingbrain_gla": "num_heads num_kv_heads head_dim qkv_bias gate_low_rank gate_normalizer",
-    "model.moe": "num_experts shared_experts expert_hidden_size dense_layers activation capacity_factor "
-    "pad_to_capacity recompute_above replicated_experts replicate_above spawn_step spawn_diversify router losses",
+    "model.moe": "num_experts shared_experts shared_expert_gate expert_hidden_size dense_layers activation "
+    "capacity_factor pad_to_capacity recompute_above replicated_experts replicate_above spawn_step "
+    "spawn_diversify router losses",
     "model.moe.router": "gate score top_k normalize num_groups group_top_k bias_update_rate dense_to_sparse",
     "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",

@@ -74,7 +74,9 @@ def upcycle(
     model = shapes(_with_experts(dense, moe), dense.vocab_size)
     cast_parameters(model, DTYPES[precision])
     gates = expected_gates(moe)
-    alpha = (moe.shared_experts + gates) ** (-1 / 3)
+    # A gate of the shared experts begins at sigmoid(0).
+    shared = moe.shared_experts * (0.5 if moe.shared_expert_gate else 1.0)
+    alpha = (shared + gates) ** (-1 / 3)
     report(f"gates add up to {gates:.4g}: the experts' matrices are {alpha:.4g} of the dense ones")
     originals = dict(shapes(dense.model, dense.vocab_size).named_parameters())
 
@@ -84,6 +86,8 @@ def upcycle(
         for name, tensor in tensors.items():
             if ".ffn.router." in name:
                 tensor.copy_(_router(moe, dense.model.hidden_size, router_std, seed, name))
+            elif ".ffn.shared_expert_gate." in name:
+                tensor.zero_()
             elif name not in originals:
                 # Routed and shared experts come from the same dense matrix. One matrix is in memory at a time.
                 original = name.replace(".ffn.experts.", ".ffn.").replace(".ffn.shared_experts.", ".ffn.")
