@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +38,7 @@ from models.parameters import (
     zeros,
 )
 from models.saved_activations import EVERYTHING, BlockPolicy, Policy, follow
+from models.sinks import SinkKeys, SinkTokens
 from models.spiking import Order, add_neurons, in_order
 
 
@@ -93,14 +95,14 @@ class Block(Module):
         fed: Tensor
         with in_order(_order(info, cache)):
             if isinstance(self.ffn, MoELayer):
-                fed = self.ffn(normed, info.token_keys)
+                fed = self.ffn(normed, info.token_keys, info.are_sinks)
             else:
                 fed = self.ffn(enter_region(normed, self.groups))
         return fed
 
 
 def _order(info: SequenceInfo, cache: LayerCache | None) -> Order:
-    return Order(info.documents, info.group, None if cache is None else cache.tensors)
+    return Order(info.documents, info.group, None if cache is None else cache.tensors, info.are_sinks)
 
 
 class Decoder(Module):
@@ -125,6 +127,8 @@ class Decoder(Module):
         # A tied head needs the embedding on the last stage too.
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
+        has_sinks = self.is_first and config.sink_tokens > 0
+        self.sinks = SinkTokens(config.sink_tokens, config.hidden_size) if has_sinks else None
         mixers = config.layer_mixers()
         with_experts = config.moe_layers()
         blocks = {str(i): Block(config, i, mixers[i], i in with_experts) for i in layers}
@@ -206,8 +210,12 @@ class Decoder(Module):
             origin: Where the tokens lie in the batch of the step: the noise of compression depends on it.
 
         Returns:
-            [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
+            [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks. Every stage but the last puts the sinks in
+            front of the T tokens.
         """
+        if self.model_config.sink_tokens:
+            # The sinks take the first positions of every document.
+            positions = positions + self.model_config.sink_tokens
         infos = self._layer_infos(positions, documents, tokens, origin)
         if self.is_first:
             assert self.embedding is not None, "the first stage has an embedding"
@@ -215,9 +223,42 @@ class Decoder(Module):
         else:
             assert entering is not None, "a later stage takes what the one before it gives"
             x = entering
+        sinks, x = self._take_sinks(x)
+        if sinks is not None:
+            sinks, keys = self._run_sinks(sinks, caches)
+            infos = [replace(info, sinks=of_layer) for info, of_layer in zip(infos, keys, strict=True)]
         for i, layer in enumerate(self.layers.values()):
             x = layer(x, infos[i], None if caches is None else caches[i])
-        return x if self.final_norm is None else self.final_norm(x)
+        if self.final_norm is not None:
+            return self.final_norm(x)
+        # The next stage goes on with the sinks, too. Every row brings a copy, of which one is read.
+        return x if sinks is None else torch.cat((sinks.expand(-1, x.shape[1], -1), x))
+
+    def _take_sinks(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The residual stream of the sinks [S, 1, D], None without, and that of the tokens, which x may hold both."""
+        count = self.model_config.sink_tokens
+        if not count:
+            return None, x
+        if self.sinks is not None:
+            return self.sinks(), x
+        if self.groups.sequence:
+            count //= dist.get_world_size(self.groups.tensor)
+        return x[:count, :1], x[count:]
+
+    def _run_sinks(self, sinks: Tensor, caches: list[LayerCache] | None) -> tuple[Tensor, list[SinkKeys]]:
+        """Run the layers over the sinks, unless caches remember: the sinks [S, 1, D], and their keys by layer."""
+        known = [] if caches is None else [cache.sinks for cache in caches if cache.sinks is not None]
+        if known:
+            return sinks, known
+        positions = torch.arange(self.model_config.sink_tokens, device=sinks.device)[None]
+        keys = []
+        for info, layer in zip(self._layer_infos(positions, None), self.layers.values(), strict=True):
+            keys.append(SinkKeys())
+            # Every context-parallel rank computes all of them.
+            sinks = layer(sinks, replace(info, group=None, rows=None, sinks=keys[-1], are_sinks=True))
+        for cache, of_layer in zip(caches or (), keys):
+            cache.sinks = of_layer
+        return sinks, keys
 
     def forward(
         self,
@@ -335,7 +376,7 @@ def flops_per_token(model: Decoder, seq_len: int, experts_per_token: float | Non
         if mixer in SOFTMAX_MIXERS:
             keys = seq_len if mixer == "full_attention" else min(config.attention.window, seq_len)
             # Full attention sees (T + 1) / 2 keys on average. A window of w sees w, less w^2 / 2T at the start.
-            seen = keys - keys * (keys - 1) / (2 * seq_len)
+            seen = keys - keys * (keys - 1) / (2 * seq_len) + config.sink_tokens
             # Two products, with keys and with values, of 6 FLOPs each per element.
             total += 12.0 * config.attention.num_heads * config.attention_head_dim * seen
         else:

@@ -600,6 +600,12 @@ class PretrainConfig:
                 f"={parallel.context}, parallel.sequence={str(parallel.sequence).lower()}); use a multiple of {pieces}",
             )
 
+        require(
+            not parallel.sequence or self.model.sink_tokens % parallel.tensor == 0,
+            f"model.sink_tokens={self.model.sink_tokens} does not divide over parallel.tensor={parallel.tensor} ranks "
+            "with parallel.sequence=true; use a multiple, or parallel.sequence=false",
+        )
+
     def _check_phases(self, world_size: int, accumulation: int) -> None:
         for phase in expand(self)[1:]:
             try:

@@ -38,6 +38,7 @@ class ModelConfig:
         zero_centered_norms: Norms of the residual stream, queries and keys multiply by 1 + weight, not by weight.
         init_std: Standard deviation of the normal initialisation of matrices.
         scale_residual_init: Divide init_std of the projections into the residual stream by sqrt(2 * num_layers).
+        sink_tokens: Learned tokens in front of every sequence that all its tokens see in softmax layers (models.sinks).
         mixers: Assignment of mixers to layers.
         attention: Softmax attention.
         gated_delta_net: Gated delta net.
@@ -61,6 +62,7 @@ class ModelConfig:
     zero_centered_norms: bool = False
     init_std: float = 0.02
     scale_residual_init: bool = True
+    sink_tokens: int = 0
     mixers: MixerLayoutConfig = field(default_factory=MixerLayoutConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     gated_delta_net: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
@@ -89,6 +91,12 @@ class ModelConfig:
                 f"model.mixers: {layer!r} rotates by different (channels, base, scaling), "
                 f"{' and '.join(sorted(map(str, rotations)))}; make them alike, or model.attention.rope_theta null",
             )
+        require(self.sink_tokens >= 0, f"model.sink_tokens is {self.sink_tokens}: it must not be negative")
+        require(
+            not self.sink_tokens or not set(self.used_mixers()) <= set(LINEAR_MIXERS),
+            f"model.sink_tokens={self.sink_tokens}: no layer would see them; add one with full_attention or "
+            "sliding_window_attention, or set it to 0",
+        )
         if self.moe.num_experts:
             dense = self.moe.dense_layers
             # A strict subset, because a model with only dense layers should have num_experts=0.

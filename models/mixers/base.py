@@ -16,6 +16,7 @@ from kernels.documents import Documents
 from models.compression import TokenRows
 from models.config import Rotary
 from models.parameters import Drawing, Groups, Init, Module, Placement
+from models.sinks import SinkKeys
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class SequenceInfo:
         token_keys: Unique keys of the tokens for the routers' noise, int64 [T, B], sharded like the residual stream;
             None without noise.
         rows: The tokens' numbers in the batch of the step, for the noise of compression.
+        sinks: The layer's sink tokens; None if the model has none.
+        are_sinks: Whether the tokens are the sinks, whose keys and values go into `sinks`. They count neither for
+            statistics nor for auxiliary losses: how often they are computed depends on the layout.
     """
 
     cos: Tensor | None = None
@@ -41,6 +45,8 @@ class SequenceInfo:
     group: dist.ProcessGroup | None = None
     token_keys: Tensor | None = None
     rows: TokenRows | None = None
+    sinks: SinkKeys | None = None
+    are_sinks: bool = False
 
 
 @dataclass
@@ -50,10 +56,12 @@ class LayerCache:
     Attributes:
         tensors: Entries of a mixer.
         branches: Caches of the mixers of parallel branches.
+        sinks: The layer's sink tokens, once they have been computed.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     branches: dict[int, "LayerCache"] = field(default_factory=dict)
+    sinks: SinkKeys | None = None
 
     def keep(self, name: str, state: Tensor | None) -> None:
         """Store a kernel's final state."""

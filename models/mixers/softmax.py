@@ -13,6 +13,7 @@ from models.config import ModelConfig
 from models.layers import residual_norm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, split_heads
 from models.parallel import ColumnLinear, RowLinear
+from models.sinks import attend_among_sinks
 from models.spiking import Int8, Neuron, attach
 
 
@@ -57,7 +58,13 @@ class FullAttention(Mixer):
         elif self.int8 is not None:
             k, v = self.int8(k), self.int8(v)
         label(q=q, k=k, v=v)
-        o = attention(q, k, v, window=self.window, documents=info.documents, group=info.group)
+        if info.are_sinks:
+            assert info.sinks is not None, "the pass over the sinks has a place for their keys"
+            info.sinks.by_mixer[self] = k, v
+            o = attend_among_sinks(q, k, v)
+        else:
+            sinks = None if info.sinks is None else info.sinks.by_mixer[self]
+            o = attention(q, k, v, window=self.window, documents=info.documents, sinks=sinks, group=info.group)
         merged = merge_heads(o)
         if self.g_proj is not None:
             merged = merged * torch.sigmoid(self.g_proj(x))

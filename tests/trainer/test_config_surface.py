@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "run": "dir device threads deterministic timeout_seconds",
     "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps "
-    "zero_centered_norms init_std scale_residual_init mixers attention gated_delta_net gated_linear_attention "
-    "retention hgrn2 delta_net kimi_delta_attention spikingbrain_gla moe spiking",
+    "zero_centered_norms init_std scale_residual_init sink_tokens mixers attention gated_delta_net "
+    "gated_linear_attention retention hgrn2 delta_net kimi_delta_attention spikingbrain_gla moe spiking",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
     "model.attention": "num_heads num_kv_heads head_dim rope_theta rope_scaling partial_rotary_factor qk_norm "
     "qkv_bias output_gate window",

@@ -351,10 +351,10 @@ class MegatronEngine:
             _Given(part, {name: found[i] for name, found in frozen.items() if found}) for i, part in enumerate(parts)
         ]
         step = partial(_forward_step, device=self.device, objective=objective)
-        return self._schedule(self._stages, given, step, forward_only)[: len(batches)]
+        return self._schedule(self._stages, given, step, forward_only, self._model_config.sink_tokens)[: len(batches)]
 
     def _schedule(
-        self, stages: list[Any], given: Sequence[_Given], step: Callable[..., Any], forward_only: bool
+        self, stages: list[Any], given: Sequence[_Given], step: Callable[..., Any], forward_only: bool, sinks: int
     ) -> list[Any]:
         """Run mcore's schedule over micro-batches. Return the last stage's result of each, on its ranks only."""
         iterators = [iter(given) for _ in stages]
@@ -364,8 +364,8 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=stages,
             num_microbatches=len(given),
-            # Length of the whole row: mcore divides it by the context-parallel size.
-            seq_length=seq_len * self._parallel.context,
+            # Length of the whole row: mcore divides it by the context-parallel size. Each rank sends all sinks.
+            seq_length=(seq_len + sinks) * self._parallel.context,
             micro_batch_size=rows,
             forward_only=forward_only,
         )
@@ -384,7 +384,8 @@ class MegatronEngine:
 
         def hidden_states(batches: Sequence[Batch]) -> list[Tensor]:
             given = [_Given(batch, {}) for batch in batches]
-            return self._schedule(stages, given, partial(_frozen_step, device=self.device), forward_only=True)
+            step = partial(_frozen_step, device=self.device)
+            return self._schedule(stages, given, step, True, spec.model.sink_tokens)
 
         return FrozenModel(decoders, hidden_states)
 
