@@ -16,7 +16,7 @@ from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.errors import ConfigError
 from trainer.peers import PeerWatch
 from trainer.runtime import EXIT_CONFIG_ERROR, keep_threads_awake, rank, write_status
-from trainer.stored import weights
+from trainer.stored import teacher, weights
 from trainer.watchdog import dump_stacks_on_request
 
 
@@ -44,6 +44,7 @@ def main() -> int:
             weights.check_spiking(config)
             weights.check_tensors(config)
             weights.check_trainable(config)
+            teacher.check_tensors(config)
     except ValueError as error:
         run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir
         # If another run trains there, its status must not be overwritten.

@@ -170,10 +170,52 @@ class CompressionConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Length, batch size, precision and recomputation.
+class ObjectiveConfig:
+    """What a training step minimises (docs/objectives.md). Validations report the next-token loss in any case.
 
     Attributes:
+        name: next_token; or distill: the divergence of the model's next-token distributions from a teacher's.
+        teacher: Weights directory of the teacher, for distill; made by spiketrain convert.
+        temperature: distill: divides the logits of both models.
+        kl_weight: distill: weight of temperature^2 times KL(teacher || model).
+        next_token_weight: distill: weight of the next-token loss.
+    """
+
+    name: Literal["next_token", "distill"] = "next_token"
+    teacher: str | None = None
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    next_token_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.name == "next_token" or self.teacher is not None,
+            f"train.objective.name={self.name} needs train.objective.teacher, the weights directory of the teacher",
+        )
+        require(
+            0 < self.temperature < math.inf,
+            f"train.objective.temperature is {self.temperature}: it must be a positive number",
+        )
+        for name in ("kl_weight", "next_token_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"train.objective.{name} is {value}: it must be 0 or a positive number")
+        require(
+            self.kl_weight > 0,
+            "train.objective.kl_weight=0 leaves nothing to learn from the teacher; use train.objective.name=next_token",
+        )
+
+    @property
+    def needed_teacher(self) -> str | None:
+        """The teacher's path; None if the objective has none."""
+        return None if self.name == "next_token" else self.teacher
+
+
+@dataclass
+class TrainConfig:
+    """Objective, length, batch size, precision and recomputation.
+
+    Attributes:
+        objective: What a step minimises.
         steps: Optimizer steps. Raising it later continues the run; earlier batches stay the same.
         seed: Seed of the initialisation and of the data order.
         precision: fp32; bf16 (bfloat16 parameters and activations, float32 main parameters and gradients); or auto: the
@@ -195,6 +237,7 @@ class TrainConfig:
             All others are frozen: they have no gradient and no optimizer state. Names are those of exported weights.
     """
 
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     steps: int = 1000
     seed: int = 1234
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -503,7 +546,7 @@ class PretrainConfig:
         run: Run directory, device and time limits.
         model: Shape of the model.
         data: Training and validation data.
-        train: Length, batch size, precision and recomputation.
+        train: Objective, length, batch size, precision and recomputation.
         optim: Optimizer and schedule.
         engine: Distributed engine.
         parallel: Ranks along each parallel dimension.

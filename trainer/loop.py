@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -51,7 +51,8 @@ class Trainer:
         peak_flops: Peak matrix-multiplication FLOP/s of all ranks together, None if unknown.
         watchdog: Receives this rank's position. None for an unwatched run.
         events: The log of events. None writes none.
-        objective: The objective to minimise. None for next-token negative log-likelihood.
+        objective_of: Returns the objective of a phase, given its configuration; called before each of its steps. By
+            default next-token negative log-likelihood.
 
     Attributes:
         stop_requested: Set it on any rank to stop after the current step.
@@ -77,12 +78,12 @@ class Trainer:
         peak_flops: float | None,
         watchdog: Watchdog | None = None,
         events: EventLog | None = None,
-        objective: Objective | None = None,
+        objective_of: Callable[[PretrainConfig], Objective] = lambda _: LanguageModel(),
     ) -> None:
         self.config, self.config_yaml = config, config_yaml
         self.engine, self.sampler, self.tokenizer = engine, sampler, tokenizer
         self.callbacks = list(callbacks)
-        self.objective = LanguageModel() if objective is None else objective
+        self._objective_of = objective_of
         self.progress = progress
         self.resumed = progress.step > 0
         self.run_dir = Path(config.run.dir)
@@ -216,6 +217,8 @@ class Trainer:
         config = phase_at(self.phases, step).config
         if config.model.moe.spawns_at(step):
             self.record("spawn", experts=config.model.moe.num_experts)
+        # A phase's first step builds its teacher here, which is not the step's time.
+        objective = self._objective_of(config)
         start = time.perf_counter()
         batches = self.sampler.micro_batches(
             step,
@@ -225,7 +228,7 @@ class Trainer:
         )
         data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, step, config.train.steps)
-        result = self.engine.train_step(batches, self.objective, lr, step)
+        result = self.engine.train_step(batches, objective, lr, step)
         # The engine has synchronised the device, so this covers the whole step.
         seconds = time.perf_counter() - start
         checkpoint_seconds, self.seconds_in_checkpoints = self.seconds_in_checkpoints, 0.0

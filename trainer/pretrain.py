@@ -21,6 +21,7 @@ from trainer.callbacks.profiler import Profiler
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.ranges import RunningRanges
 from trainer.callbacks.signals import StopOnSignal
+from trainer.callbacks.teachers import TeacherRecord
 from trainer.compression import check_compression
 from trainer.config import PretrainConfig
 from trainer.data.sources import DataSources, find_sources
@@ -31,10 +32,11 @@ from trainer.engines.spec import EngineSpec
 from trainer.errors import ConfigError, describe_failure
 from trainer.events import EventLog
 from trainer.loop import Outcome, Trainer
+from trainer.objectives.of_phase import PhaseObjectives
 from trainer.peers import STOPS, PeerWatch
 from trainer.phases import PhasedSampler, expand
 from trainer.runtime import EXIT_STOPPED, rank, write_status
-from trainer.stored import checkpoint, weights
+from trainer.stored import checkpoint, teacher, weights
 from trainer.stored.checkpoint import Progress, Retention
 from trainer.watchdog import Watchdog
 
@@ -107,6 +109,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     weights.check_spiking(config)
     weights.check_tensors(config)
     weights.check_trainable(config)
+    teacher.check_tensors(config)
     check_compression(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
@@ -140,6 +143,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
         _total_peak_flops(config, engine),
         watchdog,
         events,
+        PhaseObjectives(engine),
     )
     outcome = trainer.fit()
     _ignore_stops()
@@ -192,6 +196,8 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
     callbacks.append(NonFiniteGuard(config.train.max_skipped_steps))
     if config.train.compression.has_running_ranges:
         callbacks.append(RunningRanges())
+    if digests := teacher.digests(config):
+        callbacks.append(TeacherRecord(digests))
     saving = config.checkpoint
     callbacks.append(Checkpointer(saving.every, Retention.of(saving), saving.asynchronous))
     if sources.validation is not None:

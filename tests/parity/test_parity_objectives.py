@@ -58,7 +58,7 @@ TEACHER = {
     "tie_embeddings": False,
 }
 WITH_EXPERTS = TEACHER | {"moe": EXPERTS | {"shared_experts": 2}}
-DISTILLATION = {"teacher": TEACHER, "temperature": 1.5, "mix": 0.6}
+DISTILLATION = {"teacher": TEACHER, "temperature": 1.5, "kl_weight": 0.6, "next_token_weight": 0.4}
 
 # A split of the student's layers that the teacher has not, and two cuts of the teacher at once.
 MORE = ("PP2 uneven", "TP2+SP x PP2", "PP2 x CP2", "ZeRO-1 x TP2+SP")
@@ -92,7 +92,7 @@ def test_distillation(pools, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["TP2", "PP2 interleaved", "ZeRO-2"])
 def test_distillation_in_reverse_alone(pools, name):
-    distill(pools, name, direction="reverse", mix=1.0)
+    distill(pools, name, direction="reverse", kl_weight=1.0, next_token_weight=0.0)
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ KEYS = {
     "model.spiking.activity": "loss weight target",
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute trainable "
-    "recompute_modules compression",
+    "recompute_modules compression objective",
+    "train.objective": "name teacher temperature kl_weight next_token_weight",
     "train.compression": "bits group min_bytes range decay check by_stage modules",
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
     "engine": "name zero_stage offload",

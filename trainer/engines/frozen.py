@@ -21,7 +21,7 @@ from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.errors import ConfigError
 from trainer.objectives.base import Outputs
-from trainer.stored import inference, weights
+from trainer.stored import inference, teacher, weights
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FrozenSpec:
         Raises:
             ConfigError: the directory holds no weights.
         """
-        found = weights.open_weights(path)
+        found = teacher.open_teacher(path)
         return cls(found.model, found.vocab_size, partial(weights.fill, weights=found), precision)
 
     @classmethod

@@ -9,6 +9,7 @@ from trainer.phases import to_plan
 from trainer.planning.config import PlanConfig
 from trainer.planning.plan import Plan, Planner
 from trainer.planning.search import search
+from trainer.stored import teacher
 
 
 def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
@@ -20,7 +21,10 @@ def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
     # mcore warns at import that TransformerEngine and Apex are missing, and uses deprecated names of collectives.
     warnings.simplefilter("ignore")
     check_compression(config)
-    planner = Planner(config, config.model.padded_vocab_size(_vocab_size(config)))
+    vocab_size = config.model.padded_vocab_size(_vocab_size(config))
+    if not all_layouts:
+        teacher.check(config, vocab_size)
+    planner = Planner(config, vocab_size)
     return search(config, planner, _say) if all_layouts else [planner.plan(phase) for phase in to_plan(config)]
 
 

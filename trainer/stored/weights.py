@@ -90,15 +90,15 @@ def are_at(path: str | Path) -> bool:
     return (Path(path) / CONFIG_NAME).is_file() and any((Path(path) / name).is_file() for name in (_WHOLE, _INDEX))
 
 
-def open_weights(path: str | Path) -> Weights:
-    """Read config.json and the headers of a directory of weights.
+def open_weights(path: str | Path, key: str = "checkpoint.init") -> Weights:
+    """Read config.json and the headers of a directory of weights. `key` names the directory in errors.
 
     Raises:
         ConfigError: the directory does not exist, or its files are invalid.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"checkpoint.init: {path} is not a directory; name one that spiketrain convert wrote")
+        raise ConfigError(f"{key}: {path} is not a directory; name one that spiketrain convert wrote")
     tensors = read_headers(path)
     model, vocab_size = _read_config(path)
     return Weights(path, model, vocab_size, tensors)
