@@ -1,21 +1,37 @@
-"""Export, import, upcycle and quantize weights.
+"""Export, import and convert weights: to hybrids, to mixtures of experts, to spikes.
 
 spiketrain convert export --checkpoint runs/laptop --output weights/laptop
 spiketrain convert export --checkpoint runs/dense --output hub/dense --layout hf
 spiketrain convert import --source hub/Qwen2.5-0.5B --output weights/qwen
+spiketrain convert hybrid --source weights/qwen --output weights/qwen-hybrid --preset spikingbrain-7b
 spiketrain convert upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
 spiketrain convert spike --checkpoint runs/laptop --data data/stdlib-bpe4096 --output weights/laptop-w8a
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from launch.evaluate import EvaluateConfig, check_tokenizer, is_indexed, open_stream, read_texts
-from models.config import MoEConfig, SpikingConfig
+from models.config import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    KimiDeltaAttentionConfig,
+    MixerLayoutConfig,
+    MoEConfig,
+    RetentionConfig,
+    SpikingBrainGLAConfig,
+    SpikingConfig,
+    parse_pattern,
+)
+from models.config.conversion import PRESETS, retention
+from trainer import yaml_files
 from trainer.cli import entry, fail
 from trainer.errors import ConfigError
 
@@ -94,6 +110,90 @@ class ImportConfig:
             raise ConfigError(f"source: {self.source} is not a directory; download the model and name its directory")
         require_free(self.output)
         require_size(self.max_file_gb)
+
+
+@dataclass
+class LinearMixersConfig:
+    """Settings of the linear mixers. Sizes of heads follow from the attention: leave them out.
+
+    Attributes:
+        gated_delta_net: Gated delta net; expand_v repeats values, a whole number.
+        gated_linear_attention: Gated linear attention.
+        retention: Retention.
+        delta_net: Delta net.
+        kimi_delta_attention: Kimi delta attention.
+        spikingbrain_gla: SpikingBrain's linear attention.
+    """
+
+    gated_delta_net: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
+    gated_linear_attention: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
+    retention: RetentionConfig = field(default_factory=retention)
+    delta_net: DeltaNetConfig = field(default_factory=DeltaNetConfig)
+    kimi_delta_attention: KimiDeltaAttentionConfig = field(default_factory=KimiDeltaAttentionConfig)
+    spikingbrain_gla: SpikingBrainGLAConfig = field(default_factory=SpikingBrainGLAConfig)
+
+    def sections(self) -> dict[str, Any]:
+        """The settings by section."""
+        return {item.name: getattr(self, item.name) for item in fields(LinearMixersConfig)}
+
+
+@dataclass
+class HybridConfig(LinearMixersConfig):
+    """Settings of a conversion of softmax attention to a hybrid. One of pattern, preset and layers_file is needed.
+
+    Attributes:
+        source: The model: a weights directory, a run directory (its newest complete checkpoint), or one checkpoint.
+        output: Directory to write; must be absent or empty.
+        pattern: Mixers of the layers, such as "gated_delta_net*3, full_attention", repeated over all of them.
+        preset: The layers of a published hybrid, and its window.
+        layers_file: A choice of layers that spiketrain convert layers has written.
+        window: Keys that a sliding-window layer sees, including the query's own; null takes the preset's, or else
+            keeps the model's.
+        drop_biases: Leave out biases of queries, keys and values that the linear mixer cannot have.
+        seed: Seed of the new parameters.
+        dtype: fp32 or bf16; decays are always float32.
+        max_file_gb: Size above which weights are split into several files (10^9 bytes).
+    """
+
+    source: str = "weights"
+    output: str = "hybrid"
+    pattern: str | None = None
+    preset: Literal["spikingbrain-7b", "spikingbrain-76b"] | None = None
+    layers_file: str | None = None
+    window: int | None = None
+    drop_biases: bool = False
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    max_file_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not Path(self.source).is_dir():
+            raise ConfigError(f"source: {self.source} does not exist; give weights or a run directory")
+        require_free(self.output)
+        require_size(self.max_file_gb)
+        given = [name for name in ("pattern", "preset", "layers_file") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(f"give one of pattern, preset and layers_file, not {len(given)} of them")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window is {self.window}: it must be at least 1")
+        parse_pattern(self.layers(), "pattern")
+
+    def layers(self) -> str:
+        """The pattern of the hybrid's layers."""
+        if self.layers_file is not None:
+            file = Path(self.layers_file)
+            if not file.is_file():
+                raise ConfigError(f"layers_file: {file} does not exist; spiketrain convert layers writes one")
+            yaml_files.check(file, MixerLayoutConfig)
+            pattern = yaml.safe_load(file.read_text(encoding="utf-8")).get("pattern")
+            if not isinstance(pattern, str):
+                raise ConfigError(f"layers_file: {file} has no pattern; spiketrain convert layers writes one")
+            return pattern
+        return self.pattern or PRESETS[self.preset or ""].pattern
+
+    def keys_seen(self) -> int | None:
+        """The window of sliding-window layers; None keeps the model's."""
+        return PRESETS[self.preset].window if self.window is None and self.preset is not None else self.window
 
 
 @dataclass
@@ -223,6 +323,25 @@ def import_model(config: ImportConfig) -> None:
     print(f"{config.output}: the parameters of {config.source}")
 
 
+def hybrid_model(config: HybridConfig) -> None:
+    """Write weights of a hybrid with the matrices of a model of softmax attention."""
+    from trainer.stored.hybrid import convert
+
+    hybrid = convert(
+        Path(config.source),
+        Path(config.output),
+        config.layers(),
+        config.sections(),
+        window=config.keys_seen(),
+        drop_biases=config.drop_biases,
+        seed=config.seed,
+        precision=config.dtype,
+        max_file_bytes=config.max_file_gb * 1e9,
+        report=show,
+    )
+    print(f"{config.output}: {hybrid.source} with the layers {hybrid.model.mixers.pattern}")
+
+
 def upcycle_model(config: UpcycleConfig) -> None:
     """Write weights of a mixture of experts whose experts are copies of a dense model's feed-forwards."""
     from trainer.stored.upcycle import upcycle
@@ -273,6 +392,7 @@ def spike_model(config: SpikeConfig) -> None:
 COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
     "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
     "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
+    "hybrid": (hybrid_model, HybridConfig, "Write weights of a hybrid with the matrices of softmax attention."),
     "upcycle": (upcycle_model, UpcycleConfig, "Write weights with experts that are copies of a dense model's."),
     "spike": (spike_model, SpikeConfig, "Write weights with spikes and int8 weights, calibrated on data."),
 }

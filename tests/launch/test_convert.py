@@ -20,6 +20,7 @@ from trainer.errors import ConfigError
 from trainer.stored.calibration import round_weights, second_moments, spiking_model
 from trainer.stored.inference import load_model
 
+HYBRID = ("hybrid", "--source", "RUN", "--pattern", "gated_delta_net")
 UPCYCLE = ("upcycle", "--source", "RUN", "--moe.num_experts", "4")
 
 
@@ -83,6 +84,21 @@ def test_a_dense_run_becomes_experts_that_a_run_starts_from(launch, trained, tmp
     assert code == 0, errors
 
 
+def test_a_run_becomes_a_hybrid_that_a_run_starts_from(launch, trained, tmp_path):
+    layers = ["gated_delta_net", "retention"]
+    (tmp_path / "choice.yaml").write_text(f"pattern: {', '.join(layers)}\n")
+    arguments = ("--source", str(trained), "--output", "weights", "--layers_file", "choice.yaml")
+    code, out, errors, imported = launch("convert", "hybrid", *arguments, forked=True)
+    assert code == 0, errors
+    assert out.strip() == f"weights: {trained / 'checkpoints/step_00000006'} with the layers {', '.join(layers)}"
+    assert "retention: q_proj (q_proj, 1,024), k_proj (k_proj, 1,024), v_proj (v_proj, 1,024), g_proj (new: " in errors
+    assert re.search(r"[\d,]+ of [\d,]+ parameters are new, \d+\.\d\d%", errors)
+    assert imported == ["torch"]
+    arguments = ("--config", str(trained / "config.yaml"), "--init", "weights", "--run.dir", "run")
+    code, _, errors, _ = launch("pretrain", *arguments, "--check", forked=True)
+    assert code == 0, errors
+
+
 def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
     arguments = ("export", "--checkpoint", str(trained), "--output", "hub", "--layout", "hf")
     code, _, errors, _ = launch("convert", *arguments, forked=True)
@@ -93,7 +109,7 @@ def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("exports",), "no command 'exports'; choose from export, import, upcycle"),
+        (("exports",), "no command 'exports'; choose from export, import, hybrid"),
         (("export", "--checkpoint", "nowhere"), "checkpoint: nowhere does not exist; give a run directory"),
         (("export", "--checkpoint", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
         (("export", "--checkpoint", "RUN", "--max_file_gb", "0"), "max_file_gb is 0.0: it must be positive"),
@@ -104,6 +120,14 @@ def test_a_hybrid_has_no_hugging_face_layout(launch, trained, tmp_path):
         (("upcycle", "--source", "nowhere"), "source: nowhere does not exist; give weights or a run directory"),
         (("upcycle", "--source", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
         (("upcycle", "--source", "RUN"), "moe.num_experts is 0: say how many experts each layer gets"),
+        (("hybrid", "--source", "nowhere"), "source: nowhere does not exist; give weights or a run directory"),
+        (("hybrid", "--source", "RUN"), "give one of pattern, preset and layers_file, not 0 of them"),
+        ((*HYBRID, "--preset", "spikingbrain-7b"), "give one of pattern, preset and layers_file, not 2 of them"),
+        ((*HYBRID, "--window", "0"), "window is 0: it must be at least 1"),
+        (("hybrid", "--source", "RUN", "--pattern", "nets"), "pattern: no mixer 'nets'; choose from full_attention"),
+        (("hybrid", "--source", "RUN", "--layers_file", "x.yaml"), "layers_file: x.yaml does not exist; "),
+        (("hybrid", "--source", "RUN", "--preset", "spikingbrain-8b"), "preset: "),
+        ((*HYBRID, "--gated_delta_net.expand_v", "0"), "model.gated_delta_net.expand_v is 0.0: it must be positive"),
         ((*UPCYCLE, "--moe.activation", "geglu"), "moe.activation is geglu: the dense feed-forward is swiglu; leave"),
         ((*UPCYCLE, "--moe.spawn_step", "5"), "moe.spawn_step is 5: upcycling spawns them all; leave it out"),
         ((*UPCYCLE, "--router_std", "0"), "router_std is 0.0: it must be positive, or all experts stay alike"),

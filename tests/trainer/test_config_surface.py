@@ -151,6 +151,20 @@ def test_options_of_upcycling():
     assert options == {"-h"} | {f"--{key}" for key in (*own.split(), *experts)}
 
 
+LINEAR = ("gated_delta_net", "gated_linear_attention", "retention", "delta_net", "kimi_delta_attention")
+
+
+def linear_mixers() -> set[str]:
+    """The options of the linear mixers' settings, as a configuration has them."""
+    keys = {key.removeprefix("model.") for key in written_down() if key.startswith("model.")}
+    return {f"--{key}" for key in keys if key.split(".")[0] in (*LINEAR, "spikingbrain_gla")}
+
+
+def test_options_of_hybrids():
+    own = "help config print_config source output pattern preset layers_file window drop_biases seed dtype max_file_gb"
+    assert options_of("launch/convert.py", "hybrid") == {"-h"} | {f"--{key}" for key in own.split()} | linear_mixers()
+
+
 def test_the_listing_sees_abbreviations_nowhere():
     """An abbreviation would be a second, unwritten name of an option."""
     from trainer.cli import make_parser

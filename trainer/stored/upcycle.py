@@ -12,7 +12,7 @@ exact only for alpha = 1: SiLU is not homogeneous, and G is only the mean of G(x
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,7 @@ from models.parameters import cast_parameters, draw, seeded_generator
 from trainer.errors import ConfigError
 from trainer.stored import weights
 from trainer.stored.export import DTYPES
-from trainer.stored.inference import open_checkpoint
-
-
-class _Dense(NamedTuple):
-    """A dense model on disk: the common interface of a checkpoint and a weights directory."""
-
-    path: Path
-    model: ModelConfig
-    vocab_size: int
-    tokenizer: Path | None
-    read: Callable[[dict[str, Tensor]], None]
+from trainer.stored.source import Source, open_source
 
 
 def upcycle(
@@ -70,7 +60,7 @@ def upcycle(
     Raises:
         ConfigError: there is no dense model at `source`, or `moe` does not fit it.
     """
-    dense = _open(source, precision)
+    dense = open_source(source, precision)
     model = shapes(_with_experts(dense, moe), dense.vocab_size)
     cast_parameters(model, DTYPES[precision])
     gates = expected_gates(moe)
@@ -99,26 +89,7 @@ def upcycle(
     return dense.path
 
 
-def _open(source: Path, precision: Literal["fp32", "bf16"]) -> _Dense:
-    if (source / weights.CONFIG_NAME).is_file():
-        opened = weights.open_weights(source)
-        weights.require_tensors(source, opened.tensors, shapes(opened.model, opened.vocab_size))
-        return _Dense(
-            source,
-            opened.model,
-            opened.vocab_size,
-            source,
-            lambda tensors: weights.read_tensors(tensors, opened.tensors),
-        )
-    stored = open_checkpoint(source)
-    # float32 weights of a bf16 run come from the optimizer's main parameters.
-    main = (stored.dtype, DTYPES[precision]) == (torch.bfloat16, torch.float32)
-    return _Dense(
-        stored.path, stored.model, stored.vocab_size, stored.tokenizer, lambda tensors: stored.read(tensors, main)
-    )
-
-
-def _with_experts(dense: _Dense, moe: MoEConfig) -> ModelConfig:
+def _with_experts(dense: Source, moe: MoEConfig) -> ModelConfig:
     """The dense model's configuration with experts added.
 
     Raises:
