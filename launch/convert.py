@@ -3,11 +3,13 @@
 spiketrain convert export --checkpoint runs/laptop --output weights/laptop
 spiketrain convert export --checkpoint runs/dense --output hub/dense --layout hf
 spiketrain convert import --source hub/Qwen2.5-0.5B --output weights/qwen
+spiketrain convert layers --source runs/dense --data data/stdlib-bpe4096 --keep 2 --output choice.yaml
 spiketrain convert hybrid --source weights/qwen --output weights/qwen-hybrid --preset spikingbrain-7b
 spiketrain convert upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
 spiketrain convert spike --checkpoint runs/laptop --data data/stdlib-bpe4096 --output weights/laptop-w8a
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -197,6 +199,87 @@ class HybridConfig(LinearMixersConfig):
 
 
 @dataclass
+class LayersConfig(LinearMixersConfig):
+    """Settings of a choice of the layers that stay softmax attention.
+
+    Attributes:
+        source: The model: a weights directory, a run directory (its newest complete checkpoint), or one checkpoint.
+        data: What to measure on: prepared data, a .bin/.idx prefix, or a text file or glob (spiketrain evaluate).
+        split: Split of a prepared directory to measure on.
+        align_data: What to align on; null takes the train split of a prepared directory.
+        keep: Number of softmax layers that stay.
+        linear: The mixer that replaces the others, or parallel branches of mixers, NAME + NAME.
+        method: greedy replaces the least harmful layer and measures the others again; one_shot measures once.
+        align_steps: Steps in which every replacing mixer learns its layer's output; 0 for none.
+        align_lr: Peak learning rate of these steps.
+        align_batch_size: Sequences in such a step.
+        sequences: Number of sequences to measure on.
+        seq_len: Tokens of a sequence; null takes the run's train.seq_len, for weights its default.
+        batch_size: Sequences measured at a time.
+        window: Keys that a sliding-window layer sees, where linear has one; null keeps the model's.
+        drop_biases: Leave out biases of queries, keys and values that the linear mixer cannot have.
+        seed: Seed of the new parameters and of the order of the sequences to align on.
+        output: YAML file to write, the layers_file of spiketrain convert hybrid.
+        json: Write all measurements to this file.
+        device: cpu or cuda; auto takes CUDA if available.
+    """
+
+    source: str = "runs/dense"
+    data: str = "data/stdlib-bpe4096"
+    split: Literal["train", "validation", "test"] = "validation"
+    align_data: str | None = None
+    keep: int = 1
+    linear: str = "gated_delta_net"
+    method: Literal["greedy", "one_shot"] = "greedy"
+    align_steps: int = 100
+    align_lr: float = 3e-3
+    align_batch_size: int = 8
+    sequences: int = 64
+    seq_len: int | None = None
+    batch_size: int = 8
+    window: int | None = None
+    drop_biases: bool = False
+    seed: int = 0
+    output: str = "layers.yaml"
+    json: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not Path(self.source).is_dir():
+            raise ConfigError(f"source: {self.source} does not exist; give weights or a run directory")
+        self.measured()
+        if self.align_steps > 0:
+            if self.align_data is None and not Path(self.data).is_dir():
+                raise ConfigError(
+                    f"align_data: {self.data} has no train split; name data to align on, or align_steps=0"
+                )
+            self.aligned()
+        for name, least in (("keep", 0), ("align_steps", 0), ("sequences", 2), ("align_batch_size", 1), ("window", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}: it must be at least {least}")
+        if self.align_lr <= 0:
+            raise ConfigError(f"align_lr is {self.align_lr}: it must be positive")
+        if len(parse_pattern(self.linear, "linear")) != 1:
+            raise ConfigError(f"linear: {self.linear!r} names several layers; name one mixer, or NAME + NAME")
+        for name in ("output", "json"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise ConfigError(f"{name}: the directory of {path} does not exist; make it first")
+        if Path(self.output).exists():
+            raise ConfigError(f"output: {self.output} exists; name another file, or remove it")
+
+    def measured(self) -> EvaluateConfig:
+        """The windows to measure on, as an evaluation reads them."""
+        return EvaluateConfig(self.source, self.data, self.split, self.seq_len, batch_size=self.batch_size)
+
+    def aligned(self) -> EvaluateConfig:
+        """The windows to align on."""
+        data = self.data if self.align_data is None else self.align_data
+        return EvaluateConfig(self.source, data, "train", self.seq_len, batch_size=self.align_batch_size)
+
+
+@dataclass
 class UpcycleConfig:
     """Settings of sparse upcycling.
 
@@ -342,6 +425,52 @@ def hybrid_model(config: HybridConfig) -> None:
     print(f"{config.output}: {hybrid.source} with the layers {hybrid.model.mixers.pattern}")
 
 
+def choose_layers(config: LayersConfig) -> None:
+    """Measure what replacing each layer of softmax attention costs, and write which of them stay."""
+    texts = {data: [] if is_indexed(data) else read_texts(data) for data in {config.data, config.aligned().data}}
+    from rich.progress import Progress
+
+    from trainer import layer_choice
+    from trainer.device import choose_device, keep_freed_memory
+    from trainer.logs import CONSOLE
+    from trainer.stored.inference import load_model
+
+    keep_freed_memory()
+    loaded = load_model(config.source, choose_device(config.device))
+    replacer = layer_choice.open_replacer(
+        loaded,
+        config.linear,
+        config.sections(),
+        keep=config.keep,
+        window=config.window,
+        drop_biases=config.drop_biases,
+        seed=config.seed,
+    )
+    check_tokenizer(config.measured(), loaded)
+    measured = open_stream(config.measured(), loaded, texts[config.data], config.sequences)
+    with Progress(console=CONSOLE, transient=True) as progress:
+        errors: list[dict[int, float]] = []
+        if config.align_steps:
+            check_tokenizer(config.aligned(), loaded)
+            sequences = config.align_steps * config.align_batch_size
+            aligned = list(open_stream(config.aligned(), loaded, texts[config.aligned().data], sequences))
+            steps = replacer.align(aligned, config.align_steps, config.align_lr)
+            errors = list(progress.track(steps, total=config.align_steps, description="aligning"))
+        count = layer_choice.measurements(len(replacer.layers), config.keep, config.method)
+        task = progress.add_task("measuring", total=count + bool(config.keep))
+        meter = layer_choice.Meter(replacer, list(measured), measured.seq_len, lambda: progress.advance(task))
+        choice = layer_choice.choose(meter.damage, replacer.layers, config.keep, config.method)
+        even = meter.damage(layer_choice.evenly_spaced(replacer.layers, config.keep)) if config.keep else None
+    final = layer_choice.final_errors(errors)
+    print(layer_choice.describe(choice, final, even))
+    if config.json is not None:
+        Path(config.json).write_text(json.dumps(layer_choice.as_values(choice, final, even), indent=1) + "\n")
+    Path(config.output).write_text(
+        yaml.safe_dump({"pattern": replacer.pattern(frozenset(choice.replaced))}, width=1000)
+    )
+    print(f"written: {config.output}; use it with spiketrain convert hybrid --layers_file {config.output}")
+
+
 def upcycle_model(config: UpcycleConfig) -> None:
     """Write weights of a mixture of experts whose experts are copies of a dense model's feed-forwards."""
     from trainer.stored.upcycle import upcycle
@@ -392,6 +521,7 @@ def spike_model(config: SpikeConfig) -> None:
 COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
     "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
     "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
+    "layers": (choose_layers, LayersConfig, "Choose the layers that stay softmax attention, by measured damage."),
     "hybrid": (hybrid_model, HybridConfig, "Write weights of a hybrid with the matrices of softmax attention."),
     "upcycle": (upcycle_model, UpcycleConfig, "Write weights with experts that are copies of a dense model's."),
     "spike": (spike_model, SpikeConfig, "Write weights with spikes and int8 weights, calibrated on data."),

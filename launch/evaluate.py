@@ -131,8 +131,10 @@ def check_tokenizer(config: EvaluateConfig, loaded: "LoadedModel") -> None:
         )
 
 
-def open_stream(config: EvaluateConfig, loaded: "LoadedModel", texts: list[str]) -> "EvaluationStream":
-    """Open the windows to evaluate, from prepared data or from `texts`.
+def open_stream(
+    config: EvaluateConfig, loaded: "LoadedModel", texts: list[str], limit: int | None = None
+) -> "EvaluationStream":
+    """Open the windows to evaluate, from prepared data or from `texts`: all, or `limit` evenly spaced ones.
 
     Raises:
         ConfigError: the data has token ids that the model lacks.
@@ -153,6 +155,7 @@ def open_stream(config: EvaluateConfig, loaded: "LoadedModel", texts: list[str])
         eod_id=tokenizer.eod_id,
         stride=config.stride,
         document_mask=loaded.settings["data"]["document_mask"],
+        limit=limit,
     )
     tokens, known = stream.file.tokens, min(tokenizer.vocab_size, loaded.model.vocab_size)
     smallest, largest = int(tokens.min()), int(tokens.max())

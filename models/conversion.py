@@ -59,7 +59,7 @@ class _Attention:
         """Read rows by head, [H, K, ...]; with a norm over the channels of a head, times its weight."""
         rows = self.tensor(name).unflatten(0, (-1, self.config.attention_head_dim))
         if norm is not None and self.config.attention.qk_norm:
-            weight_K = self.tensor(f"{norm}.weight")
+            weight_K = self.tensor(f"{norm}.weight") + self.config.zero_centered_norms
             rows = rows * weight_K.view(1, -1, *[1] * (rows.dim() - 2))
         return rows
 

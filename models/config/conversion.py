@@ -79,6 +79,12 @@ def hybrid_config(
             old == new or old in SOFTMAX_MIXERS,
             f"pattern: layer {layer} is {old!r} and would become {new!r}: only softmax attention can be converted",
         )
+        gated = source.attention.output_gate and any(mixer not in SOFTMAX_MIXERS for mixer in branches(new))
+        require(
+            old == new or not gated,
+            f"pattern: layer {layer} would lose its attention's gate (model.attention.output_gate), which no linear "
+            "mixer has in this form; only softmax attention can take it over",
+        )
     require(before != after, f"pattern: every layer is what {pattern!r} makes it already; name another mixer")
     changed = [new for old, new in zip(before, after, strict=True) if old != new]
     used = {mixer for layer in changed for mixer in branches(layer)}

@@ -165,6 +165,12 @@ def test_options_of_hybrids():
     assert options_of("launch/convert.py", "hybrid") == {"-h"} | {f"--{key}" for key in own.split()} | linear_mixers()
 
 
+def test_options_of_choices_of_layers():
+    own = "help config print_config source data split align_data keep linear method align_steps align_lr output json"
+    own += " align_batch_size sequences seq_len batch_size window drop_biases seed device"
+    assert options_of("launch/convert.py", "layers") == {"-h"} | {f"--{key}" for key in own.split()} | linear_mixers()
+
+
 def test_the_listing_sees_abbreviations_nowhere():
     """An abbreviation would be a second, unwritten name of an option."""
     from trainer.cli import make_parser

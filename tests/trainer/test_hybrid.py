@@ -152,7 +152,9 @@ def test_new_parameters_are_those_of_a_new_model(tmp_path):
     assert not torch.equal(other.layers["0"].mixer.g_proj.weight, model.layers["0"].mixer.g_proj.weight)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention__qk_norm": True, "attention__qkv_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention__qk_norm": True, "attention__qkv_bias": True, "attention__output_gate": True}]
+)
 def test_a_wide_window_is_full_attention(tmp_path, changes):
     old = softmax(tmp_path / "source", **changes)
     model, hybrid = converted(tmp_path, "sliding_window_attention", window=12)
@@ -163,13 +165,14 @@ def test_a_wide_window_is_full_attention(tmp_path, changes):
     assert not torch.allclose(logits(narrow, tokens), logits(old, tokens), atol=1e-3)
 
 
-def test_norms_of_queries_and_keys_go_into_the_rows(tmp_path):
-    old = softmax(tmp_path / "source", attention__qk_norm=True)
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_norms_of_queries_and_keys_go_into_the_rows(tmp_path, zero_centered):
+    old = softmax(tmp_path / "source", attention__qk_norm=True, zero_centered_norms=zero_centered)
     model, _ = converted(tmp_path, "gated_delta_net")
     before, after = old.layers["0"].mixer, model.layers["0"].mixer
     x = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        normed = rms_norm(before.q_proj(x).unflatten(-1, (4, 8)), before.q_norm.weight, 1e-6)
+        normed = rms_norm(before.q_proj(x).unflatten(-1, (4, 8)), before.q_norm.weight + zero_centered, 1e-6)
         direction = after.q_proj(x).unflatten(-1, (4, 8))
     assert torch.allclose(torch.cosine_similarity(normed, direction, -1), torch.ones(5, 1, 4), atol=1e-6)
 
@@ -280,6 +283,7 @@ def test_bfloat16_and_several_files(tmp_path):
          "expand_v=1.5 times hidden_size=32 must be a multiple of the attention's values, 32"),
         ("hgrn2", {}, {"attention__head_dim": 16}, "hgrn2 is as wide as hidden_size=32, and the attention 64"),
         ("hgrn", {}, {"attention__head_dim": 16}, "hgrn is as wide as hidden_size=32, and the attention 64"),
+        ("full_attention, hgrn2", {}, {"attention__output_gate": True}, "layer 1 would lose its attention's gate"),
         ("gated_delta_net", {}, {"spiking": SpikingConfig(layers=["all"])}, "has spikes, which its training fitted"),
     ],
 )  # fmt: skip
