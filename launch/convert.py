@@ -151,6 +151,8 @@ class HybridConfig(LinearMixersConfig):
         layers_file: A choice of layers that spiketrain convert layers has written.
         window: Keys that a sliding-window layer sees, including the query's own; null takes the preset's, or else
             keeps the model's.
+        sink_tokens: Learned tokens in front of every sequence that softmax layers see; null takes the preset's, or else
+            keeps the model's.
         drop_biases: Leave out biases of queries, keys and values that the linear mixer cannot have.
         seed: Seed of the new parameters.
         dtype: fp32 or bf16; decays are always float32.
@@ -163,6 +165,7 @@ class HybridConfig(LinearMixersConfig):
     preset: Literal["spikingbrain-7b", "spikingbrain-76b"] | None = None
     layers_file: str | None = None
     window: int | None = None
+    sink_tokens: int | None = None
     drop_biases: bool = False
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -176,8 +179,10 @@ class HybridConfig(LinearMixersConfig):
         given = [name for name in ("pattern", "preset", "layers_file") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(f"give one of pattern, preset and layers_file, not {len(given)} of them")
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"window is {self.window}: it must be at least 1")
+        for name, least in (("window", 1), ("sink_tokens", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}: it must be at least {least}")
         parse_pattern(self.layers(), "pattern")
 
     def layers(self) -> str:
@@ -193,9 +198,12 @@ class HybridConfig(LinearMixersConfig):
             return pattern
         return self.pattern or PRESETS[self.preset or ""].pattern
 
-    def keys_seen(self) -> int | None:
-        """The window of sliding-window layers; None keeps the model's."""
-        return PRESETS[self.preset].window if self.window is None and self.preset is not None else self.window
+    def keys_and_sinks(self) -> tuple[int | None, int | None]:
+        """The window of sliding-window layers and the number of sink tokens; None keeps the model's."""
+        preset = None if self.preset is None else PRESETS[self.preset]
+        window = preset.window if self.window is None and preset is not None else self.window
+        sinks = preset.sink_tokens if self.sink_tokens is None and preset is not None else self.sink_tokens
+        return window, sinks
 
 
 @dataclass
@@ -410,12 +418,14 @@ def hybrid_model(config: HybridConfig) -> None:
     """Write weights of a hybrid with the matrices of a model of softmax attention."""
     from trainer.stored.hybrid import convert
 
+    window, sink_tokens = config.keys_and_sinks()
     hybrid = convert(
         Path(config.source),
         Path(config.output),
         config.layers(),
         config.sections(),
-        window=config.keys_seen(),
+        window=window,
+        sink_tokens=sink_tokens,
         drop_biases=config.drop_biases,
         seed=config.seed,
         precision=config.dtype,

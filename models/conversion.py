@@ -172,7 +172,8 @@ def place(name: str, source: ModelConfig, hybrid: ModelConfig) -> Place:
     """Say where a parameter of a hybrid comes from, given its name and both configurations."""
     found = re.fullmatch(r"layers\.(\d+)\.mixer\.(?:branches\.(\d+)\.)?(.+)", name)
     if found is None:
-        is_new = name == "lower_bounds" and not source.bounded_layers()
+        bounds, sinks = name == "lower_bounds", name.startswith("sinks.")
+        is_new = (bounds and not source.bounded_layers()) or (sinks and not source.sink_tokens)
         return Place(_DRAWN if is_new else _KEPT, name)
     layer, branch, rest = int(found[1]), found[2], found[3]
     kind = hybrid.layer_mixers()[layer]

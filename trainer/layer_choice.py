@@ -295,11 +295,15 @@ def open_replacer(
     config = base.model_config
     if config.moe.num_experts:
         raise ConfigError(f"source: {loaded.path} has experts; choose the layers first, and upcycle the hybrid")
+    if config.sink_tokens:
+        raise ConfigError(
+            f"source: {loaded.path} has sink tokens; choose the layers of a model without, and add them then"
+        )
     layers = candidates(config, linear)
     if keep >= len(layers):
         raise ConfigError(f"keep is {keep}, and {loaded.path} has {len(layers)} layers to replace; keep fewer")
     source = Source(loaded.path, config, base.vocab_size, None, copier(base))
-    return Replacer(base, linear, lambda own: checked_config(source, own, given, window, drop_biases), seed)
+    return Replacer(base, linear, lambda own: checked_config(source, own, given, window, None, drop_biases), seed)
 
 
 def final_errors(errors: Sequence[Mapping[int, float]]) -> dict[int, float]:

@@ -31,18 +31,20 @@ class Preset:
     Attributes:
         pattern: One period of its layers, as in model.mixers.pattern.
         window: Keys that a sliding-window layer sees.
+        sink_tokens: Learned tokens in front of every sequence.
     """
 
     pattern: str
     window: int
+    sink_tokens: int = 0
 
 
 # arXiv 2509.05276, section 2.2. A window of 4097 is what the released code of the 7B model computes: 4096 keys and the
-# query's own. The report does not give the 76B model's, nor code for its 128 sink tokens, which are not modelled.
+# query's own. The report does not give the 76B model's.
 PRESETS = {
     "spikingbrain-7b": Preset("spikingbrain_gla, sliding_window_attention", 4097),
     "spikingbrain-76b": Preset(
-        "spikingbrain_tied_gla + sliding_window_attention*6, spikingbrain_tied_gla + full_attention", 4097
+        "spikingbrain_tied_gla + sliding_window_attention*6, spikingbrain_tied_gla + full_attention", 4097, 128
     ),
 }
 
@@ -56,7 +58,11 @@ def retention() -> RetentionConfig:
 
 
 def hybrid_config(
-    source: ModelConfig, pattern: str, given: Mapping[str, Any], window: int | None = None
+    source: ModelConfig,
+    pattern: str,
+    given: Mapping[str, Any],
+    window: int | None = None,
+    sink_tokens: int | None = None,
 ) -> ModelConfig:
     """Return the configuration of a hybrid with a model's matrices.
 
@@ -66,6 +72,7 @@ def hybrid_config(
             attention can become any others; all others stay what they are.
         given: Settings of the linear mixers by section. Sizes that follow from the attention keep their default.
         window: Keys that a sliding-window layer sees; None keeps the model's.
+        sink_tokens: Learned tokens in front of every sequence, where the model has none; None keeps the model's.
 
     Raises:
         ValueError: the pattern changes no layer, or one that cannot be converted; or a size does not follow from the
@@ -102,6 +109,12 @@ def hybrid_config(
         _require_width(source, "hgrn")
     if window is not None:
         values["attention"] = replace(source.attention, window=window)
+    if sink_tokens is not None:
+        require(
+            source.sink_tokens in (0, sink_tokens),
+            f"sink_tokens={sink_tokens}: the model has learned {source.sink_tokens} of them; leave it out",
+        )
+        values["sink_tokens"] = sink_tokens
     return replace(source, mixers=MixerLayoutConfig(pattern=_compact(after)), **values)
 
 

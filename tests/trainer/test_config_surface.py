@@ -162,6 +162,7 @@ def linear_mixers() -> set[str]:
 
 def test_options_of_hybrids():
     own = "help config print_config source output pattern preset layers_file window drop_biases seed dtype max_file_gb"
+    own += " sink_tokens"
     assert options_of("launch/convert.py", "hybrid") == {"-h"} | {f"--{key}" for key in own.split()} | linear_mixers()
 
 

@@ -65,7 +65,14 @@ def load(folder):
 
 def converted(folder, pattern, given=None, source="source", name="hybrid", **changes):
     """The hybrid that the weights in `folder` become, and the account of it."""
-    options = {"window": None, "drop_biases": False, "seed": 0, "precision": "fp32", "max_file_bytes": 1e9}
+    options = {
+        "window": None,
+        "sink_tokens": None,
+        "drop_biases": False,
+        "seed": 0,
+        "precision": "fp32",
+        "max_file_bytes": 1e9,
+    }
     hybrid = convert(
         folder / source, folder / name, pattern, given or {}, report=lambda line: None, **options | changes
     )
@@ -211,15 +218,15 @@ def test_biases_stay_or_are_refused_by_name(tmp_path):
 def test_parallel_branches_both_take_copies(tmp_path):
     old = softmax(tmp_path / "source", attention__qkv_bias=True).layers["0"].mixer
     preset = PRESETS["spikingbrain-76b"]
-    model, hybrid = converted(tmp_path, preset.pattern, window=preset.window)
+    model, hybrid = converted(tmp_path, preset.pattern, window=preset.window, sink_tokens=preset.sink_tokens)
     assert model.model_config.layer_mixers() == ["spikingbrain_tied_gla + sliding_window_attention"] * LAYERS
     linear, attention = model.layers["0"].mixer.branches
     for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
         for branch in (linear, attention):
             assert torch.equal(getattr(branch, part).weight, getattr(old, part).weight)
     assert torch.equal(model.layers["0"].mixer.merge.weight, torch.full((2,), 0.5))
-    # Norms of both branches, two weights and the norm of the heads.
-    assert hybrid.new == LAYERS * (2 * 32 + 2 + 8)
+    # Norms of both branches, two weights and the norm of the heads; and the sinks.
+    assert hybrid.new == LAYERS * (2 * 32 + 2 + 8) + 128 * 32
 
 
 def test_the_presets_give_the_published_models():
@@ -230,8 +237,9 @@ def test_the_presets_give_the_published_models():
     for name, pattern in (("7b", "spikingbrain-7b"), ("76b", "spikingbrain-76b")):
         arguments = ["--model", f"configs/models/spikingbrain-{name}.yaml"]
         config = parse(PretrainConfig, make_parser(PretrainConfig, ""), arguments)[0].model
-        qwen = replace(config, mixers=ModelConfig().mixers, spikingbrain_gla=SpikingBrainGLAConfig())
-        hybrid = hybrid_config(qwen, PRESETS[pattern].pattern, {}, PRESETS[pattern].window)
+        unlike = {"mixers": ModelConfig().mixers, "spikingbrain_gla": SpikingBrainGLAConfig(), "sink_tokens": 0}
+        preset = PRESETS[pattern]
+        hybrid = hybrid_config(replace(config, **unlike), preset.pattern, {}, preset.window, preset.sink_tokens)
         assert hybrid.layer_mixers() == config.layer_mixers()
         assert replace(hybrid, mixers=config.mixers) == config
     full = [i for i, layer in enumerate(hybrid.layer_mixers(), 1) if layer.endswith("full_attention")]
@@ -256,7 +264,14 @@ def test_a_hybrid_is_converted_further(tmp_path):
 def test_bfloat16_and_several_files(tmp_path):
     old = dict(softmax(tmp_path / "source").named_parameters())
     lines = []
-    options = {"window": None, "drop_biases": False, "seed": 0, "precision": "bf16", "max_file_bytes": 5e3}
+    options = {
+        "window": None,
+        "sink_tokens": None,
+        "drop_biases": False,
+        "seed": 0,
+        "precision": "bf16",
+        "max_file_bytes": 5e3,
+    }
     convert(tmp_path / "source", tmp_path / "out", "gated_delta_net", {}, report=lines.append, **options)
     stored = {name: x for file in (tmp_path / "out").glob("*.safetensors") for name, x in load_file(file).items()}
     assert {name for name, x in stored.items() if x.dtype == torch.float32} == {

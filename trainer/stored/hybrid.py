@@ -57,6 +57,7 @@ def convert(
     given: Mapping[str, Any],
     *,
     window: int | None,
+    sink_tokens: int | None,
     drop_biases: bool,
     seed: int,
     precision: Literal["fp32", "bf16"],
@@ -71,6 +72,7 @@ def convert(
         pattern: Mixers of the hybrid's layers, repeated over all of them.
         given: Settings of the linear mixers by section of the model's configuration.
         window: Keys that a sliding-window layer sees; None keeps the model's.
+        sink_tokens: Learned tokens in front of every sequence; None keeps the model's.
         drop_biases: Leave out biases that a linear mixer cannot have.
         seed: New parameters are drawn from (seed, name).
         precision: Dtype of the weights; decays are always float32.
@@ -81,7 +83,7 @@ def convert(
         ConfigError: there is no usable model at `source`, or the pattern does not fit it.
     """
     opened = open_source(source, precision)
-    config = checked_config(opened, pattern, given, window, drop_biases)
+    config = checked_config(opened, pattern, given, window, sink_tokens, drop_biases)
     before, after = shapes(opened.model, opened.vocab_size), shapes(config, opened.vocab_size)
     cast_parameters(after, DTYPES[precision])
     hybrid = describe(opened.path, before, after)
@@ -96,9 +98,14 @@ def convert(
 
 
 def checked_config(
-    source: Source, pattern: str, given: Mapping[str, Any], window: int | None, drop_biases: bool
+    source: Source,
+    pattern: str,
+    given: Mapping[str, Any],
+    window: int | None,
+    sink_tokens: int | None,
+    drop_biases: bool,
 ) -> ModelConfig:
-    """Return the configuration of the hybrid.
+    """Return the configuration of the hybrid; see `convert` for the arguments.
 
     Raises:
         ConfigError: the pattern or the settings do not fit the model, or biases would be lost.
@@ -106,7 +113,7 @@ def checked_config(
     if source.model.spiking.is_used:
         raise ConfigError(f"source: {source.path} has spikes, which its training fitted; convert the model without")
     try:
-        config = hybrid_config(source.model, pattern, given, window)
+        config = hybrid_config(source.model, pattern, given, window, sink_tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for layer in () if drop_biases else drops_biases(source.model, config):
