@@ -172,8 +172,8 @@ def _require_layout(model: ModelConfig) -> str:
     for name, plain in (("sink_tokens", 0), ("zero_centered_norms", False)):
         if getattr(model, name) != plain:
             raise ValueError(f"model.{name}={getattr(model, name)} has no Hugging Face layout here")
-    for name, plain in (("output_gate", False), ("partial_rotary_factor", 1.0)):
-        if getattr(attention, name) != plain:
+    for name, default in (("output_gate", False), ("partial_rotary_factor", 1.0)):
+        if getattr(attention, name) != default:
             raise ValueError(f"model.attention.{name}={getattr(attention, name)} has no Hugging Face layout here")
     if model.spiking.is_used:
         raise ValueError("model.spiking has no Hugging Face layout: its architectures compute with floats")
