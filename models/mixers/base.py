@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.attention import KeysValues
 from kernels.autograd import derive, label
 from kernels.convolution import causal_conv1d
 from kernels.documents import Documents
@@ -49,19 +50,37 @@ class SequenceInfo:
     are_sinks: bool = False
 
 
+class KeyValueStore(Protocol):
+    """Holds the keys and values of a softmax layer in memory of its own, see models.generation.key_values."""
+
+    def attend(self, q: Tensor, entries: dict[str, Tensor], sinks: KeysValues | None) -> Tensor:
+        """Add the keys and values of new tokens, and attend from these tokens to all that each of them sees.
+
+        Args:
+            q: Queries of the new tokens, [B, T, H, K].
+            entries: Their keys and values [B, T, Hkv, ...] by name, see `FullAttention.entries`.
+            sinks: Keys and values that all of them see, see kernels.attention.
+
+        Returns:
+            [B, T, H, V] in q's dtype.
+        """
+
+
 @dataclass
 class LayerCache:
     """State that one layer carries from token to token in generation; each mixer defines its own entries.
 
     Attributes:
-        tensors: Entries of a mixer.
+        tensors: Entries of a mixer, each [B, ...].
         branches: Caches of the mixers of parallel branches.
         sinks: The layer's sink tokens, once they have been computed.
+        store: Keys and values of a softmax mixer. None keeps them in `tensors`, for rows of equal lengths.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     branches: dict[int, "LayerCache"] = field(default_factory=dict)
     sinks: SinkKeys | None = None
+    store: KeyValueStore | None = None
 
     def keep(self, name: str, state: Tensor | None) -> None:
         """Store a kernel's final state."""
