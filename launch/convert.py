@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import yaml
 
-from launch.evaluate import EvaluateConfig, check_tokenizer, is_indexed, open_stream, read_texts
 from models.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -36,6 +35,8 @@ from models.config.conversion import PRESETS, retention
 from trainer import yaml_files
 from trainer.cli import entry, fail
 from trainer.errors import ConfigError
+from trainer.evaluation.config import EvaluateConfig
+from trainer.evaluation.data import check_tokenizer, is_indexed, open_stream, read_texts
 
 
 def require_free(output: str) -> None:
