@@ -10,7 +10,7 @@ spiketrain pretrain --init weights/qwen --data.path data/web --run.dir runs/qwen
 import sys
 from pathlib import Path
 
-from trainer import preflight, run_directory, run_lock
+from trainer import preflight, run_directory, run_lock, trainable
 from trainer.cli import dump, fail, guess, make_parser, parse, tell_torchrun
 from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.errors import ConfigError
@@ -43,7 +43,7 @@ def main() -> int:
         if check_only:
             weights.check_spiking(config)
             weights.check_tensors(config)
-            weights.check_trainable(config)
+            trainable.check(config)
             teacher.check_tensors(config)
     except ValueError as error:
         run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir

@@ -1,8 +1,8 @@
 """The decoder: embedding, pre-norm blocks, final norm and head, in plain PyTorch."""
 
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
@@ -75,11 +75,23 @@ class Block(Module):
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D]."""
-        if self.policy.compression is None or info.rows is None:
+        with self._running(info):
             return self.policy.run("block", self._add_both, x, info, cache)
+
+    def mixed(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        """Return what the mixer alone adds to the residual stream x [T, B, D]."""
+        with self._running(info):
+            return self.policy.run("block", self.policy.run, "mixer", self._mix, x, info, None)
+
+    @contextmanager
+    def _running(self, info: SequenceInfo) -> Iterator[None]:
+        """Context of a forward pass: tells where compressed activations lie."""
+        if self.policy.compression is None or info.rows is None:
+            yield
+            return
         measuring = nullcontext() if self.meter is None else self.meter.forward()
         with running(Site(self.layer, self._sharded, self.groups, info.rows, self.meter)), measuring:
-            return self.policy.run("block", self._add_both, x, info, cache)
+            yield
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         x = x + self.policy.run("mixer", self._mix, x, info, cache)
@@ -259,6 +271,34 @@ class Decoder(Module):
         for cache, of_layer in zip(caches or (), keys):
             cache.sinks = of_layer
         return sinks, keys
+
+    def mixed(
+        self,
+        entering: Mapping[int, Tensor],
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Documents | None = None,
+        origin: Origin = BEGINNING,
+    ) -> dict[int, Tensor]:
+        """Return what the mixers of single layers add to a residual stream of their own.
+
+        Args:
+            entering: What enters each of these layers, [T, B, D] ([T/P, B, D] with sequence parallelism), by layer.
+            tokens: As for `hidden_states`, like the rest.
+            positions: Position of each token in its document.
+            documents: The documents packed into the whole row.
+            origin: Where the tokens lie in the batch of the step.
+
+        Returns:
+            Tensors of the same shapes, by layer.
+        """
+        infos = dict(zip(map(int, self.layers), self._layer_infos(positions, documents, tokens, origin), strict=True))
+        found = {}
+        for layer, x in entering.items():
+            block = self.layers[str(layer)]
+            assert isinstance(block, Block)
+            found[layer] = block.mixed(x, infos[layer])
+        return found
 
     def forward(
         self,

@@ -174,14 +174,15 @@ class ObjectiveConfig:
     """What a training step minimises (docs/objectives.md). Validations report the next-token loss in any case.
 
     Attributes:
-        name: next_token; or distill: the divergence of the model's next-token distributions from a teacher's.
-        teacher: Weights directory of the teacher, for distill; made by spiketrain convert.
+        name: next_token; distill: the divergence of the model's next-token distributions from a teacher's; or align:
+            every mixer that differs from the teacher's learns what the teacher's mixer of that layer does.
+        teacher: Weights directory of the teacher, for distill and align; made by spiketrain convert.
         temperature: distill: divides the logits of both models.
         kl_weight: distill: weight of temperature^2 times KL(teacher || model).
         next_token_weight: distill: weight of the next-token loss.
     """
 
-    name: Literal["next_token", "distill"] = "next_token"
+    name: Literal["next_token", "align", "distill"] = "next_token"
     teacher: str | None = None
     temperature: float = 1.0
     kl_weight: float = 1.0
@@ -235,6 +236,7 @@ class TrainConfig:
         compression: How the activations that backward reads are stored.
         trainable: Patterns of the names of trained parameters, such as "layers.*.mixer.*", where * matches anything.
             All others are frozen: they have no gradient and no optimizer state. Names are those of exported weights.
+            null trains everything; with objective.name=align, the mixers that are aligned.
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -248,7 +250,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[Literal["mixer", "ffn", "moe_activation", "moe_experts"]] | None = None
     compression: CompressionConfig = field(default_factory=CompressionConfig)
-    trainable: list[str] = field(default_factory=lambda: ["*"])
+    trainable: list[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
@@ -661,11 +663,6 @@ class PretrainConfig:
                 f"phases: phase {phase.number} has {own} micro-batches of a rank in a step, and the run begins with "
                 f"{accumulation}: DeepSpeed cannot change this number; change train.micro_batch_size along "
                 "with train.global_batch_size, or use engine.name=megatron",
-            )
-            require(
-                self.engine.name == "megatron" or phase.config.train.trainable == self.train.trainable,
-                f"phases: phase {phase.number} changes train.trainable: DeepSpeed has parameters of all kinds in one "
-                "tensor, and updates all or none; use engine.name=megatron",
             )
 
     def _check_experts(self, world_size: int) -> None:

@@ -20,11 +20,12 @@ from trainer.engines.base import Engine
 from trainer.engines.timing import PHASES
 from trainer.evaluation import EvaluationSums
 from trainer.events import EventLog
-from trainer.objectives.base import Objective
+from trainer.objectives.alignment import AnyObjective
 from trainer.objectives.language_model import LanguageModel
 from trainer.optim import learning_rate
 from trainer.phases import Phase, PhasedSampler, expand, phase_at
 from trainer.stored.checkpoint import Progress, RunState
+from trainer.trainable import trained
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")
@@ -78,7 +79,7 @@ class Trainer:
         peak_flops: float | None,
         watchdog: Watchdog | None = None,
         events: EventLog | None = None,
-        objective_of: Callable[[PretrainConfig], Objective] = lambda _: LanguageModel(),
+        objective_of: Callable[[PretrainConfig], AnyObjective] = lambda _: LanguageModel(),
     ) -> None:
         self.config, self.config_yaml = config, config_yaml
         self.engine, self.sampler, self.tokenizer = engine, sampler, tokenizer
@@ -103,6 +104,7 @@ class Trainer:
 
     def _count_flops(self, config: PretrainConfig) -> None:
         whole = shapes(config.model, self.engine.model.vocab_size)
+        self._is_whole = config.train.objective.name != "align"
         self._flops_per_token = flops_per_token(whole, config.train.seq_len)
         # Early in a dense-to-sparse schedule a token activates more experts. FLOPs are linear in their number.
         self._flops_per_expert = 0.0
@@ -143,7 +145,9 @@ class Trainer:
         return outcome
 
     def _take_steps(self) -> Outcome:
-        self.engine.begin_phase(self.phase.config.model, self.phase.config.train.trainable)
+        # A validation that is due needs the model of the last step; what is trained is a matter of the next.
+        following = phase_at(self.phases, self.progress.step).config
+        self.engine.begin_phase(self.phase.config.model, trained(following))
         if self.resumed:
             self._call("on_resume")
         while not self.finished:
@@ -163,7 +167,7 @@ class Trainer:
         """Start a phase. Its new shapes cause compilation and allocation, as the first step does."""
         self._phase_of_step = "start"
         self._count_flops(phase.config)
-        self.engine.begin_phase(phase.config.model, phase.config.train.trainable)
+        self.engine.begin_phase(phase.config.model, trained(phase.config))
         self.record("phase", number=phase.number)
         if self.engine.rank == 0:
             _LOGGER.info("%s", phase)
@@ -242,6 +246,8 @@ class Trainer:
         nominal = config.model.moe.experts_at(None)
         more = result.metrics.get("moe/experts_per_token", nominal) - nominal
         flops = (self._flops_per_token + more * self._flops_per_expert) * result.tokens / seconds
+        # Alignment runs some mixers only.
+        utilization = self._utilization(flops) if self._is_whole else None
         return {
             "step": self.progress.step,
             "loss": result.loss,
@@ -253,7 +259,7 @@ class Trainer:
             "data_seconds": data_seconds,
             **{f"{phase}_seconds": result.seconds.get(phase, 0.0) for phase in PHASES},
             "checkpoint_seconds": checkpoint_seconds,
-            "model_flops_utilization": self._utilization(flops),
+            "model_flops_utilization": utilization,
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "skipped": result.skipped,
             "skipped_total": self.progress.skipped,

@@ -41,14 +41,14 @@ class ObjectiveChanges:
     """Changes of trainer.config.ObjectiveConfig. null keeps the previous phase's value.
 
     Attributes:
-        name: next_token or distill.
+        name: next_token, align or distill.
         teacher: Weights directory of the teacher.
         temperature: distill: divides the logits.
         kl_weight: distill: weight of the divergence.
         next_token_weight: distill: weight of the next-token loss.
     """
 
-    name: Literal["next_token", "distill"] | None = None
+    name: Literal["next_token", "align", "distill"] | None = None
     teacher: str | None = None
     temperature: float | None = None
     kl_weight: float | None = None
@@ -260,17 +260,6 @@ def _sections(changes: Changes) -> Iterator[tuple[str, Any]]:
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
     """Return the phase of a training step (steps taken before it)."""
     return next(phase for phase in reversed(phases) if phase.first <= step)
-
-
-def trained_in_any(config: PretrainConfig) -> list[str]:
-    """Return the patterns of the parameters that any phase trains. The engine keeps their state throughout."""
-    return list(dict.fromkeys(pattern for phase in expand(config) for pattern in phase.config.train.trainable))
-
-
-def to_plan(config: PretrainConfig) -> list[PretrainConfig]:
-    """Return each phase's configuration for memory planning, with the optimizer state of all that any phase trains."""
-    trained = trained_in_any(config)
-    return [replace(phase.config, train=replace(phase.config.train, trainable=trained)) for phase in expand(config)]
 
 
 class PhasedSampler:

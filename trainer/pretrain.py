@@ -11,7 +11,7 @@ import torch
 
 from models.decoder import shapes
 from models.parameters import matches
-from trainer import logs, precision, preflight, run_directory, run_lock
+from trainer import logs, precision, preflight, run_directory, run_lock, trainable
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -108,7 +108,7 @@ def _exit_code(outcome: Outcome) -> int:
 def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outcome:
     weights.check_spiking(config)
     weights.check_tensors(config)
-    weights.check_trainable(config)
+    trainable.check(config)
     teacher.check_tensors(config)
     check_compression(config)
     keep_freed_memory()
@@ -270,7 +270,8 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: pr
         return
     train = config.train
     sizes = {name: value.numel() for name, value in shapes(config.model, engine.model.vocab_size).named_parameters()}
-    trained = sum(size for name, size in sizes.items() if matches(name, train.trainable))
+    patterns = trainable.trained_in_any(config)
+    trained = sum(size for name, size in sizes.items() if matches(name, patterns))
     accumulation = train.accumulation(engine.data_parallel_size)
     _LOGGER.info(
         "model: %.2f M parameters, %d layers (%s), vocabulary %d",
@@ -280,7 +281,7 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: pr
         engine.model.vocab_size,
     )
     if trained < sum(sizes.values()):
-        _LOGGER.info("training %.2f M of them, those that train.trainable names; the others are frozen", trained / 1e6)
+        _LOGGER.info("training %.2f M of them, %s; the others are frozen", trained / 1e6, weights.listed(patterns))
     for line in (*_about_experts(config), *findings.notes):
         _LOGGER.info("%s", line)
     for line in findings.warnings:

@@ -1,12 +1,13 @@
 """Configuration of a whole model."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from models.config.checks import require, require_positive
 from models.config.experts import MoEConfig
 from models.config.mixers import (
     LINEAR_MIXERS,
     MIXERS,
+    SOFTMAX_MIXERS,
     AttentionConfig,
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -113,6 +114,25 @@ class ModelConfig:
     def used_mixers(self) -> list[str]:
         """All mixers in use, without repetition, in layer order."""
         return list(dict.fromkeys(mixer for layer in self.layer_mixers() for mixer in branches(layer)))
+
+    def differing_mixers(self, other: "ModelConfig") -> list[int]:
+        """Layers whose mixers are of another kind, or set differently, than those of a model with as many layers."""
+        pairs = list(zip(self.layer_mixers(), other.layer_mixers(), strict=True))
+        return [
+            layer
+            for layer, (own, theirs) in enumerate(pairs)
+            if own != theirs or any(self._settings(mixer) != other._settings(mixer) for mixer in branches(own))
+        ]
+
+    def _settings(self, mixer: str) -> dict[str, object]:
+        """The settings that a mixer reads, with the default of its head size resolved."""
+        section = MIXERS[mixer].section
+        values = {} if section is None else asdict(getattr(self, section))
+        if mixer in SOFTMAX_MIXERS:
+            values["head_dim"] = self.attention_head_dim
+        if mixer == "full_attention":
+            del values["window"]
+        return values
 
     def bounded_layers(self) -> list[int]:
         """Layers whose decays have a learned lower bound: those with HGRN or HGRN2, except layer 0 (bound 0)."""

@@ -6,19 +6,23 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from models.config import MixerLayoutConfig
 from models.decoder import Decoder, initialize, shapes
 from tests.trainer.conftest import in_process_config, metrics, trajectory
-from trainer import preflight, pretrain, run_directory
-from trainer.config import ObjectiveConfig, OptimConfig, ParallelConfig
+from trainer import preflight, pretrain, run_directory, trainable
+from trainer.config import EngineConfig, ObjectiveConfig, OptimConfig, ParallelConfig
 from trainer.data.sources import find_sources
 from trainer.errors import ConfigError
 from trainer.phases import ObjectiveChanges, PhaseConfig, TrainChanges, expand
 from trainer.planning import run as planning
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.report import describe
+from trainer.planning.search import layouts
 from trainer.stored import teacher
+from trainer.stored.inference import load_model
 from trainer.stored.weights import write
 
 VOCAB = 512
@@ -61,6 +65,25 @@ def run(config):
     assert pretrain.run(config, yaml.safe_dump(asdict(config))) == 0
     steps, validations = trajectory(config.run.dir)
     return steps, validations[-1]
+
+
+@pytest.fixture
+def aligned(tiny_data, tmp_path):
+    """Builds the configuration of a run that aligns its first layer with that of a softmax teacher."""
+    model = in_process_config(tiny_data, tmp_path / "run").model
+    softmax = replace(model, mixers=MixerLayoutConfig(pattern="full_attention"), init_std=0.2)
+    path = write_weights(tmp_path / "softmax", softmax, seed=11)
+
+    def build(folder="run", phases=(), steps=6, trainable=None, **objective):
+        wanted = ObjectiveConfig(**{"name": "align", "teacher": path, **objective})
+        config = in_process_config(tiny_data, tmp_path / folder, steps=steps, objective=wanted, trainable=trainable)
+        return replace(config, optim=CONSTANT, phases=list(phases))
+
+    return build
+
+
+def to(step, **objective):
+    return PhaseConfig(from_step=step, train=TrainChanges(objective=ObjectiveChanges(**objective)))
 
 
 def to_next_token(step):
@@ -125,6 +148,38 @@ def test_another_objective_is_refused(taught):
     run(config)
     with pytest.raises(ConfigError, match=r"holds another run \(train.objective.temperature: 1.5 -> 2.0\)"):
         run_directory.check(taught(temperature=2.0))
+
+
+def test_only_aligned_mixers_change(aligned, tmp_path):
+    config = aligned(steps=3)
+    run(config)
+    fresh = Decoder(config.model, VOCAB)
+    initialize(fresh, config.train.seed)
+    ours, theirs = load_model(config.run.dir, torch.device("cpu")).model.state_dict(), fresh.state_dict()
+    changed = {name for name, value in ours.items() if not torch.equal(value, theirs[name])}
+    assert changed == {name for name in ours if name.startswith("layers.0.mixer.")}
+    lines = [line for line in metrics(config.run.dir) if "grad_norm" in line]
+    assert all(line["alignment/layer_00"] == pytest.approx(line["loss"]) for line in lines)
+    assert all(line["model_flops_utilization"] is None for line in lines)
+    assert "M of them, layers.0.mixer.*; the others are frozen" in (tmp_path / "run/run.log").read_text()
+
+
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 2, 5))])
+def test_alignment_then_distillation_then_text(aligned, tmp_path, stop):
+    """The three phases of a conversion; stopped and resumed in any of them, or between two."""
+    phases = [to(2, name="distill", temperature=2.0), to(4, name="next_token")]
+    whole = run(aligned("whole", phases))
+    kinds = [
+        ("alignment/layer_00" in line, "kl" in line) for line in metrics(tmp_path / "whole") if "grad_norm" in line
+    ]
+    assert kinds == [(True, False)] * 2 + [(False, True)] * 2 + [(False, False)] * 2
+    begun = [phase for phase in phases if phase.from_step < stop]
+    stopped = aligned("stopped", begun, steps=stop)
+    # What a later phase trains has state from the beginning, as where it is configured from the beginning.
+    run(replace(stopped, train=replace(stopped.train, trainable=None)))
+    if stop > 4:
+        shutil.rmtree(tmp_path / "softmax")
+    assert run(aligned("stopped", phases)) == whole
 
 
 # Keys
@@ -209,6 +264,41 @@ def test_a_digest_sees_every_part_of_a_small_file(taught, tmp_path):
     assert found() == before
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"hidden_size": 48}, r"softmax has hidden_size=32, and model\.hidden_size is 48: .*compares layer by layer"),
+        ({"num_layers": 3}, r"softmax has num_layers=2, and model\.num_layers is 3"),
+        ({"mixers": MixerLayoutConfig(pattern="full_attention")}, "every mixer is that of .*softmax already"),
+    ],
+)
+def test_what_cannot_be_aligned_is_refused(aligned, model, message):
+    config = aligned()
+    with pytest.raises(ConfigError, match=message) as error:
+        preflight.check(replace(config, model=replace(config.model, **model)))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_trained(aligned, taught):
+    align, distill = aligned(), taught()
+    assert trainable.trained(align) == ["layers.0.mixer.*"]
+    assert trainable.trained(distill) == ["*"]
+    assert trainable.trained_in_any(replace(align, phases=[to(3, name="distill")])) == ["*"]
+    hgrn = replace(align, model=replace(align.model, mixers=MixerLayoutConfig(pattern="full_attention, hgrn")))
+    assert trainable.trained(hgrn) == ["layers.1.mixer.*", "lower_bounds"]
+    trainable.check(align)
+    trainable.check(aligned(trainable=["layers.0.mixer*"]))
+    with pytest.raises(ConfigError, match=r"train\.trainable trains layers\.1\.mixer\..*align does not reach"):
+        trainable.check(aligned(trainable=["layers.*.mixer.*"]))
+
+
+def test_deepspeed_refuses_to_change_what_is_trained(aligned):
+    config = replace(aligned(phases=[to(3, name="distill")]), engine=EngineConfig("deepspeed", 1))
+    with pytest.raises(ConfigError, match="phase 1 changes the trained parameters: DeepSpeed has"):
+        trainable.check(config)
+    trainable.check(replace(config, train=replace(config.train, trainable=["layers.0.mixer.*"])))
+
+
 def test_data_have_the_vocabulary_of_these_tests(taught):
     config = taught()
     assert config.model.padded_vocab_size(find_sources(config).vocab_size) == VOCAB
@@ -217,7 +307,7 @@ def test_data_have_the_vocabulary_of_these_tests(taught):
 # Plans
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_plan_counts_the_teacher(taught, pipeline):
     """Its parameters of every stage, and on the last the hidden states of both micro-batches."""
     config, cluster = taught(steps=3), ClusterConfig(devices=pipeline)
@@ -235,10 +325,25 @@ def test_a_plan_counts_the_teacher(taught, pipeline):
     assert plan.seconds > without.seconds and "teacher" not in describe(without)
 
 
+def test_a_plan_of_an_alignment_counts_mixers(aligned):
+    """Optimizer states of the aligned mixer, what enters it and what it should give, and fewer operations."""
+    config = PlanConfig(**vars(aligned()), cluster=ClusterConfig(devices=1))
+    (plan,) = planning.run(config, all_layouts=False)
+    whole = shapes(teacher.open_teacher(config.train.objective.teacher).model, VOCAB)
+    kept = 2 * (2 * 32 * 32 * 4)
+    assert plan.stages[0].states.teacher == sum(value.nbytes for value in whole.parameters()) + kept
+    mixer = [
+        value for name, value in shapes(config.model, VOCAB).named_parameters() if name.startswith("layers.0.mixer.")
+    ]
+    assert plan.stages[0].states.gradients == sum(value.nbytes for value in mixer)
+    (distilled,) = planning.run(PlanConfig(**vars(aligned(name="distill")), cluster=ClusterConfig(devices=1)), False)
+    assert plan.seconds < distilled.seconds
+
+
 def test_a_search_skips_layouts_that_cannot_shard_the_teacher(taught, tmp_path):
     """The student's two layers make two stages, the teacher's single one does not."""
     model = teacher.open_teacher(tmp_path / "weights").model
     single = write_weights(tmp_path / "single", replace(model, num_layers=1), seed=1)
     for path, stages in ((str(tmp_path / "weights"), {1, 2}), (single, {1})):
         config = PlanConfig(**vars(taught(steps=3, teacher=path)), cluster=ClusterConfig(devices=2))
-        assert {plan.config.parallel.pipeline for plan in planning.run(config, all_layouts=True)} == stages
+        assert {layout.parallel.pipeline for layout in layouts(config)} == stages

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from trainer.config import ObjectiveConfig, PretrainConfig
 from trainer.engines.frozen import FrozenSpec
-from trainer.objectives.base import Objective
+from trainer.objectives.alignment import Alignment, AnyObjective
 from trainer.objectives.distillation import Distillation
 from trainer.objectives.language_model import LanguageModel
+from trainer.stored.teacher import aligned_layers
 
 if TYPE_CHECKING:
     from trainer.engines.base import Engine
@@ -24,9 +25,9 @@ class PhaseObjectives:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._config = ObjectiveConfig()
-        self._objective: Objective = LanguageModel()
+        self._objective: AnyObjective = LanguageModel()
 
-    def __call__(self, config: PretrainConfig) -> Objective:
+    def __call__(self, config: PretrainConfig) -> AnyObjective:
         """Return the objective of a phase, given its configuration. Every rank calls this.
 
         Raises:
@@ -39,11 +40,15 @@ class PhaseObjectives:
             self._config, self._objective = wanted, self._build(config)
         return self._objective
 
-    def _build(self, config: PretrainConfig) -> Objective:
+    def _build(self, config: PretrainConfig) -> AnyObjective:
         wanted = config.train.objective
         if wanted.needed_teacher is None:
             return LanguageModel()
-        teacher = self._engine.freeze(FrozenSpec.of_weights(wanted.needed_teacher, config.train.precision))
+        aligns = wanted.name == "align"
+        spec = FrozenSpec.of_weights(wanted.needed_teacher, config.train.precision, stages_as_trained=aligns)
+        teacher = self._engine.freeze(spec)
+        if aligns:
+            return Alignment(teacher, aligned_layers(config))
         return Distillation(
             teacher,
             temperature=wanted.temperature,

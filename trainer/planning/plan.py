@@ -13,6 +13,7 @@ from trainer.config import CompressionConfig, PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
 from trainer.planning.teacher import TeacherPlan
+from trainer.trainable import trained
 
 # The values of train.recompute and train.recompute_modules that a plan compares, the least recomputation first.
 _CHOICES: tuple[tuple[str, list[str] | None], ...] = (
@@ -203,7 +204,7 @@ def states(parameters: Sequence[ParameterSpec], config: PretrainConfig, replicas
 
 
 def _trained(parameters: Sequence[ParameterSpec], config: PretrainConfig) -> list[ParameterSpec]:
-    return [parameter for parameter in parameters if matches(parameter.name, config.train.trainable)]
+    return [parameter for parameter in parameters if matches(parameter.name, trained(config))]
 
 
 def _elements(parameters: Sequence[ParameterSpec]) -> int:
@@ -383,6 +384,13 @@ class Planner:
         """Operations per row on one rank, including recomputation."""
         train, parallel = config.train, config.parallel
         choice, total = block_policy(config), 0.0
+        if train.objective.name == "align":
+            aligned = self._teacher(train.objective.teacher).aligned(config)
+            mixers = [
+                self._run.flops(self._run.kinds[layer], train.seq_len)[0] for layer in aligned.intersection(layers)
+            ]
+            again = 4 / 3 if RECOMPUTE in (choice.mixer, choice.block) else 1.0
+            return again * sum(mixers) * train.seq_len / (parallel.tensor * parallel.context)
         # The plan assumes balanced experts, so with a limit below the mean all of them are recomputed.
         experts = choice.recompute_above is not None and choice.recompute_above < 1
         for layer in layers:

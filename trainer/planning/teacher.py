@@ -1,16 +1,14 @@
 """What the teacher of a run (train.objective) takes of a rank: memory, and operations of its forward pass."""
 
-from dataclasses import replace
-
 import torch
 
 from trainer.config import PretrainConfig
 from trainer.planning.dry_run import Cut, DryRun
-from trainer.stored.teacher import open_teacher
+from trainer.stored.teacher import layout_of, open_teacher
 
 
 class TeacherPlan:
-    """A teacher on the ranks of the run that it teaches. Its layers are split evenly over the pipeline stages.
+    """A teacher on the ranks of the run that it teaches.
 
     Args:
         path: Directory of its weights.
@@ -23,11 +21,17 @@ class TeacherPlan:
         self._run = DryRun(found.model, found.vocab_size, dtype)
 
     def _chunks(self, config: PretrainConfig, stage: int) -> list[range]:
-        parallel = replace(config.parallel, pipeline_layers=None)
+        parallel = layout_of(config)
         return parallel.stage_layers(self.model.num_layers)[stage :: parallel.pipeline]
 
+    def aligned(self, config: PretrainConfig) -> frozenset[int]:
+        """The layers whose mixers train.objective.name=align trains."""
+        return frozenset(config.model.differing_mixers(self.model))
+
     def memory(self, config: PretrainConfig, stage: int, cut_to: Cut, tokens: int, micro_batches: int) -> float:
-        """Bytes of a stage's parameters, and of the hidden states that the last stage keeps for the objective.
+        """Bytes of a stage's parameters, and of what it keeps for the objective.
+
+        For distill these are the hidden states, on the last stage; for align what its layers have read and written.
 
         Args:
             config: The run, in the phase that the teacher teaches.
@@ -39,6 +43,9 @@ class TeacherPlan:
         chunks = self._chunks(config, stage)
         specs = [spec for layers in chunks for spec in self._run.parameters(layers, cut_to)]
         parameters = float(sum(spec.numel * spec.itemsize for spec in specs))
+        if config.train.objective.name == "align":
+            layers = self.aligned(config).intersection(layer for layers in chunks for layer in layers)
+            return parameters + 2 * len(layers) * config.train.micro_batch_size * self._run.residual(tokens, cut_to)
         if chunks[-1].stop < self.model.num_layers:
             return parameters
         at_once = micro_batches if config.engine.name == "megatron" else 1

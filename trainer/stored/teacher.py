@@ -64,7 +64,9 @@ def check(config: PretrainConfig, vocab_size: int) -> None:
     for phase in taught_phases(config):
         found = open_teacher(phase.config.train.objective.teacher or "")
         _require_rows(found, vocab_size)
-        require_layout(found, config.parallel)
+        if phase.config.train.objective.name == "align":
+            aligned_layers(phase.config)
+        require_layout(found, phase.config)
         if recorded.get(str(phase.number), digest(found)) != digest(found):
             raise ConfigError(
                 f"{_KEY}: {found.path} does not hold the weights that the run in {config.run.dir} has learned from; "
@@ -87,15 +89,48 @@ def _check_effect(config: PretrainConfig) -> None:
             )
 
 
-def require_layout(found: Weights, parallel: ParallelConfig) -> None:
-    """Check that a teacher can be sharded as the trained model is.
+def aligned_layers(config: PretrainConfig) -> list[int]:
+    """Return the layers whose mixers differ from the teacher's, for train.objective.name=align.
+
+    Raises:
+        ConfigError: the teacher cannot be read, has another width or depth, or no mixer differs.
+    """
+    found, model = open_teacher(config.train.objective.teacher or ""), config.model
+    for name in ("hidden_size", "num_layers"):
+        own, theirs = getattr(model, name), getattr(found.model, name)
+        if own != theirs:
+            raise ConfigError(
+                f"{_KEY}: {found.path} has {name}={theirs}, and model.{name} is {own}: train.objective.name=align "
+                f"compares layer by layer; set model.{name}={theirs}, or use distill"
+            )
+    layers = model.differing_mixers(found.model)
+    if not layers:
+        raise ConfigError(
+            f"{_KEY}: every mixer is that of {found.path} already, so train.objective.name=align has nothing to do; "
+            "change model.mixers, or use distill"
+        )
+    return layers
+
+
+def layout_of(config: PretrainConfig) -> ParallelConfig:
+    """Return the layout of the teacher of a phase, given its configuration.
+
+    Its layers are split evenly over pipeline stages, because the head runs outside of its schedule; to be aligned with,
+    as those of the trained model.
+    """
+    if config.train.objective.name == "align":
+        return config.parallel
+    return replace(config.parallel, pipeline_layers=None)
+
+
+def require_layout(found: Weights, config: PretrainConfig) -> None:
+    """Check that a teacher of a phase can be sharded as the trained model is.
 
     Raises:
         ConfigError: its heads, channels, experts or layers do not divide.
     """
     try:
-        # Its layers are split evenly over the stages (trainer.engines).
-        parallel = replace(parallel, pipeline_layers=None)
+        parallel = layout_of(config)
         parallel.require_divisible(found.model)
         parallel.stage_layers(found.model.num_layers)
     except ValueError as error:

@@ -31,7 +31,6 @@ from trainer.data.layout import find_corpora
 from trainer.durable import flush_to_disk
 from trainer.errors import ConfigError
 from trainer.json_files import read_object
-from trainer.phases import expand, trained_in_any
 from trainer.run_directory import differences, flatten, starts_anew
 
 if TYPE_CHECKING:
@@ -259,34 +258,6 @@ def check_spiking(config: PretrainConfig) -> None:
         shapes(config.model, 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def check_trainable(config: PretrainConfig) -> None:
-    """Check that every pattern of train.trainable matches a parameter name. May import torch.
-
-    Raises:
-        ConfigError: a pattern matches no parameter, or frozen experts are to be spawned.
-    """
-    if trained_in_any(config) == ["*"]:
-        return
-    from models.decoder import shapes
-    from models.parameters import matches
-
-    # Names do not depend on the vocabulary: one row is enough.
-    names = [name for name, _ in shapes(config.model, 1).named_parameters()]
-    for phase in expand(config):
-        for pattern in phase.config.train.trainable:
-            if not any(matches(name, [pattern]) for name in names):
-                raise ConfigError(
-                    f"train.trainable: no parameter's name matches {pattern!r}; they are named as {names[0]} and "
-                    f"{names[len(names) // 2]}"
-                )
-        frozen = [name for name in names if ".experts." in name and not matches(name, phase.config.train.trainable)]
-        if config.model.moe.spawn_step is not None and frozen:
-            raise ConfigError(
-                f"train.trainable leaves {listed(frozen)} frozen, and model.moe.spawn_step="
-                f"{config.model.moe.spawn_step} would write to them; train the experts, or leave spawn_step out"
-            )
 
 
 def require_tensors(
