@@ -6,11 +6,15 @@ spiketrain convert import --source hub/Qwen2.5-0.5B --output weights/qwen
 spiketrain convert layers --source runs/dense --data data/stdlib-bpe4096 --keep 2 --output choice.yaml
 spiketrain convert hybrid --source weights/qwen --output weights/qwen-hybrid --preset spikingbrain-7b
 spiketrain convert upcycle --source weights/qwen --output weights/qwen-moe --moe.num_experts 8
+spiketrain convert run --config configs/convert/laptop.yaml
+torchrun --standalone --nproc-per-node 2 launch/convert.py run --config configs/convert/laptop.yaml
 spiketrain convert spike --checkpoint runs/laptop --data data/stdlib-bpe4096 --output weights/laptop-w8a
 """
 
 import json
+import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
@@ -19,6 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
+from launch.main import Ranks, free_port
 from models.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -32,11 +37,14 @@ from models.config import (
     parse_pattern,
 )
 from models.config.conversion import PRESETS, retention
-from trainer import yaml_files
+from trainer import recipe, yaml_files
 from trainer.cli import entry, fail
+from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.errors import ConfigError
 from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.data import check_tokenizer, is_indexed, open_stream, read_texts
+from trainer.run_lock import launch_id
+from trainer.runtime import rank
 
 
 def require_free(output: str) -> None:
@@ -391,6 +399,27 @@ class SpikeConfig:
         return replace(own, **{"layers": own.layers or ["all"]} | given, weights="int8")
 
 
+@dataclass
+class RecipeConfig:
+    """A staged recipe (trainer.recipe). Its steps are commands with their options.
+
+    Attributes:
+        dir: Directory of the record of what has been run.
+        base: Options of all training steps, which a step's own options override.
+        steps: The steps in order, each a command (a command of convert, train or evaluate) with its options.
+        check: Check the recipe and print its commands, and run nothing.
+    """
+
+    dir: str = "runs/convert"
+    base: dict[str, Any] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ConfigError("steps: there are none; give a recipe with --config, such as configs/convert/laptop.yaml")
+
+
 def export_weights(config: ExportConfig) -> None:
     """Export the parameters of a checkpoint as safetensors."""
     # Imported here, because it loads torch, for which invalid settings need not wait.
@@ -528,14 +557,64 @@ def spike_model(config: SpikeConfig) -> None:
     )
 
 
+def run_recipe(config: RecipeConfig) -> int:
+    """Run or resume the steps of a recipe, as one of the ranks that run it; returns the exit code."""
+    known = {name: kind for name, (_, kind, _) in COMMANDS.items() if kind is not RecipeConfig}
+    steps = recipe.read_steps(config.base, config.steps, known | {"train": PretrainConfig, "evaluate": EvaluateConfig})
+    record = recipe.Record(Path(config.dir))
+    if rank() == 0:
+        # On other ranks, rank 0 may be further already.
+        record.check(steps)
+    for step in steps:
+        if config.check:
+            print(shlex.join(["spiketrain", *_command(step)]))
+        elif code := (_lead if rank() == 0 else _follow)(step, len(steps), record):
+            return code
+    return 0
+
+
+def _lead(step: recipe.Step, steps: int, record: recipe.Record) -> int:
+    """Run a step on rank 0, unless it has ended; returns its exit code."""
+    if record.is_done(step):
+        show(f"{step} (of {steps}): has ended")
+        return 0
+    show(f"{step} (of {steps})")
+    began, port = time.monotonic(), free_port()
+    step.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    record.write(step, state="begun", settings=step.settings(), launch=launch_id(), port=port, exit_code=None)
+    code = _run(step, port)
+    record.write(step, state="ended" if code else "done", exit_code=code, seconds=round(time.monotonic() - began, 1))
+    return code
+
+
+def _follow(step: recipe.Step, steps: int, record: recipe.Record) -> int:
+    """Take part in a step on another rank: run a training step, wait for any other; returns its exit code."""
+    entry = recipe.wait_for(record, step, launch_id())
+    return _run(step, entry["port"]) if entry["state"] == "begun" else entry["exit_code"]
+
+
+def _command(step: recipe.Step) -> list[str]:
+    """The words after `spiketrain` of a step's command."""
+    alone = {"train": ["pretrain"], "evaluate": ["evaluate"]}
+    return [*alone.get(step.command, ["convert", step.command]), *step.arguments()]
+
+
+def _run(step: recipe.Step, port: int) -> int:
+    is_one_of_several = step.is_training and world_size_from_environment() > 1
+    script, *words = _command(step)
+    command = [sys.executable, str(Path(__file__).resolve().parent / f"{script}.py"), *words]
+    return Ranks(command, [recipe.of_ranks(port) if is_one_of_several else recipe.single_process()]).wait()
+
+
 # Command name to (function, its configuration, one-line description).
-COMMANDS: dict[str, tuple[Callable[[Any], None], type, str]] = {
+COMMANDS: dict[str, tuple[Callable[[Any], int | None], type, str]] = {
     "export": (export_weights, ExportConfig, "Write the parameters of a checkpoint as safetensors."),
     "import": (import_model, ImportConfig, "Write a Hugging Face model's parameters as weights that runs start from."),
     "layers": (choose_layers, LayersConfig, "Choose the layers that stay softmax attention, by measured damage."),
     "hybrid": (hybrid_model, HybridConfig, "Write weights of a hybrid with the matrices of softmax attention."),
     "upcycle": (upcycle_model, UpcycleConfig, "Write weights with experts that are copies of a dense model's."),
     "spike": (spike_model, SpikeConfig, "Write weights with spikes and int8 weights, calibrated on data."),
+    "run": (run_recipe, RecipeConfig, "Run or resume the steps of a recipe."),
 }
 
 
