@@ -1,8 +1,9 @@
-"""Evaluate a checkpoint: bits per byte of data, also by position in the context.
+"""Evaluate a checkpoint: bits per byte of data, also by position in the context, and tasks of recall.
 
 spiketrain evaluate --checkpoint runs/laptop --data data/stdlib-bpe4096 --split test
 spiketrain evaluate --checkpoint runs/laptop --data README.md --by_position true
 spiketrain evaluate --checkpoint runs/laptop --spiking true --raster spikes.png
+spiketrain evaluate --checkpoint runs/laptop --recall '[needle, mqar]' --lengths '[512, 1024]'
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from trainer.cli import entry
 from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.data import evaluate_data
+from trainer.evaluation.recall.run import evaluate_recall
 
 
 def finite(values: Any) -> Any:
@@ -26,10 +28,10 @@ def finite(values: Any) -> Any:
 
 def main(config: EvaluateConfig) -> None:
     """Evaluate, print the figures, and write them to a file if one is named."""
-    result = evaluate_data(config)
+    result = evaluate_recall(config) if config.recall else evaluate_data(config)
     if config.json:
         Path(config.json).write_text(json.dumps(finite(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    entry(main, EvaluateConfig, "Evaluate a checkpoint: loss and bits per byte of data.")
+    entry(main, EvaluateConfig, "Evaluate a checkpoint: bits per byte of data, or tasks of recall.")

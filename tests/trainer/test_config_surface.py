@@ -136,7 +136,10 @@ def test_options_of_the_other_commands(script, keys):
 
 
 def test_options_of_evaluation():
-    own = "help config print_config checkpoint data split seq_len stride batch_size compare_compressors by_position "
+    own = (
+        "help config print_config checkpoint data split seq_len stride batch_size compare_compressors by_position "
+        "recall recall+ lengths lengths+ examples candidates depth haystack seed "
+    )
     own += "tokenizer device json spiking raster neurons neurons.layers+ neurons.count_range+"
     neurons = {f"neurons.{key.removeprefix('model.spiking.')}" for key in written_down() if "model.spiking." in key}
     assert options_of("launch/evaluate.py") == {"-h"} | {f"--{key}" for key in (*own.split(), *neurons)}
