@@ -2,13 +2,15 @@
 
     o_t = sum_s p_ts v_s,   p_t = softmax_s(scale · q_t · k_s),   s in (t − window, t] and in t's document
 
+Every query may see the keys of further tokens besides, the sinks, whatever the window and the document.
+
 Sources: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries, Ainslie et al. 2023, arXiv:2305.13245; sliding
 window, Beltagy et al. 2020, arXiv:2004.05150.
 
 Backends, all differentiable; only the reference materialises [T, T] scores:
     flash      flash-attn, on CUDA in float16 and bfloat16 if it is installed
     sdpa       torch's scaled_dot_product_attention, one call for all documents of one length
-    banded     blocks of queries against the keys that they can see: O(T · window) on every device
+    banded     blocks of queries against the keys that they can see: O(T · window) on every device, with sinks too
     reference  the whole masked score matrix in plain operations
 """
 
@@ -38,6 +40,9 @@ _TILE_SCORES = 1 << 18
 
 _FLASH_MAX_HEAD_DIM = 256
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys [1, S, Hkv, K] and values [1, S, Hkv, V] of S sinks."""
+
 
 def attention_reference(
     q: Tensor,
@@ -47,6 +52,7 @@ def attention_reference(
     window: int | None = None,
     documents: Documents | None = None,
     scale: float | None = None,
+    sinks: KeysValues | None = None,
 ) -> Tensor:
     """`attention` by its definition: one score matrix [Tq, Tk] per head; computes in float32, float64 for float64."""
     math_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -63,7 +69,13 @@ def attention_reference(
         ends = documents.cu_seqlens(q.device)[1:].to(key_time.dtype)
         document = torch.bucketize(key_time, ends, right=True)
         visible &= document == document[:, None]
-    probabilities = scores_BHTT.masked_fill(~visible, float("-inf")).softmax(-1)
+    scores_BHTT = scores_BHTT.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink_keys, sink_values = (x.to(math_dtype).repeat_interleave(groups, dim=2) for x in sinks)
+        scores_BHTS = torch.einsum("bthk,shk->bhts", q.to(math_dtype) * scale, sink_keys[0])
+        scores_BHTT = torch.cat((scores_BHTS, scores_BHTT), -1)
+        values = torch.cat((sink_values.expand(len(v), -1, -1, -1), values), 1)
+    probabilities = scores_BHTT.softmax(-1)
     return torch.einsum("bhts,bshv->bthv", probabilities, values).to(q.dtype)
 
 
@@ -76,6 +88,7 @@ def attention(
     window: int | None = None,
     documents: Documents | None = None,
     scale: float | None = None,
+    sinks: KeysValues | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -87,6 +100,7 @@ def attention(
         window: number of keys that a query sees, including its own; None for all.
         documents: documents packed into one row, which do not see each other; requires B = 1 and Tq = Tk.
         scale: factor of the scores; K^(-1/2) by default.
+        sinks: keys and values of tokens that every query sees; the same on all ranks. Not for sdpa and flash.
         group: ranks that hold consecutive, equal shards of the sequence; requires Tq = Tk. A window may span several
             shards. documents describe the whole row and are the same on every rank. Without a window ranks exchange
             heads; with a window, the keys and values that it reaches: see `kernels.attention_sharded`.
@@ -98,9 +112,9 @@ def attention(
     Raises:
         ValueError: shapes, dtypes, window or documents are inconsistent, or the backend does not support the inputs.
     """
-    _check(q, k, v, window, documents)
+    _check(q, k, v, window, documents, sinks)
     if group is not None:
-        return _over_ranks(q, k, v, window, documents, scale, group, backend)
+        return _over_ranks(q, k, v, window, documents, scale, sinks, group, backend)
     if documents is not None:
         sequences_in(q.shape[0], q.shape[1], documents)
     longest = k.shape[1] if documents is None else max(documents.lengths)
@@ -112,15 +126,15 @@ def attention(
     if window is not None and window >= longest:
         window = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choice = resolve("attention", backend, _available(q, k, v, window))
+    choice = resolve("attention", backend, _available(q, k, v, window, sinks))
     if choice == "reference":
-        return attention_reference(q, k, v, window=window, documents=documents, scale=scale)
+        return attention_reference(q, k, v, window=window, documents=documents, scale=scale, sinks=sinks)
     if choice == "flash":
         return _flash(q, k, v, window, documents, longest, scale)
     if choice == "sdpa":
         dense = functools.partial(_sdpa, scale=scale)
     else:
-        dense = functools.partial(_banded, window=window, scale=scale)
+        dense = functools.partial(_banded, window=window, scale=scale, sinks=sinks)
     return dense(q, k, v) if documents is None else _by_document(dense, q, k, v, documents.lengths)
 
 
@@ -131,6 +145,7 @@ def _over_ranks(
     window: int | None,
     documents: Documents | None,
     scale: float | None,
+    sinks: KeysValues | None,
     group: dist.ProcessGroup,
     backend: str,
 ) -> Tensor:
@@ -143,12 +158,14 @@ def _over_ranks(
     if window is not None and window >= row:
         window = None
     # Choose here, so that all ranks choose alike: the available backends depend on the keys before a rank's own tokens.
-    choice = resolve("attention", backend, _available(q, k, v, window))
+    choice = resolve("attention", backend, _available(q, k, v, window, sinks))
     one_rank = functools.partial(attention, scale=scale, backend=choice)
-    return attention_sharded(one_rank, q, k, v, window, documents, group)
+    return attention_sharded(one_rank, q, k, v, window, documents, sinks, group)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Documents | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Documents | None, sinks: KeysValues | None
+) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise ValueError(f"attention: needs q [B, Tq, H, K], k [B, Tk, Hkv, K], v [B, Tk, Hkv, V], not {shapes}")
@@ -165,10 +182,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, documents: Docum
         raise ValueError(f"attention: window counts the keys a query sees, itself among them: at least 1, not {window}")
     if documents is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
         raise ValueError(f"attention: packed documents (cu_seqlens) need B = 1 and Tq = Tk: {shapes}")
+    if sinks is not None:
+        fit = all(x.dim() == 4 and len(x) == 1 and x.shape[2:] == y.shape[2:] for x, y in zip(sinks, (k, v)))
+        if not fit or sinks[0].shape[1] != sinks[1].shape[1] or any(x.dtype != q.dtype for x in sinks):
+            raise ValueError(
+                f"attention: needs sinks [1, S, Hkv, K] and [1, S, Hkv, V] in q's dtype, not "
+                f"{', '.join(str(tuple(x.shape)) for x in sinks)}: {shapes}"
+            )
 
 
-def _available(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> list[str]:
+def _available(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: KeysValues | None = None) -> list[str]:
     """The backends that support these inputs, preferred first."""
+    if sinks is not None:
+        return ["banded", "reference"]
     available = []
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     # flash-attn requires values as wide as keys.
@@ -272,9 +298,11 @@ def _fused_operands(q: Tensor, k: Tensor, v: Tensor, on_gpu: bool) -> tuple[Tens
     return q, k, v
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+def _banded(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, sinks: KeysValues | None = None
+) -> Tensor:
     """Blocks of queries against the keys that any of their queries sees."""
-    return _Banded.apply(q, k, v, k.shape[1] if window is None else window, scale)
+    return _Banded.apply(q, k, v, k.shape[1] if window is None else window, scale, *(sinks or (None, None)))
 
 
 def _by_key_head(x: Tensor, key_heads: int) -> Tensor:
@@ -292,28 +320,40 @@ def _from_key_head(x: Tensor, batch: int) -> Tensor:
 
 
 class _Tile(NamedTuple):
-    """One tile of scores: rows of X, queries C, keys S, and the masks to add at its two ends."""
+    """One tile of scores: rows of X, queries C, keys S after the sinks, and the masks to add at the keys' two ends."""
 
     rows: slice
     queries: slice
     keys: slice
+    sinks: int
     future_CC: Tensor
     expired_CS: Tensor
 
-    def probabilities(self, q_XCK: Tensor, wide_k_XTK: Tensor, scale: float) -> Tensor:
-        """Softmax of the scores [X, G · C, S], in q's dtype; scores have wide_k's dtype.
+    def seen(self, x_XTK: Tensor, sinks_XSK: Tensor | None) -> Tensor:
+        """The sinks' and the keys' rows of keys or values, or of their gradients."""
+        seen = x_XTK[self.rows, self.keys]
+        return seen if sinks_XSK is None else torch.cat((sinks_XSK[self.rows], seen), 1)
+
+    def add(self, part_XKS: Tensor, total_XKT: Tensor, sinks_XKS: Tensor | None) -> None:
+        """Add a gradient of what `seen` returned, transposed, to those of the keys and of the sinks."""
+        if sinks_XKS is not None:
+            sinks_XKS[self.rows] += part_XKS[..., : self.sinks]
+        total_XKT[self.rows, :, self.keys] += part_XKS[..., self.sinks :]
+
+    def probabilities(self, q_XCK: Tensor, seen_XSK: Tensor, scale: float) -> Tensor:
+        """Softmax of the scores [X, G · C, S], in q's dtype; scores have the keys' dtype.
 
         Rounding the scores themselves to bfloat16 would save 15 to 40 % of the time, at up to four times sdpa's error.
         """
-        scores = batched_matmul(q_XCK.to(wide_k_XTK.dtype) * scale, wide_k_XTK[self.rows, self.keys].mT)
+        scores = batched_matmul(q_XCK.to(seen_XSK.dtype) * scale, seen_XSK.mT)
         scores_XGCS = scores.unflatten(1, (-1, len(self.future_CC)))
         scores_XGCS[..., -len(self.future_CC) :] += self.future_CC
         if self.expired_CS.shape[1]:
-            scores_XGCS[..., : self.expired_CS.shape[1]] += self.expired_CS
+            scores_XGCS[..., self.sinks : self.sinks + self.expired_CS.shape[1]] += self.expired_CS
         return torch.softmax(scores, dim=-1).to(q_XCK.dtype)
 
 
-def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
+def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int, sinks: int) -> Iterator[_Tile]:
     """Yield tiles that cover every visible score; the last query of a tile is at the position of its last key."""
     rows, groups, queries, _ = q_XGTK.shape
     # A block computes window + block keys per query, of which window are visible.
@@ -327,32 +367,42 @@ def _tiles(q_XGTK: Tensor, wide_k_XTK: Tensor, window: int) -> Iterator[_Tile]:
         future_CC = hidden[:, :count].triu(1)
         # For the last query, every key at this end is outside the window; each earlier query loses one key fewer.
         expired_CS = hidden[:, :expired].tril(expired - count)
-        row_scores = groups * count * (last - first)
+        row_scores = groups * count * (sinks + last - first)
         step = max(1, _TILE_SCORES * torch.get_num_threads() // row_scores) if q_XGTK.is_cpu else rows
         for row in range(0, rows, step):
-            yield _Tile(slice(row, row + step), slice(start, end), slice(first, last), future_CC, expired_CS)
+            yield _Tile(slice(row, row + step), slice(start, end), slice(first, last), sinks, future_CC, expired_CS)
 
 
 class _Banded(torch.autograd.Function):
     """The `banded` backend: saves its inputs; backward recomputes each tile's probabilities."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-        save(ctx, activations=(q, k, v))
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int,
+        scale: float,
+        sink_k: Tensor | None,
+        sink_v: Tensor | None,
+    ) -> Tensor:
+        save(ctx, activations=(q, k, v), statistics=(sink_k, sink_v))
         ctx.window, ctx.scale = window, scale
         q_XGTK, _, v_XTV, wide_k_XTK = _tile_operands(q, k, v)
+        sinks_k, sinks_v = _sink_operand(sink_k, wide_k_XTK), _sink_operand(sink_v, v_XTV)
         o_XGTV = q.new_empty(*q_XGTK.shape[:3], v.shape[3])
-        for tile in _tiles(q_XGTK, wide_k_XTK, window):
+        for tile in _tiles(q_XGTK, wide_k_XTK, window, 0 if sink_k is None else sink_k.shape[1]):
             q_XCK = q_XGTK[tile.rows, :, tile.queries].flatten(1, 2)
-            p_XCS = tile.probabilities(q_XCK, wide_k_XTK, scale)
-            o_XCV = batched_matmul(p_XCS, v_XTV[tile.rows, tile.keys])
+            p_XCS = tile.probabilities(q_XCK, tile.seen(wide_k_XTK, sinks_k), scale)
+            o_XCV = batched_matmul(p_XCS, tile.seen(v_XTV, sinks_v))
             o_XGTV[tile.rows, :, tile.queries] = o_XCV.unflatten(1, (q_XGTK.shape[1], -1))
         return _from_key_head(o_XGTV, q.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor | None, Tensor | None]:
+        q, k, v, sink_k, sink_v = ctx.saved_tensors
         batch = q.shape[0]
         q_XGTK, k_XTK, v_XTV, wide_k_XTK = _tile_operands(q, k, v)
         grad_XGTV = _by_key_head(grad, k.shape[2])
@@ -361,22 +411,49 @@ class _Banded(torch.autograd.Function):
         # the product's transposed factor, which gets copied, is the small queries rather than the scores.
         grad_k_XKT = torch.zeros_like(wide_k_XTK.mT, memory_format=torch.contiguous_format)
         grad_v_XVT = torch.zeros_like(v_XTV.mT, dtype=wide_k_XTK.dtype, memory_format=torch.contiguous_format)
-        for tile in _tiles(q_XGTK, wide_k_XTK, ctx.window):
+        wide_sinks_k, sinks_k = _sink_operand(sink_k, wide_k_XTK), _sink_operand(sink_k, k_XTK)
+        sinks_v = _sink_operand(sink_v, v_XTV)
+        grad_sinks_k, grad_sinks_v = _zeros_of(sinks_k, wide_k_XTK.dtype), _zeros_of(sinks_v, wide_k_XTK.dtype)
+        for tile in _tiles(q_XGTK, wide_k_XTK, ctx.window, 0 if sink_k is None else sink_k.shape[1]):
             q_XCK, grad_XCV = (x[tile.rows, :, tile.queries].flatten(1, 2) for x in (q_XGTK, grad_XGTV))
-            p_XCS = tile.probabilities(q_XCK, wide_k_XTK, ctx.scale)
-            grad_v_XVT[tile.rows, :, tile.keys] += batched_matmul(grad_XCV.mT, p_XCS)
-            grad_p_XCS = batched_matmul(grad_XCV, v_XTV[tile.rows, tile.keys].mT)
+            p_XCS = tile.probabilities(q_XCK, tile.seen(wide_k_XTK, wide_sinks_k), ctx.scale)
+            tile.add(batched_matmul(grad_XCV.mT, p_XCS), grad_v_XVT, grad_sinks_v)
+            grad_p_XCS = batched_matmul(grad_XCV, tile.seen(v_XTV, sinks_v).mT)
             grad_scores_XCS = torch.ops.aten._softmax_backward_data(grad_p_XCS, p_XCS, -1, p_XCS.dtype)
-            grad_q_XCK = batched_matmul(grad_scores_XCS, k_XTK[tile.rows, tile.keys])
+            grad_q_XCK = batched_matmul(grad_scores_XCS, tile.seen(k_XTK, sinks_k))
             grad_q[tile.rows, :, tile.queries] = grad_q_XCK.unflatten(1, (q_XGTK.shape[1], -1))
-            grad_k_XKT[tile.rows, :, tile.keys] += batched_matmul(q_XCK.mT, grad_scores_XCS)
+            tile.add(batched_matmul(q_XCK.mT, grad_scores_XCS), grad_k_XKT, grad_sinks_k)
         return (
             _from_key_head(grad_q.mul_(ctx.scale), batch),
             _from_key_head(grad_k_XKT.mul_(ctx.scale).mT[:, None].to(k.dtype), batch),
             _from_key_head(grad_v_XVT.mT[:, None].to(v.dtype), batch),
             None,
             None,
+            _sink_gradient(grad_sinks_k, batch, ctx.scale, k.dtype),
+            _sink_gradient(grad_sinks_v, batch, 1.0, v.dtype),
         )
+
+
+def _sink_operand(sinks: Tensor | None, like_XTK: Tensor) -> Tensor | None:
+    """Keys or values of sinks [1, S, Hkv, K] as [X, S, K] with X = B · Hkv, in the dtype of those of the tokens."""
+    if sinks is None:
+        return None
+    batch = like_XTK.shape[0] // sinks.shape[2]
+    return sinks.to(like_XTK.dtype).transpose(1, 2).expand(batch, -1, -1, -1).flatten(0, 1)
+
+
+def _zeros_of(sinks_XSK: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Zeros [X, K, S] for the gradient of sinks."""
+    if sinks_XSK is None:
+        return None
+    return torch.zeros_like(sinks_XSK.mT, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _sink_gradient(grad_XKS: Tensor | None, batch: int, scale: float, dtype: torch.dtype) -> Tensor | None:
+    """The gradient [1, S, Hkv, K], summed over the batch."""
+    if grad_XKS is None:
+        return None
+    return grad_XKS.unflatten(0, (batch, -1)).sum(0, keepdim=True).mul_(scale).permute(0, 3, 1, 2).to(dtype)
 
 
 def _tile_operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ sends or receives nothing, so that all ranks' backward passes communicate in the
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -52,23 +53,25 @@ def attention_sharded(
     v: Tensor,
     window: int | None,
     documents: Documents | None,
+    sinks: tuple[Tensor, Tensor] | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
     """Run `one_rank` on tokens sharded over the ranks of `group`.
 
     Args:
-        one_rank: `(q, k, v, window=, documents=) -> o` on one rank.
+        one_rank: `(q, k, v, window=, documents=, sinks=) -> o` on one rank.
         q, k, v: this rank's tokens, [B, T, H, K], [B, T, Hkv, K] and [B, T, Hkv, V], with the same T on every rank.
         window: number of keys that a query sees, including its own, less than the row's length; None for all.
         documents: documents of the whole row, which has T tokens per rank; None if it is one document.
+        sinks: keys and values [1, S, Hkv, K] that every query sees; each rank has them all.
         group: the ranks in token order.
 
     Returns:
         o: [B, T, H, V] for this rank's tokens.
     """
     if window is None:
-        return _over_heads(one_rank, q, k, v, documents, group)
-    return _over_halos(one_rank, q, k, v, window, documents, group)
+        return _over_heads(one_rank, q, k, v, documents, sinks, group)
+    return _over_halos(partial(one_rank, sinks=sinks), q, k, v, window, documents, group)
 
 
 def split_heads(heads: int, key_heads: int, world: int) -> list[tuple[range, range]]:
@@ -87,6 +90,7 @@ def _over_heads(
     k: Tensor,
     v: Tensor,
     documents: Documents | None,
+    sinks: tuple[Tensor, Tensor] | None,
     group: dist.ProcessGroup,
 ) -> Tensor:
     """Full attention: every rank sees the whole row for some of the heads."""
@@ -116,8 +120,12 @@ def _over_heads(
     q_BTX, k_BTX, v_BTX = whole_BTX.split(widths, dim=2)
     q, k = q_BTX.view(batch, row, len(queries), key_dim), k_BTX.view(batch, row, len(keys), key_dim)
     v = v_BTX.view(batch, row, len(keys), value_dim)
+    o = v
     # A rank without heads computes nothing, but v keeps it in the graph, since it must join the backward exchange.
-    o = one_rank(q, *_read_by(queries, keys, heads // key_heads, k, v), documents=documents) if queries else v
+    if queries:
+        read = partial(_read_by, queries, keys, heads // key_heads)
+        own_sinks = None if sinks is None else read(*(x[:, :, keys.start : keys.stop] for x in sinks))
+        o = one_rank(q, *read(k, v), documents=documents, sinks=own_sinks)
 
     o_PBTX = o.reshape(batch, world, time, len(queries) * value_dim).transpose(0, 1)
     received = [batch * time * count * value_dim for count in query_counts]

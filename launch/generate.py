@@ -5,7 +5,6 @@ spiketrain generate --checkpoint runs/laptop --prompt 'def main(' --temperature 
 
 import sys
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -67,9 +66,7 @@ class GenerateConfig:
 
 def main(config: GenerateConfig) -> None:
     """Load the model, then sample and print each continuation with its prompt as it grows."""
-    import torch
-
-    from models.generation import stream_text, stream_tokens
+    from models.generation import Engine, Request, Sampling, stream_text
     from trainer.device import choose_device
     from trainer.stored.inference import load_model
 
@@ -81,19 +78,19 @@ def main(config: GenerateConfig) -> None:
     print(f"checkpoint: {loaded.path}", file=sys.stderr)
     if config.tokenizer is not None:
         print(f"tokenizer: {config.tokenizer}, in place of the checkpoint's", file=sys.stderr)
+    engine = Engine(loaded.model, slots=1, vocab_size=tokenizer.vocab_size)
     for number in range(config.samples):
         if config.samples > 1:
             print(f"--- sample {number + 1} of {config.samples} ---", file=sys.stderr)
-        drawn = stream_tokens(
-            loaded.model,
-            torch.tensor([ids], device=device),
+        sampling = Sampling(
             config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
-            generator=torch.Generator(device).manual_seed(config.seed + number),
-            vocab_size=tokenizer.vocab_size,
+            seed=config.seed + number,
+            stop_tokens=(tokenizer.eod_id,),
         )
-        continuation = takewhile(lambda token: token != tokenizer.eod_id, (int(tokens[0]) for tokens in drawn))
+        drawn = engine.stream(Request(tuple(ids), sampling))
+        continuation = (event.token for event in drawn if event.finish != "stop")
         print(config.prompt, end="", flush=True)
         try:
             for text in stream_text(tokenizer.decode, ids, continuation):

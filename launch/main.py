@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _DIRECTORY = Path(__file__).resolve().parent
@@ -26,7 +26,7 @@ COMMANDS = {
     "pretrain": "pre-train a language model",
     "generate": "sample text from a checkpoint",
     "evaluate": "bits per byte of a checkpoint",
-    "convert": "weights in and out: export, import, upcycle",
+    "convert": "weights in and out, hybrids, experts, spikes, staged recipes",
     "compression": "what compressed activations cost the gradient, and bits by place",
     "plan": "what a run would take of a cluster",
     "bench": "benchmarks, ours beside a peer",
@@ -49,7 +49,8 @@ def usage() -> str:
         (
             "usage: spiketrain COMMAND [--ranks N] [options; spiketrain COMMAND --help lists them]\n",
             *lines,
-            "\n--ranks N starts N processes on this machine (pretrain); on a cluster use torchrun or launch/slurm.",
+            "\n--ranks N starts N processes on this machine (pretrain, convert run).",
+            "On a cluster use torchrun or launch/slurm.",
         )
     )
 
@@ -72,9 +73,9 @@ def main() -> int:
         sys.argv = [f"spiketrain {name}", *options]
         runpy.run_path(str(script), run_name="__main__")
         return 0
-    if name != "pretrain":
-        return _refuse(f"--ranks {ranks}: only pretrain runs on several ranks")
-    return Ranks([sys.executable, str(script), *options], ranks).wait()
+    if name != "pretrain" and [name, *options[:1]] != ["convert", "run"]:
+        return _refuse(f"--ranks {ranks}: only pretrain and convert run use several ranks")
+    return Ranks([sys.executable, str(script), *options], environments_of(ranks)).wait()
 
 
 def _refuse(message: str) -> int:
@@ -101,6 +102,19 @@ def take_ranks(arguments: list[str]) -> tuple[int, list[str]]:
     return int(given), others
 
 
+def environments_of(count: int) -> list[dict[str, str]]:
+    """The environments of processes that are the ranks of one launch on this machine, as torchrun would set them."""
+    shared = {
+        # Distinguishes this launch from others: see trainer.run_lock.launch_id.
+        "SPIKETRAIN_LAUNCH": f"{socket.gethostname()} {os.getpid()} {time.time_ns()}",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(count)]
+
+
 class Ranks:
     """Processes of one command that end together. Their output is passed through.
 
@@ -108,31 +122,23 @@ class Ranks:
 
     Args:
         command: Command that each process runs.
-        count: Number of processes.
+        environments: The environment of each process (`environments_of`).
     """
 
-    def __init__(self, command: list[str], count: int) -> None:
+    def __init__(self, command: list[str], environments: Sequence[Mapping[str, str]]) -> None:
         # nohup ignores SIGHUP. Blocking the signal would make it pending and thus forward it.
         ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         self._signals = {*_SIGNALS} - ({signal.SIGHUP} if ignores_hangup else set())
-        shared = {
-            # Distinguishes this launch from others: see trainer.run_lock.launch_id.
-            "SPIKETRAIN_LAUNCH": f"{socket.gethostname()} {os.getpid()} {time.time_ns()}",
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
         # Signals stay pending until `wait` collects them, so none is lost while ranks are still being started.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._signals, signal.SIGCHLD})
         prepare = _preparation(self._mask)
         self._ranks = {
             number: subprocess.Popen(
                 command,
-                env=os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
+                env=environment,
                 preexec_fn=prepare,
             )
-            for number in range(count)
+            for number, environment in enumerate(environments)
         }
         self._exit_code = 0
         self._deadline = math.inf
@@ -201,7 +207,8 @@ def _preparation(mask: set[int | signal.Signals]) -> Callable[[], None]:
     return prepare
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         port: int = holder.getsockname()[1]

@@ -10,13 +10,13 @@ spiketrain pretrain --init weights/qwen --data.path data/web --run.dir runs/qwen
 import sys
 from pathlib import Path
 
-from trainer import preflight, run_directory, run_lock
+from trainer import preflight, run_directory, run_lock, trainable
 from trainer.cli import dump, fail, guess, make_parser, parse, tell_torchrun
 from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.errors import ConfigError
 from trainer.peers import PeerWatch
 from trainer.runtime import EXIT_CONFIG_ERROR, keep_threads_awake, rank, write_status
-from trainer.stored import weights
+from trainer.stored import teacher, weights
 from trainer.watchdog import dump_stacks_on_request
 
 
@@ -43,7 +43,8 @@ def main() -> int:
         if check_only:
             weights.check_spiking(config)
             weights.check_tensors(config)
-            weights.check_trainable(config)
+            trainable.check(config)
+            teacher.check_tensors(config)
     except ValueError as error:
         run_dir = guess(sys.argv[1:], "run.dir") or PretrainConfig().run.dir
         # If another run trains there, its status must not be overwritten.

@@ -1,12 +1,13 @@
 """The decoder: embedding, pre-norm blocks, final norm and head, in plain PyTorch."""
 
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,7 +16,7 @@ from kernels.matmul import linear
 from kernels.rotary import rotary_tables
 from models.compression import BEGINNING, Observer, Origin, Site, TokenRows, running, sharded_modules
 from models.config import MIXERS, SOFTMAX_MIXERS, ModelConfig, branches
-from models.layers import RMSNorm, SwiGLU
+from models.layers import SwiGLU, residual_norm
 from models.mixers import build_mixer
 from models.mixers.base import LayerCache, SequenceInfo
 from models.mixers.hgrn import layer_bounds
@@ -37,6 +38,7 @@ from models.parameters import (
     zeros,
 )
 from models.saved_activations import EVERYTHING, BlockPolicy, Policy, follow
+from models.sinks import SinkKeys, SinkTokens
 from models.spiking import Order, add_neurons, in_order
 
 
@@ -56,9 +58,9 @@ class Block(Module):
         super().__init__()
         self.layer = layer
         self._followed: list[RemovableHandle] = []
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_norm = residual_norm(config, config.hidden_size)
         self.mixer = build_mixer(mixer, config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn_norm = residual_norm(config, config.hidden_size)
         self.ffn = MoELayer(config) if experts else SwiGLU(config)
 
     def keep(self, policy: BlockPolicy) -> None:
@@ -73,11 +75,23 @@ class Block(Module):
 
     def forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None = None) -> Tensor:
         """Transform the residual stream x [T, B, D]."""
-        if self.policy.compression is None or info.rows is None:
+        with self._running(info):
             return self.policy.run("block", self._add_both, x, info, cache)
+
+    def mixed(self, x: Tensor, info: SequenceInfo) -> Tensor:
+        """Return what the mixer alone adds to the residual stream x [T, B, D]."""
+        with self._running(info):
+            return self.policy.run("block", self.policy.run, "mixer", self._mix, x, info, None)
+
+    @contextmanager
+    def _running(self, info: SequenceInfo) -> Iterator[None]:
+        """Context of a forward pass: tells where compressed activations lie."""
+        if self.policy.compression is None or info.rows is None:
+            yield
+            return
         measuring = nullcontext() if self.meter is None else self.meter.forward()
         with running(Site(self.layer, self._sharded, self.groups, info.rows, self.meter)), measuring:
-            return self.policy.run("block", self._add_both, x, info, cache)
+            yield
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         x = x + self.policy.run("mixer", self._mix, x, info, cache)
@@ -93,14 +107,14 @@ class Block(Module):
         fed: Tensor
         with in_order(_order(info, cache)):
             if isinstance(self.ffn, MoELayer):
-                fed = self.ffn(normed, info.token_keys)
+                fed = self.ffn(normed, info.token_keys, info.are_sinks)
             else:
                 fed = self.ffn(enter_region(normed, self.groups))
         return fed
 
 
 def _order(info: SequenceInfo, cache: LayerCache | None) -> Order:
-    return Order(info.documents, info.group, None if cache is None else cache.tensors)
+    return Order(info.documents, info.group, None if cache is None else cache.tensors, info.are_sinks)
 
 
 class Decoder(Module):
@@ -125,13 +139,15 @@ class Decoder(Module):
         # A tied head needs the embedding on the last stage too.
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embedding = VocabEmbedding(vocab_size, config.hidden_size)
+        has_sinks = self.is_first and config.sink_tokens > 0
+        self.sinks = SinkTokens(config.sink_tokens, config.hidden_size) if has_sinks else None
         mixers = config.layer_mixers()
         with_experts = config.moe_layers()
         blocks = {str(i): Block(config, i, mixers[i], i in with_experts) for i in layers}
         self._rotary = [block.mixer.rotary for block in blocks.values()]
         self.layers = nn.ModuleDict(blocks)
         add_neurons(self.layers, config.spiking, is_whole=len(layers) == config.num_layers)
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps) if self.is_last else None
+        self.final_norm = residual_norm(config, config.hidden_size) if self.is_last else None
         self.lm_head: ColumnLinear | None = None
         if self.is_last and not config.tie_embeddings:
             self.lm_head = ColumnLinear(config.hidden_size, vocab_size, bias=False)
@@ -206,8 +222,12 @@ class Decoder(Module):
             origin: Where the tokens lie in the batch of the step: the noise of compression depends on it.
 
         Returns:
-            [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks.
+            [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks. Every stage but the last puts the sinks in
+            front of the T tokens.
         """
+        if self.model_config.sink_tokens:
+            # The sinks take the first positions of every document.
+            positions = positions + self.model_config.sink_tokens
         infos = self._layer_infos(positions, documents, tokens, origin)
         if self.is_first:
             assert self.embedding is not None, "the first stage has an embedding"
@@ -215,9 +235,70 @@ class Decoder(Module):
         else:
             assert entering is not None, "a later stage takes what the one before it gives"
             x = entering
+        sinks, x = self._take_sinks(x)
+        if sinks is not None:
+            sinks, keys = self._run_sinks(sinks, caches)
+            infos = [replace(info, sinks=of_layer) for info, of_layer in zip(infos, keys, strict=True)]
         for i, layer in enumerate(self.layers.values()):
             x = layer(x, infos[i], None if caches is None else caches[i])
-        return x if self.final_norm is None else self.final_norm(x)
+        if self.final_norm is not None:
+            return self.final_norm(x)
+        # The next stage goes on with the sinks, too. Every row brings a copy, of which one is read.
+        return x if sinks is None else torch.cat((sinks.expand(-1, x.shape[1], -1), x))
+
+    def _take_sinks(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The residual stream of the sinks [S, 1, D], None without, and that of the tokens, which x may hold both."""
+        count = self.model_config.sink_tokens
+        if not count:
+            return None, x
+        if self.sinks is not None:
+            return self.sinks(), x
+        if self.groups.sequence:
+            count //= dist.get_world_size(self.groups.tensor)
+        return x[:count, :1], x[count:]
+
+    def _run_sinks(self, sinks: Tensor, caches: list[LayerCache] | None) -> tuple[Tensor, list[SinkKeys]]:
+        """Run the layers over the sinks, unless caches remember: the sinks [S, 1, D], and their keys by layer."""
+        known = [] if caches is None else [cache.sinks for cache in caches if cache.sinks is not None]
+        if known:
+            return sinks, known
+        positions = torch.arange(self.model_config.sink_tokens, device=sinks.device)[None]
+        keys = []
+        for info, layer in zip(self._layer_infos(positions, None), self.layers.values(), strict=True):
+            keys.append(SinkKeys())
+            # Every context-parallel rank computes all of them.
+            sinks = layer(sinks, replace(info, group=None, rows=None, sinks=keys[-1], are_sinks=True))
+        for cache, of_layer in zip(caches or (), keys):
+            cache.sinks = of_layer
+        return sinks, keys
+
+    def mixed(
+        self,
+        entering: Mapping[int, Tensor],
+        tokens: Tensor,
+        positions: Tensor,
+        documents: Documents | None = None,
+        origin: Origin = BEGINNING,
+    ) -> dict[int, Tensor]:
+        """Return what the mixers of single layers add to a residual stream of their own.
+
+        Args:
+            entering: What enters each of these layers, [T, B, D] ([T/P, B, D] with sequence parallelism), by layer.
+            tokens: As for `hidden_states`, like the rest.
+            positions: Position of each token in its document.
+            documents: The documents packed into the whole row.
+            origin: Where the tokens lie in the batch of the step.
+
+        Returns:
+            Tensors of the same shapes, by layer.
+        """
+        infos = dict(zip(map(int, self.layers), self._layer_infos(positions, documents, tokens, origin), strict=True))
+        found = {}
+        for layer, x in entering.items():
+            block = self.layers[str(layer)]
+            assert isinstance(block, Block)
+            found[layer] = block.mixed(x, infos[layer])
+        return found
 
     def forward(
         self,
@@ -335,7 +416,7 @@ def flops_per_token(model: Decoder, seq_len: int, experts_per_token: float | Non
         if mixer in SOFTMAX_MIXERS:
             keys = seq_len if mixer == "full_attention" else min(config.attention.window, seq_len)
             # Full attention sees (T + 1) / 2 keys on average. A window of w sees w, less w^2 / 2T at the start.
-            seen = keys - keys * (keys - 1) / (2 * seq_len)
+            seen = keys - keys * (keys - 1) / (2 * seq_len) + config.sink_tokens
             # Two products, with keys and with values, of 6 FLOPs each per element.
             total += 12.0 * config.attention.num_heads * config.attention_head_dim * seen
         else:

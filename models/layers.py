@@ -12,7 +12,7 @@ from kernels.activations import swiglu
 from kernels.norms import Activation, gated_rms_norm, rms_norm
 from models.config import ModelConfig
 from models.parallel import ColumnLinear, RowLinear, sum_over
-from models.parameters import Drawing, Groups, Module, Placement, ones
+from models.parameters import Drawing, Groups, Module, Placement, ones, zeros
 
 
 class RMSNorm(Module):
@@ -28,6 +28,23 @@ class RMSNorm(Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., size]."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """RMSNorm times 1 + weight, whose weight begins at zero (Gemma, Qwen3-Next)."""
+
+    placements: ClassVar = {"weight": Placement(zeros, decayed=False)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., size]."""
+        # float32: near 1, bfloat16 would drop small weights.
+        return rms_norm(x, 1 + self.weight.float(), self.eps)
+
+
+def residual_norm(config: ModelConfig, size: int) -> RMSNorm:
+    """The norm of a model's residual stream, queries and keys, over `size` channels."""
+    kind = ZeroCenteredRMSNorm if config.zero_centered_norms else RMSNorm
+    return kind(size, config.norm_eps)
 
 
 class GatedRMSNorm(RMSNorm):

@@ -15,7 +15,7 @@ A model is built in four steps, so that a rank holds its shard plus one 64 MB bl
 import hashlib
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -277,6 +277,14 @@ def draw(
     for name, row in declared(model).items():
         if names is None or name in names:
             _draw(row, groups, config, seed)
+
+
+@torch.no_grad()
+def draw_into(tensors: Mapping[str, Tensor], model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Initialise whole tensors by the names that they have in `model`, which may be on the meta device, as `draw`."""
+    rows = declared(model)
+    for name, tensor in tensors.items():
+        _draw(replace(rows[name], tensor=tensor), WHOLE, config, seed)
 
 
 def _draw(row: Declared, groups: Groups, config: ModelConfig, seed: int) -> None:

@@ -86,14 +86,26 @@ class Order:
         documents: Documents packed into the row. None if every row is one sequence.
         group: Context-parallel ranks, which hold consecutive shards of the sequence. None if this rank holds all of it.
         states: States that neurons carry from token to token in generation, by neuron name. None outside generation.
+        are_sinks: Whether the tokens are sinks, which count neither for statistics nor for activity losses.
     """
 
     documents: Documents | None
     group: dist.ProcessGroup | None
     states: dict[str, Tensor] | None
+    are_sinks: bool = False
 
 
 _ORDER: ContextVar[Order | None] = ContextVar("order", default=None)
+
+
+def _are_sinks() -> bool:
+    order = _ORDER.get()
+    return order is not None and order.are_sinks
+
+
+def _counts() -> bool:
+    """Whether the tokens of this forward pass count: those of a recomputed one have been counted."""
+    return not is_recomputing() and not _are_sinks()
 
 
 @contextmanager
@@ -203,10 +215,10 @@ class Neuron(Scheduled):
         if self._last is not None and self._last.is_of(x):
             return self._last.spikes
         training = self.training and torch.is_grad_enabled()
-        if training and not is_recomputing():
+        if training and _counts():
             self._observe(x)
         y = self._fire(x) if self.is_on else self._leave_alone(x)
-        if training and self.is_on and self.config.activity.loss != "none":
+        if training and self.is_on and self.config.activity.loss != "none" and not _are_sinks():
             y = add_loss(y, self._activity_loss(x), self.loss_scale)
         self._last = _Last(x, x._version, torch.is_grad_enabled(), y)
         return y
@@ -231,7 +243,7 @@ class Neuron(Scheduled):
     def _observer_of(self, x: Tensor) -> Callable[[Tensor], None] | None:
         """Return the observer, or None if it already got the counts of x, or if x is a recomputed input."""
         known = self._last is not None and self._last.has_content_of(x)
-        return None if known or is_recomputing() else self.observer
+        return None if known or not _counts() else self.observer
 
     def _fire(self, x: Tensor) -> Tensor:
         options = self.count_options()

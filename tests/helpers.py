@@ -24,6 +24,7 @@ from models.config import (
     SpikingBrainGLAConfig,
 )
 from models.decoder import Decoder, initialize
+from models.generation import Engine, Request, Sampling
 from models.spiking import Int8, Neuron
 
 VOCABULARY = 50
@@ -95,6 +96,13 @@ def pack(documents: list[Tensor]) -> tuple[Tensor, Tensor, Documents]:
     """Documents [T_i] as tokens [1, T], positions [1, T] and their bounds in one packed row."""
     positions = torch.cat([torch.arange(len(document)) for document in documents])
     return torch.cat(documents)[None], positions[None], documents_of(map(len, documents))
+
+
+def greedy(model: Decoder, prompt: Tensor, count: int) -> Tensor:
+    """The most likely continuations [B, count] of prompts [B, T], by the generation engine."""
+    engine = Engine(model, chunk=4)
+    completions = engine.generate([Request(row, Sampling(count, temperature=0)) for row in prompt.tolist()])
+    return torch.tensor([completion.tokens for (completion,) in completions])
 
 
 def rows(tokens: Tensor) -> tuple[Tensor, Tensor]:

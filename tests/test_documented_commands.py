@@ -150,7 +150,9 @@ def accept(name: str, options: list[str], ranks: int, monkeypatch: pytest.Monkey
     """Have a script of launch/ read and check its options; its exit code."""
     if name == "pretrain":
         # Weights and data that the commands before this one make are not there yet.
-        for option in ("--checkpoint.init", "--init", "--data.path"):
+        made = ("--checkpoint.init", "--init", "--data.path", "--train.objective.teacher", "--train.objective.name")
+        # A teacher's settings are refused without it.
+        for option in (*made, "--train.objective.temperature"):
             while option in options:
                 place = options.index(option)
                 options = options[:place] + options[place + 2 :]

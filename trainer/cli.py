@@ -29,7 +29,8 @@ _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
 # Keys whose values are paths, by the last part of the dotted key.
 _PATHS = frozenset(
     {"dir", "path", "tokenizer", "validation_path", "cache_dir", "resume", "init", "source", "output", "checkpoint"}
-    | {"data", "prompt_file", "validation", "test", "weights", "json", "recipe", "runs", "raster"}
+    | {"teacher", "data", "prompt_file", "validation", "test", "weights", "json", "recipe", "runs", "raster"}
+    | {"layers_file", "haystack"}
 )
 
 # Parsers cached by `from_mapping`: building one takes a quarter of a second.
@@ -85,13 +86,13 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _check_files(config_class: type, arguments: Sequence[str]) -> None:
     """Refuse settings files that the parser would misread, or would reject without naming the file."""
-    groups = _groups(config_class)
+    sections = groups(config_class)
     for name, value in _options(arguments):
         if name == "config" and os.path.isfile(value):
             yaml_files.check(Path(value), config_class)
         # A section may also be written inline: `--data {path: books}`.
-        elif name in groups and not value.lstrip().startswith("{"):
-            yaml_files.check_named(value, groups[name], name)
+        elif name in sections and not value.lstrip().startswith("{"):
+            yaml_files.check_named(value, sections[name], name)
 
 
 def _expand_home(config_class: type, namespace: Namespace) -> None:
@@ -114,14 +115,14 @@ def _reset_groups(config_class: type, arguments: Sequence[str]) -> list[str]:
     Without the reset, keys that the file or entry omits would keep their previous values: a dense model loaded over a
     mixture of experts would keep the experts.
     """
-    groups, lists = _groups(config_class), _lists_of_sections(config_class)
+    sections, lists = groups(config_class), _lists_of_sections(config_class)
     files = iter(_options(arguments))
     reset: list[str] = []
     for argument in arguments:
         name, value = next(files) if argument.startswith("--") else ("", "")
         # Not pathlib: the value may be an inline section, which can exceed the length limit of file names.
-        if name in groups and os.path.isfile(value):
-            reset.append(f"--{name}={json.dumps(asdict(groups[name]()))}")
+        if name in sections and os.path.isfile(value):
+            reset.append(f"--{name}={json.dumps(asdict(sections[name]()))}")
         given = [name] if name != "config" else [key for key in lists if _lookup(Path(value), key) is not None]
         reset += [f"--{key}=[]" for key in given if key in lists]
         reset.append(argument)
@@ -134,12 +135,12 @@ def _lists_of_sections(config_class: type) -> list[str]:
     return [item.name for item in fields(config_class) if any(map(is_dataclass, get_args(hints[item.name])))]
 
 
-def _groups(config_class: type, prefix: str = "") -> dict[str, type]:
+def groups(config_class: type, prefix: str = "") -> dict[str, type]:
     """The nested dataclasses by dotted key."""
     hints = get_type_hints(config_class)
     found = {prefix + item.name: hints[item.name] for item in fields(config_class) if is_dataclass(hints[item.name])}
     for name, group in list(found.items()):
-        found |= _groups(group, f"{name}.")
+        found |= groups(group, f"{name}.")
     return found
 
 
@@ -209,7 +210,7 @@ def _one_line(message: str, known: list[str]) -> str:
     if unknown is None:
         return text
     key = next(group for group in unknown.groups() if group).split("=")[0]
-    nearest = _nearest(key, known)
+    nearest = nearest_key(key, known)
     hint = f"did you mean {nearest!r}?" if nearest else "--help lists the keys"
     return f"unknown key {key!r}; {hint}"
 
@@ -219,7 +220,7 @@ def _union(match: re.Match[str]) -> str:
     return f"expected {' or '.join('null' if name == 'NoneType' else name for name in names)}, got "
 
 
-def _nearest(key: str, known: list[str]) -> str | None:
+def nearest_key(key: str, known: list[str]) -> str | None:
     """Find the closest known key: by near-identity, by a unique last part, by similar path, by similar last part."""
     typo = difflib.get_close_matches(key, known, n=1, cutoff=0.93)
     if typo:

@@ -30,6 +30,7 @@ from models.decoder import Decoder, build
 from models.parallel import vocabulary_loss
 from models.parameters import matches
 from models.saved_activations import BlockPolicy, Policy
+from trainer import trainable
 from trainer.compression import block_policy, check_compression, compression
 from trainer.config import CompressionConfig, PretrainConfig
 from trainer.data.batch import Batch
@@ -38,6 +39,7 @@ from trainer.device import choose_device
 from trainer.errors import ConfigError
 from trainer.precision import choose as choose_precision
 from trainer.stored import weights
+from trainer.trainable import trained
 
 # Bits per element in the order of rising error. 16 means that a place is stored unchanged.
 BITS = (16, 8, 4)
@@ -133,7 +135,7 @@ class Probe:
         self._decoder: Decoder = build(config.model, vocabulary, dtype=dtype, device=device)
         weights.start(self._decoder, config.checkpoint.init, config.train.seed)
         for name, parameter in self._decoder.named_parameters():
-            parameter.requires_grad_(matches(name, config.train.trainable))
+            parameter.requires_grad_(matches(name, trained(config)))
         batch = sources.open_training(config).micro_batches(0, config.train.micro_batch_size)[0]
         self._batch: Batch = batch.to(device)
         self._config = config
@@ -376,7 +378,7 @@ def check(config: PretrainConfig) -> None:
     """
     weights.check_spiking(config)
     weights.check_tensors(config)
-    weights.check_trainable(config)
+    trainable.check(config)
     check_compression(config)
 
 

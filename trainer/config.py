@@ -170,10 +170,53 @@ class CompressionConfig:
 
 
 @dataclass
-class TrainConfig:
-    """Length, batch size, precision and recomputation.
+class ObjectiveConfig:
+    """What a training step minimises (docs/objectives.md). Validations report the next-token loss in any case.
 
     Attributes:
+        name: next_token; distill: the divergence of the model's next-token distributions from a teacher's; or align:
+            every mixer that differs from the teacher's learns what the teacher's mixer of that layer does.
+        teacher: Weights directory of the teacher, for distill and align; made by spiketrain convert.
+        temperature: distill: divides the logits of both models.
+        kl_weight: distill: weight of temperature^2 times KL(teacher || model).
+        next_token_weight: distill: weight of the next-token loss.
+    """
+
+    name: Literal["next_token", "align", "distill"] = "next_token"
+    teacher: str | None = None
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    next_token_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.name == "next_token" or self.teacher is not None,
+            f"train.objective.name={self.name} needs train.objective.teacher, the weights directory of the teacher",
+        )
+        require(
+            0 < self.temperature < math.inf,
+            f"train.objective.temperature is {self.temperature}: it must be a positive number",
+        )
+        for name in ("kl_weight", "next_token_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"train.objective.{name} is {value}: it must be 0 or a positive number")
+        require(
+            self.kl_weight > 0,
+            "train.objective.kl_weight=0 leaves nothing to learn from the teacher; use train.objective.name=next_token",
+        )
+
+    @property
+    def needed_teacher(self) -> str | None:
+        """The teacher's path; None if the objective has none."""
+        return None if self.name == "next_token" else self.teacher
+
+
+@dataclass
+class TrainConfig:
+    """Objective, length, batch size, precision and recomputation.
+
+    Attributes:
+        objective: What a step minimises.
         steps: Optimizer steps. Raising it later continues the run; earlier batches stay the same.
         seed: Seed of the initialisation and of the data order.
         precision: fp32; bf16 (bfloat16 parameters and activations, float32 main parameters and gradients); or auto: the
@@ -193,8 +236,10 @@ class TrainConfig:
         compression: How the activations that backward reads are stored.
         trainable: Patterns of the names of trained parameters, such as "layers.*.mixer.*", where * matches anything.
             All others are frozen: they have no gradient and no optimizer state. Names are those of exported weights.
+            null trains everything; with objective.name=align, the mixers that are aligned.
     """
 
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     steps: int = 1000
     seed: int = 1234
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -205,7 +250,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: list[Literal["mixer", "ffn", "moe_activation", "moe_experts"]] | None = None
     compression: CompressionConfig = field(default_factory=CompressionConfig)
-    trainable: list[str] = field(default_factory=lambda: ["*"])
+    trainable: list[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "max_skipped_steps"):
@@ -503,7 +548,7 @@ class PretrainConfig:
         run: Run directory, device and time limits.
         model: Shape of the model.
         data: Training and validation data.
-        train: Length, batch size, precision and recomputation.
+        train: Objective, length, batch size, precision and recomputation.
         optim: Optimizer and schedule.
         engine: Distributed engine.
         parallel: Ranks along each parallel dimension.
@@ -600,6 +645,12 @@ class PretrainConfig:
                 f"={parallel.context}, parallel.sequence={str(parallel.sequence).lower()}); use a multiple of {pieces}",
             )
 
+        require(
+            not parallel.sequence or self.model.sink_tokens % parallel.tensor == 0,
+            f"model.sink_tokens={self.model.sink_tokens} does not divide over parallel.tensor={parallel.tensor} ranks "
+            "with parallel.sequence=true; use a multiple, or parallel.sequence=false",
+        )
+
     def _check_phases(self, world_size: int, accumulation: int) -> None:
         for phase in expand(self)[1:]:
             try:
@@ -612,11 +663,6 @@ class PretrainConfig:
                 f"phases: phase {phase.number} has {own} micro-batches of a rank in a step, and the run begins with "
                 f"{accumulation}: DeepSpeed cannot change this number; change train.micro_batch_size along "
                 "with train.global_batch_size, or use engine.name=megatron",
-            )
-            require(
-                self.engine.name == "megatron" or phase.config.train.trainable == self.train.trainable,
-                f"phases: phase {phase.number} changes train.trainable: DeepSpeed has parameters of all kinds in one "
-                "tensor, and updates all or none; use engine.name=megatron",
             )
 
     def _check_experts(self, world_size: int) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -20,11 +20,12 @@ from trainer.engines.base import Engine
 from trainer.engines.timing import PHASES
 from trainer.evaluation import EvaluationSums
 from trainer.events import EventLog
-from trainer.objectives.base import Objective
+from trainer.objectives.alignment import AnyObjective
 from trainer.objectives.language_model import LanguageModel
 from trainer.optim import learning_rate
 from trainer.phases import Phase, PhasedSampler, expand, phase_at
 from trainer.stored.checkpoint import Progress, RunState
+from trainer.trainable import trained
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")
@@ -51,7 +52,8 @@ class Trainer:
         peak_flops: Peak matrix-multiplication FLOP/s of all ranks together, None if unknown.
         watchdog: Receives this rank's position. None for an unwatched run.
         events: The log of events. None writes none.
-        objective: The objective to minimise. None for next-token negative log-likelihood.
+        objective_of: Returns the objective of a phase, given its configuration; called before each of its steps. By
+            default next-token negative log-likelihood.
 
     Attributes:
         stop_requested: Set it on any rank to stop after the current step.
@@ -77,12 +79,12 @@ class Trainer:
         peak_flops: float | None,
         watchdog: Watchdog | None = None,
         events: EventLog | None = None,
-        objective: Objective | None = None,
+        objective_of: Callable[[PretrainConfig], AnyObjective] = lambda _: LanguageModel(),
     ) -> None:
         self.config, self.config_yaml = config, config_yaml
         self.engine, self.sampler, self.tokenizer = engine, sampler, tokenizer
         self.callbacks = list(callbacks)
-        self.objective = LanguageModel() if objective is None else objective
+        self._objective_of = objective_of
         self.progress = progress
         self.resumed = progress.step > 0
         self.run_dir = Path(config.run.dir)
@@ -102,6 +104,7 @@ class Trainer:
 
     def _count_flops(self, config: PretrainConfig) -> None:
         whole = shapes(config.model, self.engine.model.vocab_size)
+        self._is_whole = config.train.objective.name != "align"
         self._flops_per_token = flops_per_token(whole, config.train.seq_len)
         # Early in a dense-to-sparse schedule a token activates more experts. FLOPs are linear in their number.
         self._flops_per_expert = 0.0
@@ -142,7 +145,9 @@ class Trainer:
         return outcome
 
     def _take_steps(self) -> Outcome:
-        self.engine.begin_phase(self.phase.config.model, self.phase.config.train.trainable)
+        # A validation that is due needs the model of the last step; what is trained is a matter of the next.
+        following = phase_at(self.phases, self.progress.step).config
+        self.engine.begin_phase(self.phase.config.model, trained(following))
         if self.resumed:
             self._call("on_resume")
         while not self.finished:
@@ -162,7 +167,7 @@ class Trainer:
         """Start a phase. Its new shapes cause compilation and allocation, as the first step does."""
         self._phase_of_step = "start"
         self._count_flops(phase.config)
-        self.engine.begin_phase(phase.config.model, phase.config.train.trainable)
+        self.engine.begin_phase(phase.config.model, trained(phase.config))
         self.record("phase", number=phase.number)
         if self.engine.rank == 0:
             _LOGGER.info("%s", phase)
@@ -216,6 +221,8 @@ class Trainer:
         config = phase_at(self.phases, step).config
         if config.model.moe.spawns_at(step):
             self.record("spawn", experts=config.model.moe.num_experts)
+        # A phase's first step builds its teacher here, which is not the step's time.
+        objective = self._objective_of(config)
         start = time.perf_counter()
         batches = self.sampler.micro_batches(
             step,
@@ -225,7 +232,7 @@ class Trainer:
         )
         data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, step, config.train.steps)
-        result = self.engine.train_step(batches, self.objective, lr, step)
+        result = self.engine.train_step(batches, objective, lr, step)
         # The engine has synchronised the device, so this covers the whole step.
         seconds = time.perf_counter() - start
         checkpoint_seconds, self.seconds_in_checkpoints = self.seconds_in_checkpoints, 0.0
@@ -239,6 +246,8 @@ class Trainer:
         nominal = config.model.moe.experts_at(None)
         more = result.metrics.get("moe/experts_per_token", nominal) - nominal
         flops = (self._flops_per_token + more * self._flops_per_expert) * result.tokens / seconds
+        # Alignment runs some mixers only.
+        utilization = self._utilization(flops) if self._is_whole else None
         return {
             "step": self.progress.step,
             "loss": result.loss,
@@ -250,7 +259,7 @@ class Trainer:
             "data_seconds": data_seconds,
             **{f"{phase}_seconds": result.seconds.get(phase, 0.0) for phase in PHASES},
             "checkpoint_seconds": checkpoint_seconds,
-            "model_flops_utilization": self._utilization(flops),
+            "model_flops_utilization": utilization,
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "skipped": result.skipped,
             "skipped_total": self.progress.skipped,

@@ -25,6 +25,9 @@ from trainer.runtime import EXIT_STOPPED, rank, write_status
 # made to ignore it. HUP is sent when a terminal closes.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
+# Environment variable with the process id of a parent that passes signals on, and ends with this process.
+WRAPPER = "SPIKETRAIN_WRAPPER"
+
 # torchrun polls its ranks every 0.1 s, so this leaves ample time.
 _SECONDS_FOR_LAUNCHER = 5.0
 
@@ -42,13 +45,16 @@ class PeerWatch:
         self._run_dir, self._events = Path(run_dir), EventLog(run_dir)
         self.step = 0
         self._status_before = self._status_mark()
-        self._agent = os.getppid()
+        # The runner of a recipe stands between the launcher and each rank, and lives as long as its rank.
+        is_wrapped = os.environ.get(WRAPPER) == str(os.getppid())
+        self._own = os.getppid() if is_wrapped else os.getpid()
+        self._agent = _parent(self._own) if is_wrapped else os.getppid()
         first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
         self._ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._pids = ranks_of(self._agent)
         self._nobody_died = threading.Event()
         # Without a launcher, or with a wrapper process in between that hides the other ranks, peers cannot be observed.
-        self._sees_peers = len(self._ranks) > 1 and self._pids.get(rank()) == os.getpid()
+        self._sees_peers = len(self._ranks) > 1 and self._pids.get(rank()) == self._own
         if self._sees_peers:
             self._listen()
         else:
@@ -81,7 +87,7 @@ class PeerWatch:
 
     def _dead(self) -> list[int]:
         """Ranks of this node whose exit the launcher has already collected."""
-        if os.getppid() != self._agent:
+        if (os.getppid() if self._own == os.getpid() else _parent(self._own)) != self._agent:
             # The launcher itself has died: treat SIGTERM as a request to save and stop.
             return []
         self._pids = ranks_of(self._agent) | self._pids
@@ -149,7 +155,7 @@ def leave_at_once() -> NoReturn:
     os._exit(1)
 
 
-def ranks_of(agent: int) -> dict[int, int]:
+def ranks_of(agent: int | None) -> dict[int, int]:
     """Process id of each rank that `agent` started; empty without /proc."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):

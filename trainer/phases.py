@@ -1,4 +1,6 @@
-"""Phases of a run: changes of length, data, batch, learning rate or rotary base from a step on. Imports no torch.
+"""Phases of a run: changes of length, data, batch, objective, learning rate or rotary base from a step on.
+
+Imports no torch.
 
     phases:
       - from_step: 10000
@@ -22,8 +24,8 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -35,16 +37,37 @@ T = TypeVar("T")
 
 
 @dataclass
+class ObjectiveChanges:
+    """Changes of trainer.config.ObjectiveConfig. null keeps the previous phase's value.
+
+    Attributes:
+        name: next_token, align or distill.
+        teacher: Weights directory of the teacher.
+        temperature: distill: divides the logits.
+        kl_weight: distill: weight of the divergence.
+        next_token_weight: distill: weight of the next-token loss.
+    """
+
+    name: Literal["next_token", "align", "distill"] | None = None
+    teacher: str | None = None
+    temperature: float | None = None
+    kl_weight: float | None = None
+    next_token_weight: float | None = None
+
+
+@dataclass
 class TrainChanges:
     """Changes of trainer.config.TrainConfig. null keeps the previous phase's value.
 
     Attributes:
+        objective: Changes of what a step minimises.
         seq_len: Tokens per sample.
         micro_batch_size: Samples that a rank computes at a time.
         global_batch_size: Samples per optimizer step.
         trainable: Name patterns of the parameters to train; the others keep their values. Not with DeepSpeed.
     """
 
+    objective: ObjectiveChanges = field(default_factory=ObjectiveChanges)
     seq_len: int | None = None
     micro_batch_size: int | None = None
     global_batch_size: int | None = None
@@ -101,7 +124,7 @@ class PhaseConfig:
     Attributes:
         from_step: Number of steps taken before the phase begins.
         from_tokens: Alternatively, tokens read before the phase begins. It begins with the first step that meets this.
-        train: Changes of length and batch.
+        train: Changes of objective, length and batch.
         data: Changes of the data.
         optim: Changes of the learning rate.
         model: Changes of the rotary embedding.
@@ -115,7 +138,7 @@ class PhaseConfig:
     model: ModelChanges = field(default_factory=ModelChanges)
 
 
-Changes: TypeAlias = TrainChanges | DataChanges | OptimChanges | ModelChanges
+Changes: TypeAlias = ObjectiveChanges | TrainChanges | DataChanges | OptimChanges | ModelChanges
 
 
 @dataclass(frozen=True)
@@ -203,33 +226,40 @@ def _changed(before: PretrainConfig, entry: PhaseConfig, number: int) -> Pretrai
 
 
 def _replaced(values: T, changes: Changes, number: int) -> T:
+    new = given(changes)
     try:
-        replaced: T = replace(values, **given(changes))  # type: ignore[type-var]
+        for name, inner in _sections(changes):
+            new[name] = _replaced(getattr(values, name), inner, number)
+        replaced: T = replace(values, **new)  # type: ignore[type-var]
         return replaced
     except ValueError as error:
-        raise ValueError(f"phases: in phase {number} {error}") from error
+        # A section's error has the phase already.
+        message = str(error)
+        raise ValueError(message if message.startswith("phases: ") else f"phases: in phase {number} {error}") from error
 
 
 def given(changes: Changes) -> dict[str, Any]:
-    """Return the changed values of a section by key."""
+    """Return the changed values of a section by key; those of a section in it, if there are any, as a dictionary."""
     values = {item.name: getattr(changes, item.name) for item in fields(changes)}
-    return {name: value for name, value in values.items() if value is not None}
+    found = {name: value for name, value in values.items() if value is not None and not is_dataclass(value)}
+    return found | {name: inner for name, section in _sections(changes) if (inner := given(section))}
+
+
+def with_changes(values: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """Return a section's plain values, as config.yaml has them, with the changed ones replaced."""
+    inner = {name: with_changes(values.get(name, {}), section) for name, section in _sections(changes)}
+    return values | given(changes) | inner
+
+
+def _sections(changes: Changes) -> Iterator[tuple[str, Any]]:
+    for item in fields(changes):
+        if is_dataclass(section := getattr(changes, item.name)):
+            yield item.name, section
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
     """Return the phase of a training step (steps taken before it)."""
     return next(phase for phase in reversed(phases) if phase.first <= step)
-
-
-def trained_in_any(config: PretrainConfig) -> list[str]:
-    """Return the patterns of the parameters that any phase trains. The engine keeps their state throughout."""
-    return list(dict.fromkeys(pattern for phase in expand(config) for pattern in phase.config.train.trainable))
-
-
-def to_plan(config: PretrainConfig) -> list[PretrainConfig]:
-    """Return each phase's configuration for memory planning, with the optimizer state of all that any phase trains."""
-    trained = trained_in_any(config)
-    return [replace(phase.config, train=replace(phase.config.train, trainable=trained)) for phase in expand(config)]
 
 
 class PhasedSampler:

@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.optim import learning_rate
 from trainer.phases import Phase, expand
 from trainer.run_directory import checkpoint_steps, starts_anew
-from trainer.stored import weights
+from trainer.stored import teacher, weights
 
 # Up to about four epochs, repeated text is worth nearly as much as new (Muennighoff et al. 2023, arXiv:2305.16264).
 _MANY_EPOCHS = 4.0
@@ -56,6 +56,7 @@ def check(config: PretrainConfig, sources: Sequence[DataSources] | None = None) 
             _check_same_tokens(phase, own, sources[0])
             findings.notes.append(_describe(phase, phases[phase.number - 1]))
         _check_phase(phase, own, findings)
+    _check_teachers(config, sources[0])
     _check_validation(config, sources[0], findings)
     if sources[0].tokenizer is None and not sources[0].unprepared:
         findings.notes.append(
@@ -86,6 +87,18 @@ def _check_same_tokens(phase: Phase, own: DataSources, first: DataSources) -> No
             f"phases: the data of phase {phase.number} ({', '.join(own.paths)}) have another tokenizer than those that "
             "the run begins with; prepare them with the same one (spiketrain prepare_data --tokenizer.path)"
         )
+
+
+def _check_teachers(config: PretrainConfig, sources: DataSources) -> None:
+    """Refuse teachers that do not fit the run, or that read other token ids."""
+    teacher.check(config, config.model.padded_vocab_size(sources.vocab_size))
+    for phase in teacher.taught_phases(config):
+        path, own = Path(phase.config.train.objective.teacher or ""), sources.tokenizer_path
+        if own is not None and _has_tokenizer(path) and tokenizer_sha256(own) != tokenizer_sha256(path):
+            raise ConfigError(
+                f"train.objective.teacher: {path} and the data have different tokenizers; prepare the data with the "
+                f"teacher's (spiketrain prepare_data --tokenizer.path {path})"
+            )
 
 
 def _check_phase(phase: Phase, sources: DataSources, findings: Findings) -> None:
@@ -142,8 +155,11 @@ def _tokenizer_of_checkpoint(config: PretrainConfig) -> Path | None:
         directories = [place / "tokenizer" for place in places]
     else:
         directories = [Path(checkpoint.init)] if checkpoint.init is not None else []
-    models = ("tokenizer.model", "tokenizer.json")
-    return next((path for path in directories if any((path / model).is_file() for model in models)), None)
+    return next(filter(_has_tokenizer, directories), None)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / model).is_file() for model in ("tokenizer.model", "tokenizer.json"))
 
 
 def _check_vocabulary(config: PretrainConfig, sources: DataSources) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from models.decoder import shapes
 from models.parameters import matches
-from trainer import logs, precision, preflight, run_directory, run_lock
+from trainer import logs, precision, preflight, run_directory, run_lock, trainable
 from trainer.callbacks.base import Callback
 from trainer.callbacks.checkpointer import Checkpointer
 from trainer.callbacks.evaluator import Evaluator
@@ -21,6 +21,7 @@ from trainer.callbacks.profiler import Profiler
 from trainer.callbacks.progress import ProgressLine
 from trainer.callbacks.ranges import RunningRanges
 from trainer.callbacks.signals import StopOnSignal
+from trainer.callbacks.teachers import TeacherRecord
 from trainer.compression import check_compression
 from trainer.config import PretrainConfig
 from trainer.data.sources import DataSources, find_sources
@@ -31,11 +32,13 @@ from trainer.engines.spec import EngineSpec
 from trainer.errors import ConfigError, describe_failure
 from trainer.events import EventLog
 from trainer.loop import Outcome, Trainer
+from trainer.objectives.of_phase import PhaseObjectives
 from trainer.peers import STOPS, PeerWatch
 from trainer.phases import PhasedSampler, expand
 from trainer.runtime import EXIT_STOPPED, rank, write_status
-from trainer.stored import checkpoint, weights
+from trainer.stored import checkpoint, teacher, weights
 from trainer.stored.checkpoint import Progress, Retention
+from trainer.stored.on_disk import listed
 from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")
@@ -106,7 +109,8 @@ def _exit_code(outcome: Outcome) -> int:
 def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outcome:
     weights.check_spiking(config)
     weights.check_tensors(config)
-    weights.check_trainable(config)
+    trainable.check(config)
+    teacher.check_tensors(config)
     check_compression(config)
     keep_freed_memory()
     device = choose_device(config.run.device)
@@ -140,6 +144,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
         _total_peak_flops(config, engine),
         watchdog,
         events,
+        PhaseObjectives(engine),
     )
     outcome = trainer.fit()
     _ignore_stops()
@@ -192,6 +197,8 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
     callbacks.append(NonFiniteGuard(config.train.max_skipped_steps))
     if config.train.compression.has_running_ranges:
         callbacks.append(RunningRanges())
+    if digests := teacher.digests(config):
+        callbacks.append(TeacherRecord(digests))
     saving = config.checkpoint
     callbacks.append(Checkpointer(saving.every, Retention.of(saving), saving.asynchronous))
     if sources.validation is not None:
@@ -264,7 +271,8 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: pr
         return
     train = config.train
     sizes = {name: value.numel() for name, value in shapes(config.model, engine.model.vocab_size).named_parameters()}
-    trained = sum(size for name, size in sizes.items() if matches(name, train.trainable))
+    patterns = trainable.trained_in_any(config)
+    trained = sum(size for name, size in sizes.items() if matches(name, patterns))
     accumulation = train.accumulation(engine.data_parallel_size)
     _LOGGER.info(
         "model: %.2f M parameters, %d layers (%s), vocabulary %d",
@@ -274,7 +282,7 @@ def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: pr
         engine.model.vocab_size,
     )
     if trained < sum(sizes.values()):
-        _LOGGER.info("training %.2f M of them, those that train.trainable names; the others are frozen", trained / 1e6)
+        _LOGGER.info("training %.2f M of them, %s; the others are frozen", trained / 1e6, listed(patterns))
     for line in (*_about_experts(config), *findings.notes):
         _LOGGER.info("%s", line)
     for line in findings.warnings:

@@ -14,19 +14,22 @@ from trainer.cli import from_mapping
 from trainer.config import OptimConfig, PretrainConfig, TrainConfig
 from trainer.errors import ConfigError
 from trainer.optim import learning_rate
-from trainer.phases import Phase, PhaseConfig, expand, first_steps, given, phase_at
+from trainer.phases import Phase, PhaseConfig, expand, first_steps, given, phase_at, with_changes
 from trainer.stored import checksums
 
+# File of a checkpoint with the states of callbacks.
+CALLBACKS = "callbacks.json"
 _NAME = re.compile(r"step_(\d{8,})")
 # Files that a new run would overwrite. The checkpoints are renamed last: until then the other files belong to them,
 # even if a kill interrupts the renaming.
 _KEPT = ("metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints")
 
-# A run may continue only with the same model, data, batches and initial weights.
+# A run may continue only with the same model, data, batches, objective and initial weights.
 _FIXED = (
     "model",
     "data",
     "train.seed",
+    "train.objective",
     "train.seq_len",
     "train.global_batch_size",
     "train.precision",
@@ -35,9 +38,9 @@ _FIXED = (
 )
 # Report a change of schedule only if the learning rate is off by more than this factor.
 _JUMP = 1.05
-# Keys among them that change no result: the location of the data `stdlib`, which experts' activations are recomputed,
-# and which experts are replicated on every rank.
-_FREE = ("data.cache_dir", "model.moe.recompute_above", "model.moe.replicate_above")
+# Keys among them that change no result: the location of the data `stdlib`, that of a teacher (a checkpoint has its
+# digest), which experts' activations are recomputed, and which experts are replicated on every rank.
+_FREE = ("data.cache_dir", "train.objective.teacher", "model.moe.recompute_above", "model.moe.replicate_above")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -196,7 +199,7 @@ def settings_in_phase(values: dict[str, Any], step: int) -> dict[str, Any]:
     values = dict(values)
     for entry, first in zip(entries, starts[1:], strict=True):
         for name in ("train", "data", "optim") if first <= step else ():
-            values[name] = values[name] | given(getattr(entry, name))
+            values[name] = with_changes(values[name], getattr(entry, name))
         if first <= step:
             values["model"] = values["model"] | {"attention": values["model"]["attention"] | given(entry.model)}
     return values
@@ -215,7 +218,8 @@ def _begun(config: PretrainConfig, entries: list[PhaseConfig], reached: int) -> 
     """Return the changes of each phase that began before step `reached`."""
     phases = _expand_whatever_the_steps(config, entries)[1:]
     given = [asdict(entry) for entry, phase in zip(entries, phases, strict=True) if phase.first < reached]
-    return [{key: value for key, value in flatten(entry).items() if value is not None} for entry in given]
+    flat = [flatten(entry) for entry in given]
+    return [{key: value for key, value in one.items() if value is not None and key not in _FREE} for one in flat]
 
 
 def precision_of_the_run(config: PretrainConfig) -> str | None:

@@ -169,6 +169,7 @@ class MoEConfig:
     Attributes:
         num_experts: Routed experts per layer; 0 means dense feed-forwards everywhere.
         shared_experts: Experts that process every token, in addition to the routed ones.
+        shared_expert_gate: Multiply the shared experts' output by sigmoid of a learned projection of the token.
         expert_hidden_size: Inner width of an expert; null takes model.ffn_hidden_size.
         dense_layers: Indices, from 0, of layers that keep a dense feed-forward.
         activation: Activation of the experts; those that end in glu have a gate.
@@ -192,6 +193,7 @@ class MoEConfig:
 
     num_experts: int = 0
     shared_experts: int = 0
+    shared_expert_gate: bool = False
     expert_hidden_size: int | None = None
     dense_layers: list[int] = field(default_factory=list)
     activation: Literal["swiglu", "geglu", "gelu", "relu_squared"] = "swiglu"
@@ -211,6 +213,10 @@ class MoEConfig:
         for name in ("expert_hidden_size", "capacity_factor", "recompute_above"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.moe.{name} is {value}: it must be positive")
+        require(
+            self.shared_experts > 0 or not self.shared_expert_gate,
+            "model.moe.shared_expert_gate needs shared experts; set model.moe.shared_experts",
+        )
         require(
             self.capacity_factor is not None or not self.pad_to_capacity,
             "model.moe.pad_to_capacity needs a capacity; set model.moe.capacity_factor",

@@ -87,8 +87,10 @@ class AttentionConfig:
         head_dim: Head size; null takes hidden_size / num_heads.
         rope_theta: Base of the rotary embedding; null for no positional encoding (NoPE).
         rope_scaling: Frequencies for contexts longer than those of training.
+        partial_rotary_factor: Share of each head's channels, its first ones, that are rotated.
         qk_norm: RMS-normalise queries and keys per head before the rotation.
         qkv_bias: Biases on the query, key and value projections.
+        output_gate: Multiply each head's output by sigmoid of a projection of the input (arXiv 2505.06708).
         window: Number of keys that a query of a sliding-window layer sees, including its own.
     """
 
@@ -97,8 +99,10 @@ class AttentionConfig:
     head_dim: int | None = None
     rope_theta: float | None = 10000.0
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    partial_rotary_factor: float = 1.0
     qk_norm: bool = False
     qkv_bias: bool = False
+    output_gate: bool = False
     window: int = 1024
 
     def __post_init__(self) -> None:
@@ -115,6 +119,15 @@ class AttentionConfig:
             self.rope_theta is not None or self.rope_scaling.kind == "none",
             f"model.attention.rope_scaling.kind={self.rope_scaling.kind} scales nothing with "
             "model.attention.rope_theta=null; set the base, or kind=none",
+        )
+        require(
+            0 < self.partial_rotary_factor <= 1,
+            f"model.attention.partial_rotary_factor is {self.partial_rotary_factor}: it must be in (0, 1]",
+        )
+        require(
+            self.rope_theta is not None or self.partial_rotary_factor == 1,
+            f"model.attention.partial_rotary_factor={self.partial_rotary_factor} rotates nothing with "
+            "model.attention.rope_theta=null; set the base, or leave the factor out",
         )
         if self.head_dim is not None:
             require_positive("model.attention", self, "head_dim")
@@ -316,7 +329,7 @@ class SpikingBrainGLAConfig:
 
 
 Rotary = tuple[int, float, RotaryScaling | None]
-"""(head size, base, scaling) of a rotary embedding: arguments of kernels.rotary.rotary_tables."""
+"""(rotated channels of a head, base, scaling) of a rotary embedding: arguments of kernels.rotary.rotary_tables."""
 
 State = tuple[int, int, int]
 """(heads, key size, value size) of the state that a linear mixer carries; of a vector (1, 1, size)."""
@@ -333,7 +346,7 @@ class MixerType:
             keys.
         state_products: Products with the state per token: it is written, and read for q; the delta rule also reads it
             for k. A vector state is only updated, and the rest is elementwise.
-        rotary: (head size, base, scaling) of its rotary embedding, given the configuration; None if it applies none.
+        rotary: (rotated channels, base, scaling) of its rotary embedding, given the configuration; None if it has none.
         shared: Sizes, by key, that must divide over tensor-parallel ranks; None means the head counts of the section.
         lower_bounded: Whether its decays have a lower bound that grows with the layer (models.mixers.hgrn).
         check: Raises ValueError if the model's configuration does not suit it.
@@ -364,11 +377,20 @@ def _check_attention(model: "ModelConfig") -> None:
         f"model.hidden_size={model.hidden_size} gives no even head size over "
         f"model.attention.num_heads={model.attention.num_heads}; set model.attention.head_dim",
     )
+    channels = model.attention_head_dim * model.attention.partial_rotary_factor
+    require(
+        channels >= 2 and channels % 2 == 0,
+        f"model.attention.partial_rotary_factor={model.attention.partial_rotary_factor} of the head size "
+        f"{model.attention_head_dim} is {channels:g} channels: they must be an even number (rotary pairs)",
+    )
 
 
 def _attention_rotary(model: "ModelConfig") -> Rotary | None:
-    base = model.attention.rope_theta
-    return None if base is None else (model.attention_head_dim, base, model.attention.rope_scaling.rotary())
+    attention = model.attention
+    if attention.rope_theta is None:
+        return None
+    channels = int(model.attention_head_dim * attention.partial_rotary_factor)
+    return channels, attention.rope_theta, attention.rope_scaling.rotary()
 
 
 def _expanded_state(model: "ModelConfig", config: GatedLinearAttentionConfig | RetentionConfig) -> State:

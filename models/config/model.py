@@ -1,12 +1,13 @@
 """Configuration of a whole model."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from models.config.checks import require, require_positive
 from models.config.experts import MoEConfig
 from models.config.mixers import (
     LINEAR_MIXERS,
     MIXERS,
+    SOFTMAX_MIXERS,
     AttentionConfig,
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -35,8 +36,10 @@ class ModelConfig:
         vocab_multiple: The number of embedding rows is rounded up to a multiple of this.
         tie_embeddings: Share the embedding with the output head.
         norm_eps: Epsilon of every RMSNorm.
+        zero_centered_norms: Norms of the residual stream, queries and keys multiply by 1 + weight, not by weight.
         init_std: Standard deviation of the normal initialisation of matrices.
         scale_residual_init: Divide init_std of the projections into the residual stream by sqrt(2 * num_layers).
+        sink_tokens: Learned tokens in front of every sequence that all its tokens see in softmax layers (models.sinks).
         mixers: Assignment of mixers to layers.
         attention: Softmax attention.
         gated_delta_net: Gated delta net.
@@ -57,8 +60,10 @@ class ModelConfig:
     vocab_multiple: int = 64
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
+    zero_centered_norms: bool = False
     init_std: float = 0.02
     scale_residual_init: bool = True
+    sink_tokens: int = 0
     mixers: MixerLayoutConfig = field(default_factory=MixerLayoutConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     gated_delta_net: GatedDeltaNetConfig = field(default_factory=GatedDeltaNetConfig)
@@ -84,9 +89,15 @@ class ModelConfig:
             rotations = {rotary for mixer in branches(layer) if (rotary := self.rotary(mixer)) is not None}
             require(
                 len(rotations) <= 1,
-                f"model.mixers: {layer!r} rotates by different (head size, base, scaling), "
+                f"model.mixers: {layer!r} rotates by different (channels, base, scaling), "
                 f"{' and '.join(sorted(map(str, rotations)))}; make them alike, or model.attention.rope_theta null",
             )
+        require(self.sink_tokens >= 0, f"model.sink_tokens is {self.sink_tokens}: it must not be negative")
+        require(
+            not self.sink_tokens or not set(self.used_mixers()) <= set(LINEAR_MIXERS),
+            f"model.sink_tokens={self.sink_tokens}: no layer would see them; add one with full_attention or "
+            "sliding_window_attention, or set it to 0",
+        )
         if self.moe.num_experts:
             dense = self.moe.dense_layers
             # A strict subset, because a model with only dense layers should have num_experts=0.
@@ -104,13 +115,32 @@ class ModelConfig:
         """All mixers in use, without repetition, in layer order."""
         return list(dict.fromkeys(mixer for layer in self.layer_mixers() for mixer in branches(layer)))
 
+    def differing_mixers(self, other: "ModelConfig") -> list[int]:
+        """Layers whose mixers are of another kind, or set differently, than those of a model with as many layers."""
+        pairs = list(zip(self.layer_mixers(), other.layer_mixers(), strict=True))
+        return [
+            layer
+            for layer, (own, theirs) in enumerate(pairs)
+            if own != theirs or any(self._settings(mixer) != other._settings(mixer) for mixer in branches(own))
+        ]
+
+    def _settings(self, mixer: str) -> dict[str, object]:
+        """The settings that a mixer reads, with the default of its head size resolved."""
+        section = MIXERS[mixer].section
+        values = {} if section is None else asdict(getattr(self, section))
+        if mixer in SOFTMAX_MIXERS:
+            values["head_dim"] = self.attention_head_dim
+        if mixer == "full_attention":
+            del values["window"]
+        return values
+
     def bounded_layers(self) -> list[int]:
         """Layers whose decays have a learned lower bound: those with HGRN or HGRN2, except layer 0 (bound 0)."""
         layers = self.layer_mixers()
         return [i for i in range(1, self.num_layers) if any(MIXERS[name].lower_bounded for name in branches(layers[i]))]
 
     def rotary(self, mixer: str) -> Rotary | None:
-        """(head size, base, scaling) of a mixer's rotary embedding; None if it has none."""
+        """(rotated channels, base, scaling) of a mixer's rotary embedding; None if it has none."""
         rotary = MIXERS[mixer].rotary
         return None if rotary is None else rotary(self)
 

@@ -204,6 +204,19 @@ class Adapter(ABC):
             "norm_eps": positive(self.eps_key, config.get(self.eps_key, self.default_eps)),
         }
 
+    def require_plain(self, model: ModelConfig) -> None:
+        """Check that a plain architecture can compute a model's norms, rotation and gates.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        attention, moe = model.attention, model.moe
+        self.refuse(model.zero_centered_norms, "model.zero_centered_norms=true")
+        self.refuse(attention.output_gate, "model.attention.output_gate=true")
+        share = attention.partial_rotary_factor
+        self.refuse(share != 1, f"model.attention.partial_rotary_factor={share}")
+        self.refuse(moe.shared_expert_gate, "model.moe.shared_expert_gate=true")
+
     def refuse(self, is_lacking: bool, part: str) -> None:
         """Refuse a model because of a part of it.
 

@@ -97,6 +97,7 @@ class FlaFamily(Adapter):
 
     def require(self, model: ModelConfig) -> None:
         """Check that this architecture can compute a model."""
+        self.require_plain(model)
         self.refuse(bool(model.moe.num_experts), f"model.moe.num_experts={model.moe.num_experts}")
         if not {FULL, SLIDING} & set(model.used_mixers()):
             return

@@ -88,8 +88,10 @@ class KDA(_Grouped):
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The section of the linear mixer."""
         bound = config.get("lower_bound")
-        gate = {} if bound is None else {"gate": "bounded", "min_log_decay": -positive("-lower_bound", -bound)}
-        return {"kimi_delta_attention": KimiDeltaAttentionConfig(**self.heads(config), **gate)}
+        section = KimiDeltaAttentionConfig(**self.heads(config))
+        if bound is not None:
+            section.gate, section.min_log_decay = "bounded", -positive("-lower_bound", -bound)
+        return {"kimi_delta_attention": section}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The architecture's own keys of config.json."""

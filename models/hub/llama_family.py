@@ -33,6 +33,7 @@ class LlamaFamily(Adapter):
         default_kv_heads: Key and value heads if the key is missing; None for as many as query heads.
         default_head_dim: Head size if the key is missing; None for hidden_size / num_attention_heads.
         default_theta: Base of the rotation if no place gives one.
+        layer_types: Names of mixers in layer_types.
     """
 
     biased: ClassVar[bool] = False
@@ -42,6 +43,7 @@ class LlamaFamily(Adapter):
     default_kv_heads: ClassVar[int | None] = None
     default_head_dim: ClassVar[int | None] = None
     default_theta: ClassVar[float] = 10000.0
+    layer_types: ClassVar[Mapping[str, str]] = LAYER_TYPES
     represented: ClassVar[tuple[str, ...]] = (
         *("num_attention_heads", "num_key_value_heads", "head_dim", "layer_types"),
         *rope.REPRESENTED,
@@ -60,29 +62,47 @@ class LlamaFamily(Adapter):
         heads, width = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
         kv_heads = whole_number(config, "num_key_value_heads", self.default_kv_heads or heads) or heads
         mixers, window = self.layers(config)
-        _require_layer_types(config, mixers)
+        self._require_layer_types(config, mixers)
+        attention = AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=whole_number(config, "head_dim", self.default_head_dim) or width // heads,
+            rope_theta=rope.read_theta(config, self.default_theta),
+            rope_scaling=rope.read_scaling(config),
+            qk_norm=self.normed,
+            qkv_bias=self.biased,
+        )
+        attention.window = window or attention.window
         return ModelConfig(
             **self.shape(config, whole_number(config, "intermediate_size")),
             mixers=MixerLayoutConfig(pattern=pattern_of(mixers)),
-            attention=AttentionConfig(
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                head_dim=whole_number(config, "head_dim", self.default_head_dim) or width // heads,
-                rope_theta=rope.read_theta(config, self.default_theta),
-                rope_scaling=rope.read_scaling(config),
-                qk_norm=self.normed,
-                qkv_bias=self.biased,
-                **({} if window is None else {"window": window}),
-            ),
+            attention=attention,
             moe=self.experts(config),
         )
 
+    def _require_layer_types(self, config: Mapping[str, Any], mixers: Sequence[str]) -> None:
+        """Compare layer_types with what the other keys give, because programs differ in which of them they read."""
+        given, own = config.get("layer_types"), [self.layer_types[mixer] for mixer in mixers]
+        if given is not None and given != own:
+            raise ValueError(
+                f"layer_types={given!r} is not supported; with the other keys of config.json {pattern_of(own)!r} is"
+            )
+
     def require(self, model: ModelConfig) -> None:
         """Check that this architecture can compute a model."""
+        self.require_attention(model, (FULL, SLIDING) if self.has_windows else (FULL,))
+        self.require_plain(model)
+        self.refuse(bool(model.moe.num_experts) and not self.has_experts, f"num_experts={model.moe.num_experts}")
+
+    def require_attention(self, model: ModelConfig, mixers: Sequence[str]) -> None:
+        """Check the layers, of which these mixers are possible, and the softmax attention.
+
+        Raises:
+            ValueError: the architecture lacks a part, which the message names.
+        """
         attention = model.attention
         for mixer in model.used_mixers():
-            self.refuse(not (mixer == FULL or (mixer == SLIDING and self.has_windows)), f"layers with {mixer}")
-        self.refuse(bool(model.moe.num_experts) and not self.has_experts, f"num_experts={model.moe.num_experts}")
+            self.refuse(mixer not in mixers, f"a model with {mixer}")
         self.refuse(attention.rope_theta is None, "model.attention.rope_theta=null")
         for name, has in (("qkv_bias", self.biased), ("qk_norm", self.normed)):
             self.refuse(getattr(attention, name) != has, f"model.attention.{name}={str(not has).lower()}")
@@ -110,12 +130,3 @@ def stored_name(name: str) -> str:
         return f"{_OUTER[module]}.{rest}"
     layer, part, rest = rest.split(".", 2)
     return f"model.layers.{layer}.{_INNER[part]}.{rest}"
-
-
-def _require_layer_types(config: Mapping[str, Any], mixers: Sequence[str]) -> None:
-    """Compare layer_types with what the other keys give, because programs differ in which of them they read."""
-    given, own = config.get("layer_types"), [LAYER_TYPES[mixer] for mixer in mixers]
-    if given is not None and given != own:
-        raise ValueError(
-            f"layer_types={given!r} is not supported; with the other keys of config.json {pattern_of(own)!r} is"
-        )

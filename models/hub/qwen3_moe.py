@@ -51,13 +51,13 @@ class Qwen3MoE(LlamaFamily):
         layers, step = whole(config, "num_hidden_layers"), whole(config, "decoder_sparse_step", 1)
         only = indices("mlp_only_layers", config.get("mlp_only_layers") or [], layers)
         dense = [layer for layer in range(layers) if layer in only or (layer + 1) % step]
-        count = whole(config, "num_experts", whole(config, "num_local_experts", self.default_experts))
-        if len(dense) == layers:
+        given = config.get("num_experts", config.get("num_local_experts"))
+        if len(dense) == layers or given == 0:
             return MoEConfig()
         normalized = flag(config, "norm_topk_prob", self.default_normalize)
         top_k = whole(config, "num_experts_per_tok", self.default_top_k)
         return MoEConfig(
-            num_experts=count,
+            num_experts=whole({"num_experts": given}, "num_experts", self.default_experts) or self.default_experts,
             expert_hidden_size=whole(config, "moe_intermediate_size", self.default_expert_size),
             dense_layers=dense,
             router=RouterConfig(top_k=top_k, normalize="after" if normalized else "before"),
@@ -66,9 +66,13 @@ class Qwen3MoE(LlamaFamily):
     def require(self, model: ModelConfig) -> None:
         """Check that Qwen3-MoE can compute a model."""
         super().require(model)
-        require_experts(self, model)
+        self.require_experts(model)
         self.refuse(model.moe.shared_experts > 0, f"model.moe.shared_experts={model.moe.shared_experts}")
         self.refuse(len(model.used_mixers()) > 1, "a model with both full_attention and sliding_window_attention")
+
+    def require_experts(self, model: ModelConfig) -> None:
+        """Check that a model's router and experts are of this kind."""
+        require_experts(self, model)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The architecture's own keys of config.json."""

@@ -17,13 +17,13 @@ from models.hub.mixtral import Mixtral
 from models.hub.qwen2 import Qwen2
 from models.hub.qwen3 import Qwen3
 from models.hub.qwen3_moe import Qwen3MoE
+from models.hub.qwen3_next import Qwen3Next
 from models.hub.retnet import RetNet
 from models.hub.spikingbrain import SpikingBrain
 
 _FLA: tuple[FlaFamily, ...] = (GLA(), RetNet(), HGRN(), HGRN2(), DeltaNet(), GatedDeltaNet(), KDA(), SpikingBrain())
-ADAPTERS: dict[str, Adapter] = {
-    adapter.model_type: adapter for adapter in (Llama(), Qwen2(), Qwen3(), Mistral(), Mixtral(), Qwen3MoE(), *_FLA)
-}
+_TRANSFORMERS = (Llama(), Qwen2(), Qwen3(), Mistral(), Mixtral(), Qwen3MoE(), Qwen3Next())
+ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in (*_TRANSFORMERS, *_FLA)}
 # model_types that are known, and refused with the reason.
 _REFUSED = {
     "sse_swa_moba": "SpikingBrain 2 needs sparse state expansion (SSE) and mixture of block attention (MoBA), which no "
@@ -65,12 +65,19 @@ def adapter_for(model: ModelConfig) -> Adapter:
     """
     if model.spiking.is_used:
         raise ValueError("model.spiking has no Hugging Face layout: its architectures compute with floats")
+    if model.sink_tokens:
+        raise ValueError(f"model.sink_tokens={model.sink_tokens} has no Hugging Face layout: no architecture has them")
     if parallel := [layer for layer in model.layer_mixers() if " + " in layer]:
         raise ValueError(f"layers with {parallel[0]} in parallel have no Hugging Face layout")
     linear = [mixer for mixer in model.used_mixers() if mixer in LINEAR_MIXERS]
     if len(linear) > 1:
         raise ValueError(f"{' and '.join(linear)} in one model have no Hugging Face layout; one linear mixer has")
-    found = _linear_adapter(linear[0]) if linear else _softmax_adapter(model)
+    # Only Qwen3-Next has such norms, gates or rotations, or linear attention with experts.
+    is_next = model.zero_centered_norms or model.attention.output_gate or model.moe.num_experts
+    if is_next and linear == ["gated_delta_net"]:
+        found = ADAPTERS["qwen3_next"]
+    else:
+        found = _linear_adapter(linear[0]) if linear else _softmax_adapter(model)
     found.require(model)
     return found
 
@@ -85,6 +92,8 @@ def _linear_adapter(mixer: str) -> Adapter:
 def _softmax_adapter(model: ModelConfig) -> Adapter:
     """The closest of transformers' decoders; its `require` says what it lacks."""
     attention = model.attention
+    if model.zero_centered_norms or attention.output_gate:
+        return ADAPTERS["qwen3_next"]
     if model.moe.num_experts:
         return ADAPTERS["qwen3_moe" if attention.qk_norm else "mixtral"]
     if attention.qk_norm:

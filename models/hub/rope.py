@@ -69,6 +69,25 @@ def read_theta(config: Mapping[str, Any], default: float) -> float:
     return next(iter(given.values()), default)
 
 
+def split_share(config: Mapping[str, Any], default: float) -> tuple[float, dict[str, Any]]:
+    """The share of a head's channels that are rotated, from any of its places; and the rest of config.json.
+
+    Raises:
+        ValueError: two places disagree, or it is no positive number.
+    """
+    key, rest = "partial_rotary_factor", dict(config)
+    given = {key: rest.pop(key, None)}
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(rest.get(name), dict):
+            rest[name] = dict(rest[name])
+            given[f"{name}.{key}"] = rest[name].pop(key, None)
+    shares = {name: positive(name, value) for name, value in given.items() if value is not None}
+    if len(set(shares.values())) > 1:
+        values = ", ".join(f"{name}={share:g}" for name, share in shares.items())
+        raise ValueError(f"the rotated share is given differently ({values}); keep the right one")
+    return next(iter(shares.values()), default), rest
+
+
 def _scaling_to_hub(scaling: RopeScalingConfig) -> dict[str, Any]:
     kind = "default" if scaling.kind == "none" else scaling.kind
     values = {key: getattr(scaling, name) for key, name in _TYPES[kind].items()}

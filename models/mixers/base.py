@@ -4,18 +4,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.attention import KeysValues
 from kernels.autograd import derive, label
 from kernels.convolution import causal_conv1d
 from kernels.documents import Documents
 from models.compression import TokenRows
 from models.config import Rotary
 from models.parameters import Drawing, Groups, Init, Module, Placement
+from models.sinks import SinkKeys
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class SequenceInfo:
         token_keys: Unique keys of the tokens for the routers' noise, int64 [T, B], sharded like the residual stream;
             None without noise.
         rows: The tokens' numbers in the batch of the step, for the noise of compression.
+        sinks: The layer's sink tokens; None if the model has none.
+        are_sinks: Whether the tokens are the sinks, whose keys and values go into `sinks`. They count neither for
+            statistics nor for auxiliary losses: how often they are computed depends on the layout.
     """
 
     cos: Tensor | None = None
@@ -41,6 +46,24 @@ class SequenceInfo:
     group: dist.ProcessGroup | None = None
     token_keys: Tensor | None = None
     rows: TokenRows | None = None
+    sinks: SinkKeys | None = None
+    are_sinks: bool = False
+
+
+class KeyValueStore(Protocol):
+    """Holds the keys and values of a softmax layer in memory of its own, see models.generation.key_values."""
+
+    def attend(self, q: Tensor, entries: dict[str, Tensor], sinks: KeysValues | None) -> Tensor:
+        """Add the keys and values of new tokens, and attend from these tokens to all that each of them sees.
+
+        Args:
+            q: Queries of the new tokens, [B, T, H, K].
+            entries: Their keys and values [B, T, Hkv, ...] by name, see `FullAttention.entries`.
+            sinks: Keys and values that all of them see, see kernels.attention.
+
+        Returns:
+            [B, T, H, V] in q's dtype.
+        """
 
 
 @dataclass
@@ -48,12 +71,16 @@ class LayerCache:
     """State that one layer carries from token to token in generation; each mixer defines its own entries.
 
     Attributes:
-        tensors: Entries of a mixer.
+        tensors: Entries of a mixer, each [B, ...].
         branches: Caches of the mixers of parallel branches.
+        sinks: The layer's sink tokens, once they have been computed.
+        store: Keys and values of a softmax mixer. None keeps them in `tensors`, for rows of equal lengths.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     branches: dict[int, "LayerCache"] = field(default_factory=dict)
+    sinks: SinkKeys | None = None
+    store: KeyValueStore | None = None
 
     def keep(self, name: str, state: Tensor | None) -> None:
         """Store a kernel's final state."""
@@ -67,8 +94,8 @@ class Mixer(Module):
     With a cache, x continues the sequences whose state it holds, and the cache is updated.
 
     Attributes:
-        rotary: (head size, base, scaling) of the rotary embedding whose cosines and sines `info` must provide; None for
-            none.
+        rotary: (rotated channels, base, scaling) of the rotary embedding whose cosines and sines `info` must provide;
+            None for none.
         head_counts: Names of the attributes that count heads, which are divided among tensor-parallel ranks.
     """
 

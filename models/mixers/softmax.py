@@ -10,9 +10,10 @@ from kernels.autograd import label
 from kernels.quantization.int8 import decode_int8, encode_int8
 from kernels.rotary import apply_rotary
 from models.config import ModelConfig
-from models.layers import RMSNorm
+from models.layers import residual_norm
 from models.mixers.base import LayerCache, Mixer, SequenceInfo, merge_heads, split_heads
 from models.parallel import ColumnLinear, RowLinear
+from models.sinks import attend_among_sinks
 from models.spiking import Int8, Neuron, attach
 
 
@@ -31,8 +32,10 @@ class FullAttention(Mixer):
         self.k_proj = ColumnLinear(config.hidden_size, attn.num_kv_heads * head_dim, bias=attn.qkv_bias)
         self.v_proj = ColumnLinear(config.hidden_size, attn.num_kv_heads * head_dim, bias=attn.qkv_bias)
         self.o_proj = RowLinear(attn.num_heads * head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(head_dim, config.norm_eps) if attn.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.norm_eps) if attn.qk_norm else None
+        gated = attn.output_gate
+        self.g_proj = ColumnLinear(config.hidden_size, attn.num_heads * head_dim, bias=False) if gated else None
+        self.q_norm = residual_norm(config, head_dim) if attn.qk_norm else None
+        self.k_norm = residual_norm(config, head_dim) if attn.qk_norm else None
         self.int8 = Int8(config.spiking) if config.spiking.int8_keys_values else None
         spiking = config.spiking
         self.query_spikes = attach(self, "queries", Neuron(spiking, head_dim)) if spiking.queries else None
@@ -46,30 +49,42 @@ class FullAttention(Mixer):
             # QK norm precedes the rotation, as in Qwen3.
             q, k = self.q_norm(q), self.k_norm(k)
         if info.cos is not None and info.sin is not None:
-            q, k = apply_rotary(q, info.cos, info.sin), apply_rotary(k, info.cos, info.sin)
+            q, k = _rotate(q, info.cos, info.sin), _rotate(k, info.cos, info.sin)
         if self.query_spikes is not None:
             # After the rotation, as in the published code of SpikingBrain.
             q = self.query_spikes(q)
+        sinks = None if info.sinks is None else info.sinks.by_mixer.get(self)
+        if cache is not None and cache.store is not None:
+            return self._project(cache.store.attend(q, self.entries(k, v), sinks), x)
         if cache is not None:
-            k, v = self._extend(cache, k, v)
+            k, v = keys_and_values(self._remember(cache, self.entries(k, v)), q.dtype)
         elif self.int8 is not None:
             k, v = self.int8(k), self.int8(v)
         label(q=q, k=k, v=v)
-        o = attention(q, k, v, window=self.window, documents=info.documents, group=info.group)
-        return self.o_proj(merge_heads(o))
+        if info.are_sinks:
+            assert info.sinks is not None, "the pass over the sinks has a place for their keys"
+            info.sinks.by_mixer[self] = k, v
+            o = attend_among_sinks(q, k, v)
+        else:
+            o = attention(q, k, v, window=self.window, documents=info.documents, sinks=sinks, group=info.group)
+        return self._project(o, x)
 
-    def _extend(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of all tokens so far [B, S, H, K], of which the cache keeps those that will be seen."""
+    def _project(self, o: Tensor, x: Tensor) -> Tensor:
+        """The mixer's output [T, B, D] from its heads o [B, T, H, V] and its input x [T, B, D]."""
+        merged = merge_heads(o)
+        if self.g_proj is not None:
+            merged = merged * torch.sigmoid(self.g_proj(x))
+        return self.o_proj(merged)
+
+    def entries(self, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """What a cache keeps of keys and values [B, T, H, K]: themselves, or int8 codes with scales [B, T, H, 1]."""
         if self.int8 is None or not self.int8.is_on:
-            extended = self._remember(cache, {"k": k, "v": v})
-            return extended["k"], extended["v"]
+            return {"k": k, "v": v}
         (k_codes, k_scale), (v_codes, v_scale) = encode_int8(k), encode_int8(v)
-        entries = {"k": k_codes, "k_scale": k_scale, "v": v_codes, "v_scale": v_scale}
-        extended = self._remember(cache, entries)
-        keys = decode_int8(extended["k"], extended["k_scale"], k.dtype)
-        return keys, decode_int8(extended["v"], extended["v_scale"], v.dtype)
+        return {"k": k_codes, "k_scale": k_scale, "v": v_codes, "v_scale": v_scale}
 
     def _remember(self, cache: LayerCache, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The entries of all tokens so far [B, S, H, ...], of which the cache keeps those that will be seen."""
         before = cache.tensors
         extended = {name: torch.cat((before[name], x), 1) if name in before else x for name, x in entries.items()}
         length = extended["k"].shape[1]
@@ -77,6 +92,22 @@ class FullAttention(Mixer):
         first = 0 if self.window is None else max(length - self.window + 1, 0)
         cache.tensors |= {name: x[:, first:] for name, x in extended.items()}
         return extended
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first channels of heads x [B, T, H, K], as many as the tables are for."""
+    channels = 2 * cos.shape[-1]
+    if channels == x.shape[-1]:
+        return apply_rotary(x, cos, sin)
+    return torch.cat((apply_rotary(x[..., :channels], cos, sin), x[..., channels:]), dim=-1)
+
+
+def keys_and_values(entries: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The keys and values that a cache keeps as `entries`, any shape [..., K]; `dtype` is that of decoded ones."""
+    if "k_scale" not in entries:
+        return entries["k"], entries["v"]
+    keys = decode_int8(entries["k"], entries["k_scale"], dtype)
+    return keys, decode_int8(entries["v"], entries["v_scale"], dtype)
 
 
 class SlidingWindowAttention(FullAttention):

@@ -102,6 +102,20 @@ class SharedExperts(Module):
         return _activate_and_project(policy, self.activation, gate, up, self.down_proj)
 
 
+class SharedExpertGate(Module):
+    """Gate sigmoid(w . x) of the shared experts' output (Qwen1.5-MoE and later). Weight [1, D]."""
+
+    placements: ClassVar = {"weight": Placement(normal)}
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The factors [T, B, 1] of tokens x [T, B, D] of the residual stream."""
+        return torch.sigmoid(F.linear(x, self.weight))
+
+
 Exchange = Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor], Groups], Tensor]
 """Maps tokens [N, D], gates [N, E], a function that runs the experts, and process groups to the output [N, D]."""
 
@@ -125,6 +139,7 @@ class MoELayer(Module):
         self.router = Router(config.moe, config.hidden_size)
         self.experts = Experts(config)
         self.shared_experts = SharedExperts(config) if config.moe.shared_experts else None
+        self.shared_expert_gate = SharedExpertGate(config.hidden_size) if config.moe.shared_expert_gate else None
         self._dispatcher: Any = None
 
     @property
@@ -134,12 +149,12 @@ class MoELayer(Module):
             self._dispatcher = token_dispatcher(self.config.num_experts, self.groups.expert)
         return self._dispatcher
 
-    def forward(self, x: Tensor, token_keys: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, token_keys: Tensor | None = None, are_sinks: bool = False) -> Tensor:
         """Transform the residual stream x [T, B, D]. With sequence parallelism x is this rank's shard of it.
 
-        token_keys, int64 [T, B], identify tokens for the router's noise.
+        token_keys, int64 [T, B], identify tokens for the router's noise. Sinks are routed as in evaluation.
         """
-        routing = self.policy.run("moe_activation", self.router, x, token_keys)
+        routing = self.policy.run("moe_activation", self.router, x, token_keys, are_sinks)
         tokens_ND = x.flatten(0, 1)
         if self.router.replicated:
             routed = self._apply_with_copies(tokens_ND, routing.gates, routing.routing_map, self.router.replicated)
@@ -147,7 +162,8 @@ class MoELayer(Module):
             routed = self._through_experts(tokens_ND, routing, self._run_own_experts)
         y = routed.view_as(x)
         if self.shared_experts is not None:
-            y = y + self._run(self.shared_experts, enter_region(x, self.groups))
+            shared = self._run(self.shared_experts, enter_region(x, self.groups))
+            y = y + (shared if self.shared_expert_gate is None else shared * self.shared_expert_gate(x))
         return y
 
     def _through_experts(self, x_ND: Tensor, routing: Routing, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

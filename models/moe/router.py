@@ -98,16 +98,17 @@ class Router(Module):
         self.register_buffer("load", torch.full((experts,), 1 / experts) if follows_load else None)
         self.statistics: Tensor | None = None
 
-    def forward(self, x_TBD: Tensor, token_keys_TB: Tensor | None = None) -> Routing:
+    def forward(self, x_TBD: Tensor, token_keys_TB: Tensor | None = None, are_sinks: bool = False) -> Routing:
         """Route the tokens of x [T, B, D], in the row-major order of [T * B, D].
 
-        token_keys, int64 [T, B], identify tokens for the noise. Without them there is no noise.
+        token_keys, int64 [T, B], identify tokens for the noise. Without them there is no noise. Sinks are routed as in
+        evaluation: without losses, counts and a limit of capacity.
         """
         x_ND = x_TBD.flatten(0, 1)
         wide = x_ND.float()
         derive(wide, Tensor.float, (x_ND,))
         logits = F.linear(wide, self.weight.float())
-        training = self.training and torch.is_grad_enabled()
+        training = self.training and torch.is_grad_enabled() and not are_sinks
         temperature = self._temperature()
         if not self.config.is_spawned(self.step):
             return self._to_the_first(logits, temperature, training)

@@ -82,6 +82,8 @@ def finish_step(decoders: Iterable[Decoder], config: ModelConfig, totals: list[f
 def metrics(config: ModelConfig, totals: list[float]) -> dict[str, Any]:
     """Compute the `moe/` metrics of a step from the sums over all ranks.
 
+    Without a routed token there are none.
+
     Metrics are means over layers, except the sums `dead_experts`, `dropped_tokens` (assignments) and
     `replicated_experts`, and `load`, which holds the experts' shares by layer.
     """
@@ -89,6 +91,9 @@ def metrics(config: ModelConfig, totals: list[float]) -> dict[str, Any]:
         return {}
     loads, rest = _parts(config, totals)
     sums = dict(zip(_AFTER_LOAD, rest.unbind(-1), strict=True))
+    if not sums["tokens"].any():
+        # Alignment runs no feed-forward.
+        return {}
     tokens = sums["tokens"].clamp(min=1)
     mean = loads.mean(-1).clamp(min=1e-9)
     named = {

@@ -18,13 +18,14 @@ TIME = 48
 
 
 class Case(NamedTuple):
-    """Heads H, Hkv, K, V; the window; the lengths of the documents."""
+    """Heads H, Hkv, K, V; the window; the lengths of the documents; the number of sinks."""
 
     shape: tuple[int, int, int, int]
     window: int | None = None
     lengths: list[int] | None = None
     dtype: torch.dtype = torch.float64
     backend: str = "auto"
+    sinks: int = 0
 
     def tolerance(self) -> float:
         return {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}[self.dtype]
@@ -52,6 +53,8 @@ CASES = [
     *(Case((4, 2, 6, 4), window) for window in WINDOWS),
     *(Case((3, 1, 4, 6), window, lengths) for window, lengths in itertools.product((None, 1, 5, 14, 30, 48), PACKINGS)),
     *(Case((4, 2, 8, 8), **other) for other in OTHERS),
+    *(Case((*heads, 4, 6), window, sinks=3) for heads, window in itertools.product([(4, 2), (10, 2)], (None, 14))),
+    *(Case((3, 1, 4, 6), window, [5, 1, 1, 30, 11], sinks=3) for window in (None, 14)),
 ]
 
 
@@ -85,20 +88,37 @@ def make_inputs(case: Case, time: int) -> tuple[list[Tensor], Tensor]:
     return [q, k, v], grad
 
 
+def make_sinks(case: Case) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of the sinks."""
+    if not case.sinks:
+        return None
+    _, key_heads, *sizes = case.shape
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(1, case.sinks, key_heads, size) for size in sizes]
+    k, v = (torch.randn(shape, generator=generator, dtype=case.dtype).requires_grad_() for shape in shapes)
+    return k, v
+
+
 def check_equals_one_rank(case: Case, group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     documents = None if case.lengths is None else documents_of(case.lengths)
     options: dict[str, Any] = {"window": case.window, "documents": documents, "backend": case.backend}
     tensors, grad = make_inputs(case, TIME)
     inputs = [x.requires_grad_() for x in tensors]
-    o = attention(*inputs, **options)
-    expected = torch.autograd.grad(o, inputs, grad)
+    sinks = make_sinks(case)
+    o = attention(*inputs, sinks=sinks, **options)
+    expected = torch.autograd.grad(o, [*inputs, *(sinks or ())], grad)
 
     tokens = slice(rank * TIME // world, (rank + 1) * TIME // world)
     local = [x[:, tokens].detach().clone().requires_grad_() for x in inputs]
-    local_o = attention(*local, **options, group=group)
-    actual = torch.autograd.grad(local_o, local, grad[:, tokens])
-    assert_same([local_o, *actual], [x[:, tokens] for x in (o, *expected)], case.tolerance())
+    local_o = attention(*local, sinks=sinks, **options, group=group)
+    actual = torch.autograd.grad(local_o, [*local, *(sinks or ())], grad[:, tokens], materialize_grads=True)
+    assert_same([local_o, *actual[:3]], [x[:, tokens] for x in (o, *expected[:3])], case.tolerance())
+    # Every rank has all sinks; their gradients are the ranks' sums.
+    for mine, whole in zip(actual[3:], expected[3:], strict=True):
+        total = mine.clone()
+        dist.all_reduce(total, group=group)
+        assert_same([total], [whole], case.tolerance())
 
 
 def check_layers(group: dist.ProcessGroup) -> None:

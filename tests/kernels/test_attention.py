@@ -30,11 +30,19 @@ def _draw(shape: tuple[int, int, int, int], times: tuple[int, int], batch: int =
     ]
 
 
+def _with_sinks(function: Any, inputs: list[Tensor], **options: Any) -> Tensor:
+    """Attention over q, k, v and, if there are any, the sinks' keys and values."""
+    return function(*inputs[:3], sinks=tuple(inputs[3:]) or None, **options)
+
+
 def _compare(inputs: list[Tensor], backend: str, dtype: torch.dtype = torch.float64, **options: Any) -> None:
     """Output and gradients in `dtype` against the float64 reference on the same rounded inputs."""
     fast = [x.to(dtype).clone().requires_grad_() for x in inputs]
     exact = [x.detach().double().clone().requires_grad_() for x in fast]
-    out, target = attention(*fast, backend=backend, **options), attention_reference(*exact, **options)
+    out, target = (
+        _with_sinks(attention, fast, backend=backend, **options),
+        _with_sinks(attention_reference, exact, **options),
+    )
     grad = torch.randn(target.shape, dtype=torch.float64).to(dtype)
     out.backward(grad)
     target.backward(grad.double())
@@ -89,9 +97,41 @@ def test_any_packing(lengths: list[int], window: int, shape: tuple[int, int, int
         _compare(inputs, backend, window=window, documents=documents_of(lengths), scale=scale)
 
 
+def _draw_sinks(shape: tuple[int, int, int, int], count: int) -> list[Tensor]:
+    _, key_heads, key_dim, value_dim = shape
+    return [torch.randn(1, count, key_heads, size, dtype=torch.float64) for size in (key_dim, value_dim)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [None, 1, 64, 299, 1000])
+def test_sinks_match_reference(shape: tuple[int, int, int, int], window: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = _draw(shape, (300, 300), batch=2) + _draw_sinks(shape, 7)
+    _compare(inputs, "auto", dtype, window=window)
+    _compare([inputs[0][:, -5:], *inputs[1:]], "auto", dtype, window=window)
+    packed = [x[:1] for x in inputs]
+    _compare(packed, "auto", dtype, window=window, documents=documents_of((1, 130, 40, 129)))
+
+
+def test_sinks_are_the_first_keys_of_every_document_and_reach_beyond_the_window() -> None:
+    """By hand: softmax over the sinks and the visible keys, token by token."""
+    torch.manual_seed(0)
+    q, k, v, sink_k, sink_v = _draw((2, 1, 4, 3), (9, 9)) + _draw_sinks((2, 1, 4, 3), 2)
+    documents, window = documents_of((4, 5)), 3
+    out = attention(q, k, v, window=window, documents=documents, sinks=(sink_k, sink_v))
+    for t in range(9):
+        first = max(0 if t < 4 else 4, t - window + 1)
+        keys = torch.cat((sink_k[0, :, 0], k[0, first : t + 1, 0]))
+        values = torch.cat((sink_v[0, :, 0], v[0, first : t + 1, 0]))
+        expected = (q[0, t] @ keys.T / 2).softmax(-1) @ values
+        torch.testing.assert_close(out[0, t], expected)
+
+
 def test_tiles_that_split_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TILE_SCORES", 64 * 64)
     _compare(_draw((6, 3, 8, 8), (150, 150), batch=2), "banded", window=40)
+    _compare(_draw((6, 3, 8, 8), (150, 150), batch=2) + _draw_sinks((6, 3, 8, 8), 5), "banded", window=40)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -189,6 +229,8 @@ def test_errors() -> None:
             attention(*wrong)
     with pytest.raises(ValueError, match="at least 1"):
         attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match="needs sinks"):
+        attention(q, k, v, sinks=(k[:, :2], v[:, :3]))
     for bounds in ([0, 3], [1, 6], [0, 4, 3, 6]):
         with pytest.raises(ValueError, match="cu_seqlens"):
             attention(q, k, v, documents=Documents(tuple(bounds)))

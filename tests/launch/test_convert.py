@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from kernels.spiking import spike_reference
@@ -22,6 +23,8 @@ from trainer.stored.calibration import round_weights, second_moments, spiking_mo
 from trainer.stored.inference import load_model
 from trainer.stored.opening import open_weights
 
+HYBRID = ("hybrid", "--source", "RUN", "--pattern", "gated_delta_net")
+LAYERS = ("layers", "--source", "RUN", "--data", "RUN")
 UPCYCLE = ("upcycle", "--source", "RUN", "--moe.num_experts", "4")
 
 
@@ -85,6 +88,45 @@ def test_a_dense_run_becomes_experts_that_a_run_starts_from(launch, trained, tmp
     assert code == 0, errors
 
 
+def test_a_run_becomes_a_hybrid_that_a_run_starts_from(launch, trained, tmp_path):
+    layers = ["gated_delta_net", "retention"]
+    (tmp_path / "choice.yaml").write_text(f"pattern: {', '.join(layers)}\n")
+    arguments = ("--source", str(trained), "--output", "weights", "--layers_file", "choice.yaml")
+    code, out, errors, imported = launch("convert", "hybrid", *arguments, forked=True)
+    assert code == 0, errors
+    assert out.strip() == f"weights: {trained / 'checkpoints/step_00000006'} with the layers {', '.join(layers)}"
+    assert "retention: q_proj (q_proj, 1,024), k_proj (k_proj, 1,024), v_proj (v_proj, 1,024), g_proj (new: " in errors
+    assert re.search(r"[\d,]+ of [\d,]+ parameters are new, \d+\.\d\d%", errors)
+    assert imported == ["torch"]
+    arguments = ("--config", str(trained / "config.yaml"), "--init", "weights", "--run.dir", "run")
+    code, _, errors, _ = launch("pretrain", *arguments, "--check", forked=True)
+    assert code == 0, errors
+
+
+def test_layers_are_chosen_and_a_hybrid_made_of_them(launch, trained, tiny_data, tmp_path):
+    base = ("hybrid", "--source", str(trained), "--pattern", "gated_delta_net, sliding_window_attention")
+    assert launch("convert", *base, "--output", "weights", forked=True)[0] == 0
+    arguments = ("--source", "weights", "--data", str(tiny_data), "--keep", "0", "--linear", "retention")
+    sizes = ("--sequences", "4", "--seq_len", "32", "--align_steps", "2", "--align_batch_size", "2")
+    options = (*arguments, *sizes, "--output", "choice.yaml", "--json", "choice.json")
+    code, out, errors, imported = launch("convert", "layers", *options, forked=True)
+    assert code == 0, errors
+    assert imported == ["torch"]
+    lines = out.strip().splitlines()
+    assert lines[0].split("|")[1:3] == [" layer ", " error of its output after alignment, % "]
+    assert re.fullmatch(r"all 1 replaced: [\d.e-]+ ± [\d.e-]+ nats a token", lines[-2])
+    assert lines[-1] == "written: choice.yaml; use it with spiketrain convert hybrid --layers_file choice.yaml"
+    assert yaml.safe_load((tmp_path / "choice.yaml").read_text()) == {"pattern": "gated_delta_net, retention"}
+    figures = json.loads((tmp_path / "choice.json").read_text())
+    assert figures["replaced"] == [1] and figures["measured"][0]["1"] == figures["damage"]
+    assert figures["alignment_error"]["1"] > 0 and figures["evenly_spaced"] is None
+    chosen = ("--source", "weights", "--layers_file", "choice.yaml", "--output", "hybrid")
+    code, out, errors, _ = launch("convert", "hybrid", *chosen, forked=True)
+    assert code == 0 and out.strip() == "hybrid: weights with the layers gated_delta_net, retention", errors
+    code, _, errors, _ = launch("convert", "layers", *options)
+    assert code == 2 and "output: choice.yaml exists; name another file, or remove it" in errors
+
+
 def test_a_hybrid_becomes_flash_linear_attention_s(launch, trained, tmp_path):
     arguments = ("export", "--checkpoint", str(trained), "--output", "hub", "--layout", "hf")
     code, _, errors, _ = launch("convert", *arguments, forked=True)
@@ -101,7 +143,7 @@ def test_a_hybrid_becomes_flash_linear_attention_s(launch, trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("exports",), "no command 'exports'; choose from export, import, upcycle"),
+        (("exports",), "no command 'exports'; choose from export, import, layers, hybrid"),
         (("export", "--checkpoint", "nowhere"), "checkpoint: nowhere does not exist; give a run directory"),
         (("export", "--checkpoint", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
         (("export", "--checkpoint", "RUN", "--max_file_gb", "0"), "max_file_gb is 0.0: it must be positive"),
@@ -112,6 +154,21 @@ def test_a_hybrid_becomes_flash_linear_attention_s(launch, trained, tmp_path):
         (("upcycle", "--source", "nowhere"), "source: nowhere does not exist; give weights or a run directory"),
         (("upcycle", "--source", "RUN", "--output", "RUN"), "exists and is not an empty directory; name another"),
         (("upcycle", "--source", "RUN"), "moe.num_experts is 0: say how many experts each layer gets"),
+        (("hybrid", "--source", "nowhere"), "source: nowhere does not exist; give weights or a run directory"),
+        (("hybrid", "--source", "RUN"), "give one of pattern, preset and layers_file, not 0 of them"),
+        ((*HYBRID, "--preset", "spikingbrain-7b"), "give one of pattern, preset and layers_file, not 2 of them"),
+        (("layers", "--source", "nowhere"), "source: nowhere does not exist; give weights or a run directory"),
+        ((*LAYERS, "--linear", "hgrn*2"), "linear: 'hgrn*2' names several layers; name one mixer, or NAME + NAME"),
+        ((*LAYERS, "--sequences", "1"), "sequences is 1: it must be at least 2"),
+        ((*LAYERS, "--align_lr", "0"), "align_lr is 0.0: it must be positive"),
+        ((*LAYERS, "--method", "random"), "method: "),
+        ((*LAYERS, "--data", __file__), "has no train split; name data to align on, or align_steps=0"),
+        ((*LAYERS, "--output", "no/choice.yaml"), "output: the directory of no/choice.yaml does not exist; make it"),
+        ((*HYBRID, "--window", "0"), "window is 0: it must be at least 1"),
+        (("hybrid", "--source", "RUN", "--pattern", "nets"), "pattern: no mixer 'nets'; choose from full_attention"),
+        (("hybrid", "--source", "RUN", "--layers_file", "x.yaml"), "layers_file: x.yaml does not exist; "),
+        (("hybrid", "--source", "RUN", "--preset", "spikingbrain-8b"), "preset: "),
+        ((*HYBRID, "--gated_delta_net.expand_v", "0"), "model.gated_delta_net.expand_v is 0.0: it must be positive"),
         ((*UPCYCLE, "--moe.activation", "geglu"), "moe.activation is geglu: the dense feed-forward is swiglu; leave"),
         ((*UPCYCLE, "--moe.spawn_step", "5"), "moe.spawn_step is 5: upcycling spawns them all; leave it out"),
         ((*UPCYCLE, "--router_std", "0"), "router_std is 0.0: it must be positive, or all experts stay alike"),

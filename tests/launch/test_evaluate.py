@@ -11,7 +11,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from launch.evaluate import EvaluateConfig, open_stream
 from models.config import SpikingConfig
 from tests.trainer.conftest import metrics
 from trainer.cli import make_parser, parse
@@ -19,6 +18,8 @@ from trainer.data.indexed import TokenArray
 from trainer.data.layout import tokenizer_sha256
 from trainer.data.tokenizer import learn_sentencepiece
 from trainer.errors import ConfigError
+from trainer.evaluation.config import EvaluateConfig
+from trainer.evaluation.data import open_stream
 from trainer.spiking_evaluation import choose
 
 
@@ -55,6 +56,28 @@ def test_overlapping_windows_count_the_same_text(launch, trained, tiny_data, tmp
     assert overlapping["tokens"] == plain["tokens"]
     assert overlapping["bits_per_byte"] != plain["bits_per_byte"]
     assert "gzip -9" not in plain
+
+
+def test_the_positions_in_the_context_share_out_the_loss(launch, trained, tiny_data, tmp_path):
+    found, _ = evaluate(
+        launch, tmp_path, "--checkpoint", str(trained), "--data", str(tiny_data), "--by_position", "true"
+    )
+    rows = found["by_position"]
+    assert [(row["first"], row["last"]) for row in rows] == [
+        (0, 0),
+        (1, 1),
+        (2, 3),
+        (4, 7),
+        (8, 15),
+        (16, 31),
+        (32, 63),
+    ]
+    assert rows[0]["tokens"] == 2, "the validation set has two files"
+    assert sum(row["tokens"] for row in rows) == found["tokens"]
+    assert sum(row["bytes"] for row in rows) == found["bytes"]
+    assert sum(row["loss"] * row["tokens"] for row in rows) == pytest.approx(found["loss"] * found["tokens"])
+    nats = sum(row["bits_per_byte"] * row["bytes"] for row in rows)
+    assert nats == pytest.approx(found["bits_per_byte"] * found["bytes"])
 
 
 def test_every_byte_of_a_file_counts(launch, trained, tmp_path):

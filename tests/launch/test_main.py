@@ -38,7 +38,7 @@ def test_a_command_runs_as_its_script_does():
         (["train"], "no command 'train'; choose from prepare_data, pretrain"),
         (["pretrain", "--ranks", "0"], "--ranks 0: give the number of processes"),
         (["pretrain", "--ranks=two"], "--ranks two: give the number of processes"),
-        (["generate", "--ranks", "2"], "only pretrain runs on several ranks"),
+        (["generate", "--ranks", "2"], "only pretrain and convert run use several ranks"),
     ],
 )
 def test_what_it_refuses(arguments, message):
@@ -87,7 +87,8 @@ def ranks(folder, how, seconds_to_leave=30.0):
     program = (
         "import signal, sys\nfrom launch import main\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"main._SECONDS_TO_LEAVE = {seconds_to_leave}\n"
-        f"sys.exit(main.Ranks([sys.executable, {str(folder / 'rank.py')!r}, {str(folder)!r}, {how!r}], 2).wait())"
+        f"command = [sys.executable, {str(folder / 'rank.py')!r}, {str(folder)!r}, {how!r}]\n"
+        "sys.exit(main.Ranks(command, main.environments_of(2)).wait())"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -155,7 +156,7 @@ def test_under_nohup_a_closed_terminal_is_not_handed_on(monkeypatch):
     for handler, hears in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
         previous, mask = signal.signal(signal.SIGHUP, handler), signal.pthread_sigmask(signal.SIG_BLOCK, [])
         try:
-            assert (signal.SIGHUP in main.Ranks([], 1)._signals) is hears
+            assert (signal.SIGHUP in main.Ranks([], [])._signals) is hears
         finally:
             signal.signal(signal.SIGHUP, previous)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -214,7 +214,7 @@ WRONG = [
     (pattern("hgrn + mamba"), "model.mixers.pattern: no mixer 'mamba'; choose from"),
     (
         model(hidden_size=64, mixers=MixerLayoutConfig(pattern="retention + full_attention, hgrn"), retention=TURNING),
-        "model.mixers: 'retention + full_attention' rotates by different (head size, base, scaling), "
+        "model.mixers: 'retention + full_attention' rotates by different (channels, base, scaling), "
         "(16, 10000.0, None) and (16, 500.0, None); make them alike, or model.attention.rope_theta null",
     ),
     (

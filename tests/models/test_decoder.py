@@ -14,12 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import LINEAR_MIXERS, MIXERS
 from models.decoder import Decoder, flops_per_token, initialize
-from models.generation import stream_tokens
 from models.layers import RMSNorm, ShortConvolution
 from models.mixers.base import LayerCache
 from models.parallel import RowLinear
 from models.parameters import cast_parameters, parameter_rows
-from tests.helpers import VOCABULARY, draw_tokens, examples, pack, rows, tiny_decoder, tiny_model_config
+from tests.helpers import VOCABULARY, draw_tokens, examples, greedy, pack, rows, tiny_decoder, tiny_model_config
 
 HYBRID = ", ".join(MIXERS)
 # Branches that are both linear, that both rotate, and of which one does.
@@ -160,7 +159,7 @@ def test_a_sequence_token_by_token(model):
 @torch.no_grad()
 def test_generated_tokens_are_those_of_the_full_forward(model):
     tokens = draw_tokens(2, 9)
-    for drawn in stream_tokens(model, tokens, 12, temperature=0):
+    for drawn in greedy(model, tokens, 12).unbind(1):
         assert torch.equal(drawn, model(*rows(tokens))[:, -1].argmax(-1))
         tokens = torch.cat((tokens, drawn[:, None]), 1)
     assert tokens.shape == (2, 21)
@@ -412,6 +411,7 @@ def test_rotary_positions_are_relative(theta):
         ("spikingbrain_gla", {"spikingbrain_gla__gate_normalizer": 2.0}),
         ("sliding_window_attention", {"attention__window": 9}),
         ("full_attention", {"attention__rope_theta": 100.0}),
+        ("full_attention", {"attention__partial_rotary_factor": 0.5}),
         ("full_attention", {"norm_eps": 0.1}),
     ],
 )

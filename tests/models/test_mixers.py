@@ -146,7 +146,27 @@ def tied_expected(p, x, bound):
     return norm(additive(torch.sigmoid(q), k, v, 1 - k), p["g_norm.weight"]).flatten(1) @ p["o_proj.weight"].T
 
 
+def gated_attention_expected(p, x, bound, channels=4):
+    q, k, v = (x @ p[f"{name}_proj.weight"].T for name in "qkv")
+    q, k = norm(heads_of(q, 4), 1 + p["q_norm.weight"]), norm(heads_of(k, 2), 1 + p["k_norm.weight"])
+    q, k = (torch.cat((rotated(y[..., :channels], 100.0), y[..., channels:]), -1) for y in (q, k))
+    k, v = (y.repeat_interleave(2, 1) for y in (k, heads_of(v, 2)))
+    scores = torch.einsum("thk,shk->hts", q, k) / math.sqrt(q.shape[-1])
+    hidden = torch.ones(len(x), len(x)).triu(1).bool()
+    o = torch.einsum("hts,shk->thk", scores.masked_fill(hidden, -math.inf).softmax(-1), v).flatten(1)
+    return (o * torch.sigmoid(x @ p["g_proj.weight"].T)) @ p["o_proj.weight"].T
+
+
+GATED_ATTENTION = {
+    "zero_centered_norms": True,
+    "attention__qk_norm": True,
+    "attention__output_gate": True,
+    "attention__partial_rotary_factor": 0.5,
+    "attention__rope_theta": 100.0,
+}
+
 EXPECTED = [
+    ("full_attention", GATED_ATTENTION, gated_attention_expected),
     ("retention", {}, retention_expected),
     ("hgrn", {}, hgrn_expected),
     ("hgrn2", {}, hgrn2_expected),

@@ -86,7 +86,7 @@ def test_spikingbrain_76b():
     assert [i for i, layer in enumerate(layers) if layer == f"spikingbrain_tied_gla + {FULL}"] == [6, 13, 20, 27]
     assert layers.count("spikingbrain_tied_gla + sliding_window_attention") == 24
     mixer = 2 * ATTENTION + 128 + 2 * D + 2
-    dense = EMBEDDINGS + 28 * (mixer + 2 * D) + 7 * FFN + 21 * (FFN + 16 * D) + D
+    dense = EMBEDDINGS + 128 * D + 28 * (mixer + 2 * D) + 7 * FFN + 21 * (FFN + 16 * D) + D
     count, active = dense + 21 * 16 * FFN, dense + 21 * FFN
     assert parameters(config) == count
     assert re.findall(r"[\d,]{9,}", path.read_text().split("\n#\n")[0]) == [f"{count:,}", f"{active:,}"]

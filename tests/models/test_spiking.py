@@ -12,13 +12,12 @@ from kernels.spiking import spike_counts, spike_reference
 from models import spiking
 from models.config import MIXERS, ActivityConfig, MoEConfig, RouterConfig, SpikingConfig
 from models.decoder import Decoder
-from models.generation import stream_tokens
 from models.mixers import softmax
 from models.mixers.base import LayerCache
 from models.parallel import Projection
 from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy, Policy
 from models.spiking import Neuron, begin_step, finish_step, neurons, set_step
-from tests.helpers import CountMargin, draw_tokens, rows, tiny_decoder
+from tests.helpers import CountMargin, draw_tokens, greedy, rows, tiny_decoder
 
 EXPERTS = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=16, router=RouterConfig(top_k=2))
 
@@ -248,7 +247,7 @@ def test_generation_goes_token_by_token_through_the_same_model(pattern):
     """Each token that is drawn is the most likely one of a forward pass over all before it."""
     model = spiking_decoder(pattern, moe=EXPERTS, seed=4).eval()
     prompt = draw_tokens(2, 6)
-    drawn = torch.stack(list(stream_tokens(model, prompt, 9, temperature=0)), 1)
+    drawn = greedy(model, prompt, 9)
     tokens = torch.cat([prompt, drawn], 1)
     with torch.no_grad(), CountMargin() as margin:
         logits = model(*rows(tokens))
@@ -334,7 +333,7 @@ def test_generation_with_int8_keys_and_values_keeps_a_byte_for_each(window):
     model = tiny_decoder(ATTENTION, 7, moe=EXPERTS, attention__window=window, spiking=SpikingConfig(["all"], **W8A))
     model.eval()
     prompt = draw_tokens(2, 6)
-    drawn = torch.stack(list(stream_tokens(model, prompt, 9, temperature=0)), 1)
+    drawn = greedy(model, prompt, 9)
     tokens = torch.cat([prompt, drawn], 1)
     with torch.no_grad(), CountMargin() as margin:
         logits = model(*rows(tokens))

@@ -5,11 +5,10 @@ import torch
 
 from models import spiking_statistics as counted
 from models.config import MIXERS, MoEConfig, RouterConfig, SpikingConfig
-from models.generation import stream_tokens
 from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy, Policy
 from models.spiking import finish_step, neurons
 from models.statistics import StepStatistics
-from tests.helpers import VOCABULARY, draw_tokens, pack, rows, tiny_decoder, tiny_model_config
+from tests.helpers import VOCABULARY, draw_tokens, greedy, pack, rows, tiny_decoder, tiny_model_config
 from tests.trainer.test_plan import kept_by_block
 from trainer.planning.dry_run import Cut, DryRun
 
@@ -60,7 +59,7 @@ def test_documents_are_those_by_themselves(mixer):
 def test_generation_holds_what_the_forward_holds(mixer):
     model = build(mixer)
     prompt = draw_tokens(2, 7)
-    drawn = torch.stack(list(stream_tokens(model, prompt, 9, temperature=0.0)), 1)
+    drawn = greedy(model, prompt, 9)
     whole = torch.cat([prompt, drawn], 1)
     with torch.no_grad():
         logits = model(*rows(whole))

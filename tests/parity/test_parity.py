@@ -31,10 +31,10 @@ MODEL = {
 HYBRID = "gated_delta_net, full_attention, hgrn, sliding_window_attention"
 
 
-def configuration(pattern=HYBRID, tie=True, packed=True, micro=1, **parallel_keys):
+def configuration(pattern=HYBRID, tie=True, packed=True, micro=1, model=None, **parallel_keys):
     """A run's configuration as plain values."""
     return {
-        "model": MODEL | {"mixers": {"pattern": pattern}, "tie_embeddings": tie},
+        "model": MODEL | {"mixers": {"pattern": pattern}, "tie_embeddings": tie} | (model or {}),
         "data": {"document_mask": packed},
         "train": {"seq_len": 32, "micro_batch_size": micro, "global_batch_size": 4},
         "optim": {"lr": 0.003},
@@ -197,6 +197,30 @@ def test_every_linear_mixer(pools, one_process, name, mixer):
 def test_parallel_branches(pools, one_process, name):
     pattern = "spikingbrain_tied_gla + sliding_window_attention, hgrn + full_attention"
     check(pools, one_process, LAYOUTS[name], pattern=pattern)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2", "TP2+SP", "PP2", "PP2 interleaved", "CP2", "DP2", "TP2+SP x PP2", "PP2 x CP2"])
+def test_sink_tokens(pools, one_process, name):
+    pattern = "sliding_window_attention, full_attention, hgrn + sliding_window_attention, gated_delta_net"
+    check(pools, one_process, LAYOUTS[name], pattern=pattern, model={"sink_tokens": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ZeRO-1 x TP2+SP", "ZeRO-3 x TP2 x DP2"])
+def test_sink_tokens_with_deepspeed(pools, one_process, name):
+    stage, offload, layout = ZERO[name]
+    ranks, keys = ranks_of(layout)
+    reference = configuration("sliding_window_attention, full_attention", model={"sink_tokens": 4}, **keys)
+    config = reference | {"engine": {"name": "deepspeed", "zero_stage": stage, "offload": offload}}
+    compare(whole(pools(ranks).run({"config": config, "steps": STEPS})), one_process(reference))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2", "TP2+SP", "PP2", "CP2"])
+def test_gated_attention_with_partial_rotation(pools, one_process, name):
+    attention = MODEL["attention"] | {"qk_norm": True, "output_gate": True, "partial_rotary_factor": 0.5}
+    check(pools, one_process, LAYOUTS[name], model={"attention": attention, "zero_centered_norms": True})
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ GATES = {
     },
     "top-k": {
         "router": {"top_k": 2, "score": "sigmoid", "normalize": "after", "bias_update_rate": 0.01},
+        "shared_expert_gate": True,
         "losses": {"balance": 0.1, "scope": "sequence"},
     },
     # Every kind of state there is.

@@ -58,7 +58,7 @@ TEACHER = {
     "tie_embeddings": False,
 }
 WITH_EXPERTS = TEACHER | {"moe": EXPERTS | {"shared_experts": 2}}
-DISTILLATION = {"teacher": TEACHER, "temperature": 1.5, "mix": 0.6}
+DISTILLATION = {"teacher": TEACHER, "temperature": 1.5, "kl_weight": 0.6, "next_token_weight": 0.4}
 
 # A split of the student's layers that the teacher has not, and two cuts of the teacher at once.
 MORE = ("PP2 uneven", "TP2+SP x PP2", "PP2 x CP2", "ZeRO-1 x TP2+SP")
@@ -92,7 +92,7 @@ def test_distillation(pools, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["TP2", "PP2 interleaved", "ZeRO-2"])
 def test_distillation_in_reverse_alone(pools, name):
-    distill(pools, name, direction="reverse", mix=1.0)
+    distill(pools, name, direction="reverse", kl_weight=1.0, next_token_weight=0.0)
 
 
 @pytest.mark.slow
@@ -117,6 +117,42 @@ def test_a_teacher_has_no_optimizer_state(pools, name):
     without = pools(ranks).run({"config": config, "steps": 1})
     assert [one["held"] for one in with_teacher] == [one["held"] for one in without]
     assert all(one["held"]["moments"] > 0 for one in without)
+
+
+# Softmax everywhere, where the student has other mixers in layers 0, 2 and 3: in both stages, and unevenly.
+SOFTMAX = {"mixers": {"pattern": "full_attention"}, "init_std": 0.2, "tie_embeddings": False}
+ALIGNED = ["layers.0.mixer.*", "layers.2.mixer.*", "layers.3.mixer.*", "lower_bounds"]
+
+
+def align(pools, name, teacher=SOFTMAX, **train):
+    """A layout against one process: losses, gradients, the loss of every layer, and those of an evaluation."""
+    ranks, alone, sharded = case(name)
+    alone, sharded = (one | {"train": one["train"] | {"trainable": ALIGNED} | train} for one in (alone, sharded))
+    job = {"steps": STEPS, "alignment": teacher}
+    reference = whole(pools(1).run(job | {"config": alone | {"parallel": {}}}))
+    ours = whole(pools(ranks).run(job | {"config": sharded}))
+    compare(ours, reference)
+    assert all(
+        name.startswith(("layers.0.mixer", "layers.2.mixer", "layers.3.mixer", "lower")) for name in ours["gradients"]
+    )
+    assert ours["validated"] == pytest.approx(reference["validated"], rel=1e-5)
+    for mine, theirs in zip(ours["metrics"], reference["metrics"], strict=True):
+        assert list(mine) == [f"alignment/layer_{layer:02d}" for layer in (0, 2, 3)]
+        assert mine == pytest.approx(theirs, rel=1e-5) and min(mine.values()) > 0.5 and max(mine.values()) < 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*CASES, *MORE, "CP4", "ZeRO-1")],
+)
+def test_alignment(pools, name):
+    align(pools, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2+SP", "PP2 x CP2", "ZeRO-3"])
+def test_alignment_with_recomputed_mixers(pools, name):
+    align(pools, name, recompute="full")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from trainer.engines import megatron_cpu, pieces
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.frozen import FrozenSpec
 from trainer.engines.megatron import MegatronEngine, parallel_state
+from trainer.objectives.alignment import Alignment
 from trainer.objectives.base import NO_MODELS
 from trainer.objectives.distillation import Distillation
 from trainer.objectives.language_model import LanguageModel
@@ -148,6 +149,11 @@ def objective_of(job, config, engine):
         return SomeLogits()
     if "log_probs" in job:
         return WeightedLogProbs(**job["log_probs"])
+    if "alignment" in job:
+        model = from_mapping(ModelConfig, job["config"]["model"] | job["alignment"])
+        fill = partial(initialize, seed=config.train.seed + 1)
+        spec = FrozenSpec(model, engine.model.vocab_size, fill, stages_as_trained=True)
+        return Alignment(engine.freeze(spec), config.model.differing_mixers(model))
     if "distillation" not in job:
         return LanguageModel()
     options = dict(job["distillation"])

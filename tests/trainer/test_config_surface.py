@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KEYS = {
     "run": "dir device threads deterministic timeout_seconds",
-    "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps init_std "
-    "scale_residual_init mixers attention gated_delta_net gated_linear_attention retention hgrn2 delta_net "
-    "kimi_delta_attention spikingbrain_gla moe spiking",
+    "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps "
+    "zero_centered_norms init_std scale_residual_init sink_tokens mixers attention gated_delta_net "
+    "gated_linear_attention retention hgrn2 delta_net kimi_delta_attention spikingbrain_gla moe spiking",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
-    "model.attention": "num_heads num_kv_heads head_dim rope_theta rope_scaling qk_norm qkv_bias window",
+    "model.attention": "num_heads num_kv_heads head_dim rope_theta rope_scaling partial_rotary_factor qk_norm "
+    "qkv_bias output_gate window",
     "model.attention.rope_scaling": "kind factor original_length low_freq_factor high_freq_factor beta_slow beta_fast "
     "attention_factor",
     "model.gated_delta_net": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues",
@@ -32,8 +33,9 @@ KEYS = {
     "model.kimi_delta_attention": "num_heads num_v_heads head_dim expand_v conv_size allow_negative_eigenvalues gate "
     "min_log_decay",
     "model.spikingbrain_gla": "num_heads num_kv_heads head_dim qkv_bias gate_low_rank gate_normalizer",
-    "model.moe": "num_experts shared_experts expert_hidden_size dense_layers activation capacity_factor "
-    "pad_to_capacity recompute_above replicated_experts replicate_above spawn_step spawn_diversify router losses",
+    "model.moe": "num_experts shared_experts shared_expert_gate expert_hidden_size dense_layers activation "
+    "capacity_factor pad_to_capacity recompute_above replicated_experts replicate_above spawn_step "
+    "spawn_diversify router losses",
     "model.moe.router": "gate score top_k normalize num_groups group_top_k bias_update_rate dense_to_sparse",
     "model.moe.router.dense_to_sparse": "activation gumbel_noise schedule temperature_start temperature_end "
     "plateau_steps decay_steps threshold max_experts_start max_experts_end hard_top_k_after",
@@ -43,7 +45,8 @@ KEYS = {
     "model.spiking.activity": "loss weight target",
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute trainable "
-    "recompute_modules compression",
+    "recompute_modules compression objective",
+    "train.objective": "name teacher temperature kl_weight next_token_weight",
     "train.compression": "bits group min_bytes range decay check by_stage modules",
     "optim": "lr min_lr_ratio schedule warmup_steps decay_fraction weight_decay beta1 beta2 eps clip_grad",
     "engine": "name zero_stage offload",
@@ -134,9 +137,10 @@ def test_options_of_the_other_commands(script, keys):
 
 def test_options_of_evaluation():
     own = (
-        "help config print_config checkpoint data split seq_len stride batch_size compare_compressors tokenizer device "
+        "help config print_config checkpoint data split seq_len stride batch_size compare_compressors by_position "
+        "recall recall+ lengths lengths+ examples candidates depth haystack seed "
     )
-    own += "json spiking raster neurons neurons.layers+ neurons.count_range+"
+    own += "tokenizer device json spiking raster neurons neurons.layers+ neurons.count_range+"
     neurons = {f"neurons.{key.removeprefix('model.spiking.')}" for key in written_down() if "model.spiking." in key}
     assert options_of("launch/evaluate.py") == {"-h"} | {f"--{key}" for key in (*own.split(), *neurons)}
 
@@ -146,6 +150,27 @@ def test_options_of_upcycling():
     experts = {key.removeprefix("model.") for key in written_down() if key.startswith("model.moe")}
     options = options_of("launch/convert.py", "upcycle")
     assert options == {"-h"} | {f"--{key}" for key in (*own.split(), *experts)}
+
+
+LINEAR = ("gated_delta_net", "gated_linear_attention", "retention", "delta_net", "kimi_delta_attention")
+
+
+def linear_mixers() -> set[str]:
+    """The options of the linear mixers' settings, as a configuration has them."""
+    keys = {key.removeprefix("model.") for key in written_down() if key.startswith("model.")}
+    return {f"--{key}" for key in keys if key.split(".")[0] in (*LINEAR, "spikingbrain_gla")}
+
+
+def test_options_of_hybrids():
+    own = "help config print_config source output pattern preset layers_file window drop_biases seed dtype max_file_gb"
+    own += " sink_tokens"
+    assert options_of("launch/convert.py", "hybrid") == {"-h"} | {f"--{key}" for key in own.split()} | linear_mixers()
+
+
+def test_options_of_choices_of_layers():
+    own = "help config print_config source data split align_data keep linear method align_steps align_lr output json"
+    own += " align_batch_size sequences seq_len batch_size window drop_biases seed device"
+    assert options_of("launch/convert.py", "layers") == {"-h"} | {f"--{key}" for key in own.split()} | linear_mixers()
 
 
 def test_the_listing_sees_abbreviations_nowhere():

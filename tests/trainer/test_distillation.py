@@ -59,7 +59,7 @@ def test_equals_a_loop_over_full_logits(engine, direction):
     built, batches_of, config = engine
     teacher, tau, mix = Decoder(wider(config), built.model.vocab_size), 1.7, 0.3
     draw(teacher)
-    objective = Distillation(built.freeze(spec_of(wider(config), built)), direction, tau, mix)
+    objective = Distillation(built.freeze(spec_of(wider(config), built)), direction, tau, mix, 1 - mix)
     student = Decoder(config.model, built.model.vocab_size)
     initialize(student, config.train.seed)
     for step in range(2):
@@ -89,10 +89,12 @@ def test_equals_a_loop_over_full_logits(engine, direction):
 
 
 @pytest.mark.parametrize("mix", [0.0, 1.0])
-def test_the_ends_of_the_mix(engine, mix):
+def test_one_weight_is_zero(engine, mix):
     """All of the one loss, the other a metric still; of the language model to the last bit."""
     built, batches_of, config = engine
-    objective = Distillation(built.freeze(spec_of(wider(config), built)), temperature=2.0, mix=mix)
+    objective = Distillation(
+        built.freeze(spec_of(wider(config), built)), temperature=2.0, kl_weight=mix, next_token_weight=1 - mix
+    )
     total, kl, nll = built.evaluate(batches_of(0), objective)
     assert total == pytest.approx(4 * kl if mix else nll, rel=1e-7) and kl > 0 < nll
     (language_model,) = built.evaluate(batches_of(0), LanguageModel())
@@ -169,10 +171,10 @@ def test_another_vocabulary_is_refused(engine):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("mix", [-0.1, 1.1, float("nan")])
-def test_a_mix_beyond_its_ends_is_refused(mix):
-    with pytest.raises(ValueError, match="mix must be from 0 to 1"):
-        Distillation(None, mix=mix)
+@pytest.mark.parametrize("weights", [(-0.1, 1.0), (1.0, -0.1), (float("nan"), 1.0)])
+def test_a_negative_weight_is_refused(weights):
+    with pytest.raises(ValueError, match="weights must not be negative"):
+        Distillation(None, kl_weight=weights[0], next_token_weight=weights[1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

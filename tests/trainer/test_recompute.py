@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels.documents import Documents
 from models.config import LINEAR_MIXERS, AttentionConfig, HGRN2Config, MixerLayoutConfig, ModelConfig, MoEConfig
 from models.decoder import Decoder, flops_per_token, initialize
-from models.generation import generate
+from models.generation import Engine, Request, Sampling
 from models.saved_activations import EVERYTHING, RECOMPUTE, BlockPolicy, Policy
 from tests.trainer.conftest import in_process_config
 from tests.trainer.test_megatron_engine import build, run_step
@@ -130,7 +130,8 @@ def test_of_a_linear_layer_the_mixer_saves_more_for_its_operations_than_the_feed
 def test_without_gradients_nothing_changes(monkeypatch):
     model = small_model("gated_delta_net, full_attention")
     prompt = inputs()[0][:, :8]
-    expected = generate(model, prompt, 6, temperature=0)
+    requests = [Request(row, Sampling(6, temperature=0)) for row in prompt.tolist()]
+    expected = Engine(model).generate(requests)
     with torch.no_grad():
         loss = model(*inputs())[0]
 
@@ -140,7 +141,7 @@ def test_without_gradients_nothing_changes(monkeypatch):
     monkeypatch.setattr("models.saved_activations.checkpoint", refuse)
     for parts in (BOTH, FULL):
         model.keep(Policy(parts))
-        assert generate(model, prompt, 6, temperature=0) == expected
+        assert Engine(model).generate(requests) == expected
         with torch.no_grad():
             assert torch.equal(model(*inputs())[0], loss)
         with pytest.raises(AssertionError, match="nothing is to be recomputed"):

@@ -21,6 +21,7 @@ from models.decoder import Decoder, initialize, shapes
 from models.moe.statistics import routers
 from tests.helpers import VOCABULARY, tiny_model_config
 from tests.trainer.conftest import ROOT, finish, in_process_config, metrics
+from trainer import trainable
 from trainer.cli import from_mapping, make_parser, parse
 from trainer.config import CheckpointConfig, PretrainConfig
 from trainer.data.sources import find_sources
@@ -144,7 +145,7 @@ def test_a_resumed_run_draws_and_reads_nothing(monkeypatch):
 )
 def test_patterns_that_cannot_be_meant_are_refused(changes, expected):
     with pytest.raises(ConfigError, match=expected):
-        weights.check_trainable(from_mapping(PretrainConfig, changes))
+        trainable.check(from_mapping(PretrainConfig, changes))
 
 
 def test_what_is_there_is_never_overwritten(tmp_path):

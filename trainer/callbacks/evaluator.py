@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from models import spiking_statistics
-from models.generation import generate
+from models.generation import Engine, Request, Sampling
 from trainer import raster
 from trainer.callbacks.base import Callback
 from trainer.data.compressors import bits_per_byte_of_compressors
@@ -141,21 +140,17 @@ class Evaluator(Callback):
         if tokenizer is None or not evaluation.samples or not trainer.engine.model_is_whole:
             return []
         # Without a prompt, start as after the end of a document.
-        ids = tokenizer.encode(evaluation.prompt) or [tokenizer.eod_id]
-        prompt = torch.tensor([ids] * evaluation.samples, device=trainer.engine.device)
-        # A separate generator, because sampling must not advance the run's random state.
-        generator = torch.Generator(trainer.engine.device).manual_seed(trainer.config.train.seed)
-        rows = generate(
-            trainer.engine.model,
-            prompt,
+        ids = tuple(tokenizer.encode(evaluation.prompt) or [tokenizer.eod_id])
+        sampling = Sampling(
             evaluation.sample_tokens,
             temperature=0.8,
             top_p=0.95,
-            generator=generator,
-            eod_id=tokenizer.eod_id,
-            vocab_size=tokenizer.vocab_size,
+            seed=trainer.config.train.seed,
+            stop_tokens=(tokenizer.eod_id,),
         )
-        return [tokenizer.decode(row) for row in rows]
+        generator = Engine(trainer.engine.model, slots=evaluation.samples, vocab_size=tokenizer.vocab_size)
+        (samples,) = generator.generate([Request(ids, sampling, evaluation.samples)])
+        return [tokenizer.decode([*ids, *sample.content]) for sample in samples]
 
     def _rasters(self, trainer: Trainer, limit: int | None) -> dict[str, np.ndarray]:
         """Spikes of the first micro-batch, the same in every validation; none of a model without, or of many ranks."""

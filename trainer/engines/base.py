@@ -12,7 +12,7 @@ import torch
 from models.config import ModelConfig
 from models.decoder import Decoder
 from trainer.data.batch import Batch
-from trainer.objectives.base import Objective
+from trainer.objectives.alignment import AnyObjective
 
 if TYPE_CHECKING:
     # These modules import this one.
@@ -71,7 +71,7 @@ class Engine(Protocol):
     data_parallel_size: int
     collectives: Collectives
 
-    def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], objective: AnyObjective, lr: float, step: int = 0) -> StepResult:
         """Run forward and backward over this rank's micro-batches, then one update at learning rate `lr`.
 
         Args:
@@ -90,7 +90,7 @@ class Engine(Protocol):
                 EngineSpec.trainable keep their values.
         """
 
-    def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
+    def evaluate(self, batches: Sequence[Batch], objective: AnyObjective) -> list[float]:
         """Return the objective's sum over this rank's micro-batches, then the sum of each metric, without gradients."""
 
     def freeze(self, spec: FrozenSpec) -> FrozenModel:

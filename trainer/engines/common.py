@@ -11,7 +11,7 @@ import torch.distributed as dist
 from models.statistics import StepStatistics
 from trainer.engines.base import StepResult
 from trainer.engines.timing import PhaseTimer
-from trainer.objectives.base import Objective
+from trainer.objectives.alignment import AnyObjective
 
 
 class Collectives:
@@ -89,7 +89,7 @@ class StepSums:
     counted: list[float]
 
     @classmethod
-    def of(cls, objective: Objective, loss: float, count: float, rest: Sequence[float]) -> "StepSums":
+    def of(cls, objective: AnyObjective, loss: float, count: float, rest: Sequence[float]) -> "StepSums":
         """Build from `rest`, which holds the sums of the objective's metrics followed by what modules counted."""
         named = len(objective.metrics)
         return cls(loss, count, dict(zip(objective.metrics, rest[:named], strict=True)), list(rest[named:]))

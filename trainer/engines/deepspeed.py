@@ -43,12 +43,13 @@ from trainer.engines import groups as process_groups
 from trainer.engines import megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.common import Collectives, StepSums
-from trainer.engines.frozen import FrozenModel, FrozenSpec
+from trainer.engines.frozen import AfterStage, FrozenModel, FrozenSpec
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import MOMENTS, Piece, Shard
 from trainer.engines.spec import EngineSpec
 from trainer.engines.timing import PhaseTimer
-from trainer.objectives.base import Objective, Outputs
+from trainer.objectives.alignment import Alignment, AnyObjective
+from trainer.objectives.base import Outputs
 
 _MAIN = "main"
 # Size of ZeRO's communication bucket, in elements. DeepSpeed's default of 5e8 would take 2 GB on every rank.
@@ -63,9 +64,11 @@ class LossModel(nn.Module):
         self.decoder = decoder
 
     def forward(
-        self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
+        self, batch: Batch, objective: AnyObjective, frozen: Mapping[str, Outputs]
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Apply the objective to a micro-batch, given the frozen models' outputs for it."""
+        if isinstance(objective, Alignment):
+            return objective.forward(self.decoder, batch)
         hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.documents, origin=batch.origin)
         return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups, frozen), batch)
 
@@ -174,7 +177,7 @@ class DeepSpeedEngine:
                 return list(getattr(optimizer, name))
         raise RuntimeError(f"{type(optimizer).__name__} of DeepSpeed {self._deepspeed.__version__} is not known here")
 
-    def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], objective: AnyObjective, lr: float, step: int = 0) -> StepResult:
         """Run forward and backward over this rank's micro-batches, then update number `step` at learning rate `lr`."""
         assert len(batches) == self._micro_batches, "DeepSpeed was told at the start how many there are"
         for group in self._adam.param_groups:
@@ -190,7 +193,7 @@ class DeepSpeedEngine:
             spiking.finish_step([self._decoder], group=None)
         return result
 
-    def _forward_backward(self, batches: Sequence[Batch], objective: Objective, step: int) -> StepSums:
+    def _forward_backward(self, batches: Sequence[Batch], objective: AnyObjective, step: int) -> StepSums:
         """Run the micro-batches. On return the gradients are reduced over ranks."""
         with self._timer.phase("reduce"):
             (count,) = self.collectives.sum_over_data([float(sum(map(objective.count, batches)))])
@@ -214,10 +217,14 @@ class DeepSpeedEngine:
         self._engine.backward(loss * scale)
         return sums
 
-    def _forward(self, batch: Batch, objective: Objective, totals: Tensor) -> Tensor:
+    def _forward(self, batch: Batch, objective: AnyObjective, totals: Tensor) -> Tensor:
         """Return the objective's sum over a micro-batch, and add it and the metrics' sums to `totals`."""
         batch = batch.to(self.device)
-        frozen = {name: model.outputs([batch])[0] for name, model in objective.models.items()}
+        frozen: dict[str, Outputs] = {}
+        if isinstance(objective, Alignment):
+            objective.teacher.visit([batch], lambda number, stage, batch: None)
+        else:
+            frozen = {name: model.outputs([batch])[0] for name, model in objective.models.items()}
         total: Tensor
         total, sums = self._engine(batch, objective, frozen)
         totals += torch.stack([total.detach(), *sums])
@@ -228,10 +235,14 @@ class DeepSpeedEngine:
         spec.require_fit(self._decoder.vocab_size, ParallelConfig(tensor=self._tensor_ranks))
         decoder = spec.build(range(spec.model.num_layers), self._groups, self.device)
 
-        def hidden_states(batches: Sequence[Batch]) -> list[Tensor]:
-            return [decoder.hidden_states(batch.tokens, batch.positions, batch.documents) for batch in batches]
+        def run(batches: Sequence[Batch], after: AfterStage) -> list[Tensor]:
+            found = []
+            for number, batch in enumerate(batches):
+                found.append(decoder.hidden_states(batch.tokens, batch.positions, batch.documents))
+                after(number, 0, batch)
+            return found
 
-        return FrozenModel([decoder], hidden_states)
+        return FrozenModel([decoder], run)
 
     def _update(self) -> float:
         """Clip and step unless the gradient is not finite. Return the gradient norm."""
@@ -275,7 +286,7 @@ class DeepSpeedEngine:
         """See `Engine.begin_phase`. All phases train the same parameters here, which the configuration has checked."""
         self._decoder.rotate_by(model)
 
-    def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
+    def evaluate(self, batches: Sequence[Batch], objective: AnyObjective) -> list[float]:
         """Return the objective's sum over this rank's micro-batches, then the sum of each metric, without gradients."""
         self._engine.eval()
         totals = torch.zeros(1 + len(objective.metrics), dtype=torch.float64, device=self.device)

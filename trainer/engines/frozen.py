@@ -21,7 +21,7 @@ from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.errors import ConfigError
 from trainer.objectives.base import Outputs
-from trainer.stored import inference, opening, weights
+from trainer.stored import inference, teacher, weights
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,25 @@ class FrozenSpec:
         vocab_size: Rows of its embedding, including padding. Must equal the trained model's.
         fill: Fills this rank's shard of the model, or of one of its stages, with values.
         precision: dtype of its parameters, bf16 or fp32.
+        stages_as_trained: Split the layers over pipeline stages like the trained model's, which has as many. Otherwise
+            evenly, because the head runs outside of the frozen model's schedule.
     """
 
     model: ModelConfig
     vocab_size: int
     fill: Callable[[Decoder], None]
     precision: str = "fp32"
+    stages_as_trained: bool = False
 
     @classmethod
-    def of_weights(cls, path: str | Path, precision: str = "fp32") -> FrozenSpec:
+    def of_weights(cls, path: str | Path, precision: str = "fp32", stages_as_trained: bool = False) -> FrozenSpec:
         """Describe the model in a directory of weights.
 
         Raises:
             ConfigError: the directory holds no weights.
         """
-        found = opening.open_weights(path)
-        return cls(found.model, found.vocab_size, partial(weights.fill, weights=found), precision)
+        found = teacher.open_teacher(path)
+        return cls(found.model, found.vocab_size, partial(weights.fill, weights=found), precision, stages_as_trained)
 
     @classmethod
     def of_checkpoint(cls, path: str | Path) -> FrozenSpec:
@@ -91,20 +94,24 @@ class FrozenSpec:
         return decoder.eval().requires_grad_(False)
 
 
+AfterStage = Callable[[int, int, Batch], None]
+
+
 class FrozenModel:
     """One rank's shard of a model that is not trained.
 
     Args:
         decoders: Its pipeline stages on this rank, in order.
-        hidden_states: The engine's forward pass through them. Returns the last stage's hidden states of every
-            micro-batch, [T, B, D] each ([T/P, B, D] with sequence parallelism). Returns nothing on ranks without it.
+        run: The engine's forward pass through them. Calls the second argument as `visit` says. Returns the last stage's
+            hidden states of every micro-batch, [T, B, D] each ([T/P, B, D] with sequence parallelism). Returns nothing
+            on ranks without it.
     """
 
     def __init__(
-        self, decoders: Sequence[Decoder], hidden_states: Callable[[Sequence[Batch]], Sequence[Tensor]]
+        self, decoders: Sequence[Decoder], run: Callable[[Sequence[Batch], AfterStage], Sequence[Tensor]]
     ) -> None:
         self.decoders = tuple(decoders)
-        self._hidden_states = hidden_states
+        self._run = run
 
     def outputs(self, batches: Sequence[Batch]) -> list[Outputs]:
         """Return the model's outputs for every micro-batch on the last stage, and nothing on the other stages.
@@ -113,7 +120,20 @@ class FrozenModel:
         micro-batches are in memory at once.
         """
         with torch.no_grad():
-            found = self._hidden_states(batches)
+            found = self._run(batches, _nothing)
         # On ranks without the last stage `found` is empty, and the head below is never read.
         last = self.decoders[-1]
         return [Outputs(hidden, last.head_weight, last.groups) for hidden in found]
+
+    def visit(self, batches: Sequence[Batch], after: AfterStage) -> None:
+        """Run the model over micro-batches without keeping its outputs.
+
+        After each stage of this rank and micro-batch, calls `after` with the number of the micro-batch, the number of
+        the stage in `decoders`, and the micro-batch on its device. All ranks that share these micro-batches call this.
+        """
+        with torch.no_grad():
+            self._run(batches, after)
+
+
+def _nothing(number: int, stage: int, batch: Batch) -> None:
+    """Do nothing after a stage."""

@@ -32,11 +32,12 @@ from trainer.data.batch import Batch
 from trainer.engines import groups, megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.common import Collectives, StepSums
-from trainer.engines.frozen import FrozenModel, FrozenSpec
+from trainer.engines.frozen import AfterStage, FrozenModel, FrozenSpec
 from trainer.engines.norms import sum_of_squares
 from trainer.engines.pieces import Piece, Shard
 from trainer.engines.spec import EngineSpec
 from trainer.engines.timing import PhaseTimer
+from trainer.objectives.alignment import Alignment, AnyObjective
 from trainer.objectives.base import Objective, Outputs
 
 with warnings.catch_warnings(), megatron_cpu.nothing_compiled():
@@ -251,7 +252,7 @@ class MegatronEngine:
         """Return a context in which mcore's type checks accept this device's tensors."""
         return megatron_cpu.cpu_tensors_pass_for_cuda() if self._on_cpu else nullcontext()
 
-    def train_step(self, batches: Sequence[Batch], objective: Objective, lr: float, step: int = 0) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], objective: AnyObjective, lr: float, step: int = 0) -> StepResult:
         """Run forward and backward over this rank's micro-batches, then update number `step` at learning rate `lr`."""
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
@@ -328,7 +329,7 @@ class MegatronEngine:
             # A parameter that rested has had fewer updates. Its own count would change Adam's bias correction.
             _set_step(part.optimizer, self._updates)
 
-    def evaluate(self, batches: Sequence[Batch], objective: Objective) -> list[float]:
+    def evaluate(self, batches: Sequence[Batch], objective: AnyObjective) -> list[float]:
         """Return the objective's sum over this rank's micro-batches, then the sum of each metric, without gradients."""
         with torch.no_grad():
             found = self._run(batches, objective, forward_only=True)
@@ -338,23 +339,53 @@ class MegatronEngine:
             sums = self.collectives.sum_over_ranks(sums, group)
         return sums
 
-    def _run(self, batches: Sequence[Batch], objective: Objective, forward_only: bool) -> list[dict[str, Any]]:
-        """Run the objective over the micro-batches. Return the sums of each micro-batch, on the last stage only."""
+    def _run(self, batches: Sequence[Batch], objective: AnyObjective, forward_only: bool) -> list[dict[str, Any]]:
+        """Run the objective over the micro-batches. Return this stage's part of the sums of each micro-batch."""
         taken = list(batches)
         if self._parallel.virtual_pipeline > 1:
             # The interleaved schedule needs a multiple of the pipeline size. Padding micro-batches are dropped below.
             taken += taken[-1:] * (-len(taken) % self._parallel.pipeline)
         context = parallel_state.get_context_parallel_rank(), self._parallel.context
         parts = [batch.part(*context) for batch in taken]
+        if isinstance(objective, Alignment):
+            return self._align(parts, objective, forward_only)[: len(batches)]
         frozen = {name: model.outputs(parts) for name, model in objective.models.items()}
         given = [
-            _Given(part, {name: found[i] for name, found in frozen.items() if found}) for i, part in enumerate(parts)
+            _Given(part, i, {name: found[i] for name, found in frozen.items() if found}) for i, part in enumerate(parts)
         ]
         step = partial(_forward_step, device=self.device, objective=objective)
-        return self._schedule(self._stages, given, step, forward_only)[: len(batches)]
+        return self._schedule(self._stages, given, step, forward_only, self._model_config.sink_tokens)[: len(batches)]
+
+    def _align(self, parts: Sequence[Batch], objective: Alignment, forward_only: bool) -> list[dict[str, Any]]:
+        """Run the teacher, and after each of its stages the mixers to align, forward and backward.
+
+        Layers are independent, so a stage sends nothing but the teacher's activations.
+        """
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        counts = [objective.count(part) * is_last for part in parts]
+        found = [{"sum": 0.0, "count": count, **dict.fromkeys(objective.metrics, 0.0)} for count in counts]
+
+        def align(number: int, stage: int, batch: Batch) -> None:
+            # Gradients are reduced below, once all stages and micro-batches have added to them.
+            with torch.set_grad_enabled(not forward_only), self._stages[stage].no_sync():
+                total, sums = objective.forward(self._decoders[stage], batch)
+                if total.requires_grad:
+                    total.backward()  # type: ignore[no-untyped-call]
+            for name, value in zip(("sum", *objective.metrics), (total.detach(), *sums), strict=True):
+                found[number][name] = found[number][name] + value
+
+        objective.teacher.visit(parts, align)
+        if not forward_only:
+            for stage in self._stages:
+                for group in stage.bucket_groups + stage.expert_parallel_bucket_groups:
+                    # With overlapped reductions mcore expects that they have been started, but in its first batch.
+                    if group.ddp_config.overlap_grad_reduce and not group.is_first_batch:
+                        group.start_grad_sync()
+            self._finalize_gradients(self._stages, torch.tensor(sum(counts), dtype=torch.int, device=self.device))
+        return found
 
     def _schedule(
-        self, stages: list[Any], given: Sequence[_Given], step: Callable[..., Any], forward_only: bool
+        self, stages: list[Any], given: Sequence[_Given], step: Callable[..., Any], forward_only: bool, sinks: int
     ) -> list[Any]:
         """Run mcore's schedule over micro-batches. Return the last stage's result of each, on its ranks only."""
         iterators = [iter(given) for _ in stages]
@@ -364,16 +395,16 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=stages,
             num_microbatches=len(given),
-            # Length of the whole row: mcore divides it by the context-parallel size.
-            seq_length=seq_len * self._parallel.context,
+            # Length of the whole row: mcore divides it by the context-parallel size. Each rank sends all sinks.
+            seq_length=(seq_len + sinks) * self._parallel.context,
             micro_batch_size=rows,
             forward_only=forward_only,
         )
         return found
 
     def freeze(self, spec: FrozenSpec) -> FrozenModel:
-        """See `Engine.freeze`. Stages split the layers evenly, because the head runs outside this schedule."""
-        parallel = replace(self._parallel, pipeline_layers=None)
+        """See `Engine.freeze`."""
+        parallel = self._parallel if spec.stages_as_trained else replace(self._parallel, pipeline_layers=None)
         spec.require_fit(self.model.vocab_size, parallel)
         config = _transformer_config(EngineSpec(spec.model, spec.vocab_size, parallel=parallel), spec.dtype)
         layers = parallel.stage_layers(spec.model.num_layers)
@@ -382,13 +413,14 @@ class MegatronEngine:
         chunks = range(len(own)) if parallel.virtual_pipeline > 1 else [None]
         stages = [Stage(decoder, config, chunk) for decoder, chunk in zip(decoders, chunks, strict=True)]
 
-        def hidden_states(batches: Sequence[Batch]) -> list[Tensor]:
-            given = [_Given(batch, {}) for batch in batches]
-            return self._schedule(stages, given, partial(_frozen_step, device=self.device), forward_only=True)
+        def run(batches: Sequence[Batch], after: AfterStage) -> list[Tensor]:
+            given = [_Given(batch, number, {}) for number, batch in enumerate(batches)]
+            step = partial(_frozen_step, device=self.device, after=after)
+            return self._schedule(stages, given, step, True, spec.model.sink_tokens)
 
-        return FrozenModel(decoders, hidden_states)
+        return FrozenModel(decoders, run)
 
-    def _totals(self, found: list[dict[str, Any]], objective: Objective) -> list[float]:
+    def _totals(self, found: list[dict[str, Any]], objective: AnyObjective) -> list[float]:
         """Sum, count and metrics of this rank's part of the micro-batches. Only tensor-parallel rank 0 is non-zero."""
         counts = parallel_state.get_tensor_model_parallel_rank() == 0
         names = ("sum", "count", *objective.metrics)
@@ -479,12 +511,19 @@ class _Given:
     """A stage's input from the schedule: a micro-batch and, on the last stage, the frozen models' outputs for it."""
 
     batch: Batch
+    number: int
     frozen: Mapping[str, Outputs]
 
 
-def _frozen_step(given: Iterator[_Given], stage: Any, *, device: torch.device) -> tuple[Tensor, None]:
+def _frozen_step(
+    given: Iterator[_Given], stage: Any, *, device: torch.device, after: AfterStage
+) -> tuple[Tensor, None]:
     """Mcore's forward_step_func for a frozen model. Without a loss the schedule collects the last stage's outputs."""
-    return stage.hidden_states(next(given).batch.to(device)), None
+    own = next(given)
+    batch = own.batch.to(device)
+    hidden = stage.hidden_states(batch)
+    after(own.number, stage.vp_stage or 0, batch)
+    return hidden, None
 
 
 def _forward_step(

@@ -9,9 +9,9 @@ from models.config import ModelConfig
 from models.saved_activations import Policy
 from trainer.compression import block_policy
 from trainer.config import EngineConfig, OptimConfig, ParallelConfig, PretrainConfig, RunConfig, TrainConfig
-from trainer.phases import trained_in_any
 from trainer.run_directory import starts_anew
 from trainer.stored import weights
+from trainer.trainable import trained_in_any
 
 if TYPE_CHECKING:
     from models.decoder import Decoder

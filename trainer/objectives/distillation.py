@@ -1,5 +1,7 @@
 """Distillation: a student learns the next-token distributions of a teacher (Hinton et al. 2015, arXiv:1503.02531)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from trainer.objectives.base import Outputs
 
 
 class Distillation:
-    """sum_t m_t [c τ² KL_t − (1 − c) log q_t(y_t)], divided by the number of tokens with m_t other than 0.
+    """sum_t m_t [a τ² KL_t − b log q_t(y_t)], divided by the number of tokens with m_t other than 0.
 
     KL_t is the divergence of teacher and student at temperature τ. The factor τ² compensates for the smaller gradient
     of the divided logits (Hinton et al. 2015, section 2). q_t is the student's distribution at temperature 1, and m is
@@ -20,21 +22,28 @@ class Distillation:
         teacher: The teacher. It has the student's vocabulary, with the same padding.
         direction: forward, KL(teacher || student), or reverse, KL(student || teacher).
         temperature: τ, above 0.
-        mix: c, from 0 to 1.
+        kl_weight: a, not negative.
+        next_token_weight: b, not negative.
 
     Raises:
-        ValueError: mix is not in 0 to 1. Temperature and direction are checked at their first use.
+        ValueError: a weight is negative. Temperature and direction are checked at their first use.
     """
 
     metrics: tuple[str, ...] = ("kl", "nll")
 
     def __init__(
-        self, teacher: FrozenModel, direction: Direction = "forward", temperature: float = 1.0, mix: float = 1.0
+        self,
+        teacher: FrozenModel,
+        direction: Direction = "forward",
+        temperature: float = 1.0,
+        kl_weight: float = 1.0,
+        next_token_weight: float = 0.0,
     ) -> None:
-        if not 0 <= mix <= 1:
-            raise ValueError(f"Distillation: mix must be from 0 to 1, not {mix}")
-        self.models = {"teacher": teacher}
-        self._direction, self._temperature, self._mix = direction, temperature, mix
+        if not (kl_weight >= 0 and next_token_weight >= 0):
+            raise ValueError(f"Distillation: weights must not be negative, as in {kl_weight}, {next_token_weight}")
+        self.models: Mapping[str, FrozenModel] = {"teacher": teacher}
+        self._direction, self._temperature = direction, temperature
+        self._kl_weight, self._next_token_weight = kl_weight, next_token_weight
 
     def count(self, batch: Batch) -> int:
         """Count the tokens in the loss mask."""
@@ -45,7 +54,7 @@ class Distillation:
         teacher, weights = outputs.frozen["teacher"], batch.loss_mask
         kl = outputs.kl_sum(teacher, weights, direction=self._direction, temperature=self._temperature)
         # As a metric alone it needs no gradient, which would have the size of the head.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._mix < 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._next_token_weight > 0):
             nll = outputs.nll_sum(batch.labels, weights)
-        loss = self._mix * self._temperature**2 * kl + (1 - self._mix) * nll
+        loss = self._kl_weight * self._temperature**2 * kl + self._next_token_weight * nll
         return loss, (kl.detach(), nll.detach())

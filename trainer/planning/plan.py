@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -11,6 +12,8 @@ from trainer.compression import block_policy, compression
 from trainer.config import CompressionConfig, PretrainConfig
 from trainer.planning.config import ClusterConfig, PlanConfig
 from trainer.planning.dry_run import Cut, DryRun, ParameterSpec
+from trainer.planning.teacher import TeacherPlan
+from trainer.trainable import trained
 
 # The values of train.recompute and train.recompute_modules that a plan compares, the least recomputation first.
 _CHOICES: tuple[tuple[str, list[str] | None], ...] = (
@@ -64,6 +67,7 @@ class States:
         optimizer: Adam's two moments, and the main parameters if they are separate.
         buffers: The engine's message buffers.
         host: The part of the above that is in host memory.
+        teacher: The parameters of the objective's teacher, and what is kept of its outputs.
     """
 
     parameters: float
@@ -71,11 +75,12 @@ class States:
     optimizer: float
     buffers: float = 0.0
     host: float = 0.0
+    teacher: float = 0.0
 
     @property
     def on_device(self) -> float:
         """Bytes of device memory."""
-        return self.parameters + self.gradients + self.optimizer + self.buffers - self.host
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.teacher - self.host
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ def states(parameters: Sequence[ParameterSpec], config: PretrainConfig, replicas
 
 
 def _trained(parameters: Sequence[ParameterSpec], config: PretrainConfig) -> list[ParameterSpec]:
-    return [parameter for parameter in parameters if matches(parameter.name, config.train.trainable)]
+    return [parameter for parameter in parameters if matches(parameter.name, trained(config))]
 
 
 def _elements(parameters: Sequence[ParameterSpec]) -> int:
@@ -245,7 +250,10 @@ class Planner:
         self._cluster, self._vocab_size = config.cluster, vocab_size
         self._bf16 = config.train.precision == "bf16"
         self._model = config.model
-        self._run = DryRun(config.model, vocab_size, torch.bfloat16 if self._bf16 else torch.float32)
+        self._dtype = torch.bfloat16 if self._bf16 else torch.float32
+        self._run = DryRun(config.model, vocab_size, self._dtype)
+        # Cached on the instance, so that its caches are freed with it.
+        self._teacher = cache(lambda path: TeacherPlan(path, self._dtype))
 
     def plan(self, config: PretrainConfig) -> Plan:
         """Plan a configuration. Its layout must have been validated for the cluster's ranks."""
@@ -304,6 +312,10 @@ class Planner:
         parameters = [spec for layers in chunks for spec in self._run.parameters(layers, _cut(config))]
         shared = replicas * parallel.context
         held = states(parameters, config, shared, shared * parallel.tensor // parallel.expert)
+        taught_by = train.objective.needed_teacher
+        if taught_by is not None:
+            size = self._teacher(taught_by).memory(config, number, _cut(config), _tokens(config), micro_batches)
+            held = replace(held, teacher=size)
         activations, again = {}, {}
         for name, choice in choices(config).items():
             kept = [self._chunk_kept(config, layers, choice) for layers in chunks]
@@ -315,7 +327,10 @@ class Planner:
             "pipeline": self._boundaries(chunks) * self._run.residual(_tokens(config), _cut(config)) * passes,
             **self._sent_by_data_parallel(config, parameters, chunks, shared, micro_batches),
         }
-        compute = sum(self._operations(config, layers) for layers in chunks) * passes / self._speed(config)
+        operations = sum(self._operations(config, layers) for layers in chunks)
+        if taught_by is not None:
+            operations += self._teacher(taught_by).operations(config, number)
+        compute = operations * passes / self._speed(config)
         messages = sum(
             sent[kind] / self._bandwidth(config, kind, replicas) for kind in ("tensor", "context", "expert", "pipeline")
         )
@@ -369,6 +384,13 @@ class Planner:
         """Operations per row on one rank, including recomputation."""
         train, parallel = config.train, config.parallel
         choice, total = block_policy(config), 0.0
+        if train.objective.name == "align":
+            aligned = self._teacher(train.objective.teacher).aligned(config)
+            mixers = [
+                self._run.flops(self._run.kinds[layer], train.seq_len)[0] for layer in aligned.intersection(layers)
+            ]
+            again = 4 / 3 if RECOMPUTE in (choice.mixer, choice.block) else 1.0
+            return again * sum(mixers) * train.seq_len / (parallel.tensor * parallel.context)
         # The plan assumes balanced experts, so with a limit below the mean all of them are recomputed.
         experts = choice.recompute_above is not None and choice.recompute_above < 1
         for layer in layers:

@@ -53,6 +53,7 @@ def describe(plan: Plan) -> str:
         "gradients": [stage.states.gradients for stage in stages],
         "optimizer": [stage.states.optimizer for stage in stages],
         "message buffers": [stage.states.buffers for stage in stages],
+        "teacher": [stage.states.teacher for stage in stages],
         "less: in host memory": [-stage.states.host for stage in stages],
     }
     rows = [[name, *map(_gb, sizes)] for name, sizes in memory.items() if any(sizes)]

@@ -3,12 +3,13 @@
 import sys
 import warnings
 
+from trainer import trainable
 from trainer.compression import check_compression
 from trainer.data.sources import find_sources
-from trainer.phases import to_plan
 from trainer.planning.config import PlanConfig
 from trainer.planning.plan import Plan, Planner
 from trainer.planning.search import search
+from trainer.stored import teacher
 
 
 def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
@@ -20,8 +21,13 @@ def run(config: PlanConfig, all_layouts: bool) -> list[Plan]:
     # mcore warns at import that TransformerEngine and Apex are missing, and uses deprecated names of collectives.
     warnings.simplefilter("ignore")
     check_compression(config)
-    planner = Planner(config, config.model.padded_vocab_size(_vocab_size(config)))
-    return search(config, planner, _say) if all_layouts else [planner.plan(phase) for phase in to_plan(config)]
+    trainable.check(config)
+    vocab_size = config.model.padded_vocab_size(_vocab_size(config))
+    planner = Planner(config, vocab_size)
+    if all_layouts:
+        return search(config, planner, _say)
+    teacher.check(config, vocab_size)
+    return [planner.plan(phase) for phase in trainable.to_plan(config)]
 
 
 def _vocab_size(config: PlanConfig) -> int:

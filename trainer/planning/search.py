@@ -2,14 +2,17 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from trainer.config import ParallelConfig, PretrainConfig
-from trainer.phases import expand, to_plan
+from trainer.phases import expand
 from trainer.planning.config import PlanConfig
 from trainer.planning.plan import Plan, Planner
+from trainer.stored.on_disk import Weights
+from trainer.stored.teacher import open_teacher, require_layout, taught_phases
+from trainer.trainable import to_plan
 
 # Powers of two, like the sizes of machines and clusters.
 _SIZES = tuple(2**power for power in range(13))
@@ -24,6 +27,8 @@ def layouts(config: PlanConfig) -> Iterator[PretrainConfig]:
     Sequence parallelism is on wherever tensor parallelism is. Under DeepSpeed the ZeRO stage is varied too.
     """
     train = config.train
+    taught = [phase.config for phase in taught_phases(config)]
+    teachers = [(open_teacher(phase.train.objective.teacher or ""), phase) for phase in taught]
     stages = _ZERO if config.engine.name == "deepspeed" else (config.engine.zero_stage,)
     for parallel in _cuts(config):
         for micro_batch, recompute, stage in itertools.product(_SIZES[:6], _RECOMPUTE, stages):
@@ -33,7 +38,7 @@ def layouts(config: PlanConfig) -> Iterator[PretrainConfig]:
                 train=replace(train, micro_batch_size=micro_batch, recompute=recompute, recompute_modules=None),
                 engine=replace(config.engine, zero_stage=stage),
             )
-            if _valid(run, config.cluster.ranks):
+            if _valid(run, config.cluster.ranks, teachers):
                 yield run
 
 
@@ -58,9 +63,11 @@ def _cuts(config: PlanConfig) -> Iterator[ParallelConfig]:
                 )
 
 
-def _valid(config: PretrainConfig, ranks: int) -> bool:
+def _valid(config: PretrainConfig, ranks: int, teachers: Sequence[tuple[Weights, PretrainConfig]]) -> bool:
     try:
         config.validate_layout(ranks)
+        for teacher, phase in teachers:
+            require_layout(teacher, replace(phase, parallel=config.parallel))
     except ValueError:
         return False
     return True

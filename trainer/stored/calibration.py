@@ -25,9 +25,9 @@ from models.spiking import WEIGHT_GROUP, missing_tensors
 from trainer.data.batch import Batch
 from trainer.errors import ConfigError
 from trainer.stored import weights
-from trainer.stored.export import DTYPES
 from trainer.stored.inference import LoadedModel
-from trainer.stored.source import listed
+from trainer.stored.on_disk import listed
+from trainer.stored.source import DTYPES
 
 # Clipping ratios, closer together towards 1, because most groups clip little.
 RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)

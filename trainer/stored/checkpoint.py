@@ -30,13 +30,13 @@ from trainer.durable import flush_to_disk
 from trainer.engines import pieces
 from trainer.engines.base import Engine
 from trainer.errors import ConfigError
+from trainer.run_directory import CALLBACKS
 from trainer.run_directory import checkpoint_path as checkpoint_path
 from trainer.run_directory import list_checkpoints as list_checkpoints
 from trainer.run_directory import step_of as step_of
 from trainer.stored import checksums
 
 _LOGGER = logging.getLogger("spiketrain")
-_CALLBACKS = "callbacks.json"
 _SECONDS_BETWEEN_LOOKS = 0.05
 # Prefixes of checkpoints that are being written, are about to be removed, or were found damaged.
 _SAVING, _REMOVING, _DAMAGED = ".saving_", ".removing_", "damaged_"
@@ -90,7 +90,7 @@ class RunState:
             (directory / "tokenizer").mkdir()
             self.tokenizer.save(directory / "tokenizer")
         (directory / "progress.json").write_text(json.dumps(asdict(self.progress)) + "\n")
-        (directory / _CALLBACKS).write_text(json.dumps(self.callbacks) + "\n")
+        (directory / CALLBACKS).write_text(json.dumps(self.callbacks) + "\n")
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def read_callbacks(path: Path, callbacks: Iterable[Callback]) -> list[tuple[Call
     Raises:
         ConfigError: a state has a later version than its callback.
     """
-    file = path / _CALLBACKS
+    file = path / CALLBACKS
     saved = json.loads(file.read_text()) if file.is_file() else {}
     found = []
     for callback in callbacks:

@@ -1,97 +1,21 @@
 """Conversion between checkpoints, weights and Hugging Face layouts. Imports neither megatron nor deepspeed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from models.config import ModelConfig
 from models.decoder import shapes
 from models.hub.registry import adapter_for
 from models.parameters import cast_parameters
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.stored import weights
-from trainer.stored.checkpoint import read_progress
 from trainer.stored.hub_files import hub_files, imported_files
-from trainer.stored.inference import StoredModel, open_checkpoint
+from trainer.stored.on_disk import CONFIG_NAME, Weights, conversions, listed
 from trainer.stored.opening import open_weights
-from trainer.stored.source import CONFIG_NAME, Weights, conversions, listed
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model on disk whose parameters can be read one by one: a checkpoint, weights, or what transformers reads.
-
-    Attributes:
-        path: The checkpoint, directory or file.
-        model: Configuration of the model.
-        vocab_size: Rows of its embedding.
-        dtype: Dtype of its parameters.
-        tokenizer: Directory of its tokenizer; None if it has none.
-        max_positions: Length of the longest sequence in training, in tokens; None if nothing tells.
-        masks_documents: Whether training masked attention between documents.
-        read: Fills tensors, given by our names; with True, from the optimizer's float32 main parameters.
-    """
-
-    path: Path
-    model: ModelConfig
-    vocab_size: int
-    dtype: torch.dtype
-    tokenizer: Path | None
-    max_positions: int | None
-    masks_documents: bool
-    read: Callable[[dict[str, Tensor], bool], None]
-
-
-def open_model(path: str | Path) -> OpenedModel:
-    """Open weights, a Hugging Face directory, a GGUF file, a checkpoint, or a run directory's newest checkpoint.
-
-    Raises:
-        ConfigError: there is no usable model.
-    """
-    path = Path(path)
-    if path.suffix == ".gguf" or (path / CONFIG_NAME).is_file():
-        return _of_weights(open_weights(path))
-    return _of_checkpoint(open_checkpoint(path))
-
-
-def _of_weights(found: Weights) -> OpenedModel:
-    found.require(shapes(found.model, found.vocab_size))
-    return OpenedModel(
-        found.path,
-        found.model,
-        found.vocab_size,
-        getattr(torch, found.dtype),
-        found.tokenizer,
-        found.max_positions,
-        False,
-        lambda tensors, main: found.read(tensors),
-    )
-
-
-def _of_checkpoint(stored: StoredModel) -> OpenedModel:
-    moe, steps = stored.model.moe, read_progress(stored.path).step
-    # Before spawning, a checkpoint holds the experts' common ancestor, not the model that its configuration describes.
-    if moe.num_experts and not moe.is_spawned(steps - 1):
-        raise ConfigError(
-            f"checkpoint: {stored.path} has experts that are to be spawned at step {moe.spawn_step}; train on past it"
-        )
-    return OpenedModel(
-        stored.path,
-        stored.model,
-        stored.vocab_size,
-        stored.dtype,
-        stored.tokenizer,
-        stored.settings["train"]["seq_len"],
-        stored.settings["data"]["document_mask"],
-        stored.read,
-    )
+from trainer.stored.source import DTYPES, Source, open_source, require_spawned
 
 
 def export(
@@ -116,17 +40,16 @@ def export(
     Raises:
         ConfigError: there is no usable checkpoint, or no such architecture.
     """
-    opened = open_model(checkpoint)
+    opened = open_source(Path(checkpoint), precision)
+    require_spawned(opened)
     dtype = opened.dtype if precision is None else DTYPES[precision]
     model = shapes(opened.model, opened.vocab_size)
     cast_parameters(model, dtype)
     layout = _hub_layout(opened, dtype, report) if hugging_face else {"max_positions": opened.max_positions}
-    # float32 weights of a bf16 run come from the optimizer's main parameters.
-    main = (opened.dtype, dtype) == (torch.bfloat16, torch.float32)
     weights.write(
         output,
         model,
-        lambda tensors: opened.read(tensors, main),
+        opened.read,
         tokenizer=opened.tokenizer,
         max_file_bytes=max_file_bytes,
         report=report,
@@ -135,7 +58,7 @@ def export(
     return opened.path
 
 
-def _hub_layout(opened: OpenedModel, dtype: torch.dtype, report: Callable[[str], None]) -> dict[str, Any]:
+def _hub_layout(opened: Source, dtype: torch.dtype, report: Callable[[str], None]) -> dict[str, Any]:
     """Arguments of `weights.write` for a Hugging Face layout. Reports where transformers will behave differently."""
     name, positions = str(dtype).removeprefix("torch."), opened.max_positions or TrainConfig().seq_len
     try:

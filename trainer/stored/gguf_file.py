@@ -20,7 +20,7 @@ from models.hub.registry import from_hub
 from models.hub.tensors import Index
 from trainer.errors import ConfigError
 from trainer.stored.gguf_tokenizer import tokenizer_files
-from trainer.stored.source import Weights, hub_weights
+from trainer.stored.on_disk import Weights, hub_weights
 from trainer.stored.tensor_files import StoredTensor
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.stored.source import (
+from trainer.stored.on_disk import (
     CONFIG_NAME,
     INDEX,
     MODEL_TYPE,
@@ -25,8 +25,8 @@ def are_at(path: str | Path) -> bool:
     return (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in (WHOLE, INDEX))
 
 
-def open_weights(path: str | Path) -> Weights:
-    """Open a directory of weights, the directory of a Hugging Face model, or a GGUF file.
+def open_weights(path: str | Path, key: str = "checkpoint.init") -> Weights:
+    """Open a directory of weights, the directory of a Hugging Face model, or a GGUF file. `key` names it in errors.
 
     Raises:
         ConfigError: there is none, its files are invalid, or it is a model of another kind.
@@ -37,7 +37,7 @@ def open_weights(path: str | Path) -> Weights:
 
         return open_gguf(path)
     if not path.is_dir():
-        raise ConfigError(f"checkpoint.init: {path} is not a directory; name one that spiketrain convert wrote")
+        raise ConfigError(f"{key}: {path} is not a directory; name one that spiketrain convert wrote")
     # An adapter's deltas are not in the base weights: ignoring it would read a different model.
     if (path / "adapter_config.json").is_file():
         raise ConfigError(f"{path} has an adapter (adapter_config.json), which is not read; merge it first")

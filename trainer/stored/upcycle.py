@@ -24,7 +24,7 @@ from models.moe.spawning import expected_gates, masked_copy
 from models.parameters import cast_parameters, draw, seeded_generator
 from trainer.errors import ConfigError
 from trainer.stored import weights
-from trainer.stored.export import DTYPES, OpenedModel, open_model
+from trainer.stored.source import DTYPES, Source, open_source
 
 
 def upcycle(
@@ -59,27 +59,29 @@ def upcycle(
     Raises:
         ConfigError: there is no dense model at `source`, or `moe` does not fit it.
     """
-    dense = open_model(source)
-    # float32 weights of a bf16 run come from the optimizer's main parameters.
-    main = (dense.dtype, DTYPES[precision]) == (torch.bfloat16, torch.float32)
+    dense = open_source(source, precision)
     model = shapes(_with_experts(dense, moe), dense.vocab_size)
     cast_parameters(model, DTYPES[precision])
     gates = expected_gates(moe)
-    alpha = (moe.shared_experts + gates) ** (-1 / 3)
+    # A gate of the shared experts begins at sigmoid(0).
+    shared = moe.shared_experts * (0.5 if moe.shared_expert_gate else 1.0)
+    alpha = (shared + gates) ** (-1 / 3)
     report(f"gates add up to {gates:.4g}: the experts' matrices are {alpha:.4g} of the dense ones")
     originals = dict(shapes(dense.model, dense.vocab_size).named_parameters())
 
     def read(tensors: dict[str, Tensor]) -> None:
         # Everything outside the experts (attention, norms, embedding) is taken over unchanged.
-        dense.read({name: tensor for name, tensor in tensors.items() if name in originals}, main)
+        dense.read({name: tensor for name, tensor in tensors.items() if name in originals})
         for name, tensor in tensors.items():
             if ".ffn.router." in name:
                 tensor.copy_(_router(moe, dense.model.hidden_size, router_std, seed, name))
+            elif ".ffn.shared_expert_gate." in name:
+                tensor.zero_()
             elif name not in originals:
                 # Routed and shared experts come from the same dense matrix. One matrix is in memory at a time.
                 original = name.replace(".ffn.experts.", ".ffn.").replace(".ffn.shared_experts.", ".ffn.")
                 matrix = torch.empty_like(originals[original], device="cpu")
-                dense.read({original: matrix}, main)
+                dense.read({original: matrix})
                 _copy(alpha * matrix, tensor, diversify if ".ffn.experts." in name else 0.0, seed, name)
 
     weights.write(
@@ -94,7 +96,7 @@ def upcycle(
     return dense.path
 
 
-def _with_experts(dense: OpenedModel, moe: MoEConfig) -> ModelConfig:
+def _with_experts(dense: Source, moe: MoEConfig) -> ModelConfig:
     """The dense model's configuration with experts added.
 
     Raises:

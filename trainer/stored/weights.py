@@ -28,10 +28,8 @@ from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
 from trainer.durable import flush_to_disk
 from trainer.errors import ConfigError
-from trainer.phases import expand, trained_in_any
 from trainer.run_directory import differences, flatten, starts_anew
-from trainer.stored.opening import open_weights
-from trainer.stored.source import (
+from trainer.stored.on_disk import (
     CONFIG_NAME,
     INDEX,
     MODEL_TYPE,
@@ -39,10 +37,10 @@ from trainer.stored.source import (
     Part,
     Weights,
     kept_tensors,
-    listed,
     model_of,
     read_json,
 )
+from trainer.stored.opening import open_weights
 from trainer.stored.tensor_files import Spec, widest_first, write_file
 
 if TYPE_CHECKING:
@@ -118,34 +116,6 @@ def check_spiking(config: PretrainConfig) -> None:
         shapes(config.model, 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def check_trainable(config: PretrainConfig) -> None:
-    """Check that every pattern of train.trainable matches a parameter name. May import torch.
-
-    Raises:
-        ConfigError: a pattern matches no parameter, or frozen experts are to be spawned.
-    """
-    if trained_in_any(config) == ["*"]:
-        return
-    from models.decoder import shapes
-    from models.parameters import matches
-
-    # Names do not depend on the vocabulary: one row is enough.
-    names = [name for name, _ in shapes(config.model, 1).named_parameters()]
-    for phase in expand(config):
-        for pattern in phase.config.train.trainable:
-            if not any(matches(name, [pattern]) for name in names):
-                raise ConfigError(
-                    f"train.trainable: no parameter's name matches {pattern!r}; they are named as {names[0]} and "
-                    f"{names[len(names) // 2]}"
-                )
-        frozen = [name for name in names if ".experts." in name and not matches(name, phase.config.train.trainable)]
-        if config.model.moe.spawn_step is not None and frozen:
-            raise ConfigError(
-                f"train.trainable leaves {listed(frozen)} frozen, and model.moe.spawn_step="
-                f"{config.model.moe.spawn_step} would write to them; train the experts, or leave spawn_step out"
-            )
 
 
 def check_vocabulary(config: PretrainConfig, vocab_size: int) -> None:

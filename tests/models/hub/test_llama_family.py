@@ -1,5 +1,6 @@
 """Models that go to transformers and come back: the same logits, the same numbers."""
 
+import importlib
 import json
 from dataclasses import asdict, replace
 
@@ -12,20 +13,36 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoEConfig, RopeScalingConfig, RouterConfig
+from models.config import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    MixerLayoutConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeScalingConfig,
+    RouterConfig,
+)
 from models.decoder import Decoder
 from models.hub.registry import from_hub, to_hub
 from tests.trainer.conftest import in_process_config
 from trainer import pretrain
+from trainer.benchmarks.transformers_peer import without_kernels
 from trainer.errors import ConfigError
 from trainer.stored.export import export, import_weights
 from trainer.stored.inference import load_model
 from trainer.stored.opening import open_weights
 from trainer.stored.weights import fill
 
+with without_kernels():
+    # Qwen3-Next would take FLA's kernels, which need a GPU.
+    importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+
 # By model_type: settings of the attention, the layers, and the experts.
 EXPERTS = MoEConfig(num_experts=4, router=RouterConfig(top_k=2, normalize="after"))
 SOME_EXPERTS = replace(EXPERTS, num_experts=5, expert_hidden_size=24, dense_layers=[1])
+NEXT = {"qk_norm": True, "output_gate": True, "partial_rotary_factor": 0.5}
+SHARED_EXPERTS = replace(EXPERTS, expert_hidden_size=24, shared_experts=2, shared_expert_gate=True)
+GDN = GatedDeltaNetConfig(num_heads=2, num_v_heads=4, head_dim=8, expand_v=1.5)
 KINDS = {
     "llama": ({}, "full_attention", MoEConfig()),
     "qwen2": ({"qkv_bias": True}, "full_attention", MoEConfig()),
@@ -33,6 +50,7 @@ KINDS = {
     "mistral": ({"window": 7}, "sliding_window_attention", MoEConfig()),
     "mixtral": ({}, "full_attention", EXPERTS),
     "qwen3_moe": ({"qk_norm": True}, "full_attention", SOME_EXPERTS),
+    "qwen3_next": (NEXT, "gated_delta_net, full_attention", SHARED_EXPERTS),
 }
 DENSE = ("llama", "qwen2", "qwen3")
 # The same with windows in other layers than a kind has them above, and with gates that are not normalised.
@@ -42,6 +60,7 @@ VARIANTS = {
     "qwen3": ({"qk_norm": True, "window": 5}, "sliding_window_attention, full_attention", MoEConfig()),
     "mixtral": ({"window": 6}, "sliding_window_attention", EXPERTS),
     "qwen3_moe": ({"qk_norm": True, "window": 6}, "sliding_window_attention", UNNORMALIZED),
+    "qwen3_next": (NEXT | {"partial_rotary_factor": 1.0}, "full_attention, gated_delta_net", MoEConfig()),
 }
 ALL = [*KINDS.items(), *VARIANTS.items()]
 NAMES = [*KINDS, *(f"{kind}, other" for kind in VARIANTS)]
@@ -56,9 +75,10 @@ SHAPE = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, tie_embedd
 def shape(kind, parts=None, **changes):
     settings, pattern, moe = parts or KINDS[kind]
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, rope_theta=500.0, **settings)
-    return replace(
-        SHAPE, **{"attention": attention, "mixers": MixerLayoutConfig(pattern=pattern), "moe": moe} | changes
-    )
+    fields = {"attention": attention, "mixers": MixerLayoutConfig(pattern=pattern), "moe": moe}
+    if kind == "qwen3_next":
+        fields |= {"zero_centered_norms": True, "gated_delta_net": GDN}
+    return replace(SHAPE, **fields | changes)
 
 
 def theirs_of(kind, seed=0, parts=None, **changes):

@@ -91,11 +91,14 @@ def test_groups_equal_a_loop_over_experts(tokens, experts, share, activation):
         torch.testing.assert_close(ours, theirs.expand_as(ours), rtol=1e-9, atol=1e-9)
 
 
-def test_shared_experts_are_added():
-    config = config_with(shared_experts=2)
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_experts_are_added(gated):
+    config = config_with(shared_experts=2, shared_expert_gate=gated)
     layer = randomized(MoELayer(config)).double()
     x = torch.randn(5, 2, 32, dtype=torch.float64)
     whole, shared = layer(x), layer.shared_experts(x)
+    if gated:
+        shared = shared * torch.sigmoid(x @ layer.shared_expert_gate.weight.T)
     assert layer.shared_experts.up_proj.weight.shape == (2 * 48, 32)
     layer.shared_experts = None
     torch.testing.assert_close(layer(x) + shared, whole)

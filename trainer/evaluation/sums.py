@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.data.batch import Batch
+if TYPE_CHECKING:
+    from trainer.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class EvaluationSums:
     text_bytes: float = 0.0
 
     @classmethod
-    def of(cls, batches: Iterable[Batch], nll: float, token_bytes: np.ndarray | None) -> "EvaluationSums":
+    def of(cls, batches: Iterable["Batch"], nll: float, token_bytes: np.ndarray | None) -> "EvaluationSums":
         """Compute the sums of micro-batches.
 
         Args:
@@ -63,7 +65,7 @@ class EvaluationSums:
         return self.nll / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
-def chunks(stream: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def chunks(stream: Iterable["Batch"], size: int) -> Iterator[list["Batch"]]:
     """Group a stream of micro-batches into lists of `size`. The last may be shorter."""
     batches = iter(stream)
     while chunk := list(islice(batches, size)):

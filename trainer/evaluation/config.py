@@ -1,0 +1,116 @@
+"""The settings of `spiketrain evaluate`. Imports no torch, so that invalid ones are refused at once."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from models.config import SpikingConfig
+from trainer.errors import ConfigError
+from trainer.evaluation.data import is_indexed, text_files
+from trainer.evaluation.recall.tasks import TASKS
+
+
+@dataclass
+class EvaluateConfig:
+    """Settings of an evaluation: of data, unless tasks of recall are named.
+
+    Attributes:
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
+        data: A directory made by spiketrain prepare_data, the prefix of a Megatron .bin/.idx pair, or a text file or
+            glob of UTF-8 files, one document per file.
+        split: Split of a prepared directory.
+        seq_len: Tokens in a window; null takes the run's train.seq_len, for weights its default.
+        stride: New tokens in each window, the rest being context; null takes seq_len (no overlap).
+        batch_size: Windows computed at a time.
+        compare_compressors: Also print the bits per byte of gzip -9 and xz -9 on the same text.
+        by_position: Also print loss and bits per byte by position in the context (docs/evaluation.md).
+        recall: Tasks of recall to evaluate instead of data: needle, needle_keys, needle_values, needle_queries, mqar,
+            mqar_text, variables, common_words, frequent_words (docs/evaluation.md).
+        lengths: Lengths of their examples, in tokens.
+        examples: Examples of each task; null takes 50 for each length.
+        candidates: Answers among which the right one is ranked, itself included.
+        depth: Where needles are hidden, from 0, the beginning, to 1; null spreads them over all depths.
+        haystack: A text file to hide them in; null draws sentences.
+        seed: Seed of the examples.
+        tokenizer: Use this tokenizer instead of the checkpoint's.
+        device: cpu or cuda; auto takes CUDA if available.
+        json: Write the figures to this file.
+        spiking: Compare the model with spikes to the same weights without: loss, sparsity and energy, by layer
+            (docs/spiking.md). The figures of the model are then those with spikes.
+        neurons: Neurons to evaluate in place of the checkpoint's; a checkpoint without takes those of the report.
+        raster: Draw spikes of the first windows into this file, .png or .svg.
+    """
+
+    checkpoint: str = "runs/laptop"
+    data: str = "data/stdlib-bpe4096"
+    split: Literal["train", "validation", "test"] = "validation"
+    seq_len: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    compare_compressors: bool = True
+    by_position: bool = False
+    recall: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=lambda: [512, 1024])
+    examples: int | None = None
+    candidates: int = 4
+    depth: float | None = None
+    haystack: str | None = None
+    seed: int = 1234
+    tokenizer: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    json: str | None = None
+    spiking: bool = False
+    neurons: SpikingConfig = field(default_factory=SpikingConfig)
+    raster: str | None = None
+
+    def __post_init__(self) -> None:
+        if not Path(self.checkpoint).is_dir():
+            raise ConfigError(f"checkpoint: {self.checkpoint} does not exist; give a run directory")
+        for name in ("seq_len", "stride", "batch_size", "examples", "candidates"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: it must be at least 1")
+        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+            raise ConfigError(f"json: the directory of {self.json} does not exist; make it first")
+        self._check_spiking()
+        if self.recall:
+            self._check_recall()
+        else:
+            self._check_data()
+
+    def _check_spiking(self) -> None:
+        if self.raster is not None and Path(self.raster).suffix not in (".png", ".svg"):
+            raise ConfigError(f"raster: {self.raster} must end in .png or .svg")
+        if not self.spiking and (self.raster is not None or self.neurons != SpikingConfig()):
+            raise ConfigError("raster and neurons need an evaluation with spikes; add --spiking true")
+
+    def _check_recall(self) -> None:
+        for name in self.recall:
+            if name not in TASKS:
+                near = difflib.get_close_matches(name, TASKS, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TASKS)}"
+                raise ConfigError(f"recall: there is no task {name!r}; {hint}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ConfigError(f"lengths is {self.lengths}: give numbers of tokens, each at least 1")
+        if self.depth is not None and not 0 <= self.depth <= 1:
+            raise ConfigError(f"depth is {self.depth}: it must be from 0, the beginning, to 1, the end")
+        if self.haystack is not None and not Path(self.haystack).is_file():
+            raise ConfigError(f"haystack: {self.haystack} is not a file; name a text file")
+        for name in ("by_position", "spiking"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is of data, and recall reads none; leave one of them out")
+
+    def _check_data(self) -> None:
+        for name in ("depth", "haystack"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is of tasks of recall; name them, as in --recall '[needle]'")
+        if is_indexed(self.data):
+            return
+        files = text_files(self.data)
+        if not files:
+            raise ConfigError(
+                f"data: {self.data} is neither prepared data, nor a .bin/.idx prefix, nor an existing file"
+            )
+        if not any(path.stat().st_size for path in files):
+            raise ConfigError(f"data: {self.data} holds no text; name files that are not empty")
