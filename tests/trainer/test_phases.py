@@ -276,7 +276,8 @@ def test_a_phase_may_train_other_parameters(tiny_data, tmp_path):
         checkpoint=replace(config.checkpoint, resume=str(half)),
     )
     run(second)
-    assert " M of them, layers.*.mixer.*; the others are frozen" in (tmp_path / "whole/run.log").read_text()
+    patterns = "*.mixer.o_proj.weight, layers.*.ffn.*, layers.*.ffn_norm.weight and 1 more"
+    assert f" M of them, {patterns}; the others are frozen" in (tmp_path / "whole/run.log").read_text()
     whole, begun, ended = (trajectory(tmp_path / name)[0] for name in ("whole", "first", "second"))
     assert whole == begun[:4] + ended
     assert whole[4:] != begun[4:]
