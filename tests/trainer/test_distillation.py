@@ -67,11 +67,11 @@ def test_equals_a_loop_over_full_logits(engine, direction):
         student.zero_grad()
         # Masks with zeros and with weights, as fine-tuning has them.
         batches = [replace(batch, loss_mask=(batch.labels % 3) * 0.5) for batch in batches_of(step)]
-        count, sums = sum(int(batch.loss_mask.count_nonzero()) for batch in batches), torch.zeros(2)
+        count, sums = sum(int(batch.loss_mask.count_nonzero()) for batch in batches), torch.zeros(2).double()
         for batch in batches:
-            logits = logits_of(student, batch)
+            logits = logits_of(student, batch).double()
             with torch.no_grad():
-                p = (logits_of(teacher, batch) / tau).softmax(-1)
+                p = (logits_of(teacher, batch).double() / tau).softmax(-1)
             q = (logits / tau).softmax(-1)
             first, second = (p, q) if direction == "forward" else (q, p)
             kl = (batch.loss_mask * (first * (first.log() - second.log())).sum(-1)).sum()

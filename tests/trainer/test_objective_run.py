@@ -11,11 +11,12 @@ import yaml
 
 from models.config import MixerLayoutConfig
 from models.decoder import Decoder, initialize, shapes
-from tests.trainer.conftest import in_process_config, metrics, trajectory
+from tests.trainer.conftest import finish, in_process_config, metrics, trajectory
 from trainer import preflight, pretrain, run_directory, trainable
 from trainer.config import EngineConfig, ObjectiveConfig, OptimConfig, ParallelConfig
 from trainer.data.sources import find_sources
 from trainer.errors import ConfigError
+from trainer.loop import Trainer
 from trainer.phases import ObjectiveChanges, PhaseConfig, TrainChanges, expand
 from trainer.planning import run as planning
 from trainer.planning.config import ClusterConfig, PlanConfig
@@ -60,11 +61,11 @@ def taught(tiny_data, tmp_path):
     return build
 
 
-def run(config):
+def run(config, expected=0):
     """Every step's loss and gradient norm, and the last validation: a shorter run validates more at its end."""
-    assert pretrain.run(config, yaml.safe_dump(asdict(config))) == 0
+    assert pretrain.run(config, yaml.safe_dump(asdict(config))) == expected
     steps, validations = trajectory(config.run.dir)
-    return steps, validations[-1]
+    return steps, validations[-1:]
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_only_aligned_mixers_change(aligned, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (1, 2, 5))])
-def test_alignment_then_distillation_then_text(aligned, tmp_path, stop):
+def test_alignment_then_distillation_then_text(aligned, tmp_path, monkeypatch, stop):
     """The three phases of a conversion; stopped and resumed in any of them, or between two."""
     phases = [to(2, name="distill", temperature=2.0), to(4, name="next_token")]
     whole = run(aligned("whole", phases))
@@ -173,13 +174,48 @@ def test_alignment_then_distillation_then_text(aligned, tmp_path, stop):
         ("alignment/layer_00" in line, "kl" in line) for line in metrics(tmp_path / "whole") if "grad_norm" in line
     ]
     assert kinds == [(True, False)] * 2 + [(False, True)] * 2 + [(False, False)] * 2
-    begun = [phase for phase in phases if phase.from_step < stop]
-    stopped = aligned("stopped", begun, steps=stop)
-    # What a later phase trains has state from the beginning, as where it is configured from the beginning.
-    run(replace(stopped, train=replace(stopped.train, trainable=None)))
+    step = Trainer._step
+
+    def stop_after(self):
+        self.stop_requested = self.progress.step == stop - 1
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_step", stop_after)
+    run(aligned("stopped", phases), expected=75)
+    monkeypatch.setattr(Trainer, "_step", step)
     if stop > 4:
         shutil.rmtree(tmp_path / "softmax")
     assert run(aligned("stopped", phases)) == whole
+
+
+PHASES = '[{"from_step": 2, "train": {"objective": {"name": "distill"}}}]'
+ENGINES = {
+    "TP2+SP": ["--parallel.tensor=2", "--parallel.sequence=true", f"--phases={PHASES}"],
+    "PP2": ["--parallel.pipeline=2", f"--phases={PHASES}"],
+    "CP2": ["--parallel.context=2", f"--phases={PHASES}"],
+    # DeepSpeed trains the same parameters throughout.
+    "ZeRO-3": ["--engine.name=deepspeed", "--engine.zero_stage=3", "--train.trainable=[layers.0.mixer.*]"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ENGINES)
+def test_the_command_on_two_ranks(tiny_run, tmp_path, aligned, layout):
+    """Stopped after three steps and resumed, and not: the same on two ranks of both engines."""
+    config = aligned()
+    given = [f"--train.objective.{key}={getattr(config.train.objective, key)}" for key in ("name", "teacher")]
+    given += ["--optim.schedule=wsd", "--optim.decay_fraction=0", "--model.attention.num_kv_heads=2"]
+    teacher_of = replace(config.model, attention=replace(config.model.attention, num_kv_heads=2), init_std=0.2)
+    softmax = replace(teacher_of, mixers=MixerLayoutConfig(pattern="full_attention"))
+    write_weights(tmp_path / "softmax", softmax, seed=11)
+    whole = [*given, *ENGINES[layout], "--train.steps=4"]
+    finish(tiny_run("whole", *whole, ranks=2))
+    finish(tiny_run("stopped", *whole, "--train.steps=3", ranks=2))
+    finish(tiny_run("stopped", *whole, ranks=2))
+    assert trajectory(tmp_path / "stopped")[0] == trajectory(tmp_path / "whole")[0]
+    lines = [line for line in metrics(tmp_path / "stopped") if "grad_norm" in line]
+    aligned_steps = 4 if layout == "ZeRO-3" else 2
+    assert ["alignment/layer_00" in line for line in lines] == [step < aligned_steps for step in range(4)]
 
 
 # Keys
