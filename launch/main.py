@@ -25,6 +25,7 @@ COMMANDS = {
     "prepare_data": "turn documents into token files",
     "pretrain": "pre-train a language model",
     "generate": "sample text from a checkpoint",
+    "serve": "OpenAI's HTTP interface over a checkpoint",
     "evaluate": "bits per byte of a checkpoint",
     "convert": "weights in and out, hybrids, experts, spikes, staged recipes",
     "compression": "what compressed activations cost the gradient, and bits by place",

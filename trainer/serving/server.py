@@ -1,0 +1,137 @@
+"""Sockets and signals of the server, and its life: bind, load, listen, drain, end."""
+
+import asyncio
+import ipaddress
+import socket
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from models.decoder import Decoder
+from models.generation import Engine
+from trainer.errors import ConfigError
+from trainer.serving.app import Application
+from trainer.serving.config import API_KEY, ServeConfig
+from trainer.serving.errors import unavailable
+from trainer.serving.metrics import Metrics
+from trainer.serving.scheduler import Scheduler
+from trainer.serving.service import Served, Service
+
+# After the drain, answers that their clients have not read yet have this long.
+_SECONDS_TO_FLUSH = 2
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """Reserve the address. Clients cannot connect before the server listens.
+
+    Raises:
+        ConfigError: the address is not known, in use, or can be reached from outside and there is no API key.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host: {config.host} is no address of this machine ({error.strerror})") from error
+    if config.api_key is None and not ipaddress.ip_address(address[0]).is_loopback:
+        raise ConfigError(
+            f"host {config.host} can be reached from other machines: set api_key, or the environment variable {API_KEY}"
+        )
+    bound = socket.socket(family, kind, protocol)
+    # The connections of an earlier server may linger.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"{config.host}:{config.port} cannot be listened on ({error.strerror}); choose another host or port"
+        ) from error
+    return bound
+
+
+def run(config: ServeConfig, bound: socket.socket, model: Decoder, served: Served) -> int:
+    """Serve until a signal ends it; return the exit code: 0, or 1 if the engine has failed."""
+
+    def make_engine() -> Engine:
+        return Engine(
+            model,
+            slots=config.slots,
+            vocab_size=served.tokenizer.vocab_size,
+            deterministic=config.deterministic,
+            prefixes=config.prefixes,
+        )
+
+    metrics = Metrics()
+    metrics.watch("slots", "Choices that can be continued at once", lambda: config.slots)
+    scheduler = Scheduler(make_engine, config.slots + config.queue, metrics)
+    service = Service(served, scheduler, config)
+    server = Server(service, Application(service, metrics))
+    return asyncio.run(_serve(server, scheduler, bound, served.name))
+
+
+async def _serve(server: "Server", scheduler: Scheduler, bound: socket.socket, name: str) -> int:
+    scheduler.start()
+    try:
+        await server.serve(sockets=[bound])
+    finally:
+        scheduler.stop(unavailable("the server is shutting down"))
+    if scheduler.failure is not None:
+        print(f"error: the engine has failed: {scheduler.failure}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+class Server(uvicorn.Server):
+    """A web server that finishes what is in flight before it ends.
+
+    The first SIGTERM or SIGINT refuses further requests with 503 and ends the server as soon as nothing is in flight,
+    at the latest after `drain_seconds`. A second one ends it at once.
+
+    Args:
+        service: What answers.
+        application: Its routes.
+    """
+
+    def __init__(self, service: Service, application: Application) -> None:
+        self._service, self._application = service, application
+        self._deadline = float("inf")
+        super().__init__(
+            uvicorn.Config(
+                application.asgi,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                # The application reports its failures itself, and those of clients are in the figures.
+                log_level="critical",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_SECONDS_TO_FLUSH,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        if self._service.is_draining:
+            self.should_exit = self.force_exit = True
+        self._service.is_draining = True
+        self._deadline = min(self._deadline, time.monotonic() + self._service.config.drain_seconds)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        assert sockets
+        host, port = sockets[0].getsockname()[:2]
+        where = f"[{host}]" if ":" in host else host
+        print(f"serving {self._service.served.name} at http://{where}:{port}/v1", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second: whether to end."""
+        if self._service.scheduler.failure is not None:
+            self.should_exit = True
+        if self._service.is_draining and not self.should_exit:
+            late = time.monotonic() > self._deadline
+            if late:
+                self._service.scheduler.stop(unavailable("the server is shutting down"))
+            self.should_exit = late or not self._application.in_flight
+        return await super().on_tick(counter)
