@@ -38,7 +38,7 @@ class Piece:
         """Append what came after."""
         self.text += other.text
         self.tokens += other.tokens
-        self.finish = other.finish
+        self.finish = other.finish or self.finish
 
 
 class Choice:
