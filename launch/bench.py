@@ -20,6 +20,7 @@ BENCHMARKS = {
     "memory": "what backward keeps by policy: bytes, peak memory, time, error of the gradient",
     "compression_error": "bias and noise of gradients that read activations in 8 or 4 bits, by operator",
     "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
+    "serve": "the HTTP server: tokens a second and time to first token of several clients against one",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",
 }
 STUDIES = {

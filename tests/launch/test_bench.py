@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers import WAIT
 from tests.processes import ROOT, finish, start
-from trainer.benchmarks import compressed_operators, compression_error, train_step
+from trainer.benchmarks import compressed_operators, compression_error, serve, train_step
 
 _SIZES = {
     "layers": 2,
@@ -204,6 +204,28 @@ def test_spiking_writes_its_fields(tmp_path):
     assert all(re.search("faster from (50|95)% silent on|dense is always faster", line["note"]) for line in lines[6:])
 
 
+def test_serve_compares_several_clients_with_one(tmp_path):
+    model, path = tmp_path / "model.yaml", tmp_path / "result.json"
+    model.write_text(
+        "{num_layers: 1, hidden_size: 32, ffn_hidden_size: 32, attention: {num_heads: 2, num_kv_heads: 1}}"
+    )
+    sizes = {"vocab_size": 400, "clients": "[2]", "requests": 3, "prompt_tokens": 5, "new_tokens": 4, "rounds": 1}
+    _bench("serve", f"--model={model}", *(f"--{name}={value}" for name, value in sizes.items()), "--json", str(path))
+    lines = json.loads(path.read_text())
+    kinds = ("tokens/s", "requests/s", "first token, p50", "first token, p99")
+    assert [line["case"] for line in lines] == [f"2 clients, {kind}" for kind in kinds]
+    tokens, requests, *first = lines
+    drawn = int(re.match(r"(\d+) tokens a round", tokens["note"])[1])
+    assert 0 < drawn <= 12 and tokens["ours"] / requests["ours"] == pytest.approx(drawn / 3)
+    assert all(line["ratio"] == pytest.approx(line["ours"] / line["peer"]) for line in (tokens, requests))
+    assert all(line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in first)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1, 1), (50, 2), (75, 3), (76, 4), (99, 4)])
+def test_percentiles_are_values_that_were_seen(share, expected):
+    assert serve._percentile([4, 1, 3, 2], share) == expected
+
+
 @pytest.mark.slow
 def test_a_shard_is_built_in_little_more_than_its_own_memory(tmp_path):
     recipe, path = tmp_path / "wide.yaml", tmp_path / "result.json"
@@ -284,6 +306,8 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
         (["compression_error", "--bits=[16]"], "8 or 4"),
         (["compression_error", "--head_dim=96"], "multiple of head_dim"),
         (["compression_error", "--tokens=0"], "tokens"),
+        (["serve", "--clients=[8]", "--requests=4"], "from 1 to the 4 requests"),
+        (["serve", "--model=gone.yaml"], "gone.yaml does not exist"),
         (["spiking", "--clock=cpu"], "--threads 1"),
         (["spiking", "--product_tokens=[0]"], "product_tokens"),
         (["spiking", "--sparsities=[1.5]"], "sparsities"),

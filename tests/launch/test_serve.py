@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -416,9 +417,8 @@ def test_a_signal_lets_what_is_in_flight_finish(model):
         while b"spiketrain_slots_in_use 2.0" not in urllib.request.urlopen(f"{address}/metrics").read():
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        with pytest.raises(urllib.error.HTTPError, match="503"):
-            while urllib.request.urlopen(f"{address}/health"):
-                pass
+        while not is_draining(address):
+            time.sleep(0.01)
         with pytest.raises(openai.InternalServerError) as refused:
             client.completions.create(**ENDLESS, max_tokens=1)
         assert refused.value.status_code == 503 and "shutting down" in refused.value.message
@@ -427,6 +427,14 @@ def test_a_signal_lets_what_is_in_flight_finish(model):
         assert whole.result().usage.completion_tokens == 600
         assert process.wait(WAIT) == 0
         assert process.stdout.read() == "" and "Traceback" not in process.stderr.read()
+
+
+def is_draining(address):
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=WAIT)
+    except urllib.error.HTTPError as error:
+        return error.code == 503 and json.loads(error.read()) == {"status": "draining"}
+    return False
 
 
 def test_what_does_not_finish_in_time_is_told(another):

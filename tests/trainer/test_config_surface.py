@@ -125,6 +125,11 @@ def test_options_of_pretrain():
             "launch/generate.py",
             "checkpoint prompt prompt_file max_new_tokens samples temperature top_p seed tokenizer device",
         ),
+        (
+            "launch/serve.py",
+            "checkpoint tokenizer model_name device host port api_key slots queue max_prompt_tokens max_new_tokens "
+            "max_body_bytes request_seconds drain_seconds prefixes deterministic",
+        ),
         ("launch/convert.py export", "checkpoint output dtype layout max_file_gb"),
         ("launch/convert.py import", "source output dtype max_file_gb"),
     ],

@@ -5,12 +5,14 @@ import ipaddress
 import socket
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
 from models.decoder import Decoder
 from models.generation import Engine
+from trainer.device import choose_device
 from trainer.errors import ConfigError
 from trainer.serving.app import Application
 from trainer.serving.config import API_KEY, ServeConfig
@@ -18,6 +20,7 @@ from trainer.serving.errors import unavailable
 from trainer.serving.metrics import Metrics
 from trainer.serving.scheduler import Scheduler
 from trainer.serving.service import Served, Service
+from trainer.stored.inference import load_model
 
 # After the drain, answers that their clients have not read yet have this long.
 _SECONDS_TO_FLUSH = 2
@@ -50,8 +53,30 @@ def bind(config: ServeConfig) -> socket.socket:
     return bound
 
 
-def run(config: ServeConfig, bound: socket.socket, model: Decoder, served: Served) -> int:
-    """Serve until a signal ends it; return the exit code: 0, or 1 if the engine has failed."""
+def serve(config: ServeConfig, announce: Callable[[str], None]) -> int:
+    """Reserve the address, load the model, and serve until a signal ends it.
+
+    Args:
+        config: The settings.
+        announce: Called with the address, http://HOST:PORT, once clients can connect.
+
+    Returns:
+        The exit code: 0, or 1 if the engine has failed.
+
+    Raises:
+        ConfigError: the address or the model cannot be served.
+    """
+    # Before the model is loaded, which may take minutes.
+    bound = bind(config)
+    loaded = load_model(config.checkpoint, choose_device(config.device), config.tokenizer)
+    tokenizer = loaded.require_tokenizer()
+    return run(config, bound, loaded.model, Served(config.name, tokenizer, (tokenizer.eod_id,), None), announce)
+
+
+def run(
+    config: ServeConfig, bound: socket.socket, model: Decoder, served: Served, announce: Callable[[str], None]
+) -> int:
+    """As `serve`, with an address that is reserved and a model that is loaded."""
 
     def make_engine() -> Engine:
         return Engine(
@@ -66,11 +91,11 @@ def run(config: ServeConfig, bound: socket.socket, model: Decoder, served: Serve
     metrics.watch("slots", "Choices that can be continued at once", lambda: config.slots)
     scheduler = Scheduler(make_engine, config.slots + config.queue, metrics)
     service = Service(served, scheduler, config)
-    server = Server(service, Application(service, metrics))
-    return asyncio.run(_serve(server, scheduler, bound, served.name))
+    server = Server(service, Application(service, metrics), announce)
+    return asyncio.run(_run(server, scheduler, bound))
 
 
-async def _serve(server: "Server", scheduler: Scheduler, bound: socket.socket, name: str) -> int:
+async def _run(server: "Server", scheduler: Scheduler, bound: socket.socket) -> int:
     scheduler.start()
     try:
         await server.serve(sockets=[bound])
@@ -91,10 +116,11 @@ class Server(uvicorn.Server):
     Args:
         service: What answers.
         application: Its routes.
+        announce: Called with the address once clients can connect.
     """
 
-    def __init__(self, service: Service, application: Application) -> None:
-        self._service, self._application = service, application
+    def __init__(self, service: Service, application: Application, announce: Callable[[str], None]) -> None:
+        self._service, self._application, self._announce = service, application, announce
         self._deadline = float("inf")
         super().__init__(
             uvicorn.Config(
@@ -123,7 +149,7 @@ class Server(uvicorn.Server):
         assert sockets
         host, port = sockets[0].getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
-        print(f"serving {self._service.served.name} at http://{where}:{port}/v1", flush=True)
+        self._announce(f"http://{where}:{port}")
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: whether to end."""
