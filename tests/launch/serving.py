@@ -46,7 +46,7 @@ class Server:
     """
 
     def __init__(self, model: Path, *options: str, **environment: str) -> None:
-        command = (ROOT / "launch/serve.py", "--checkpoint", model, "--port", "0", "--device", "cpu", *options)
+        command = (ROOT / "launch/main.py", "serve", "--checkpoint", model, "--port", "0", "--device", "cpu", *options)
         self.process = start(*command, imported="torch", **environment)
         self.address = self._address()
 

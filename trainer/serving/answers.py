@@ -18,7 +18,29 @@ DONE = b"data: [DONE]\n\n"
 
 def event(values: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    # All ASCII: some clients take U+2028 and others for the end of a line.
+    return b"data: " + json.dumps(values, separators=(",", ":")).encode() + b"\n\n"
+
+
+class TokenTexts:
+    """The texts of single tokens, each decoded once.
+
+    Args:
+        tokenizer: The model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known = {tokenizer.eod_id: tokenizer.eod}
+
+    def __getitem__(self, token: int) -> str:
+        """The text of a token within a text; U+FFFD for part of a character."""
+        text = self._known.get(token)
+        if text is None:
+            # As the second of two: some tokenizers drop the space at the beginning of a text.
+            first = self._tokenizer.decode([token])
+            text = self._known[token] = self._tokenizer.decode([token, token])[len(first) :]
+        return text
 
 
 class Answer(ABC):
@@ -26,7 +48,7 @@ class Answer(ABC):
 
     Args:
         model: The model's name.
-        tokenizer: For the text of single tokens.
+        texts: The texts of single tokens.
         prompt_tokens: Tokens of all prompts together.
         log_probs: Whether to report log-probabilities.
     """
@@ -35,8 +57,8 @@ class Answer(ABC):
     kind: ClassVar[str]
     kind_of_chunks: ClassVar[str]
 
-    def __init__(self, model: str, tokenizer: Tokenizer, prompt_tokens: int, log_probs: bool) -> None:
-        self._tokenizer, self._prompt_tokens, self._log_probs = tokenizer, prompt_tokens, log_probs
+    def __init__(self, model: str, texts: TokenTexts, prompt_tokens: int, log_probs: bool) -> None:
+        self._texts, self._prompt_tokens, self._log_probs = texts, prompt_tokens, log_probs
         self._head = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time()), "model": model}
 
     def whole(self, pieces: Sequence[Piece], drawn: int) -> dict[str, Any]:
@@ -66,10 +88,6 @@ class Answer(ABC):
             "total_tokens": self._prompt_tokens + drawn,
         }
 
-    def _text(self, token: int) -> str:
-        """The text of a token by itself; U+FFFD for part of a character."""
-        return self._tokenizer.eod if token == self._tokenizer.eod_id else self._tokenizer.decode([token])
-
     @abstractmethod
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """One of the choices of a whole answer."""
@@ -92,7 +110,7 @@ class Completions(Answer):
 
     def _log_probs_of(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {
-            "tokens": [self._text(token.event.token) for token in tokens],
+            "tokens": [self._texts[token.event.token] for token in tokens],
             "token_logprobs": [token.event.log_prob for token in tokens],
             "top_logprobs": [self._alternatives(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
@@ -102,7 +120,7 @@ class Completions(Answer):
         # The drawn token is among them, as in OpenAI's answers. Of tokens with the same text, the most likely counts.
         found: dict[str, float] = {}
         for other, log_prob in (*token.event.alternatives, (token.event.token, token.event.log_prob)):
-            found.setdefault(self._text(other), log_prob)
+            found.setdefault(self._texts[other], log_prob)
         return found
 
 
@@ -136,6 +154,6 @@ class Chat(Answer):
         return self._one(token.event.token, token.event.log_prob) | {"top_logprobs": alternatives}
 
     def _one(self, token: int, log_prob: float) -> dict[str, Any]:
-        text = self._text(token)
+        text = self._texts[token]
         # The bytes of part of a character are not known here.
         return {"token": text, "logprob": log_prob, "bytes": None if "\ufffd" in text else list(text.encode())}

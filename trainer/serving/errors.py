@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# Characters of a client's own words that messages repeat.
+_SHOWN = 100
+
 
 class ApiError(Exception):
     """An answer other than success: `{"error": {"message", "type", "param", "code"}}`.
@@ -37,6 +40,11 @@ def _type(status: int) -> str:
     if status == 429:
         return "rate_limit_error"
     return "invalid_request_error" if status < 500 else "server_error"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text that a client sent, for a message."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def bad_field(name: str, message: str) -> ApiError:

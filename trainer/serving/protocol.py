@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from models.generation import Sampling
-from trainer.serving.errors import ApiError, bad_field
+from trainer.serving.errors import ApiError, bad_field, shortened
 
 # Fields that do not change the answer.
 _IGNORED = frozenset(
@@ -278,7 +278,7 @@ def _message(place: str, message: Any) -> dict[str, str]:
     if isinstance(left.get("name"), str):
         found["name"] = _utf8(f"{place}.name", left.pop("name"))
     if left:
-        raise bad_field(f"{place}.{next(iter(left))}", "not supported")
+        raise bad_field(f"{place}.{shortened(next(iter(left)))}", "not supported")
     return found
 
 
@@ -292,7 +292,7 @@ def _content(place: str, content: Any) -> str:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else None
-            raise bad_field(place, f"parts must be of type text, not {kind!r}")
+            raise bad_field(place, f"parts must be of type text, not {shortened(str(kind))}")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -355,6 +355,7 @@ class _Fields:
                 continue
             if name in refused:
                 raise bad_field(self._prefix + name, "not supported by this server; leave it out")
+            name = shortened(name)
             near = difflib.get_close_matches(name, self._taken, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; leave it out"
             raise ApiError(

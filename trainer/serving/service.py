@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from models.generation import Request
 from trainer.data.tokenizer import Tokenizer
 from trainer.serving import protocol
-from trainer.serving.answers import Answer, Chat, Completions
+from trainer.serving.answers import Answer, Chat, Completions, TokenTexts
 from trainer.serving.choices import Choice, Piece
 from trainer.serving.config import ServeConfig
-from trainer.serving.errors import ApiError, bad_field
+from trainer.serving.errors import ApiError, bad_field, shortened
 from trainer.serving.scheduler import Generation, Scheduler
 
 # The text of a token depends on the few before it.
@@ -58,6 +58,7 @@ class Service:
     def __init__(self, served: Served, scheduler: Scheduler, config: ServeConfig) -> None:
         self.served, self.scheduler, self.config = served, scheduler, config
         self.is_draining = False
+        self._texts = TokenTexts(served.tokenizer)
         self._limits = protocol.Limits(config.max_prompt_tokens, config.max_new_tokens, config.slots + config.queue)
 
     @property
@@ -86,7 +87,7 @@ class Service:
             ApiError: 404.
         """
         if name != self.served.name:
-            message = f"the model {name!r} is not served here, but {self.served.name!r}"
+            message = f"the model {shortened(name)!r} is not served here, but {self.served.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def complete(self, content: bytes) -> "Task":
@@ -137,7 +138,7 @@ class Service:
 
     def _begin(self, kind: type[Answer], asked: protocol.Asked, prompts: Sequence[list[int]]) -> "Task":
         tokenizer = self.served.tokenizer
-        answer = kind(asked.model, tokenizer, sum(map(len, prompts)), asked.log_probs)
+        answer = kind(asked.model, self._texts, sum(map(len, prompts)), asked.log_probs)
         choices = [
             Choice(tokenizer.decode, prompt[-_TOKENS_OF_CONTEXT:], asked.stops)
             for prompt in prompts
