@@ -16,6 +16,7 @@ NOT_RUN_HERE = {
     r"sbatch ": "tests/slurm submits jobs",
     r"pytest -m gpu|.*gpu[-_]check": "needs a GPU; tests/test_gpu_check.py runs it without one",
     r"spiketrain bench \w": "minutes each; tests/launch runs every benchmark at small sizes",
+    r"spiketrain serve": "serves until it is ended; tests/launch/test_serve.py",
     r"python -m kernels.compile": "minutes each; tests/kernels/triton/test_compile.py",
     r".*tinystories": "fetches from the hub",
     r"python -m trainer.combinations": "rewrites the page it stands on; tests/trainer/test_combinations.py",
