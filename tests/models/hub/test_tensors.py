@@ -21,7 +21,7 @@ from trainer.config import CheckpointConfig
 from trainer.stored import tensor_files
 from trainer.stored.inference import load_model
 from trainer.stored.opening import open_weights
-from trainer.stored.source import Part, kept_tensors
+from trainer.stored.on_disk import Part, kept_tensors
 from trainer.stored.weights import arguments_from
 
 FLA = ("gla", "hgrn2", "gated_deltanet", "kda", "gla_swa")
