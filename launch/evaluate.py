@@ -1,9 +1,10 @@
-"""Evaluate a checkpoint: bits per byte of data, also by position in the context, and tasks of recall.
+"""Evaluate a checkpoint: bits per byte of data, tasks of recall, and tasks of the lm-eval harness.
 
 spiketrain evaluate --checkpoint runs/laptop --data data/stdlib-bpe4096 --split test
 spiketrain evaluate --checkpoint runs/laptop --data README.md --by_position true
 spiketrain evaluate --checkpoint runs/laptop --spiking true --raster spikes.png
 spiketrain evaluate --checkpoint runs/laptop --recall '[needle, mqar]' --lengths '[512, 1024]'
+spiketrain evaluate --checkpoint runs/laptop --tasks 'one,two' --task_dir tasks
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 from trainer.cli import entry
 from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.data import evaluate_data
+from trainer.evaluation.harness_run import evaluate_tasks
 from trainer.evaluation.recall.run import evaluate_recall
 
 
@@ -28,10 +30,11 @@ def finite(values: Any) -> Any:
 
 def main(config: EvaluateConfig) -> None:
     """Evaluate, print the figures, and write them to a file if one is named."""
-    result = evaluate_recall(config) if config.recall else evaluate_data(config)
+    evaluate = evaluate_recall if config.recall else evaluate_tasks if config.tasks else evaluate_data
+    result = evaluate(config)
     if config.json:
         Path(config.json).write_text(json.dumps(finite(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    entry(main, EvaluateConfig, "Evaluate a checkpoint: bits per byte of data, or tasks of recall.")
+    entry(main, EvaluateConfig, "Evaluate a checkpoint: bits per byte of data, or tasks.")

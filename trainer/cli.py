@@ -30,7 +30,7 @@ _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
 _PATHS = frozenset(
     {"dir", "path", "tokenizer", "validation_path", "cache_dir", "resume", "init", "source", "output", "checkpoint"}
     | {"teacher", "data", "prompt_file", "validation", "test", "weights", "json", "recipe", "runs", "raster"}
-    | {"layers_file", "haystack"}
+    | {"layers_file", "haystack", "task_dir"}
 )
 
 # Parsers cached by `from_mapping`: building one takes a quarter of a second.

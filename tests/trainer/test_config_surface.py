@@ -144,6 +144,7 @@ def test_options_of_evaluation():
     own = (
         "help config print_config checkpoint data split seq_len stride batch_size compare_compressors by_position "
         "recall recall+ lengths lengths+ examples candidates depth haystack seed "
+        "tasks task_dir fewshot "
     )
     own += "tokenizer device json spiking raster neurons neurons.layers+ neurons.count_range+"
     neurons = {f"neurons.{key.removeprefix('model.spiking.')}" for key in written_down() if "model.spiking." in key}

@@ -8,12 +8,23 @@ from typing import Literal
 from models.config import SpikingConfig
 from trainer.errors import ConfigError
 from trainer.evaluation.data import is_indexed, text_files
+from trainer.evaluation.harness_run import check_tasks
 from trainer.evaluation.recall.tasks import TASKS
+
+# Options that only one kind of evaluation has.
+_KINDS = {
+    "by_position": "data",
+    "spiking": "data",
+    "depth": "recall",
+    "haystack": "recall",
+    "task_dir": "tasks",
+    "fewshot": "tasks",
+}
 
 
 @dataclass
 class EvaluateConfig:
-    """Settings of an evaluation: of data, unless tasks of recall are named.
+    """Settings of an evaluation: of data, unless tasks are named.
 
     Attributes:
         checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
@@ -28,11 +39,14 @@ class EvaluateConfig:
         recall: Tasks of recall to evaluate instead of data: needle, needle_keys, needle_values, needle_queries, mqar,
             mqar_text, variables, common_words, frequent_words (docs/evaluation.md).
         lengths: Lengths of their examples, in tokens.
-        examples: Examples of each task; null takes 50 for each length.
+        examples: Examples of each task; null takes 50 of recall at each length, and all of a task of the harness.
         candidates: Answers among which the right one is ranked, itself included.
         depth: Where needles are hidden, from 0, the beginning, to 1; null spreads them over all depths.
         haystack: A text file to hide them in; null draws sentences.
-        seed: Seed of the examples.
+        seed: Seed of the examples, and of what tasks draw.
+        tasks: Tasks of the lm-eval harness to evaluate instead of data, as in 'one,two' (docs/evaluation.md).
+        task_dir: A directory with YAML files of tasks.
+        fewshot: Solved examples in front of each example; null takes the task's own number.
         tokenizer: Use this tokenizer instead of the checkpoint's.
         device: cpu or cuda; auto takes CUDA if available.
         json: Write the figures to this file.
@@ -57,6 +71,9 @@ class EvaluateConfig:
     depth: float | None = None
     haystack: str | None = None
     seed: int = 1234
+    tasks: str = ""
+    task_dir: str | None = None
+    fewshot: int | None = None
     tokenizer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     json: str | None = None
@@ -74,8 +91,11 @@ class EvaluateConfig:
         if self.json is not None and not Path(self.json).absolute().parent.is_dir():
             raise ConfigError(f"json: the directory of {self.json} does not exist; make it first")
         self._check_spiking()
+        self._check_kind()
         if self.recall:
             self._check_recall()
+        elif self.tasks:
+            check_tasks(self.tasks, self.task_dir)
         else:
             self._check_data()
 
@@ -84,6 +104,17 @@ class EvaluateConfig:
             raise ConfigError(f"raster: {self.raster} must end in .png or .svg")
         if not self.spiking and (self.raster is not None or self.neurons != SpikingConfig()):
             raise ConfigError("raster and neurons need an evaluation with spikes; add --spiking true")
+
+    def _check_kind(self) -> None:
+        """Refuse options of another kind of evaluation."""
+        if self.recall and self.tasks:
+            raise ConfigError("recall and tasks are two evaluations; leave one of them out")
+        kind = "recall" if self.recall else "tasks" if self.tasks else "data"
+        for name, own in _KINDS.items():
+            if getattr(self, name) not in (None, False) and kind != own:
+                raise ConfigError(f"{name} is of an evaluation of {own}, and this is one of {kind}; leave it out")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise ConfigError(f"fewshot is {self.fewshot}: it must not be negative")
 
     def _check_recall(self) -> None:
         for name in self.recall:
@@ -97,14 +128,8 @@ class EvaluateConfig:
             raise ConfigError(f"depth is {self.depth}: it must be from 0, the beginning, to 1, the end")
         if self.haystack is not None and not Path(self.haystack).is_file():
             raise ConfigError(f"haystack: {self.haystack} is not a file; name a text file")
-        for name in ("by_position", "spiking"):
-            if getattr(self, name):
-                raise ConfigError(f"{name} is of data, and recall reads none; leave one of them out")
 
     def _check_data(self) -> None:
-        for name in ("depth", "haystack"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{name} is of tasks of recall; name them, as in --recall '[needle]'")
         if is_indexed(self.data):
             return
         files = text_files(self.data)

@@ -20,8 +20,8 @@ from trainer import pretrain
 from trainer.config import CheckpointConfig
 from trainer.stored import tensor_files
 from trainer.stored.inference import load_model
-from trainer.stored.opening import open_weights
 from trainer.stored.on_disk import Part, kept_tensors
+from trainer.stored.opening import open_weights
 from trainer.stored.weights import arguments_from
 
 FLA = ("gla", "hgrn2", "gated_deltanet", "kda", "gla_swa")

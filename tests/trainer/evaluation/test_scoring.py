@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from models.config import MIXERS
-from models.generation import generate
-from tests.helpers import VOCABULARY, draw_tokens, rows, tiny_decoder
+from tests.helpers import VOCABULARY, draw_tokens, greedy, rows, tiny_decoder
 from trainer.evaluation.scoring import Query, Scorer
 
 EOD = 0
@@ -34,9 +33,9 @@ def test_packed_sequences_have_their_own_scores(pattern):
     model = tiny_decoder(pattern).eval()
     queries = draw_queries()
     for query, score in zip(queries, Scorer(model, VOCABULARY, EOD, row_tokens=100).score(queries, ""), strict=True):
-        log_probs, greedy = alone(model, query)
+        log_probs, likely = alone(model, query)
         np.testing.assert_allclose(score.log_probs, log_probs, atol=2e-5)
-        assert score.greedy.tolist() == greedy.tolist()
+        assert score.greedy.tolist() == likely.tolist()
         assert score.total == pytest.approx(float(log_probs.sum()), abs=1e-4)
 
 
@@ -54,9 +53,9 @@ def test_what_begins_alike_is_computed_once(monkeypatch):
     assert computed == [len(context) + 2]
     monkeypatch.undo()
     for query, score in zip(queries, scores, strict=True):
-        log_probs, greedy = alone(model, query)
+        log_probs, likely = alone(model, query)
         np.testing.assert_allclose(score.log_probs, log_probs, atol=2e-5)
-        assert score.greedy.tolist() == greedy.tolist()
+        assert score.greedy.tolist() == likely.tolist()
 
 
 def test_padding_is_never_the_most_likely_token():
@@ -81,7 +80,7 @@ def test_documents_end_after_their_last_token_as_in_training():
 def test_what_is_greedy_throughout_is_what_greedy_decoding_gives(pattern):
     model = tiny_decoder(pattern).eval()
     prompt = draw_tokens(12, seed=3).tolist()
-    drawn = generate(model, torch.tensor([prompt]), 6, temperature=0, vocab_size=VOCABULARY)[0]
+    drawn = [*prompt, *greedy(model, torch.tensor([prompt]), 6)[0].tolist()]
     other = [*drawn[:-1], (drawn[-1] + 1) % VOCABULARY]
     scores = Scorer(model, VOCABULARY, None, 64).score([Query(drawn, 12), Query(other, 12)], "")
     assert [score.is_greedy for score in scores] == [True, False]

@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from models.generation import generate
-from tests.helpers import VOCABULARY, tiny_decoder
+from tests.helpers import VOCABULARY, greedy, tiny_decoder
 from tests.trainer.evaluation.recall.test_tasks import learned, setting_of
 from trainer.evaluation.recall.examples import Answer, Example
 from trainer.evaluation.recall.haystack import Haystack
@@ -92,8 +91,7 @@ def test_measures_are_those_of_each_example_by_itself(pattern):
         for answer in each.answers:
             outcome, context = next(outcomes), each.tokens[: answer.start]
             right = each.tokens[answer.start : answer.stop]
-            drawn = generate(model, torch.tensor([context]), 1, temperature=0)[0][-1:]
-            assert outcome.exact == (tuple(drawn) == right)
+            assert outcome.exact == (tuple(greedy(model, torch.tensor([context]), 1)[0].tolist()) == right)
             queries = [Query((*context, *choice), len(context)) for choice in (right, *answer.others)]
             own, *others = (Scorer(model, VOCABULARY, 0, 1).score([query], "")[0].total for query in queries)
             assert outcome.log_prob == pytest.approx(own, abs=1e-4)
