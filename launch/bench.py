@@ -19,6 +19,7 @@ BENCHMARKS = {
     "quantization": "activations in 8 and 4 bits and back, against a bfloat16 copy and torch.quantize_per_channel",
     "memory": "what backward keeps by policy: bytes, peak memory, time, error of the gradient",
     "compression_error": "bias and noise of gradients that read activations in 8 or 4 bits, by operator",
+    "weights": "peak host memory and time of importing and exporting Hugging Face weights, against the model's size",
     "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
     "serve": "the HTTP server: tokens a second and time to first token of several clients against one",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",

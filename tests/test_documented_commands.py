@@ -16,6 +16,7 @@ import yaml
 from launch.main import COMMANDS as COMMANDS_OF_LAUNCH
 from launch.main import take_ranks
 from tests.documented import ROOT, documented_commands
+from tests.models.hub.test_gguf import write_gguf
 from trainer import cli
 
 COMMANDS = documented_commands()
@@ -124,6 +125,7 @@ def lay_out_inputs(folder: Path) -> None:
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder / "hub/Qwen2.5-0.5B")
     tokenizer.save(str(folder / "hub/Qwen2.5-0.5B/tokenizer.json"))
+    write_gguf(folder / "hub/SmolLM2-135M.gguf")
 
 
 def launched(words: list[str]) -> tuple[str, list[str], int] | None:

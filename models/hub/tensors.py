@@ -5,8 +5,9 @@ one, heads interleaved with others. Copies change no number, so that both direct
 parameter can be read without the rest.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 Index = tuple[int | slice, ...]
 """One entry a dimension: an integer drops it, a slice has a start and a stop and no step."""
@@ -85,3 +86,24 @@ def overlap(copy: Copy, part: Sequence[slice] | None) -> tuple[Index, Index] | N
             begin, end = next(left)
             there.append(slice(entry.start + begin, entry.start + end))
     return tuple(inside), tuple(there)
+
+
+def row_blocks(index: Index, stored_index: Index, elements: int) -> Iterator[tuple[Index, Index]]:
+    """Cut two blocks that hold the same numbers into as few rows as hold this many elements, or one row.
+
+    A row is a part of the first dimension that no integer drops.
+    """
+    mine, theirs = (next((i for i, e in enumerate(ix) if isinstance(e, slice)), None) for ix in (index, stored_index))
+    if mine is None or theirs is None:
+        yield index, stored_index
+        return
+    own, other = index[mine], stored_index[theirs]
+    assert isinstance(own, slice) and isinstance(other, slice), "found as slices"
+    row = prod(entry.stop - entry.start for entry in index[mine + 1 :] if isinstance(entry, slice))
+    step, length = max(elements // max(row, 1), 1), own.stop - own.start
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        yield (
+            (*index[:mine], slice(own.start + start, own.start + stop), *index[mine + 1 :]),
+            (*stored_index[:theirs], slice(other.start + start, other.start + stop), *stored_index[theirs + 1 :]),
+        )

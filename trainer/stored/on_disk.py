@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from models.config import ModelConfig
 from models.hub.adapter import Adapter
 from models.hub.registry import adapter_of, from_hub
-from models.hub.tensors import Copy, overlap, stored_shapes, whole
+from models.hub.tensors import Copy, Index, overlap, row_blocks, stored_shapes, whole
 from trainer.cli import from_mapping
 from trainer.errors import ConfigError
 from trainer.json_files import read_object
@@ -31,6 +31,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Lossless conversions: pairs of (dtype in the file, dtype of the parameter).
 _EXACT = {("F32", "float32"), ("F16", "float32"), ("BF16", "float32"), ("BF16", "bfloat16")}
 _NAMES_SHOWN = 3
+# Elements that are read at a time: 64 MB in float32.
+_BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,11 @@ class Weights:
                 if (blocks := overlap(copy, None if part is None else part.index)) is not None:
                     self._read_block(copy.stored, tensor, *blocks)
 
-    def _read_block(self, stored: str, tensor: "Tensor", index: Any, stored_index: Any) -> None:
+    def _read_block(self, stored: str, tensor: "Tensor", index: Index, stored_index: Index) -> None:
+        for part, stored_part in row_blocks(index, stored_index, _BLOCK_ELEMENTS):
+            self._read_rows(stored, tensor, part, stored_part)
+
+    def _read_rows(self, stored: str, tensor: "Tensor", index: Index, stored_index: Index) -> None:
         block = self.tensors[stored].read(stored_index)
         tensor[index].copy_(block)
         # Only float64 exceeds the range of float32 and bfloat16.

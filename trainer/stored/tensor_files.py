@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.hub.tensors import Index
+from models.hub.tensors import Index, everything
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,13 +49,28 @@ class StoredTensor:
         import torch
 
         dtype = getattr(torch, TYPES[self.dtype])
-        size = prod(self.shape) * dtype.itemsize
-        if not size:
+        if not prod(self.shape):
             return torch.empty(self.shape, dtype=dtype)[index]
+        first, rest = self._rows(index)
+        size = prod(self.shape[1:]) * dtype.itemsize
+        if rest == everything(self.shape[1:]):
+            # Rows lie together. Read, not mapped: pages of a mapping would count as memory of this process, too.
+            count, start = (first.stop - first.start) * size, self.start + first.start * size
+            found = torch.from_numpy(np.fromfile(self.file, np.uint8, count, offset=start)).view(dtype)
+            return found.view(-1, *self.shape[1:]) if self.shape else found.view(())
         # Mapped, so that only the pages of the block are read; "c" makes a private mapping, which torch may view.
-        mapped = np.memmap(self.file, np.uint8, "c", self.start, (size,))
+        mapped = np.memmap(self.file, np.uint8, "c", self.start, (prod(self.shape) * dtype.itemsize,))
         tensor: Tensor = torch.from_numpy(mapped).view(dtype).view(self.shape)[index].clone()
         return tensor
+
+    def _rows(self, index: Index) -> tuple[slice, Index]:
+        """The rows of a block, and its index in the other dimensions; of an integer its row, and nothing of these."""
+        if not self.shape:
+            return slice(0, 1), ()
+        whole = everything(self.shape)
+        filled = (*index, *whole[len(index) :])
+        first = filled[0]
+        return (first, filled[1:]) if isinstance(first, slice) else (slice(first, first + 1), ())
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

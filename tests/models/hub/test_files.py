@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from models.hub.llama_family import stored_name
-from models.hub.registry import to_hub
+from models.hub.registry import ADAPTERS, to_hub
 from tests.helpers import tiny_decoder, tiny_model_config
 from trainer.data.tokenizer import Tokenizer, learn_sentencepiece
 from trainer.errors import ConfigError
@@ -219,16 +219,17 @@ def test_without_a_tokenizer_nothing_ends_a_text(tmp_path):
 
 def exported(folder, kind):
     """A folder as an export writes it, but for the tensors; returns the notes."""
-    attention = {"attention__qkv_bias": kind == "qwen2", "attention__qk_norm": kind == "qwen3"}
     out = hub_files(folder, kind, 270)
-    config = to_hub(tiny_model_config("full_attention", **attention), 270, "float32", 64) | out.ids
+    adapter = ADAPTERS[kind]
+    model = tiny_model_config("full_attention", attention__qkv_bias=kind == "qwen2")
+    config = adapter.to_hub(model, 270, "float32", 64, None) | out.ids
     (folder / "config.json").write_text(json.dumps(config))
     for name, content in out.files.items():
         (folder / name).write_bytes(content)
     return out.notes
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe", "qwen3_next"])
 def test_auto_tokenizer_gives_our_tokens_or_the_export_says_otherwise(tmp_path, kind):
     (tmp_path / "hub").mkdir()
     backend().save(str(tmp_path / "hub" / "tokenizer.json"))
