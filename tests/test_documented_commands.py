@@ -49,12 +49,15 @@ def desk_with_results(tmp_path_factory):
         "weights/laptop",
         "weights/laptop-w8a",
         "weights/qwen",
+        "weights/hybrid",
+        "runs/convert/softmax-weights",
     ):
         (folder / name).mkdir(parents=True)
     (folder / "data/stdlib-bpe4096").mkdir(parents=True)
     for suffix in ("bin", "idx"):
         (folder / f"data/stdlib-bpe4096/test.{suffix}").touch()
     (folder / "runs/mixed.yaml").write_text("bits: 8\n")
+    (folder / "runs/convert/layers.yaml").write_text("pattern: gated_delta_net\n")
     return folder
 
 
@@ -81,8 +84,14 @@ def make_recipes_tiny(configs: Path) -> None:
     }  # fmt: skip
 
     def shrink(node):
+        if isinstance(node, list):
+            return [shrink(item) for item in node]
         if isinstance(node, dict):
-            return {key: small[key] if key in small else shrink(value) for key, value in node.items()}
+            # Phases of a recipe begin as late in a shorter run.
+            begin = {"from_step": node["from_step"] * 3 // 8} if "from_step" in node else {}
+            # The steps of a recipe are a list.
+            numbers = {key: small[key] for key, value in node.items() if key in small and not isinstance(value, list)}
+            return {key: numbers.get(key, shrink(value)) for key, value in node.items()} | begin
         return node
 
     for file in [*configs.glob("*/laptop*.yaml")]:

@@ -85,10 +85,10 @@ class Step:
         return words
 
     def settings(self) -> dict[str, Any]:
-        """The options with the contents of the YAML files that they name, by dotted key."""
+        """The options with the contents of the YAML files that they name and that the step reads, by dotted key."""
         found: dict[str, Any] = {}
         for key, value in self.options.items():
-            found |= {key: value} | flatten(_contents(value), f"{key}.")
+            found |= {key: value} | ({} if Path(str(value)) == self.output else flatten(_contents(value), f"{key}."))
         # As JSON gives them back.
         return dict(json.loads(json.dumps(found)))
 

@@ -10,9 +10,14 @@ import time
 import pytest
 import yaml
 
+from launch.convert import COMMANDS
 from tests.helpers import WAIT
 from tests.processes import QUIET
 from tests.trainer.conftest import ROOT
+from trainer.cli import make_parser, parse
+from trainer.config import PretrainConfig
+from trainer.evaluation.config import EvaluateConfig
+from trainer.recipe import read_steps
 from trainer.stored.opening import open_weights
 
 PATTERN = "gated_delta_net, sliding_window_attention"
@@ -104,3 +109,25 @@ def test_two_ranks_stop_and_go_on(trained, tiny_data, tmp_path):
     out, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 2 and "(train.steps: 2000 -> 8)" in out, out
     assert json.loads((tmp_path / "convert" / "recipe.json").read_text()) == entries
+
+
+@pytest.mark.parametrize("name", ["laptop", "spikingbrain-7b"])
+def test_the_recipes_of_the_repository_are_valid(name, monkeypatch):
+    """Names and layouts; data and weights are made by the steps before, or are the reader's."""
+    monkeypatch.chdir(ROOT)
+    values = yaml.safe_load((ROOT / f"configs/convert/{name}.yaml").read_text())
+    known = {command: kind for command, (_, kind, _) in COMMANDS.items()}
+    commands = known | {"train": PretrainConfig, "evaluate": EvaluateConfig}
+    steps = read_steps(values["base"], values["steps"], commands)
+    model = [] if name == "laptop" else ["--model", f"configs/models/{name}.yaml"]
+    for step in (step for step in steps if step.is_training):
+        words = step.arguments()
+        for option in ("--init", "--data.blend"):
+            if option in words:
+                place = words.index(option)
+                del words[place : place + 2]
+        config, _ = parse(PretrainConfig, make_parser(PretrainConfig, ""), [*words, *model])
+        config.validate_layout(1 if name == "laptop" else 256)
+        if name != "laptop":
+            tokens = config.train.steps * config.train.global_batch_size * config.train.seq_len
+            assert tokens == pytest.approx(step.options["tokens"], rel=1e-3)

@@ -97,6 +97,17 @@ def read(steps):
     return read_steps({"config": "base.yaml"}, steps, KNOWN)
 
 
+def test_a_file_that_a_step_writes_is_none_of_its_options(recipe, tmp_path):
+    steps, record = recipe
+    choice = {"layers": {"source": "trained", "output": "choice.yaml", "json": "choice.json"}}
+    step = read([*steps[:2], choice])[2]
+    record.write(step, state="begun", settings=step.settings())
+    (tmp_path / "choice.yaml").write_text("pattern: hgrn\n")
+    record.check(read([*steps[:2], choice]))
+    hybrid = {"hybrid": {"source": "trained", "output": "other", "layers_file": "choice.yaml"}}
+    assert read([*steps, hybrid])[3].settings()["layers_file.pattern"] == "hgrn"
+
+
 def test_what_has_ended_stays(recipe):
     steps, record = recipe
     record.check(read(steps))
