@@ -10,7 +10,6 @@ from types import FrameType
 
 import uvicorn
 
-from models.decoder import Decoder
 from models.generation import Engine
 from trainer.device import choose_device
 from trainer.errors import ConfigError
@@ -70,41 +69,18 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> int:
     bound = bind(config)
     loaded = load_model(config.checkpoint, choose_device(config.device), config.tokenizer)
     tokenizer = loaded.require_tokenizer()
-    return run(config, bound, loaded.model, Served(config.name, tokenizer, (tokenizer.eod_id,), None), announce)
-
-
-def run(
-    config: ServeConfig, bound: socket.socket, model: Decoder, served: Served, announce: Callable[[str], None]
-) -> int:
-    """As `serve`, with an address that is reserved and a model that is loaded."""
 
     def make_engine() -> Engine:
         return Engine(
-            model,
+            loaded.model,
             slots=config.slots,
-            vocab_size=served.tokenizer.vocab_size,
+            vocab_size=tokenizer.vocab_size,
             deterministic=config.deterministic,
             prefixes=config.prefixes,
         )
 
-    metrics = Metrics()
-    metrics.watch("slots", "Choices that can be continued at once", lambda: config.slots)
-    scheduler = Scheduler(make_engine, config.slots + config.queue, metrics)
-    service = Service(served, scheduler, config)
-    server = Server(service, Application(service, metrics), announce)
-    return asyncio.run(_run(server, scheduler, bound))
-
-
-async def _run(server: "Server", scheduler: Scheduler, bound: socket.socket) -> int:
-    scheduler.start()
-    try:
-        await server.serve(sockets=[bound])
-    finally:
-        scheduler.stop(unavailable("the server is shutting down"))
-    if scheduler.failure is not None:
-        print(f"error: the engine has failed: {scheduler.failure}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    served = Served(config.name, tokenizer, (tokenizer.eod_id,), None)
+    return asyncio.run(Server(config, served, make_engine, announce).run_on(bound))
 
 
 class Server(uvicorn.Server):
@@ -114,17 +90,25 @@ class Server(uvicorn.Server):
     at the latest after `drain_seconds`. A second one ends it at once.
 
     Args:
-        service: What answers.
-        application: Its routes.
+        config: The settings.
+        served: The model.
+        make_engine: Makes an engine for it.
         announce: Called with the address once clients can connect.
     """
 
-    def __init__(self, service: Service, application: Application, announce: Callable[[str], None]) -> None:
-        self._service, self._application, self._announce = service, application, announce
+    def __init__(
+        self, config: ServeConfig, served: Served, make_engine: Callable[[], Engine], announce: Callable[[str], None]
+    ) -> None:
+        metrics = Metrics()
+        metrics.watch("slots", "Choices that can be continued at once", lambda: config.slots)
+        self._announce = announce
+        self._scheduler = Scheduler(make_engine, config.slots + config.queue, metrics)
+        self._service = Service(served, self._scheduler, config)
+        self._application = Application(self._service, metrics)
         self._deadline = float("inf")
         super().__init__(
             uvicorn.Config(
-                application.asgi,
+                self._application.asgi,
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -135,6 +119,18 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_SECONDS_TO_FLUSH,
             )
         )
+
+    async def run_on(self, bound: socket.socket) -> int:
+        """Serve on a socket until the end; return the exit code."""
+        self._scheduler.start()
+        try:
+            await self.serve(sockets=[bound])
+        finally:
+            self._scheduler.stop(unavailable("the server is shutting down"))
+        if self._scheduler.failure is not None:
+            print(f"error: the engine has failed: {self._scheduler.failure}", file=sys.stderr, flush=True)
+            return 1
+        return 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal."""
@@ -153,11 +149,11 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second: whether to end."""
-        if self._service.scheduler.failure is not None:
+        if self._scheduler.failure is not None:
             self.should_exit = True
         if self._service.is_draining and not self.should_exit:
             late = time.monotonic() > self._deadline
             if late:
-                self._service.scheduler.stop(unavailable("the server is shutting down"))
+                self._scheduler.stop(unavailable("the server is shutting down"))
             self.should_exit = late or not self._application.in_flight
         return await super().on_tick(counter)
