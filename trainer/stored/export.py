@@ -13,7 +13,7 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.stored import weights
 from trainer.stored.hub_files import hub_files, imported_files
-from trainer.stored.on_disk import CONFIG_NAME, Weights, conversions, listed
+from trainer.stored.on_disk import CONFIG_NAME, Weights, listed
 from trainer.stored.opening import open_weights
 from trainer.stored.source import DTYPES, Source, open_source, require_spawned
 
@@ -99,10 +99,9 @@ def import_weights(
         raise ConfigError(f"{source} holds weights of this program already; give them to --init")
     model = shapes(opened.model, opened.vocab_size)
     opened.require(model)
-    name = str(DTYPES[precision]).removeprefix("torch.")
-    for line in (*conversions(opened.tensors.values(), name), *_what_is_left(opened)):
-        report(line)
     cast_parameters(model, DTYPES[precision])
+    for line in (*opened.conversions(model), *_what_is_left(opened)):
+        report(line)
     weights.write(
         output,
         model,

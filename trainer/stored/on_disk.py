@@ -29,7 +29,7 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Lossless conversions: pairs of (dtype in the file, dtype of the parameter).
-_EXACT = {("F32", "float32"), ("F16", "float32"), ("BF16", "float32"), ("BF16", "bfloat16")}
+_EXACT = {("F16", "float32"), ("BF16", "float32")}
 _NAMES_SHOWN = 3
 # Elements that are read at a time: 64 MB in float32.
 _BLOCK_ELEMENTS = 1 << 24
@@ -118,6 +118,19 @@ class Weights:
                 f"{self.path} has other shapes than the model in {listed(other)} "
                 f"({name}: {list(found[name])} -> {list(expected[name])}); write the weights again"
             )
+
+    def conversions(self, model: "Decoder") -> list[str]:
+        """Describe the conversions from the files' dtypes to those of a model's parameters, and which are exact."""
+        counts: Counter[tuple[str, str]] = Counter()
+        for name, tensor in kept_tensors(model).items():
+            stored = {copy.stored for copy in self.places(name, tuple(tensor.shape))}
+            counts.update((self.tensors[other].dtype, str(tensor.dtype).removeprefix("torch.")) for other in stored)
+        own = {("F32", "float32"), ("BF16", "bfloat16")}
+        return [
+            f"{count} tensors from {kind} to {dtype}, {_how(kind, dtype)}"
+            for (kind, dtype), count in counts.items()
+            if (kind, dtype) not in own
+        ]
 
     def read(self, into: Mapping[str, "Tensor"], parts: Mapping[str, Part] | None = None) -> None:
         """Fill tensors by our names, or the parts of them that `parts` names, one block at a time.
@@ -250,19 +263,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _how(kind: str, dtype: str) -> str:
+    """How a stored dtype becomes a parameter's. GGUF files have types of their own."""
+    return "dequantised" if kind not in TYPES else "exactly" if (kind, dtype) in _EXACT else "rounded"
+
+
 def kept_tensors(model: "Decoder") -> dict[str, "Tensor"]:
     """The tensors that weights hold: parameters, and buffers such as the routers' counters."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def conversions(stored: Iterable[StoredTensor], dtype: str) -> list[str]:
-    """Describe the dtype conversions from files to parameters (float32 or bfloat16), and whether they are exact."""
-    counts = Counter(tensor.dtype for tensor in stored)
-    lossy = {kind: "exactly" if (kind, dtype) in _EXACT else "rounded" for kind in counts}
-    # Types of GGUF files.
-    lossy |= dict.fromkeys(counts.keys() - TYPES, "dequantised")
-    own = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    return [f"{count} tensors from {kind} to {dtype}, {lossy[kind]}" for kind, count in counts.items() if kind != own]
 
 
 def listed(names: Any) -> str:
