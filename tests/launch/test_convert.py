@@ -222,6 +222,10 @@ def test_a_trained_run_becomes_a_spiking_model_with_int8_weights(launch, trained
         assert code == 0, errors
         bits[source] = json.loads((tmp_path / "out.json").read_text())["bits_per_byte"]
     assert 0 < abs(bits["w8a"] - bits[str(trained)]) < 0.2 * bits[str(trained)]
+    with_spikes = ("--checkpoint", "w8a", *data, "--spiking", "true", "--json", "out.json")
+    code, _, errors, _ = launch("evaluate", *with_spikes, forked=True)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "out.json").read_text())["bits_per_byte"] == bits["w8a"]
     sample = ("--prompt", "import", "--max_new_tokens", "4", "--temperature", "0")
     code, out, errors, _ = launch("generate", "--checkpoint", "w8a", *sample, forked=True)
     assert code == 0 and out.startswith("import"), errors

@@ -106,8 +106,12 @@ def chosen_neurons(config: "EvaluateConfig") -> SpikingConfig:
         ConfigError: the checkpoint has no usable ones, or lacks what these need.
     """
     from trainer.spiking_evaluation import choose
+    from trainer.stored import opening
     from trainer.stored.inference import open_checkpoint
 
+    if opening.are_at(config.checkpoint):
+        # Weights are of a model whose schedules have ended.
+        return choose(opening.open_weights(config.checkpoint).model.spiking, sys.maxsize, config.neurons)
     stored = open_checkpoint(config.checkpoint)
     return choose(stored.model.spiking, stored.last_step, config.neurons)
 
