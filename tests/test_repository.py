@@ -196,6 +196,7 @@ def test_messages_name_commands_as_users_give_them():
     """`spiketrain convert`, and not the script behind it, which an installation does not have in its directory."""
     allowed = {
         "launch/main.py": r"launch/main\.py is behind that name|script launch/COMMAND\.py",
+        "launch/convert.py": r"torchrun .* launch/convert\.py",
         "launch/pretrain.py": r"torchrun .* launch/pretrain\.py",
         "trainer/peers.py": r"torchrun, or launch/main\.py",
         "trainer/studies/runs.py": r"^launch/pretrain\.py$",

@@ -179,6 +179,11 @@ def test_options_of_choices_of_layers():
     assert options_of("launch/convert.py", "layers") == {"-h"} | {f"--{key}" for key in own.split()} | linear_mixers()
 
 
+def test_options_of_recipes():
+    own = "help config print_config dir base steps steps+ check"
+    assert options_of("launch/convert.py", "run") == {"-h"} | {f"--{key}" for key in own.split()}
+
+
 def test_the_listing_sees_abbreviations_nowhere():
     """An abbreviation would be a second, unwritten name of an option."""
     from trainer.cli import make_parser
