@@ -4,6 +4,7 @@ The heads of softmax attention determine the sizes of the linear mixers that tak
 of K channels stays one. What the attention does not determine (value expansion, gates, convolutions) can be set.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,28 +79,15 @@ def hybrid_config(
         ValueError: the pattern changes no layer, or one that cannot be converted; or a size does not follow from the
             attention.
     """
-    period = parse_pattern(pattern, "pattern")
-    before = source.layer_mixers()
+    period, before = parse_pattern(pattern, "pattern"), source.layer_mixers()
     after = [period[layer % len(period)] for layer in range(source.num_layers)]
-    for layer, (old, new) in enumerate(zip(before, after, strict=True)):
-        require(
-            old == new or old in SOFTMAX_MIXERS,
-            f"pattern: layer {layer} is {old!r} and would become {new!r}: only softmax attention can be converted",
-        )
-        gated = source.attention.output_gate and any(mixer not in SOFTMAX_MIXERS for mixer in branches(new))
-        require(
-            old == new or not gated,
-            f"pattern: layer {layer} would lose its attention's gate (model.attention.output_gate), which no linear "
-            "mixer has in this form; only softmax attention can take it over",
-        )
+    _check_layers(source, before, after)
     require(before != after, f"pattern: every layer is what {pattern!r} makes it already; name another mixer")
-    changed = [new for old, new in zip(before, after, strict=True) if old != new]
-    used = {mixer for layer in changed for mixer in branches(layer)}
+    used = {mixer for old, new in zip(before, after, strict=True) if old != new for mixer in branches(new)}
     sections = {MIXERS[mixer].section for mixer in used - set(SOFTMAX_MIXERS)}
     values: dict[str, Any] = {name: _sized(source, name, given) for name in sections if name is not None}
     stays = {mixer for old, new in zip(before, after, strict=True) if old == new for mixer in branches(old)}
-    for mixer in sorted(stays):
-        name = MIXERS[mixer].section or ""
+    for name in sorted(MIXERS[mixer].section or "" for mixer in stays):
         require(
             name not in values or getattr(source, name) == values[name],
             f"{name}: layers that stay have other settings than the attention would give new ones; choose another "
@@ -116,6 +104,20 @@ def hybrid_config(
         )
         values["sink_tokens"] = sink_tokens
     return replace(source, mixers=MixerLayoutConfig(pattern=_compact(after)), **values)
+
+
+def _check_layers(source: ModelConfig, before: list[str], after: list[str]) -> None:
+    for layer, (old, new) in enumerate(zip(before, after, strict=True)):
+        require(
+            old == new or old in SOFTMAX_MIXERS,
+            f"pattern: layer {layer} is {old!r} and would become {new!r}: only softmax attention can be converted",
+        )
+        is_softmax = set(branches(new)) <= set(SOFTMAX_MIXERS)
+        require(
+            old == new or is_softmax or not source.attention.output_gate,
+            f"pattern: layer {layer} would lose its attention's gate (model.attention.output_gate), which no linear "
+            "mixer has in this form; only softmax attention can take it over",
+        )
 
 
 def drops_biases(source: ModelConfig, hybrid: ModelConfig) -> list[int]:
@@ -143,7 +145,7 @@ def _sized(source: ModelConfig, section: str, given: Mapping[str, Any]) -> Any:
     """The settings of a linear mixer with the sizes that follow from the attention."""
     own = given.get(section, retention() if section == "retention" else getattr(ModelConfig(), section))
     default = type(own)()
-    sizes = _SIZES[section](source, own)
+    sizes = _SIZES[section](source, own, section)
     for name, size in sizes.items():
         value = getattr(own, name)
         # A default cannot be told from a wish, and gives way. expand_v is a wish, which `_SIZES` has checked.
@@ -155,11 +157,12 @@ def _sized(source: ModelConfig, section: str, given: Mapping[str, Any]) -> Any:
 
 
 def _delta_sizes(
-    source: ModelConfig, own: DeltaNetConfig | GatedDeltaNetConfig | KimiDeltaAttentionConfig
+    source: ModelConfig, own: DeltaNetConfig | GatedDeltaNetConfig | KimiDeltaAttentionConfig, section: str
 ) -> dict[str, Any]:
     require(
         float(own.expand_v).is_integer(),
-        f"expand_v={own.expand_v}: it says how often each of the attention's values is repeated; give a whole number",
+        f"{section}.expand_v={own.expand_v}: it says how often each of the attention's values is repeated; give a "
+        "whole number",
     )
     # Without gates nothing would ever tell the copies of a value apart.
     require(
@@ -170,27 +173,45 @@ def _delta_sizes(
     return sizes if isinstance(own, DeltaNetConfig) else sizes | {"num_v_heads": None}
 
 
-def _expanded_sizes(source: ModelConfig, own: GatedLinearAttentionConfig | RetentionConfig) -> dict[str, Any]:
+def _expanded_sizes(
+    source: ModelConfig, own: GatedLinearAttentionConfig | RetentionConfig, section: str
+) -> dict[str, Any]:
     size = source.attention.num_heads * source.attention_head_dim
     copies = 1.0 if own.expand_v == 1 else source.hidden_size * own.expand_v / size
     require(
         copies.is_integer(),
-        f"expand_v={own.expand_v} times hidden_size={source.hidden_size} must be a multiple of the attention's values, "
-        f"{size}; or leave it out",
+        f"{section}.expand_v={own.expand_v} times hidden_size={source.hidden_size} must be a multiple of the "
+        f"attention's values, {size}; or leave it out",
     )
-    width = size / source.hidden_size
-    sizes = {"num_heads": source.attention.num_heads, "expand_k": width, "expand_v": copies * width}
+    sizes = {
+        "num_heads": source.attention.num_heads,
+        "expand_k": _ratio(size, source.hidden_size),
+        "expand_v": _ratio(int(copies) * size, source.hidden_size),
+    }
     if isinstance(own, RetentionConfig) and source.attention.rope_theta is not None:
         sizes["rope_theta"] = source.attention.rope_theta
     return sizes
 
 
-def _hgrn2_sizes(source: ModelConfig, own: Any) -> dict[str, Any]:
+def _ratio(size: int, hidden_size: int) -> float:
+    """The number that gives `size` exactly when it is multiplied with `hidden_size`."""
+    quotient = size / hidden_size
+    near = (quotient, math.nextafter(quotient, math.inf), math.nextafter(quotient, 0))
+    exact = [ratio for ratio in near if hidden_size * ratio == size]
+    require(
+        bool(exact),
+        f"no number times hidden_size={hidden_size} is the attention's {size} exactly, as expand_k and expand_v must "
+        "be; choose another mixer",
+    )
+    return exact[0]
+
+
+def _hgrn2_sizes(source: ModelConfig, own: Any, section: str) -> dict[str, Any]:
     _require_width(source, "hgrn2")
     return {"head_dim": source.attention_head_dim}
 
 
-def _spikingbrain_sizes(source: ModelConfig, own: Any) -> dict[str, Any]:
+def _spikingbrain_sizes(source: ModelConfig, own: Any, section: str) -> dict[str, Any]:
     attention = source.attention
     return {
         "num_heads": attention.num_heads,
@@ -208,7 +229,7 @@ def _require_width(source: ModelConfig, mixer: str) -> None:
     )
 
 
-_SIZES: dict[str, Callable[[ModelConfig, Any], dict[str, Any]]] = {
+_SIZES: dict[str, Callable[[ModelConfig, Any, str], dict[str, Any]]] = {
     "gated_delta_net": _delta_sizes,
     "delta_net": _delta_sizes,
     "kimi_delta_attention": _delta_sizes,

@@ -299,6 +299,8 @@ def test_bfloat16_and_several_files(tmp_path):
          "expand_v=1.5 times hidden_size=32 must be a multiple of the attention's values, 32"),
         ("hgrn2", {}, {"attention__head_dim": 16}, "hgrn2 is as wide as hidden_size=32, and the attention 64"),
         ("hgrn", {}, {"attention__head_dim": 16}, "hgrn is as wide as hidden_size=32, and the attention 64"),
+        ("retention", {}, {"hidden_size": 88, "attention__num_heads": 5, "attention__num_kv_heads": 1,
+         "attention__head_dim": 12}, "no number times hidden_size=88 is the attention's 60 exactly"),
         ("full_attention, hgrn2", {}, {"attention__output_gate": True}, "layer 1 would lose its attention's gate"),
         ("gated_delta_net", {}, {"spiking": SpikingConfig(layers=["all"])}, "has spikes, which its training fitted"),
     ],
@@ -317,7 +319,7 @@ def test_a_linear_layer_cannot_be_converted(tmp_path):
         converted(tmp_path, "retention", name="other")
 
 
-@pytest.mark.parametrize(("hidden", "heads", "size"), [(48, 4, 8), (40, 2, 8), (24, 6, 4)])
+@pytest.mark.parametrize(("hidden", "heads", "size"), [(48, 4, 8), (24, 6, 4), (104, 28, 8)])
 def test_heads_that_are_not_as_wide_as_the_model(tmp_path, hidden, heads, size):
     changes = {"hidden_size": hidden, "attention__num_heads": heads, "attention__head_dim": size}
     old = softmax(tmp_path / "source", attention__num_kv_heads=2, **changes)
