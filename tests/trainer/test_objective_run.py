@@ -118,6 +118,7 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(taught, tmp_path)
     assert run(goes_on) == whole
 
 
+@pytest.mark.slow
 def test_phases_with_and_without_a_teacher(taught, tmp_path):
     """A teacher is needed only while a phase with one is ahead."""
     phases = [to_next_token(3)]
@@ -361,6 +362,7 @@ def test_a_plan_counts_the_teacher(taught, pipeline):
     assert plan.seconds > without.seconds and "teacher" not in describe(without)
 
 
+@pytest.mark.slow
 def test_a_plan_of_an_alignment_counts_mixers(aligned):
     """Optimizer states of the aligned mixer, what enters it and what it should give, and fewer operations."""
     config = PlanConfig(**vars(aligned()), cluster=ClusterConfig(devices=1))

@@ -235,11 +235,14 @@ class DeepSpeedEngine:
         spec.require_fit(self._decoder.vocab_size, ParallelConfig(tensor=self._tensor_ranks))
         decoder = spec.build(range(spec.model.num_layers), self._groups, self.device)
 
-        def run(batches: Sequence[Batch], after: AfterStage) -> list[Tensor]:
+        def run(batches: Sequence[Batch], after: AfterStage | None) -> list[Tensor]:
             found = []
             for number, batch in enumerate(batches):
-                found.append(decoder.hidden_states(batch.tokens, batch.positions, batch.documents))
-                after(number, 0, batch)
+                hidden = decoder.hidden_states(batch.tokens, batch.positions, batch.documents)
+                if after is None:
+                    found.append(hidden)
+                else:
+                    after(number, 0, batch)
             return found
 
         return FrozenModel([decoder], run)

@@ -102,13 +102,13 @@ class FrozenModel:
 
     Args:
         decoders: Its pipeline stages on this rank, in order.
-        run: The engine's forward pass through them. Calls the second argument as `visit` says. Returns the last stage's
-            hidden states of every micro-batch, [T, B, D] each ([T/P, B, D] with sequence parallelism). Returns nothing
-            on ranks without it.
+        run: The engine's forward pass through them. Returns the last stage's hidden states of every micro-batch,
+            [T, B, D] each ([T/P, B, D] with sequence parallelism), and nothing on ranks without it. With a second
+            argument other than None it calls that as `visit` says, and keeps nothing.
     """
 
     def __init__(
-        self, decoders: Sequence[Decoder], run: Callable[[Sequence[Batch], AfterStage], Sequence[Tensor]]
+        self, decoders: Sequence[Decoder], run: Callable[[Sequence[Batch], AfterStage | None], Sequence[Tensor]]
     ) -> None:
         self.decoders = tuple(decoders)
         self._run = run
@@ -120,7 +120,7 @@ class FrozenModel:
         micro-batches are in memory at once.
         """
         with torch.no_grad():
-            found = self._run(batches, _nothing)
+            found = self._run(batches, None)
         # On ranks without the last stage `found` is empty, and the head below is never read.
         last = self.decoders[-1]
         return [Outputs(hidden, last.head_weight, last.groups) for hidden in found]
@@ -133,7 +133,3 @@ class FrozenModel:
         """
         with torch.no_grad():
             self._run(batches, after)
-
-
-def _nothing(number: int, stage: int, batch: Batch) -> None:
-    """Do nothing after a stage."""

@@ -413,7 +413,7 @@ class MegatronEngine:
         chunks = range(len(own)) if parallel.virtual_pipeline > 1 else [None]
         stages = [Stage(decoder, config, chunk) for decoder, chunk in zip(decoders, chunks, strict=True)]
 
-        def run(batches: Sequence[Batch], after: AfterStage) -> list[Tensor]:
+        def run(batches: Sequence[Batch], after: AfterStage | None) -> list[Tensor]:
             given = [_Given(batch, number, {}) for number, batch in enumerate(batches)]
             step = partial(_frozen_step, device=self.device, after=after)
             return self._schedule(stages, given, step, True, spec.model.sink_tokens)
@@ -516,14 +516,17 @@ class _Given:
 
 
 def _frozen_step(
-    given: Iterator[_Given], stage: Any, *, device: torch.device, after: AfterStage
-) -> tuple[Tensor, None]:
+    given: Iterator[_Given], stage: Any, *, device: torch.device, after: AfterStage | None
+) -> tuple[Tensor, Any]:
     """Mcore's forward_step_func for a frozen model. Without a loss the schedule collects the last stage's outputs."""
     own = next(given)
     batch = own.batch.to(device)
     hidden = stage.hidden_states(batch)
+    if after is None:
+        return hidden, None
     after(own.number, stage.vp_stage or 0, batch)
-    return hidden, None
+    # As the loss: a sum, a count, and what the schedule collects.
+    return hidden, lambda hidden: (hidden, torch.zeros((), dtype=torch.int, device=device), None)
 
 
 def _forward_step(
