@@ -71,14 +71,17 @@ def _example(
 
 
 def _frame(names: Sequence[str], answers: int) -> tuple[str, str]:
-    """What stands before and after the text, in RULER's words."""
+    """What stands before and after the text, in RULER's words, but for the colon at the end.
+
+    The needles have one too. Without it, a model may continue with the colon, and greedy decoding would miss the answer.
+    """
     asked = names[0] if len(names) == 1 else f"{', '.join(names[:-1])}, and {names[-1]}"
     if answers == 1:
         before = "A special magic number is hidden within the following text. Make sure to memorize it. "
         before += "I will quiz you about the number afterwards.\n"
         question = f"What is the special magic number for {asked} mentioned in the provided text?"
-        return before, f"\n{question} The special magic number for {asked} mentioned in the provided text is"
+        return before, f"\n{question} The special magic number for {asked} mentioned in the provided text is:"
     before = "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
     before += "I will quiz you about the numbers afterwards.\n"
     question = f"What are all the special magic numbers for {asked} mentioned in the provided text, in their order?"
-    return before, f"\n{question} The special magic numbers for {asked} mentioned in the provided text are"
+    return before, f"\n{question} The special magic numbers for {asked} mentioned in the provided text are:"
