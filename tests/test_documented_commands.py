@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,18 @@ def lay_out_inputs(folder: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder / "hub/Qwen2.5-0.5B")
     tokenizer.save(str(folder / "hub/Qwen2.5-0.5B/tokenizer.json"))
     write_gguf(folder / "hub/SmolLM2-135M.gguf")
+    write_task_of_harness(folder)
+
+
+def write_task_of_harness(folder: Path) -> None:
+    """The task that docs/evaluation.md shows, and its data."""
+    page = (ROOT / "docs/evaluation.md").read_text()
+    (folder / "my_tasks").mkdir()
+    shown = re.search(r"^    task: opposites\n(?:    .+\n)+", page, re.MULTILINE)
+    line = re.search(r"`(\{\"word\".*?\})`", page)
+    assert shown is not None and line is not None
+    (folder / "my_tasks/opposites.yaml").write_text(textwrap.dedent(shown[0]))
+    (folder / "my_tasks/opposites.jsonl").write_text(f"{line[1]}\n")
 
 
 def launched(words: list[str]) -> tuple[str, list[str], int] | None:

@@ -73,6 +73,8 @@ def write_tasks(folder):
     }
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **task}))
+    group = {"group": "pair", "task": ["choices", "rest"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
     return folder
 
 
@@ -124,32 +126,34 @@ def stand_in_for_accelerate(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
-@pytest.fixture
-def both(dense, launch, tmp_path, monkeypatch, offline):
-    """Our model, and transformers' in the harness's own adapter."""
+@pytest.fixture(scope="module")
+def ours(dense):
+    """Our model as the harness sees it, for texts of a length at most."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trainer.evaluation.harness import HarnessModel
     from trainer.evaluation.loading import load_scorer
 
-    hub = tmp_path / "hub"
-    code, _, errors, _ = launch(
-        "convert", "export", "--checkpoint", str(dense), "--output", str(hub), "--layout", "hf", forked=True
-    )
+    config = EvaluateConfig(checkpoint=str(dense), tasks="rest", batch_size=3)
+    loaded, scorer = load_scorer(config, torch.device("cpu"))
+    return lambda max_length: HarnessModel(scorer, loaded.require_tokenizer(), max_length, slots=3, seed=0)
+
+
+@pytest.fixture
+def theirs(dense, launch, tmp_path, monkeypatch, offline):
+    """The exported model in the harness's own adapter of transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = ("--checkpoint", str(dense), "--output", "hub", "--layout", "hf")
+    code, _, errors, _ = launch("convert", "export", *options, forked=True)
     assert code == 0, errors
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(hub), AutoTokenizer.from_pretrained(hub)
+    model, tokenizer = (auto.from_pretrained(tmp_path / "hub") for auto in (AutoModelForCausalLM, AutoTokenizer))
     stand_in_for_accelerate(monkeypatch)
     from lm_eval.models.huggingface import HFLM
 
-    config = EvaluateConfig(checkpoint=str(dense), tasks="rest", batch_size=3)
-    loaded, scorer = load_scorer(config, torch.device("cpu"))
-
-    def make(max_length):
-        ours = HarnessModel(scorer, loaded.require_tokenizer(), max_length, slots=3, seed=0)
-        return ours, HFLM(pretrained=theirs, tokenizer=tokenizer, max_length=max_length, batch_size=4, device="cpu")
-
-    return make
+    return lambda max_length: HFLM(
+        pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=4, device="cpu"
+    )
 
 
 def instances(kind, arguments):
@@ -158,9 +162,7 @@ def instances(kind, arguments):
     return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
 
 
-@pytest.mark.parametrize("max_length", [24, 256])
-def test_requests_are_answered_as_by_transformers(both, max_length):
-    ours, theirs = both(max_length)
+def test_requests_are_answered_as_by_transformers(ours, theirs):
     text = TEXTS[0]
     pairs = [
         (text[start : start + 7 * start % 90 + 1], text[start + 90 : start + 92 + start % 23])
@@ -168,36 +170,42 @@ def test_requests_are_answered_as_by_transformers(both, max_length):
     ]
     # The same context with several continuations, a space between both, and none at all.
     pairs += [("for name in", each) for each in (" a", " b", " names:", " self")] + [("a = ", "1"), ("", text[:40])]
-    found, wanted = (
-        model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for model in (ours, theirs)
-    )
-    assert [likely for _, likely in found] == [likely for _, likely in wanted]
-    assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], abs=1e-4)
     whole = [(text[start : start + 3 * start],) for start in range(1, 200, 37)]
-    found, wanted = (model.loglikelihood_rolling(instances("loglikelihood_rolling", whole)) for model in (ours, theirs))
-    assert found == pytest.approx(wanted, abs=1e-4 * max(map(abs, wanted)))
     prompts = [
         (text[start : start + 11 * start % 70 + 1], {"until": ["\n", "ing"], "max_gen_toks": 9 + start % 3})
         for start in range(5, 300, 41)
     ]
-    found, wanted = (
-        model.generate_until(instances("generate_until", prompts), disable_tqdm=True) for model in (ours, theirs)
-    )
-    assert found == wanted and len(set(found)) > 3
+    # Some texts are longer than 24 tokens, and none is longer than 256.
+    for models in ((ours(length), theirs(length)) for length in (24, 256)):
+        found, wanted = (model.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True) for model in models)
+        assert [likely for _, likely in found] == [likely for _, likely in wanted]
+        assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], abs=1e-4)
+        found, wanted = (
+            model.loglikelihood_rolling(instances("loglikelihood_rolling", whole), disable_tqdm=True)
+            for model in models
+        )
+        assert found == pytest.approx(wanted, abs=1e-4, rel=1e-6)
+        found, wanted = (
+            model.generate_until(instances("generate_until", prompts), disable_tqdm=True) for model in models
+        )
+        assert found == wanted and len(set(found)) > 3
 
 
 def test_tasks_of_every_kind_of_a_hybrid(launch, trained, task_dir, tmp_path, offline):
-    options = ("--checkpoint", str(trained), "--tasks", "ours, whole,continued", "--task_dir", str(task_dir))
+    options = ("--checkpoint", str(trained), "--tasks", "ours, whole,continued,pair", "--task_dir", str(task_dir))
     code, out, errors, _ = launch("evaluate", *options, "--seq_len", "96", "--json", "out.json", forked=True)
     assert code == 0, errors
     found = json.loads((tmp_path / "out.json").read_text())["tasks"]
-    assert set(found["results"]) == {"choices", "rest", "whole", "continued"}
+    assert set(found["results"]) == {"choices", "rest", "whole", "continued", "pair"}
+    both = [found["results"][task]["acc,none"] for task in ("choices", "rest")]
+    assert found["groups"]["pair"]["acc,none"] == pytest.approx(sum(both) / 2)
     assert found["n-samples"]["rest"] == {"original": 12, "effective": 12}
     assert 0 <= found["results"]["choices"]["acc,none"] <= 1
     assert 1 < found["results"]["whole"]["bits_per_byte,none"] < 8
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     wanted = {("choices", "acc"), ("rest", "acc"), ("whole", "bits_per_byte")}
-    assert {(task, metric) for task, metric, *_ in rows} == wanted | {("continued", "exact_match")}
+    names = {(task.removeprefix("- "), metric) for task, metric, *_ in rows}
+    assert names == wanted | {("continued", "exact_match"), ("pair", "acc")}
     bits = found["results"]["whole"]["bits_per_byte,none"]
     assert next(row for row in rows if row[0] == "whole")[2:] == ["none", f"{bits:.4f}", "", "12", "0"]
 
@@ -236,17 +244,17 @@ def test_tasks_without_data_are_one_line(launch, trained, tmp_path, offline, tas
         ({}, "one wants 256 new tokens, which leaves no room for its prompts in 128; raise --seq_len, or lower"),
     ],
 )
-def test_texts_that_cannot_be_generated_are_refused(both, arguments, message):
+def test_texts_that_cannot_be_generated_are_refused(ours, arguments, message):
     with pytest.raises(ConfigError, match=f"tasks: {message}"):
-        both(128)[0].generate_until(instances("generate_until", [("a", {"until": ["b"], **arguments})]))
+        ours(128).generate_until(instances("generate_until", [("a", {"until": ["b"], **arguments})]))
 
 
-def test_drawn_texts_depend_on_the_seed_and_on_nothing_else(both):
-    ours, _ = both(128)
+def test_drawn_texts_depend_on_the_seed_and_on_nothing_else(ours):
+    model = ours(128)
     prompts = [("def f", {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0, "top_k": 50})] * 3
-    first = ours.generate_until(instances("generate_until", prompts))
+    first = model.generate_until(instances("generate_until", prompts))
     assert len(set(first)) == 3
-    assert ours.generate_until(instances("generate_until", prompts[:2])) == first[:2]
+    assert model.generate_until(instances("generate_until", prompts[:2])) == first[:2]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,31 +86,37 @@ def evaluate_tasks(config: "EvaluateConfig") -> dict[str, Any]:
     # Before the first import of these libraries, which read it once. The user may set it to 0.
     for variable in _OFFLINE:
         os.environ.setdefault(variable, "1")
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     from trainer.device import choose_device, keep_freed_memory
     from trainer.evaluation.harness import HarnessModel
     from trainer.evaluation.loading import load_scorer
 
     keep_freed_memory()
-    manager, tasks = open_tasks(names_in(config.tasks), config.task_dir)
+    opened = open_tasks(names_in(config.tasks), config.task_dir)
+    _set_solved_examples(opened["tasks"].values(), config.fewshot, config.seed)
     loaded, scorer = load_scorer(config, choose_device(config.device))
     max_length = config.seq_len or loaded.settings["train"]["seq_len"]
     model = HarnessModel(scorer, loaded.require_tokenizer(), max_length, config.batch_size, config.seed)
-    results = simple_evaluate(
-        model,
-        tasks=tasks,
-        # Without it, the harness would read its own files, all of them.
-        task_manager=manager,
-        num_fewshot=config.fewshot,
-        limit=config.examples,
-        log_samples=False,
-    )
+    # Not simple_evaluate, which also reads all files of the harness, lists all installed packages, and asks git.
+    results = evaluate(model, opened, limit=config.examples, log_samples=False)
     assert results is not None, "this is the only rank"
     _print_table(results)
     plain = {name: results[name] for name in _KEPT if name in results}
     # What is no plain value, such as a metric's function, is written by its name.
     return {"checkpoint": str(loaded.path), "tasks": json.loads(json.dumps(plain, default=str))}
+
+
+def _set_solved_examples(tasks: Iterable[Any], count: int | None, seed: int) -> None:
+    """Have tasks put `count` solved examples in front of each example, except those that are never to have any.
+
+    None leaves each task its own number.
+    """
+    for task in tasks:
+        own = task.get_config("num_fewshot")
+        if own != 0:
+            task.set_config("num_fewshot", (own or 0) if count is None else count)
+        task.set_fewshot_seed(seed)
 
 
 def _print_table(results: dict[str, Any]) -> None:
@@ -144,8 +150,8 @@ def _number(value: Any) -> str:
     return "" if value in (None, "N/A") else str(value)
 
 
-def open_tasks(names: Sequence[str], task_dir: str | None) -> tuple[Any, list[Any]]:
-    """Open tasks with their data; returns the harness's manager, and the tasks and groups.
+def open_tasks(names: Sequence[str], task_dir: str | None) -> dict[str, Any]:
+    """Open tasks with their data, as the harness takes them: tasks, groups, and what is in these, by name.
 
     Args:
         names: Names of tasks, groups or tags, in the directory or of the harness.
@@ -159,20 +165,22 @@ def open_tasks(names: Sequence[str], task_dir: str | None) -> tuple[Any, list[An
     # The harness brings some 14,000 files, whose reading takes twenty seconds.
     is_local = task_dir is not None and set(names) <= local_names(Path(task_dir))
     manager = TaskManager(include_path=task_dir, include_defaults=not is_local)
-    return manager, [task for name in names for task in _load(manager, name)]
+    opened: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in names:
+        for part, found in _open(manager, name).items():
+            opened[part] |= found
+    return opened
 
 
-def _load(manager: Any, name: str) -> Iterator[Any]:
+def _open(manager: Any, name: str) -> dict[str, Any]:
     if name not in manager.task_index:
         near = difflib.get_close_matches(name, manager.all_tasks, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "name one of --task_dir, or of the lm-eval harness"
         raise ConfigError(f"tasks: there is no task {name!r}; {hint}")
     try:
-        loaded = manager.load([name])
+        return manager.load([name])
     except Exception as error:  # each kind of data, and each task's own code, raises its own
         raise ConfigError(f"tasks: {name} {_reason(error)}") from error
-    group = loaded.get("groups", {}).get(name)
-    yield from loaded["tasks"].values() if group is None else [group]
 
 
 def _reason(error: Exception) -> str:

@@ -73,7 +73,7 @@ def _example(
 def _frame(names: Sequence[str], answers: int) -> tuple[str, str]:
     """What stands before and after the text, in RULER's words, but for the colon at the end.
 
-    The needles have one too. Without it, a model may continue with the colon, and greedy decoding would miss the answer.
+    The needles have one too. Without it a model may continue with the colon, and greedy decoding misses the answer.
     """
     asked = names[0] if len(names) == 1 else f"{', '.join(names[:-1])}, and {names[-1]}"
     if answers == 1:
