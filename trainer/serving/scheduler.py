@@ -21,6 +21,8 @@ from trainer.serving.metrics import Metrics
 
 # Tokens of a choice that may wait for its client: longer than most answers, and some 100 kB without alternatives.
 _UNREAD = 1024
+# A step that takes longer, or hangs, does not keep the process from ending.
+_SECONDS_TO_STOP = 10.0
 
 # The number of a request among those of its generation, and what happened to it.
 Numbered = tuple[int, Event]
@@ -148,10 +150,10 @@ class Scheduler:
         self._thread.start()
 
     def stop(self, error: ApiError) -> None:
-        """Have all open generations fail, and wait for the thread to end after its current step."""
+        """Have all open generations fail, and wait a little for the thread to end after its step."""
         self._fail(list(self._open), error)
         self._commands.put(("stop", None))
-        self._thread.join()
+        self._thread.join(_SECONDS_TO_STOP)
 
     def require_room(self, choices: int) -> None:
         """Check that so many choices can be taken on.
