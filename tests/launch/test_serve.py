@@ -368,7 +368,8 @@ def test_addresses_that_cannot_be_served_are_one_line_before_the_model(launch, m
         for arguments, message in (
             (("--port", str(port)), f"127.0.0.1:{port} cannot be listened on (Address already in use)"),
             (("--host", "0.0.0.0"), "host 0.0.0.0 can be reached from other machines: set api_key"),
-            (("--host", "no.such.host.invalid"), "no.such.host.invalid is no address"),
+            (("--host", "a" * 70), "is no address of this machine"),
+            (("--host", "no.such.host.invalid"), "'no.such.host.invalid' is no address"),
         ):
             code, output, errors, _ = launch("serve", "--checkpoint", str(model), *arguments, forked=True)
             assert (code, output) == (2, "") and len(errors.strip().splitlines()) == 1 and message in errors

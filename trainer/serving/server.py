@@ -33,8 +33,9 @@ def bind(config: ServeConfig) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"host: {config.host} is no address of this machine ({error.strerror})") from error
+    # Names that are no names are UnicodeErrors.
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"host: {config.host!r} is no address of this machine; give one, as 127.0.0.1") from error
     if config.api_key is None and not ipaddress.ip_address(address[0]).is_loopback:
         raise ConfigError(
             f"host {config.host} can be reached from other machines: set api_key, or the environment variable {API_KEY}"
