@@ -28,6 +28,7 @@ STUDIES = {
     "dense_to_sparse": "the laptop recipe with dense-to-sparse gates against top-k, at equal training FLOPs",
     "spiking_training": "the laptop recipe with spikes from the first step, over k, against floats at equal steps",
     "compression_training": "the laptop recipe with compressed activations against keeping everything: final loss",
+    "conversion": "a softmax model converted to hybrids, experts and spikes at a tenth of its tokens: loss and recall",
     "gate_identifiability": "error of gate parameters against sample size: which gates let a temperature be learned",
 }
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.benchmarks.report import Comparison, report, say
+from trainer.benchmarks.report import Comparison, report
 from trainer.cli import fail
 from trainer.errors import ConfigError
-from trainer.studies.runs import Curves, Job, check_settings, interval, recipe_values, train_all
+from trainer.studies.runs import Curves, Job, changes, check_settings, grouped, interval, recipe_values, train_all
 
 DESCRIPTION = "Final validation loss with compressed activations against keeping everything, at equal steps."
 
@@ -79,15 +79,13 @@ class Run:
 
 def job(config: Config, values: dict[str, Any], variant: str, seed: int) -> Job:
     """Return the job that trains a variant with a seed."""
-    steps = values["train"]["steps"] if config.steps is None else config.steps
     name = variant if variant == KEPT else f"{variant}-bits" if variant.isdigit() else Path(variant).stem
-    directory = Path(config.output).resolve() / f"{name}-{steps}-steps-seed-{seed}"
     options: tuple[str, ...] = ()
     if variant.isdigit():
         options = ("--train.compression.bits", variant)
     elif variant != KEPT:
         options = ("--train.compression", str(Path(variant).resolve()))
-    return Job(name, directory, steps, seed, options)
+    return Job.of_variant(config.output, name, values, config.steps, seed, options)
 
 
 def run(config: Config) -> list[Run]:
@@ -97,7 +95,6 @@ def run(config: Config) -> list[Run]:
         raise ConfigError(f"recipe: {config.recipe} compresses; name one without train.compression.bits")
     # Order by seed, so that a study that is stopped early has complete seeds.
     jobs = [job(config, values, variant, seed) for seed in config.seeds for variant in (KEPT, *config.variants)]
-    say(f"{len(jobs)} runs of {jobs[0].steps} steps, {config.jobs} at a time")
     train_all(config.recipe, values, jobs, config.jobs)
     losses = (float(Curves.read(finished.directory).validations[-1]["loss"]) for finished in jobs)
     return [Run(finished.name, finished.seed, loss) for finished, loss in zip(jobs, losses, strict=True)]
@@ -105,17 +102,15 @@ def run(config: Config) -> list[Run]:
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     """Return one line per variant. Each seed is compared with the same seed of the run that keeps everything."""
-    by_variant: dict[str, list[Run]] = {}
-    for one in runs:
-        by_variant.setdefault(one.variant, []).append(one)
-    kept = by_variant[KEPT]
-    peer, _ = interval([one.loss for one in kept])
+    losses = {name: [one.loss for one in own] for name, own in grouped(runs, lambda one: one.variant).items()}
+    kept = losses[KEPT]
+    peer, _ = interval(kept)
     lines = []
-    for variant, own in by_variant.items():
-        mean, half = interval([one.loss for one in own])
+    for variant, own in losses.items():
+        mean, half = interval(own)
         note = f"{mean:.4f} ± {half:.4f} nats"
         if variant != KEPT:
-            change, spread = interval([ours.loss / other.loss - 1 for ours, other in zip(own, kept, strict=True)])
+            change, spread = interval(changes(own, kept))
             held = "within" if abs(change) <= MOST_CHANGE else "beyond"
             note += f"; seed by seed {change:+.3%} ± {spread:.3%}, {held} {MOST_CHANGE:.1%}"
         lines.append(Comparison(f"validation, {variant}", mean, peer, peer / mean, "nats", note))

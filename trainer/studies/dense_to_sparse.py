@@ -168,7 +168,7 @@ def run(config: Config) -> list[Run]:
         for seed in config.seeds
         for gate in GATES
     ]
-    say(f"{len(jobs)} runs of {config.steps} (top-k) and {sparse} steps, {config.parallel_runs} at a time")
+    say(f"top-k takes {config.steps} steps, dense-to-sparse as many FLOPs in {sparse}")
     train_all(config.recipe, values, jobs, config.parallel_runs)
     return [read(values, cost, finished) for finished in jobs]
 

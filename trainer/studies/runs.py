@@ -1,15 +1,15 @@
-"""The runs of a study, each a separate `spiketrain pretrain`: finished ones are kept, and a stopped one resumes."""
+"""The jobs of a study, each a separate command: finished ones are kept, and a stopped one resumes."""
 
 import json
 import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.benchmarks.report import say
 from trainer.curves import read_metrics
@@ -18,6 +18,8 @@ from trainer.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,14 @@ class Job:
     steps: int
     seed: int
     options: tuple[str, ...]
+
+    @classmethod
+    def of_variant(
+        cls, output: str, name: str, values: dict[str, Any], steps: int | None, seed: int, options: tuple[str, ...] = ()
+    ) -> "Job":
+        """The run of a variant: OUTPUT/NAME-STEPS-steps-seed-SEED. Without `steps` it has the recipe's number."""
+        steps = values["train"]["steps"] if steps is None else steps
+        return cls(name, Path(output).resolve() / f"{name}-{steps}-steps-seed-{seed}", steps, seed, options)
 
 
 def check_settings(seeds: Sequence[int], recipe: str, **positive: int) -> None:
@@ -90,6 +100,7 @@ def train_all(recipe: str, values: dict[str, Any], jobs: Sequence[Job], parallel
     Raises:
         RuntimeError: a run failed; the message names its log.
     """
+    say(f"{len(jobs)} runs, {parallel_runs} at a time")
     # The first run learns the tokenizer and writes the data, which all runs share.
     _train(recipe, values, jobs[0])
     with ThreadPoolExecutor(parallel_runs) as pool:
@@ -101,14 +112,23 @@ def _train(recipe: str, values: dict[str, Any], job: Job) -> None:
     status = job.directory / "status.json"
     if not status.is_file() or json.loads(status.read_text())["state"] != "done":
         say(f"{job.name}, seed {job.seed}: {job.steps} steps")
-        job.directory.mkdir(parents=True, exist_ok=True)
-        # Not with_suffix, which would take a part of a name such as k2.5 for one.
-        log = job.directory.parent / f"{job.directory.name}.log"
-        with log.open("a") as sink:
-            result = subprocess.run(command(recipe, values, job), cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
-        if result.returncode:
-            raise RuntimeError(f"{job.name}, seed {job.seed} ended with {result.returncode}: see {log}")
+        run_logged(f"{job.name}, seed {job.seed}", command(recipe, values, job), job.directory)
     say(f"{job.name}, seed {job.seed}: done")
+
+
+def run_logged(name: str, words: Sequence[str], directory: Path) -> None:
+    """Run a job's command, from the repository's root. What it prints goes to a log beside its directory.
+
+    Raises:
+        RuntimeError: it failed; the message names the log.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # Not with_suffix, which would take a part of a name such as k2.5 for one.
+    log = directory.parent / f"{directory.name}.log"
+    with log.open("a") as sink:
+        result = subprocess.run(words, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
+    if result.returncode:
+        raise RuntimeError(f"{name} ended with {result.returncode}: see {log}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +157,22 @@ class Curves:
         return statistics.fmean(values)
 
 
+def grouped(runs: Sequence[R], name: Callable[[R], str]) -> dict[str, list[R]]:
+    """The runs of each variant, in the order of the seeds."""
+    found: dict[str, list[R]] = {}
+    for one in runs:
+        found.setdefault(name(one), []).append(one)
+    return found
+
+
+def changes(own: Sequence[float], peers: Sequence[float]) -> list[float]:
+    """The relative change of each figure to the peer's with the same seed."""
+    return [ours / other - 1 for ours, other in zip(own, peers, strict=True)]
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of Student's 95 % interval."""
+    """The mean, and half the width of Student's 95 % interval, which is NaN for a single value."""
+    if len(values) < 2:
+        return values[0], math.nan
     spread = statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), _STUDENT[len(values) - 1] * spread

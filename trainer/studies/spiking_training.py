@@ -27,7 +27,7 @@ from trainer.benchmarks.report import Comparison, report, say
 from trainer.cli import fail
 from trainer.errors import ConfigError
 from trainer.figures import pyplot, save
-from trainer.studies.runs import Curves, Job, check_settings, interval, recipe_values, train_all
+from trainer.studies.runs import Curves, Job, changes, check_settings, grouped, interval, recipe_values, train_all
 
 DESCRIPTION = (
     "Spikes from the first step against floats at equal steps: loss against sparsity over k, and activity losses."
@@ -150,10 +150,9 @@ class Run(NamedTuple):
 def job(config: Config, values: dict[str, Any], variant: str, seed: int) -> Job:
     """Return the job that trains a variant with a seed."""
     steps = values["train"]["steps"] if config.steps is None else config.steps
-    directory = Path(config.output).resolve() / f"{variant}-{steps}-steps-seed-{seed}"
     spiking = neurons(variant, steps)
     options = ("--model.spiking", json.dumps(spiking), "--logging.measure_every", "5") if spiking else ()
-    return Job(variant, directory, steps, seed, options)
+    return Job.of_variant(config.output, variant, values, steps, seed, options)
 
 
 def run(config: Config) -> list[Run]:
@@ -163,21 +162,17 @@ def run(config: Config) -> list[Run]:
         raise ConfigError(f"recipe: {config.recipe} has spikes of its own; name one without model.spiking.layers")
     # Order by seed, so that a study that is stopped early has complete seeds.
     jobs = [job(config, values, variant, seed) for seed in config.seeds for variant in (FLOAT, *config.variants)]
-    say(f"{len(jobs)} runs of {jobs[0].steps} steps, {config.jobs} at a time")
     train_all(config.recipe, values, jobs, config.jobs)
     return [Run(finished.name, finished.seed, Curves.read(finished.directory)) for finished in jobs]
 
 
 def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
-    for one in runs:
-        found.setdefault(one.variant, []).append(one)
-    return found
+    return grouped(runs, lambda one: one.variant)
 
 
 def increases(runs: Sequence[Run], floats: Sequence[Run]) -> list[float]:
     """Return the relative increase of each run's loss over float with the same seed."""
-    return [ours.loss / other.loss - 1 for ours, other in zip(runs, floats, strict=True)]
+    return changes([one.loss for one in runs], [one.loss for one in floats])
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
