@@ -48,7 +48,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         from kernels.triton import activations  # lazily: not every machine has Triton
 
         return activations.swiglu(gate, up)
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:

@@ -45,8 +45,11 @@ def resolve(op: str, backend: str, available: Sequence[str]) -> str:
 
 def _from_environment(op: str) -> str:
     """Return the name in SPIKETRAIN_BACKEND for `op`; "auto" if there is none."""
-    general = "auto"
-    for entry in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
+    general, entries = "auto", os.environ.get(ENVIRONMENT_VARIABLE)
+    # A decoding step asks hundreds of times.
+    if not entries:
+        return general
+    for entry in entries.split(","):
         name, equals, value = (part.strip() for part in entry.partition("="))
         if equals and name == op:
             return value

@@ -234,6 +234,18 @@ class _CausalConv(torch.autograd.Function):
         return d_x, d_taps.t().to(weight.dtype), d_state, None, None
 
 
+def _one_token(
+    x_B1D: Tensor, weight: Tensor, activation: str | None, state_BDW: Tensor, reuse_state: bool
+) -> tuple[Tensor, Tensor]:
+    """The output of one token, `[B, 1, D]`, and the state after it."""
+    inputs_BDW = torch.cat((state_BDW.to(x_B1D.dtype), x_B1D.mT), dim=2)
+    z_BD = (inputs_BDW * weight.to(torch.promote_types(weight.dtype, torch.float32))).sum(-1)
+    state = inputs_BDW[..., 1:]
+    if reuse_state:
+        state = state_BDW.copy_(state)
+    return (F.silu(z_BD) if activation else z_BD).to(x_B1D.dtype)[:, None], state
+
+
 def _over_ranks(
     one_rank: Callable[..., tuple[Tensor, Tensor | None]],
     x: Tensor,
@@ -274,6 +286,7 @@ def causal_conv1d(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal depthwise convolution without bias, then SiLU (the short convolution of arXiv 2412.06464, section 3.4).
 
@@ -287,7 +300,8 @@ def causal_conv1d(
         group: ranks that hold consecutive, equal shards of the sequence, of at least W - 1 tokens. `documents` and
             states then describe the whole sequence and are the same on every rank; the gradients of weight and
             initial_state are this rank's share. Ranks exchange only their last W - 1 inputs.
-        backend: auto, reference, torch or triton.
+        backend: auto, reference, torch, triton, or recurrent for a single token without gradients.
+        reuse_state: whether `recurrent` may write the final state to initial_state's memory.
 
     Returns:
         y `[B, T, D]` and the final state `[N, D, W-1]` or None, both in x's dtype.
@@ -301,7 +315,13 @@ def causal_conv1d(
     sequences = _check_inputs(x, weight, activation, initial_state, documents)
     batch, time, dim = x.shape
     available = with_triton(implementations(time), x, weight, initial_state)
+    if time == 1 and initial_state is not None and documents is None and not torch.is_grad_enabled():
+        available = ("recurrent", *available)
     choice = resolve("causal_conv1d", backend, available)
+    if choice == "recurrent":
+        assert initial_state is not None
+        y, state = _one_token(x, weight, activation, initial_state, reuse_state)
+        return y, state if output_final_state else None
     if choice == "reference":
         y, state = causal_conv1d_reference(
             x, weight, activation=activation, initial_state=initial_state, documents=documents

@@ -78,6 +78,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         from kernels.triton import norms  # lazily: not every machine has Triton
 
         return norms.rms_norm(x, weight, eps)
+    if not torch.is_grad_enabled():
+        return _narrow(_norm_alone(x, weight, eps), x)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -112,6 +114,9 @@ def gated_rms_norm(
         from kernels.triton import norms
 
         return norms.gated_rms_norm(x, gate, weight, eps, activation)
+    if not torch.is_grad_enabled():
+        act = F.silu if activation == "silu" else torch.sigmoid
+        return _narrow(_norm_alone(x, weight, eps).mul_(act(_widen(gate))), x)
     return _GatedRMSNorm.apply(x, gate, weight, eps, activation)
 
 
@@ -137,6 +142,9 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
         from kernels.triton import norms
 
         return norms.l2_norm(x, eps)
+    if not torch.is_grad_enabled():
+        wide = _widen(x)
+        return _narrow(wide * torch.linalg.vecdot(wide, wide)[..., None].add_(eps).rsqrt_(), x)
     return _L2Norm.apply(x, eps)
 
 
@@ -157,7 +165,19 @@ def _check_floating(op: str, x: Tensor) -> None:
 
 def _widen(x: Tensor) -> Tensor:
     """Convert x to the dtype of the arithmetic: float64 for float64, float32 for all others."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x if x.dtype == wide else x.to(wide)
+
+
+def _narrow(y: Tensor, x: Tensor) -> Tensor:
+    """Convert y to x's dtype."""
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _norm_alone(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` without gradients in the dtype of the arithmetic: in generation, few operations count."""
+    wide, scale = _widen(x), _widen(weight)
+    return F.rms_norm(wide, x.shape[-1:], scale.to(wide.dtype) if scale.dtype != wide.dtype else scale, eps)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -181,8 +201,8 @@ def _block_rows(x: Tensor) -> int:
 def _scaled(x: Tensor, rstd_N1: Tensor, weight: Tensor) -> Tensor:
     """X · rstd · weight, contiguous, in x's shape and dtype."""
     x_ND, scale = _rows(x), _widen(weight)
-    out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     rows = _block_rows(x)
+    out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     for block, rstd, out in zip(x_ND.split(rows), rstd_N1.split(rows), out_ND.split(rows)):
         if out.dtype == scale.dtype:
             torch.mul(block, rstd, out=out).mul_(scale)

@@ -116,7 +116,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") 
         from kernels.triton import rotary  # lazily: not every machine has Triton
 
         return rotary.apply_rotary(x, cos, sin)
-    return _Rotary.apply(x, cos, sin)
+    if torch.is_grad_enabled():
+        return _Rotary.apply(x, cos, sin)
+    return _rotate_few(x, cos, sin) if x.numel() <= _BLOCK_ELEMENTS else _rotate(x, cos, sin, 1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
@@ -136,6 +138,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
             if turned is not block_out:
                 block_out.copy_(turned)
     return out
+
+
+def _rotate_few(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`_rotate` without gradients in few operations, for a decoding step of many sequences."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first, second = (x if x.dtype == wide else x.to(wide)).chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    turned = (
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    )
+    out = torch.cat(turned, dim=-1)
+    return out if x.dtype == wide else out.to(x.dtype)
 
 
 class _Rotary(torch.autograd.Function):

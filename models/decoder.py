@@ -1,7 +1,7 @@
 """The decoder: embedding, pre-norm blocks, final norm and head, in plain PyTorch."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import ClassVar
@@ -113,6 +113,10 @@ class Block(Module):
         return fed
 
 
+RunBlock = Callable[[nn.Module, Tensor, SequenceInfo, LayerCache | None], Tensor]
+"""Runs a block as it would run itself."""
+
+
 def _order(info: SequenceInfo, cache: LayerCache | None) -> Order:
     return Order(info.documents, info.group, None if cache is None else cache.tensors, info.are_sinks)
 
@@ -209,6 +213,7 @@ class Decoder(Module):
         caches: list[LayerCache] | None = None,
         entering: Tensor | None = None,
         origin: Origin = BEGINNING,
+        run: RunBlock | None = None,
     ) -> Tensor:
         """Run the embedding, blocks and final norm that this stage holds.
 
@@ -220,6 +225,7 @@ class Decoder(Module):
             caches: One cache per layer, to continue sequences.
             entering: The previous stage's output, for any stage but the first.
             origin: Where the tokens lie in the batch of the step: the noise of compression depends on it.
+            run: Runs a block in place of a call of it; for generation, with caches.
 
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks. Every stage but the last puts the sinks in
@@ -240,7 +246,8 @@ class Decoder(Module):
             sinks, keys = self._run_sinks(sinks, caches)
             infos = [replace(info, sinks=of_layer) for info, of_layer in zip(infos, keys, strict=True)]
         for i, layer in enumerate(self.layers.values()):
-            x = layer(x, infos[i], None if caches is None else caches[i])
+            cache = None if caches is None else caches[i]
+            x = layer(x, infos[i], cache) if run is None else run(layer, x, infos[i], cache)
         if self.final_norm is not None:
             return self.final_norm(x)
         # The next stage goes on with the sinks, too. Every row brings a copy, of which one is read.

@@ -41,6 +41,7 @@ def delta_rule(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The delta rule (arXiv 2406.06484): S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
 
@@ -50,6 +51,7 @@ def delta_rule(
         beta: `[B, T, H]`, in [0, 1] (up to 2 if negative eigenvalues are wanted).
         scale, initial_state, output_final_state, documents, group: as in `gated_delta_rule`, including head counts.
         backend: as in `gated_delta_rule`, under whose name it is logged and configured in the environment.
+        reuse_state: as in `gated_delta_rule`.
 
     Returns:
         o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` or None.
@@ -69,4 +71,5 @@ def delta_rule(
         documents=documents,
         group=group,
         backend=backend,
+        reuse_state=reuse_state,
     )

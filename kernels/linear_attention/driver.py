@@ -91,6 +91,7 @@ class Recurrence(ABC):
         value: index of the input that determines the output's dtype.
         unread: indices of inputs that the backward does not need and that are therefore not saved.
         segment_factor: multiplier of the usual number of tokens in a segment.
+        few: up to this many tokens the recurrent form is faster than chunks, without gradients.
         activations: number of leading inputs that may be stored in fewer bits for backward. The other inputs (decays
             and write strengths) and the states keep full precision.
     """
@@ -100,6 +101,7 @@ class Recurrence(ABC):
     value: ClassVar[int] = 2
     unread: ClassVar[tuple[int, ...]] = ()
     segment_factor: ClassVar[int] = 1
+    few: ClassVar[int] = 8
     activations: ClassVar[int] = 3
 
     @abstractmethod
@@ -143,6 +145,14 @@ class Recurrence(ABC):
         self, inputs: Inputs, initial_state: Tensor | None, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         """Outputs and final states by the Triton kernels, imported lazily because not every machine has Triton."""
+
+    def advance(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
+        """Advance the state over one token in place and return the token's output `[B, H, V]`, for generation.
+
+        The inputs are `[B, H, D]` or `[B, H]`, in the state's dtype. A state is read once for what it gives to the
+        output and to a correction, and written once.
+        """
+        raise NotImplementedError
 
     def step(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
         """The state after one token, whose inputs after q are `[B, H, D]` or `[B, H]`; defines the reference."""
@@ -208,6 +218,23 @@ class Recurrence(ABC):
             results.append(self._token_by_token(heads, pieces, state))
         return torch.cat([o for o, _ in results], dim=1), torch.cat([state for _, state in results])
 
+    def recurrent(
+        self, heads: int, inputs: Inputs, initial_state: Tensor | None, reuse_state: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`reference` without gradients, in fewer operations, and in the memory of the initial state if allowed."""
+        dtype, out_dtype = compute_dtype(*inputs, initial_state), inputs[self.value].dtype
+        prepared = [None if x is None else _of_heads(x, heads).to(dtype) for x in inputs]
+        if initial_state is None:
+            first = inputs[0]
+            state = first.new_zeros(first.shape[0], *self.state_shape(heads, inputs), dtype=dtype)
+        else:
+            state = initial_state.to(dtype, copy=not reuse_state)
+        outputs = [
+            self.advance(state, [None if x is None else x[:, t] for x in prepared]) for t in range(inputs[0].shape[1])
+        ]
+        o = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, dim=1)
+        return o.to(out_dtype), state
+
     def _token_by_token(self, heads: int, inputs: Inputs, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
         dtype, out_dtype = compute_dtype(*inputs, initial_state), inputs[self.value].dtype
         # Neighbouring heads share an input head, as in grouped-query attention.
@@ -230,6 +257,7 @@ def run(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Run `recurrence` over all tokens. The public functions call this, and their docstrings explain the arguments.
 
@@ -251,8 +279,13 @@ def run(
     with torch.autocast(first.device.type, enabled=False), fastest_products(first):
         available = implementations(first.shape[1])
         available = with_triton(available, *inputs, initial_state, fits=recurrence.fits_triton(inputs))
+        if documents is None and not torch.is_grad_enabled():
+            # Preferred where it is faster: below a chunk's fixed costs.
+            available = ("recurrent", *available) if first.shape[1] <= recurrence.few else (*available, "recurrent")
         choice = resolve(recurrence.name, backend, available)
-        if choice == "reference":
+        if choice == "recurrent":
+            o, state = recurrence.recurrent(heads, inputs, initial_state, reuse_state)
+        elif choice == "reference":
             o, state = recurrence.reference(inputs, initial_state, documents)
         elif choice == "triton":
             o, state = recurrence.triton(inputs, initial_state, documents)
@@ -352,6 +385,11 @@ class _Chunked(torch.autograd.Function):
                     segment.layout.unpack(packed_grad, _with_axis(grad))
         d_initial = None if initial_state is None else ctx.layout.unsort_state(d_state).to(initial_state.dtype)
         return None, None, None, d_initial, *grads
+
+
+def _of_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat the heads of an input `[B, T, H', ...]`: neighbouring ones share it."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def _with_axis(x: Tensor) -> Tensor:

@@ -73,6 +73,21 @@ class _GatedDeltaRule(Recurrence):
         error_BHV = v_BHV - torch.einsum("bhkv,bhk->bhv", state_BHKV, k_BHK)
         return state_BHKV + k_BHK[..., None] * (beta_BH[..., None] * error_BHV)[..., None, :]
 
+    def advance(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
+        q_BHK, k_BHK, v_BHV, log_decay, beta_BH = inputs
+        read_BH2K = torch.stack((k_BHK, q_BHK), 2)
+        decay = None
+        if log_decay is not None:
+            # [B, H, K or 1, 1]
+            decay = log_decay.exp().view(*k_BHK.shape[:2], -1, 1)
+            read_BH2K = read_BH2K * decay.mT
+        predicted_BHV, o_BHV = (read_BH2K @ state_BHKV).unbind(2)
+        u_BHV = (v_BHV - predicted_BHV).mul_(beta_BH[..., None])
+        if decay is not None:
+            state_BHKV.mul_(decay)
+        state_BHKV.addcmul_(k_BHK[..., None], u_BHV[..., None, :])
+        return o_BHV.addcmul(torch.linalg.vecdot(q_BHK, k_BHK)[..., None], u_BHV).mul_(self.scale)
+
     def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
         chunks, chunk = _Chunks(segment, self.scale, inputs), segment.layout.chunk
         scores = chunks.scores()
@@ -422,6 +437,7 @@ def gated_delta_rule(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule: S <- exp(log_decay) S; S <- S + beta k (v - S^T k)^T; o = scale * S^T q.
 
@@ -437,7 +453,9 @@ def gated_delta_rule(
         documents: the N documents packed into B = 1; states are then `[N, H, K, V]`.
         group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
             sequence and are the same on every rank; the gradient of initial_state is this rank's share.
-        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
+        backend: auto, reference (token by token), torch (chunked), triton (chunked, on a GPU) or recurrent (token by
+            token without gradients, for generation).
+        reuse_state: whether `recurrent` may write the final state to initial_state's memory.
 
     Each tensor's number of heads must divide the largest one, H; neighbouring heads share an input head.
 
@@ -459,4 +477,5 @@ def gated_delta_rule(
         documents=documents,
         group=group,
         backend=backend,
+        reuse_state=reuse_state,
     )

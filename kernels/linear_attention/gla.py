@@ -47,6 +47,10 @@ class _GLA(Recurrence):
         k_BHK, v_BHV, log_decay_BHK = inputs
         return log_decay_BHK.exp()[..., None] * state_BHKV + k_BHK[..., None] * v_BHV[..., None, :]
 
+    def advance(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
+        q_BHK, k_BHK, v_BHV, log_decay_BHK = inputs
+        return advance_decayed(state_BHKV, q_BHK, k_BHK, v_BHV, log_decay_BHK.exp()).mul_(self.scale)
+
     def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
         q, k, v, until, after = self._packed(segment, inputs)
         scores = _scores(q, k, until, after).to(segment.operands)
@@ -118,6 +122,13 @@ def _scores(q: Tensor, k: Tensor, until: Tensor, after: Tensor) -> Tensor:
     return scores
 
 
+def advance_decayed(state_BHKV: Tensor, q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, decay_BHK: Tensor) -> Tensor:
+    """S <- Diag(decay) S + k v^T in place; returns S^T q `[B, H, V]`. A decay per head is `[B, H, 1]`."""
+    o_BHV = ((q_BHK * decay_BHK)[..., None, :] @ state_BHKV)[..., 0, :]
+    state_BHKV.mul_(decay_BHK[..., None]).addcmul_(k_BHK[..., None], v_BHV[..., None, :])
+    return o_BHV.addcmul_(torch.linalg.vecdot(q_BHK, k_BHK)[..., None], v_BHV)
+
+
 def summarize_decayed(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens' affine effect on a state (see `_sharded`): decays `[B, H, K, 1]` and sum_j decay_j k_j v_j^T."""
     dtype, heads = compute_dtype(q, k, v, log_decay), max(x.shape[2] for x in (q, k, v, log_decay))
@@ -154,6 +165,7 @@ def gla(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention (arXiv 2312.06635): S <- Diag(exp(log_decay)) S + k v^T, o = scale * S^T q.
 
@@ -167,7 +179,9 @@ def gla(
         documents: the N documents packed into B = 1; states are then `[N, H, K, V]`.
         group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
             sequence and are the same on every rank; the gradient of initial_state is this rank's share.
-        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
+        backend: auto, reference (token by token), torch (chunked), triton (chunked, on a GPU) or recurrent (token by
+            token without gradients, for generation).
+        reuse_state: whether `recurrent` may write the final state to initial_state's memory.
 
     Each tensor's number of heads must divide the largest one, H; neighbouring heads share an input head.
 
@@ -188,4 +202,5 @@ def gla(
         documents=documents,
         group=group,
         backend=backend,
+        reuse_state=reuse_state,
     )

@@ -37,6 +37,11 @@ class _HGRN(Recurrence):
     segment_factor = 4
     activations = 1
 
+    def advance(self, state_B1D: Tensor, inputs: Inputs) -> Tensor:
+        x_B1D, log_decay_B1D = inputs
+        # A copy, because the next token overwrites the state.
+        return state_B1D.mul_(log_decay_B1D.exp()).add_(x_B1D).clone()
+
     def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
         x_NCD, log_decay_NCD = (segment.pack(x, segment.full) for x in inputs)
         saved = _Saved(*_scan(segment.layout, x_NCD, log_decay_NCD.exp_(), state[:, 0]))
@@ -158,6 +163,7 @@ def hgrn(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """HGRN's recurrence (arXiv 2311.04823): h_t = exp(log_decay_t) h_{t-1} + x_t.
 
@@ -169,7 +175,9 @@ def hgrn(
         documents: the N documents packed into B = 1; states are then `[N, D]`.
         group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
             sequence and are the same on every rank; the gradient of initial_state is this rank's share.
-        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
+        backend: auto, reference (token by token), torch (chunked), triton (chunked, on a GPU) or recurrent (token by
+            token without gradients, for generation).
+        reuse_state: whether `recurrent` may write the final state to initial_state's memory.
 
     Returns:
         h `[B, T, D]` in x's dtype, and the final state `[B, D]` in float32 (float64 if any input is) or None.
@@ -186,5 +194,6 @@ def hgrn(
         documents=documents,
         group=group,
         backend=backend,
+        reuse_state=reuse_state,
     )
     return h.flatten(2), None if state is None else state.flatten(1)

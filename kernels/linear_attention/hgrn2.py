@@ -38,6 +38,7 @@ def hgrn2(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`gla` with k = 1 - exp(log_decay), computed without loss of precision near a decay of 1.
 
@@ -47,6 +48,7 @@ def hgrn2(
         log_decay: `[B, T, H, K]`, natural logarithm, <= 0. Use float32 even if the other inputs are bfloat16.
         scale, initial_state, output_final_state, documents, group: as in `gla`, including head counts.
         backend: as in `gla`, under whose name it is logged and configured in the environment.
+        reuse_state: as in `gla`.
 
     Returns:
         o `[B, T, H, V]` in v's dtype, and the final state `[B, H, K, V]` or None.
@@ -65,4 +67,5 @@ def hgrn2(
         documents=documents,
         group=group,
         backend=backend,
+        reuse_state=reuse_state,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.documents import Documents, takes_cu_seqlens
 from kernels.linear_attention._decays import pairwise_decays, sum_over_spans
 from kernels.linear_attention.driver import Inputs, Recurrence, Run, Segment, run
-from kernels.linear_attention.gla import summarize_decayed
+from kernels.linear_attention.gla import advance_decayed, summarize_decayed
 
 
 class _Saved(NamedTuple):
@@ -41,6 +41,10 @@ class _Retention(Recurrence):
     def step(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
         k_BHK, v_BHV, log_decay_BH = inputs
         return log_decay_BH.exp()[..., None, None] * state_BHKV + k_BHK[..., None] * v_BHV[..., None, :]
+
+    def advance(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
+        q_BHK, k_BHK, v_BHV, log_decay_BH = inputs
+        return advance_decayed(state_BHKV, q_BHK, k_BHK, v_BHV, log_decay_BH.exp()[..., None]).mul_(self.scale)
 
     def segment_forward(self, segment: Segment, state: Tensor, inputs: Inputs) -> tuple[Tensor, _Saved]:
         q, k, v, gamma, until, after = self._packed(segment, inputs)
@@ -130,6 +134,7 @@ def retention(
     documents: Documents | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    reuse_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Retention (arXiv 2307.08621): S <- exp(log_decay) S + k v^T, o = scale * S^T q.
 
@@ -143,7 +148,9 @@ def retention(
         documents: the N documents packed into B = 1; states are then `[N, H, K, V]`.
         group: ranks that hold consecutive, equal shards of the sequence. `documents` and states then describe the whole
             sequence and are the same on every rank; the gradient of initial_state is this rank's share.
-        backend: auto, reference (token by token), torch (chunked) or triton (chunked, on a GPU).
+        backend: auto, reference (token by token), torch (chunked), triton (chunked, on a GPU) or recurrent (token by
+            token without gradients, for generation).
+        reuse_state: whether `recurrent` may write the final state to initial_state's memory.
 
     Each tensor's number of heads must divide the largest one, H; neighbouring heads share an input head.
 
@@ -164,4 +171,5 @@ def retention(
         documents=documents,
         group=group,
         backend=backend,
+        reuse_state=reuse_state,
     )

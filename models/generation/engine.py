@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.matmul import linear
-from models.decoder import Decoder
+from models.decoder import Decoder, RunBlock
 from models.generation.pages import Pages, PageTable
 from models.generation.prefixes import Prefixes
 from models.generation.requests import Completion, Event, Finish, Request
 from models.generation.sampling import Drawn, draw, uniform
 from models.generation.snapshots import Snapshot, fingerprint
 from models.generation.states import Slots, State, cells
+from models.generation.traced import Tracer
 from models.mixers.base import LayerCache
 from models.parallel import gather_columns
 from models.parameters import Module
@@ -137,6 +138,7 @@ class Engine:
             # Without full attention pages are only counted, and cost nothing.
             self._pages.limit, pages = None, None
         self._slots = Slots(self._layers, slots)
+        self._tracer = Tracer(model)
         self._prefixes = Prefixes(prefixes, chunk if deterministic else 1)
         self._sequence_parallel = [
             module for module in model.modules() if isinstance(module, Module) and module.groups.sequence
@@ -385,11 +387,11 @@ class Engine:
         hidden_T1D = self._run(row, positions, state.by_layer())
         state.logits = self._logits(hidden_T1D[-1])
 
-    def _run(self, tokens: Tensor, positions: Tensor, caches: list[LayerCache]) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Tensor, caches: list[LayerCache], run: RunBlock | None = None) -> Tensor:
         """Hidden states [T, B, D]. The sinks are computed once, and then by no step."""
         for cache, sinks in zip(caches, self._sinks, strict=True):
             cache.sinks = sinks
-        hidden_TBD = self.model.hidden_states(tokens, positions, caches=caches)
+        hidden_TBD = self.model.hidden_states(tokens, positions, caches=caches, run=run)
         self._sinks = [cache.sinks for cache in caches]
         return hidden_TBD
 
@@ -459,7 +461,9 @@ class Engine:
         step = self._slots.step(first, count, self.deterministic)
         positions = torch.tensor(step.before, device=device)
         tokens = torch.tensor([[sample.last] for sample in samples], device=device)
-        hidden_1ND = self._run(tokens, positions[:, None], step.caches(positions))
+        caches = step.caches(positions)
+        with self._tracer.step(count) as run:
+            hidden_1ND = self._run(tokens, positions[:, None], caches, run)
         step.finish()
         return self._draw(samples, self._logits(hidden_1ND[0]))
 

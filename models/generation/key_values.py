@@ -29,9 +29,12 @@ class PagePool:
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
         self.tensors: dict[str, Tensor] = {}
+        self._held = 0
 
     def fit(self, entries: dict[str, Tensor]) -> None:
         """Have memory for all pages, for entries [..., Hkv, width] of these names."""
+        if self.tensors.keys() == entries.keys() and self._held == self.pages.capacity:
+            return
         for name, x in entries.items():
             if name not in self.tensors:
                 self.tensors[name] = x.new_empty(x.shape[-2], 0, x.shape[-1])
@@ -39,7 +42,8 @@ class PagePool:
 
     def grow(self) -> None:
         """Have memory for all pages that there are by now."""
-        tokens = self.pages.capacity * self.pages.size
+        self._held = self.pages.capacity
+        tokens = self._held * self.pages.size
         for name, before in self.tensors.items():
             if before.shape[1] < tokens:
                 # Memory that nobody writes costs nothing: the operating system gives it on the first write.
@@ -105,23 +109,24 @@ class PageStep:
         places: Where each row's new token goes, int64 [n].
         runs: Each row's runs of memory, the new token included.
         exact: Whether a row's result must not depend on where its pages lie: they are then gathered first.
+        shared: The rows that read each run.
+        is_plain: Whether every row is one run of its own.
     """
 
     places: Tensor
     runs: list[list[Run]]
     exact: bool
     shared: dict[Run, list[int]] = field(init=False)
+    is_plain: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.shared = {}
+        if self.exact:
+            return
         for row, runs in enumerate(self.runs):
             for run in runs:
                 self.shared.setdefault(run, []).append(row)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every row is one run of its own."""
-        return len(self.shared) == len(self.runs) and all(len(runs) == 1 for runs in self.runs)
+        self.is_plain = len(self.shared) == len(self.runs) and all(len(runs) == 1 for runs in self.runs)
 
 
 @dataclass
@@ -140,20 +145,20 @@ class RowPages:
         # Query heads that share a key head take the place of queries.
         q_NHGK = q[:, 0].unflatten(1, (heads, -1))
         if self.step.exact or (self.step.is_plain and sinks is None) or not q.is_cpu:
-            rows = [self._row(q_HGK, runs, sinks) for q_HGK, runs in zip(q_NHGK, self.step.runs, strict=True)]
-            o_NHGV = torch.cat(rows)
+            rows = [self._row(q, runs, sinks) for q, runs in zip(q_NHGK.split(1), self.step.runs, strict=True)]
+            o_NHGV = rows[0] if len(rows) == 1 else torch.cat(rows)
         else:
             o_NHGV = self._by_run(q_NHGK, sinks)
         return o_NHGV.flatten(1, 2)[:, None]
 
-    def _row(self, q_HGK: Tensor, runs: list[Run], sinks: KeysValues | None) -> Tensor:
+    def _row(self, q_1HGK: Tensor, runs: list[Run], sinks: KeysValues | None) -> Tensor:
         """Attention of one row, [1, Hkv, G, V]."""
-        k, v = keys_and_values(self.pool.gather(runs), q_HGK.dtype)
+        k, v = keys_and_values(self.pool.gather(runs), q_1HGK.dtype)
         if sinks is not None:
             k, v = (torch.cat((by_head(x)[0], y), 1) for x, y in zip(sinks, (k, v), strict=True))
         if self.step.exact:
             k, v = k.contiguous(), v.contiguous()
-        return F.scaled_dot_product_attention(q_HGK[None], k[None], v[None])
+        return F.scaled_dot_product_attention(q_1HGK, k[None], v[None])
 
     def _by_run(self, q_NHGK: Tensor, sinks: KeysValues | None) -> Tensor:
         """Attention run by run: all rows that share a run read it once. The parts are merged by their normalizers.

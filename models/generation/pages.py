@@ -7,6 +7,9 @@ as possible, because consecutive pages are read as one matrix.
 
 import numpy as np
 
+# Tokens that a sequence gets memory for ahead of the need, at least.
+_AHEAD = 1024
+
 
 class Pages:
     """Which pages are in use, and by how many sequences.
@@ -112,9 +115,10 @@ class PageTable:
         assert self.length <= length <= self.most, "a sequence has at most the tokens that it was opened for"
         missing = self.pages.needed(length) - len(self._own)
         if missing > 0:
-            # Half as many again, so that a growing sequence has few gaps between its pages.
-            ahead = min(len(self._own) // 2, self.pages.needed(self.most) - len(self._own))
-            self._own += self.pages.take(max(missing, ahead), self._own[-1] if self._own else None)
+            # Ahead of the need, so that a sequence is few runs of memory; at most twice as many as before.
+            ahead = max(len(self._own), self.pages.needed(_AHEAD))
+            ahead = min(missing + ahead, self.pages.needed(self.most) - len(self._own))
+            self._own += self.pages.take(ahead, self._own[-1] if self._own else None)
             self._runs = _merged(self._own)
         self.length = length
 

@@ -251,5 +251,5 @@ class Step:
         """Write states that kernels returned in new memory to their rows."""
         for cache, entries in self._entries:
             for name, x in cache.tensors.items():
-                if x is not entries[name]:
+                if x.data_ptr() != entries[name].data_ptr():
                     entries[name].copy_(x)

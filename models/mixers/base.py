@@ -135,7 +135,7 @@ def run_recurrence(
     info: SequenceInfo,
     cache: LayerCache | None,
 ) -> Tensor:
-    """Run a linear-attention kernel. A cache provides the initial state and receives the final one."""
+    """Run a linear-attention kernel. A cache provides the initial state, whose memory may receive the final one."""
     # Context-parallel ranks save other tensors before these.
     label(**{f"input_{place}": x for place, x in enumerate(inputs)})
     o, state = kernel(
@@ -144,6 +144,7 @@ def run_recurrence(
         output_final_state=cache is not None,
         documents=info.documents,
         group=info.group,
+        reuse_state=cache is not None,
     )
     if cache is not None:
         cache.keep("state", state)
@@ -159,6 +160,7 @@ def run_convolution(x_TBD: Tensor, weight: Tensor, name: str, info: SequenceInfo
         output_final_state=cache is not None,
         documents=info.documents,
         group=info.group,
+        reuse_state=cache is not None,
     )
     if cache is not None:
         cache.keep(name, state)

@@ -49,7 +49,7 @@ class FullAttention(Mixer):
             # QK norm precedes the rotation, as in Qwen3.
             q, k = self.q_norm(q), self.k_norm(k)
         if info.cos is not None and info.sin is not None:
-            q, k = _rotate(q, info.cos, info.sin), _rotate(k, info.cos, info.sin)
+            q, k = _rotated(q, k, info.cos, info.sin)
         if self.query_spikes is not None:
             # After the rotation, as in the published code of SpikingBrain.
             q = self.query_spikes(q)
@@ -92,6 +92,14 @@ class FullAttention(Mixer):
         first = 0 if self.window is None else max(length - self.window + 1, 0)
         cache.tensors |= {name: x[:, first:] for name, x in extended.items()}
         return extended
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotated queries and keys [B, T, H, K]; in one call if that is cheaper."""
+    if torch.is_grad_enabled() or q.shape[1] > 1:
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k = _rotate(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
+    return q, k
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.config import MIXERS, MoEConfig, RouterConfig, SpikingConfig
-from models.generation import Completion, Engine, Request, Sampling, Snapshot
+from models.generation import Completion, Engine, Request, Sampling, Snapshot, traced
 from models.parameters import cast_parameters
 from models.spiking import neurons
 from tests.helpers import VOCABULARY, draw_tokens, rows, tiny_decoder
@@ -18,6 +18,7 @@ EXPERTS = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=16, rout
 MODELS = {
     **{name: {"pattern": name} for name in MIXERS},
     "branches": {"pattern": BRANCHES},
+    "linear branches": {"pattern": "hgrn2 + gated_delta_net"},
     "experts": {"pattern": "gated_delta_net, full_attention", "moe": EXPERTS},
     "window of 1": {"pattern": "sliding_window_attention", "attention__window": 1},
     "wide window": {"pattern": "sliding_window_attention", "attention__window": 100},
@@ -96,6 +97,23 @@ def test_token_by_token_is_the_parallel_forward(name, deterministic):
     assert engine.is_idle and engine.slots_in_use == 0
     assert engine._pages.used == 0 and engine._pages.reserved == 0, "every page is given back"
     assert len({completion.tokens for completion in completions}) == len(completions), "samples differ"
+
+
+@pytest.mark.parametrize("name", ["all", "linear branches", "branches", "experts", "changes"])
+def test_traces_change_no_bit(name, monkeypatch):
+    """Also while the number of rows changes, and with weights that were changed after tracing."""
+    model = decoder(name)
+    requests = requests_of((5, 12, 3), new=4)
+    engine = Engine(model, slots=3, chunk=8)
+    expected = engine.generate(requests)
+    monkeypatch.setattr(traced, "_STEPS_BEFORE", 0)
+    assert engine.generate(requests) == expected
+    blocks = {block for traces in engine._tracer._traces.values() for block in traces}
+    assert bool(blocks) == (name in ("all", "linear branches"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert engine.generate(requests) == Engine(model, slots=3, chunk=8).generate(requests) != expected
 
 
 @pytest.mark.parametrize("name", ["gated_delta_net", "full_attention", "branches", "experts"])

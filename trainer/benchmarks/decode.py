@@ -1,0 +1,250 @@
+"""Decoding: time per step of the generation engine against transformers.generate and ctranslate2, same dense weights.
+
+All sides decode greedily from prompts of the same length, with one thread. A step is one new token of every row; the
+prompts' prefill is not counted. The sides alternate, and the clock is processor time, because others may use the
+machine. The hybrid, which neither peer has, is measured at all contexts: its time should not depend on them.
+"""
+
+import copy
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from trainer.benchmarks.report import Comparison, report, say
+from trainer.errors import ConfigError
+
+DESCRIPTION = "Time of a decoding step against transformers.generate and ctranslate2, dense and hybrid."
+
+# Steps before the timing: the engine traces a model's blocks after so many.
+_WARMUP = 70
+
+
+@dataclass
+class Config:
+    """Model, batches and contexts.
+
+    Attributes:
+        json: Write the comparisons to this file.
+        batches: Numbers of rows.
+        contexts: Tokens before the measured steps.
+        precision: Data type of the weights. ctranslate2 has no bf16 on a CPU and is compared in fp32 only.
+        layers: Number of layers.
+        hidden_size: Width of the model, a multiple of 64.
+        vocab_size: Size of the vocabulary.
+        steps: Steps of each side in each round.
+        rounds: Number of rounds, in which the sides alternate.
+    """
+
+    json: str | None = None
+    batches: list[int] = field(default_factory=lambda: [1, 16])
+    contexts: list[int] = field(default_factory=lambda: [512, 4096])
+    precision: Literal["fp32", "bf16"] = "bf16"
+    layers: int = 8
+    hidden_size: int = 256
+    vocab_size: int = 4096
+    steps: int = 8
+    rounds: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden_size", "vocab_size", "steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.hidden_size % 64:
+            raise ConfigError(f"hidden_size is {self.hidden_size}: it must be a multiple of 64, the size of a head")
+        if not self.batches or not self.contexts or min(self.batches) < 1 or min(self.contexts) <= _WARMUP:
+            raise ConfigError(f"batches must be positive, and contexts longer than {_WARMUP} tokens")
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError("the peer is Hugging Face transformers: pip install 'transformers>=5,<6'")
+
+
+# Called for another round, returns the seconds of its steps.
+Side = Callable[[], list[float]]
+
+
+def main(config: Config) -> None:
+    """Measure every case and print the table."""
+    import torch
+
+    torch.set_num_threads(1)
+    lines = []
+    dense, hybrid = (_build(config, hybrid) for hybrid in (False, True))
+    peers = {"transformers": _transformers(config, dense)}
+    if config.precision == "fp32" and importlib.util.find_spec("ctranslate2") is not None:
+        peers["ctranslate2"] = _ctranslate2(peers["transformers"])
+    for batch in config.batches:
+        first_hybrid = None
+        for context in config.contexts:
+            prompts = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
+            say(f"{batch} rows of {context} tokens")
+            sides: dict[str, Side] = {"ours": _ours(config, dense, prompts)}
+            sides["transformers"] = _of_transformers(config, peers["transformers"], prompts)
+            if "ctranslate2" in peers:
+                sides["ctranslate2"] = _of_ctranslate2(config, peers["ctranslate2"], prompts)
+            seconds = _by_turns(sides, config.rounds)
+            case = f"dense, {config.precision}, batch {batch}, context {context}"
+            for peer in list(sides)[1:]:
+                lines.append(_compare(f"{case}: {peer}", seconds["ours"], seconds[peer], batch))
+            (hybrid_seconds,) = _by_turns({"hybrid": _ours(config, hybrid, prompts)}, config.rounds).values()
+            first_hybrid = first_hybrid or hybrid_seconds
+            case = f"hybrid, {config.precision}, batch {batch}, context {context}: itself at {config.contexts[0]}"
+            lines.append(_compare(case, hybrid_seconds, first_hybrid, batch))
+    report("decoding: milliseconds of processor time per step", lines, config.json)
+
+
+def _compare(case: str, ours: list[float], peer: list[float], batch: int) -> Comparison:
+    own, other = statistics.median(ours), statistics.median(peer)
+    note = f"{batch / own:.0f} and {batch / other:.0f} tokens a second; {len(ours)} steps, median"
+    return Comparison(case, own * 1e3, other * 1e3, other / own, "ms", note)
+
+
+def _by_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            seconds[name] += side()
+    return seconds
+
+
+def _build(config: Config, hybrid: bool) -> Any:
+    """Our model, with random weights: all full attention, or gated delta nets and one sliding window in four layers."""
+    import torch
+
+    from models.config import AttentionConfig, GatedDeltaNetConfig, MixerLayoutConfig, ModelConfig
+    from models.decoder import build, initialize
+
+    heads = config.hidden_size // 64
+    model = ModelConfig(
+        num_layers=config.layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=3 * config.hidden_size,
+        mixers=MixerLayoutConfig(pattern="gated_delta_net*3, sliding_window_attention" if hybrid else "full_attention"),
+        attention=AttentionConfig(num_heads=heads, num_kv_heads=max(heads // 2, 1), qkv_bias=True, window=256),
+        gated_delta_net=GatedDeltaNetConfig(num_heads=heads, head_dim=64, expand_v=1.0),
+        tie_embeddings=True,
+    )
+    decoder = build(model, config.vocab_size, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    initialize(decoder, 0)
+    return decoder
+
+
+def _ours(config: Config, model: Any, prompts: Any) -> Side:
+    from models.generation import Engine, Request, Sampling
+
+    rows, context = prompts.shape
+    engine = Engine(model, slots=rows)
+    # All rows are running when the last prompt is complete; until then the first ones decode.
+    chunks = -(-context // engine.chunk) * rows
+    new = Sampling(chunks + _WARMUP + config.steps * config.rounds + 1, temperature=0)
+    # The measured steps begin at the context.
+    for row in prompts[:, : context - _WARMUP].tolist():
+        engine.submit(Request(tuple(row), new))
+    while engine.slots_in_use < rows:
+        engine.step()
+    for _ in range(_WARMUP):
+        engine.step()
+
+    def run() -> list[float]:
+        seconds = []
+        for _ in range(config.steps):
+            start = time.process_time()
+            engine.step()
+            seconds.append(time.process_time() - start)
+        return seconds
+
+    return run
+
+
+def _transformers(config: Config, ours: Any) -> Any:
+    from trainer.benchmarks.transformers_peer import build_peer, copy_weights
+
+    peer: Any = build_peer(ours.model_config, config.vocab_size, 1 << 17).to(ours.head_weight.dtype).eval()
+    copy_weights(ours, peer)
+    peer.config.use_cache = peer.generation_config.use_cache = True
+    peer.generation_config.eos_token_id = None
+    return peer
+
+
+class _Clock:
+    """A stopping criterion that notes the time of each token and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, tokens: Any, scores: Any, **options: Any) -> Any:
+        import torch
+
+        self.times.append(time.process_time())
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+
+def _of_transformers(config: Config, peer: Any, prompts: Any) -> Side:
+    import torch
+    from transformers import DynamicCache
+
+    state: dict[str, Any] = {"tokens": prompts, "cache": DynamicCache(config=peer.config)}
+
+    def run() -> list[float]:
+        clock = _Clock()
+        with torch.no_grad():
+            state["tokens"] = peer.generate(
+                state["tokens"],
+                attention_mask=torch.ones_like(state["tokens"]),
+                past_key_values=state["cache"],
+                max_new_tokens=config.steps + 1,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=[clock],
+            )
+        return _differences(clock.times)
+
+    return run
+
+
+def _ctranslate2(peer: Any) -> Any:
+    """The same weights in ctranslate2, through its own converter of Qwen2, which takes a model apart."""
+    import ctranslate2
+    from ctranslate2.converters import transformers as converter
+
+    spec = converter._MODEL_LOADERS["Qwen2Config"].get_model_spec(copy.deepcopy(peer))
+    tokens = ["<unk>", "<bos>", "<eos>", *(f"t{i}" for i in range(3, peer.config.vocab_size))]
+    spec.register_vocabulary(tokens)
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = tokens[1], tokens[2], tokens[0]
+    spec.config.layer_norm_epsilon = peer.config.rms_norm_eps
+    spec.validate()
+    spec.optimize()
+    with tempfile.TemporaryDirectory() as directory:
+        spec.save(directory)
+        return ctranslate2.Generator(directory, device="cpu", compute_type="float32", inter_threads=1, intra_threads=1)
+
+
+def _of_ctranslate2(config: Config, generator: Any, prompts: Any) -> Side:
+    start = [[f"t{max(token, 3)}" for token in row] for row in prompts.tolist()]
+
+    def run() -> list[float]:
+        times = []
+
+        def note(result: Any) -> bool:
+            if result.batch_id == 0:
+                times.append(time.process_time())
+            return False
+
+        # The prefill is repeated in every round, and not counted.
+        generator.generate_batch(
+            start,
+            max_length=config.steps + 2,
+            min_length=config.steps + 2,
+            include_prompt_in_result=False,
+            callback=note,
+        )
+        return _differences(times[1:])
+
+    return run
+
+
+def _differences(times: list[float]) -> list[float]:
+    return [after - before for before, after in pairwise(times)]
