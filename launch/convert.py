@@ -95,7 +95,7 @@ class ExportConfig:
     max_file_gb: float = 5.0
 
     def __post_init__(self) -> None:
-        if not Path(self.checkpoint).is_dir():
+        if not Path(self.checkpoint).exists():
             raise ConfigError(f"checkpoint: {self.checkpoint} does not exist; give a run directory")
         require_free(self.output)
         require_size(self.max_file_gb)
@@ -185,7 +185,7 @@ class HybridConfig(LinearMixersConfig):
     max_file_gb: float = 5.0
 
     def __post_init__(self) -> None:
-        if not Path(self.source).is_dir():
+        if not Path(self.source).exists():
             raise ConfigError(f"source: {self.source} does not exist; give weights or a run directory")
         require_free(self.output)
         require_size(self.max_file_gb)
@@ -266,7 +266,7 @@ class LayersConfig(LinearMixersConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if not Path(self.source).is_dir():
+        if not Path(self.source).exists():
             raise ConfigError(f"source: {self.source} does not exist; give weights or a run directory")
         self.measured()
         if self.align_steps > 0:
@@ -326,7 +326,7 @@ class UpcycleConfig:
     max_file_gb: float = 5.0
 
     def __post_init__(self) -> None:
-        if not Path(self.source).is_dir():
+        if not Path(self.source).exists():
             raise ConfigError(f"source: {self.source} does not exist; give weights or a run directory")
         require_free(self.output)
         if self.moe.num_experts == 0:

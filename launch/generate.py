@@ -18,7 +18,8 @@ class GenerateConfig:
     """Settings of text generation.
 
     Attributes:
-        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, weights, a Hugging Face directory,
+            or a GGUF file.
         prompt: Text to continue; empty starts a document.
         prompt_file: Read the prompt byte for byte from this UTF-8 file, instead of prompt.
         max_new_tokens: Stop after this many tokens, unless the document ends first.
@@ -42,7 +43,7 @@ class GenerateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if not Path(self.checkpoint).is_dir():
+        if not Path(self.checkpoint).exists():
             raise ConfigError(f"checkpoint: {self.checkpoint} does not exist; give a run directory")
         for name in ("max_new_tokens", "samples"):
             if getattr(self, name) < 1:

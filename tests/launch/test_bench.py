@@ -227,6 +227,21 @@ def test_percentiles_are_values_that_were_seen(share, expected):
 
 
 @pytest.mark.slow
+def test_weights_are_converted_in_little_more_than_their_largest_tensor(tmp_path):
+    model, path = tmp_path / "wide.yaml", tmp_path / "result.json"
+    shape = "num_layers: 8, hidden_size: 1024, ffn_hidden_size: 4096, vocab_size: 65536, tie_embeddings: true"
+    model.write_text(f"{{{shape}, mixers: {{pattern: full_attention}}, attention: {{num_heads: 16}}}}\n")
+    _bench("weights", "--models", f"[{model}]", "--tensor", "2", "--folder", str(tmp_path), "--json", str(path))
+    lines = {line["case"].removeprefix("wide: "): line for line in json.loads(path.read_text())}
+    assert list(lines) == ["export", "import", "export again", "read by 1 of 2 ranks"]
+    # 187 M parameters in bfloat16, of which the embedding has 67 M.
+    assert lines["import"]["peer"] > 0.35
+    assert all(line["ours"] < 0.3 for case, line in lines.items() if "rank" not in case)
+    assert lines["read by 1 of 2 ranks"]["ours"] < lines["import"]["peer"] * 0.5 + 0.2
+    assert {path.name for path in tmp_path.iterdir()} == {"wide.yaml", "result.json"}, "nothing is left"
+
+
+@pytest.mark.slow
 def test_a_shard_is_built_in_little_more_than_its_own_memory(tmp_path):
     recipe, path = tmp_path / "wide.yaml", tmp_path / "result.json"
     model = "{num_layers: 4, hidden_size: 1024, ffn_hidden_size: 4096, vocab_size: 65536}"

@@ -27,7 +27,8 @@ class EvaluateConfig:
     """Settings of an evaluation: of data, unless tasks are named.
 
     Attributes:
-        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, weights, a Hugging Face directory,
+            or a GGUF file.
         data: A directory made by spiketrain prepare_data, the prefix of a Megatron .bin/.idx pair, or a text file or
             glob of UTF-8 files, one document per file.
         split: Split of a prepared directory.
@@ -82,7 +83,7 @@ class EvaluateConfig:
     raster: str | None = None
 
     def __post_init__(self) -> None:
-        if not Path(self.checkpoint).is_dir():
+        if not Path(self.checkpoint).exists():
             raise ConfigError(f"checkpoint: {self.checkpoint} does not exist; give a run directory")
         for name in ("seq_len", "stride", "batch_size", "examples", "candidates"):
             value = getattr(self, name)

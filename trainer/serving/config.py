@@ -15,7 +15,8 @@ class ServeConfig:
     """Settings of the server.
 
     Attributes:
-        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, or weights.
+        checkpoint: A run directory (its newest complete checkpoint), one checkpoint, weights, a Hugging Face directory,
+            or a GGUF file.
         tokenizer: Use this tokenizer instead of the checkpoint's.
         model_name: The name of the model in requests. Default: the last part of checkpoint.
         device: cpu or cuda; auto takes CUDA if available.
@@ -52,7 +53,7 @@ class ServeConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        if not Path(self.checkpoint).is_dir():
+        if not Path(self.checkpoint).exists():
             raise ConfigError(f"checkpoint: {self.checkpoint} does not exist; give a run directory")
         for name in ("slots", "max_prompt_tokens", "max_new_tokens", "max_body_bytes"):
             if getattr(self, name) < 1:
