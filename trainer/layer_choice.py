@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kernels.losses.distillation import distillation_kl
 from models import conversion
 from models.config import SOFTMAX_MIXERS, ModelConfig
-from models.decoder import Decoder, build, shapes
+from models.decoder import Decoder, shapes
 from models.parameters import seeded_generator
 from trainer.data.batch import Batch
 from trainer.errors import ConfigError
@@ -122,10 +122,23 @@ class Replacer:
         self._config_of = config_of
         self._base_state = base.state_dict()
         # The hybrid with all candidates replaced holds the mixers of all others.
-        config = config_of(self.pattern(frozenset(self.layers)))
-        self._all = build(config, base.vocab_size, device=base.head_weight.device)
+        every = frozenset(self.layers)
+        config = config_of(self.pattern(every))
+        self._all = shapes(config, base.vocab_size)
+        device = base.head_weight.device
+        new = {
+            name: torch.empty_like(tensor, device=device)
+            for name, tensor in self._all.state_dict().items()
+            if self._is_new(name, every)
+        }
         meta = shapes(base.model_config, base.vocab_size), shapes(config, base.vocab_size)
-        conversion.fill(self._all.state_dict(), copier(base), *meta, seed)
+        conversion.fill(new, copier(base), *meta, seed)
+        old = {name: tensor for name, tensor in self._base_state.items() if not self._is_new(name, every)}
+        self._all.load_state_dict(old | new, assign=True)
+
+    def _is_new(self, name: str, replaced: Layers) -> bool:
+        """Whether a tensor is not the base's, given which layers are replaced."""
+        return name not in self._base_state or name.startswith(tuple(f"layers.{layer}.mixer." for layer in replaced))
 
     def pattern(self, replaced: Layers) -> str:
         """Return the pattern of all layers, with some replaced."""
@@ -136,10 +149,8 @@ class Replacer:
         """Return the model with some layers replaced. It shares its parameters with the base and other hybrids."""
         model = shapes(self._config_of(self.pattern(replaced)), self.base.vocab_size)
         ours = self._all.state_dict()
-        prefixes = tuple(f"layers.{layer}.mixer." for layer in replaced)
         state = {
-            name: ours[name] if name.startswith(prefixes) or name not in self._base_state else self._base_state[name]
-            for name in model.state_dict()
+            name: (ours if self._is_new(name, replaced) else self._base_state)[name] for name in model.state_dict()
         }
         model.load_state_dict(state, assign=True)
         return model.eval()
@@ -162,9 +173,10 @@ class Replacer:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = lr * _schedule(step, steps)
-            yield self._add_gradients(mixers, batches[order[step % len(batches)]])
+            errors = self._add_gradients(mixers, batches[order[step % len(batches)]])
             optimizer.step()
             optimizer.zero_grad()
+            yield errors
 
     def _add_gradients(self, mixers: Mapping[int, nn.Module], batch: Batch) -> dict[int, float]:
         moved = batch.to(self.base.head_weight.device)
