@@ -104,7 +104,7 @@ class Trainer:
 
     def _count_flops(self, config: PretrainConfig) -> None:
         whole = shapes(config.model, self.engine.model.vocab_size)
-        self._is_whole = config.train.objective.name != "align"
+        self._runs_whole_model = config.train.objective.name != "align"
         self._flops_per_token = flops_per_token(whole, config.train.seq_len)
         # Early in a dense-to-sparse schedule a token activates more experts. FLOPs are linear in their number.
         self._flops_per_expert = 0.0
@@ -247,7 +247,7 @@ class Trainer:
         more = result.metrics.get("moe/experts_per_token", nominal) - nominal
         flops = (self._flops_per_token + more * self._flops_per_expert) * result.tokens / seconds
         # Alignment runs some mixers only.
-        utilization = self._utilization(flops) if self._is_whole else None
+        utilization = self._utilization(flops) if self._runs_whole_model else None
         return {
             "step": self.progress.step,
             "loss": result.loss,

@@ -90,8 +90,10 @@ def _check_phase(config: PretrainConfig, names: list[str]) -> None:
             f"{config.model.moe.spawn_step} would write to them; train the experts, or leave spawn_step out"
         )
     if config.train.objective.name == "align":
-        reached = [f"layers.{layer}.mixer{part}.*" for layer in aligned_layers(config) for part in ("", "_norm")]
-        others = [name for name in names if matches(name, patterns) and not matches(name, [*reached, "lower_bounds"])]
+        layers = aligned_layers(config)
+        reached = [f"layers.{layer}.mixer{part}.*" for layer in layers for part in ("", "_norm")]
+        reached += ["lower_bounds"] if set(layers) & set(config.model.bounded_layers()) else []
+        others = [name for name in names if matches(name, patterns) and not matches(name, reached)]
         if others:
             raise ConfigError(
                 f"train.trainable trains {listed(others)}, which train.objective.name=align does not reach: weight "

@@ -188,7 +188,7 @@ def _digest_of_file(file: Path, size: int, changed: int) -> bytes:
     found = hashlib.sha256(file.name.encode())
     with file.open("rb") as stream:
         # The header begins with its length, 8 bytes (the format of safetensors).
-        found.update(stream.read(8 + int.from_bytes(stream.read(8), "little")))
+        found.update(stream.read(int.from_bytes(stream.read(8), "little")))
         for start in _starts(size):
             stream.seek(start)
             found.update(stream.read(_BLOCK_BYTES))
