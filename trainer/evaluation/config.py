@@ -32,7 +32,8 @@ class EvaluateConfig:
         data: A directory made by spiketrain prepare_data, the prefix of a Megatron .bin/.idx pair, or a text file or
             glob of UTF-8 files, one document per file.
         split: Split of a prepared directory.
-        seq_len: Tokens in a window; null takes the run's train.seq_len, for weights its default.
+        seq_len: Tokens in a window, and the most of a text of the harness; null takes the run's train.seq_len, for
+            weights its default.
         stride: New tokens in each window, the rest being context; null takes seq_len (no overlap).
         batch_size: Windows computed at a time.
         compare_compressors: Also print the bits per byte of gzip -9 and xz -9 on the same text.
@@ -42,7 +43,8 @@ class EvaluateConfig:
         lengths: Lengths of their examples, in tokens.
         examples: Examples of each task; null takes 50 of recall at each length, and all of a task of the harness.
         candidates: Answers among which the right one is ranked, itself included.
-        depth: Where needles are hidden, from 0, the beginning, to 1; null spreads them over all depths.
+        depth: Where a needle is hidden, the first one of several, from 0, the beginning, to 1; null spreads the examples
+            over all depths.
         haystack: A text file to hide them in; null draws sentences.
         seed: Seed of the examples, and of what tasks draw.
         tasks: Tasks of the lm-eval harness to evaluate instead of data, as in 'one,two' (docs/evaluation.md).
