@@ -11,8 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Literal
 
 from models.generation import Engine, Event, Request
 from trainer.errors import describe_failure
@@ -132,7 +132,8 @@ class Scheduler:
         self._engine = make_engine()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._commands: SimpleQueue[tuple[Literal["submit", "cancel", "stop"], Generation | None]] = SimpleQueue()
+        # What the thread is to do between two steps; None: end.
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # Belongs to the event loop.
         self._open: set[Generation] = set()
         # Belong to the thread: engine's numbers, and the requests that have not been cancelled.
@@ -152,7 +153,7 @@ class Scheduler:
     def stop(self, error: ApiError) -> None:
         """Have all open generations fail, and wait a little for the thread to end after its step."""
         self._fail(list(self._open), error)
-        self._commands.put(("stop", None))
+        self._commands.put(None)
         self._thread.join(_SECONDS_TO_STOP)
 
     def require_room(self, choices: int) -> None:
@@ -176,13 +177,13 @@ class Scheduler:
         self.require_room(choices)
         generation = Generation(requests, self._unread * choices, self._close)
         self._open.add(generation)
-        self._commands.put(("submit", generation))
+        self._commands.put(partial(self._submit, generation))
         return generation
 
     def _close(self, generation: Generation) -> None:
         if generation in self._open:
             self._open.remove(generation)
-            self._commands.put(("cancel", generation))
+            self._commands.put(partial(self._cancel, generation))
 
     def _deliver(self, batch: Sequence[tuple[Generation, Sequence[Numbered]]]) -> None:
         for generation, events in batch:
@@ -207,15 +208,12 @@ class Scheduler:
             self._give_up(ApiError(500, "the engine has failed", code="engine_failed"))
 
     def _obey(self) -> bool:
-        """Carry out commands, and wait for one if there is nothing else to do. False: stop."""
+        """Carry out commands, and wait for one if there is nothing else to do. False: end."""
         try:
-            command, generation = self._commands.get(block=self._engine.is_idle)
-            while generation is not None:
-                if command == "submit":
-                    self._submit(generation)
-                else:
-                    self._cancel(generation)
-                command, generation = self._commands.get_nowait()
+            command = self._commands.get(block=self._engine.is_idle)
+            while command is not None:
+                command()
+                command = self._commands.get_nowait()
         except Empty:
             return True
         return False

@@ -1,7 +1,7 @@
 """Text and tokens of a choice as its tokens arrive."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.generation import Event
@@ -77,6 +77,7 @@ def test_bytes_that_become_no_character_are_shown_at_the_end():
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
+@settings(deadline=None)
 @given(text=st.text("abé", min_size=1, max_size=30), stops=st.lists(st.text("abé", min_size=1, max_size=3), max_size=3))
 def test_pieces_add_up_to_the_text_before_the_first_stop_string(finish, text, stops):
     tokens = [*text.encode(), *([END] if finish == "stop" else [])]
