@@ -43,8 +43,8 @@ class EvaluateConfig:
         lengths: Lengths of their examples, in tokens.
         examples: Examples of each task; null takes 50 of recall at each length, and all of a task of the harness.
         candidates: Answers among which the right one is ranked, itself included.
-        depth: Where a needle is hidden, the first one of several, from 0, the beginning, to 1; null spreads the examples
-            over all depths.
+        depth: Where a needle is hidden, the first one of several, from 0, the beginning, to 1; null spreads the
+            examples over all depths.
         haystack: A text file to hide them in; null draws sentences.
         seed: Seed of the examples, and of what tasks draw.
         tasks: Tasks of the lm-eval harness to evaluate instead of data, as in 'one,two' (docs/evaluation.md).
