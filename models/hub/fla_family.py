@@ -11,7 +11,7 @@ from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig
 from models.hub.adapter import Adapter
 from models.hub.llama_family import FULL, SLIDING
 from models.hub.tensors import Copy, everything, whole
-from models.hub.values import flag, indices, pattern_of, positive
+from models.hub.values import flag, indices, optional_whole, pattern_of, positive
 from models.hub.values import whole as whole_number
 
 _OUTER = {"embedding": "model.embeddings", "final_norm": "model.norm", "lm_head": "lm_head"}
@@ -87,9 +87,9 @@ class FlaFamily(Adapter):
         return mixers, attention
 
     def _ffn_hidden_size(self, config: Mapping[str, Any]) -> int:
-        given = whole_number(config, "intermediate_size", None)
+        given = optional_whole(config, "intermediate_size")
         if given is not None:
-            return int(given)
+            return given
         # null has another default than a missing key, in some models.
         ratio = positive("hidden_ratio", config.get("hidden_ratio", self.default_hidden_ratio) or 4)
         # FLA's GatedMLP: two thirds of the ratio, rounded up to a multiple of 256.
@@ -154,12 +154,12 @@ def _attention(spec: Any, config: Mapping[str, Any]) -> tuple[AttentionConfig, i
     heads, width = whole_number(spec, "num_heads"), whole_number(config, "hidden_size")
     attention = AttentionConfig(
         num_heads=heads,
-        num_kv_heads=whole_number(spec, "num_kv_heads", None) or heads,
+        num_kv_heads=optional_whole(spec, "num_kv_heads") or heads,
         head_dim=width // heads,
         rope_theta=positive("attn: rope_theta", spec.get("rope_theta", _DEFAULT_THETA)),
         qkv_bias=flag(spec, "qkv_bias"),
     )
-    return attention, whole_number(spec, "window_size", None)
+    return attention, optional_whole(spec, "window_size")
 
 
 def _attention_to_hub(model: ModelConfig) -> Any:

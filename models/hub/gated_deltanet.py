@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from models.config import GatedDeltaNetConfig, KimiDeltaAttentionConfig, ModelConfig
 from models.hub.fla_family import FlaFamily, drop
-from models.hub.values import flag, positive, whole
+from models.hub.values import flag, optional_whole, positive, whole
 
 
 class _Grouped(FlaFamily):
@@ -23,7 +23,7 @@ class _Grouped(FlaFamily):
         """The fields of the section that both mixers have."""
         return {
             "num_heads": whole(config, "num_heads", self.default_heads),
-            "num_v_heads": whole(config, "num_v_heads", None),
+            "num_v_heads": optional_whole(config, "num_v_heads"),
             "head_dim": whole(config, "head_dim", self.default_head_dim),
             "expand_v": positive("expand_v", config.get("expand_v", self.default_expand_v)),
             "conv_size": whole(config, "conv_size", 4),
@@ -90,6 +90,8 @@ class KDA(_Grouped):
         bound = config.get("lower_bound")
         section = KimiDeltaAttentionConfig(**self.heads(config))
         if bound is not None:
+            if not isinstance(bound, int | float):
+                raise ValueError(f"lower_bound={bound!r} is not a negative number; correct it")
             section.gate, section.min_log_decay = "bounded", -positive("-lower_bound", -bound)
         return {"kimi_delta_attention": section}
 

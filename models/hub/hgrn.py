@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from models.config import HGRN2Config, ModelConfig
 from models.hub.fla_family import FlaFamily
-from models.hub.values import whole
+from models.hub.values import optional_whole, whole
 
 
 class _Bounded(FlaFamily):
@@ -47,9 +47,9 @@ class HGRN2(_Bounded):
             ValueError: the two disagree.
         """
         width = whole(config, "hidden_size")
-        heads = whole(config, "num_heads", None)
+        heads = optional_whole(config, "num_heads")
         # A missing key has FLA's default; null asks for what num_heads gives.
-        size = whole(config, "expand_ratio", 128 if "expand_ratio" not in config else None) or width // (heads or 1)
+        size = optional_whole(config, "expand_ratio", 128) or width // (heads or 1)
         if heads is not None and heads * size != width:
             raise ValueError(f"expand_ratio={size} is not hidden_size={width} over num_heads={heads}; correct it")
         return {"hgrn2": HGRN2Config(head_dim=size)}

@@ -7,7 +7,7 @@ from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, MoECo
 from models.hub import rope
 from models.hub.adapter import Adapter
 from models.hub.tensors import Copy, whole
-from models.hub.values import pattern_of
+from models.hub.values import optional_whole, pattern_of
 from models.hub.values import whole as whole_number
 
 _OUTER = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
@@ -60,13 +60,13 @@ class LlamaFamily(Adapter):
     def read(self, config: Mapping[str, Any]) -> ModelConfig:
         """Convert a checked config.json."""
         heads, width = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
-        kv_heads = whole_number(config, "num_key_value_heads", self.default_kv_heads or heads) or heads
+        kv_heads = optional_whole(config, "num_key_value_heads", self.default_kv_heads or heads) or heads
         mixers, window = self.layers(config)
         self._require_layer_types(config, mixers)
         attention = AttentionConfig(
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=whole_number(config, "head_dim", self.default_head_dim) or width // heads,
+            head_dim=optional_whole(config, "head_dim", self.default_head_dim) or width // heads,
             rope_theta=rope.read_theta(config, self.default_theta),
             rope_scaling=rope.read_scaling(config),
             qk_norm=self.normed,

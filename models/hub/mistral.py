@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from models.config import ModelConfig
 from models.hub.llama_family import FULL, SLIDING, LlamaFamily
-from models.hub.values import whole
+from models.hub.values import optional_whole, whole
 
 
 class Mistral(LlamaFamily):
@@ -24,7 +24,7 @@ class Mistral(LlamaFamily):
 
     def layers(self, config: Mapping[str, Any]) -> tuple[list[str], int | None]:
         """A window in all layers, or in none."""
-        window = whole(config, "sliding_window", self.default_window)
+        window = optional_whole(config, "sliding_window", self.default_window)
         return [FULL if window is None else SLIDING] * whole(config, "num_hidden_layers"), window
 
     def require(self, model: ModelConfig) -> None:

@@ -28,7 +28,7 @@ class Mixtral(Mistral):
 
     def experts(self, config: Mapping[str, Any]) -> MoEConfig:
         """The experts."""
-        count = whole(config, "num_local_experts", whole(config, "num_experts", 8))
+        count = whole(config, "num_experts" if "num_experts" in config else "num_local_experts", 8)
         router = RouterConfig(top_k=whole(config, "num_experts_per_tok", 2), normalize="after")
         return MoEConfig(num_experts=count, router=router)
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from models.config import ModelConfig
 from models.hub.llama_family import FULL, LAYER_TYPES, SLIDING, LlamaFamily
-from models.hub.values import flag, whole
+from models.hub.values import flag, optional_whole, whole
 
 
 class Qwen2(LlamaFamily):
@@ -21,7 +21,7 @@ class Qwen2(LlamaFamily):
     def layers(self, config: Mapping[str, Any]) -> tuple[list[str], int | None]:
         """Full attention below max_window_layers and windows above; or as layer_types says."""
         count = whole(config, "num_hidden_layers")
-        window = whole(config, "sliding_window", 4096) if flag(config, "use_sliding_window") else None
+        window = optional_whole(config, "sliding_window", 4096) if flag(config, "use_sliding_window") else None
         types = {name: mixer for mixer, name in LAYER_TYPES.items()}
         given = config.get("layer_types")
         if window is None:

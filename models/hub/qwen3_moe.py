@@ -8,7 +8,7 @@ from models.hub.experts import constant, place_experts, require_experts
 from models.hub.llama_family import FULL, SLIDING, LlamaFamily
 from models.hub.tensors import Copy
 from models.hub.tensors import whole as whole_tensor
-from models.hub.values import flag, indices, whole
+from models.hub.values import flag, indices, optional_whole, whole
 
 _EXPERT = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 
@@ -43,7 +43,7 @@ class Qwen3MoE(LlamaFamily):
 
     def layers(self, config: Mapping[str, Any]) -> tuple[list[str], int | None]:
         """A window in all layers, or in none."""
-        window = whole(config, "sliding_window", 4096) if flag(config, "use_sliding_window") else None
+        window = optional_whole(config, "sliding_window", 4096) if flag(config, "use_sliding_window") else None
         return [FULL if window is None else SLIDING] * whole(config, "num_hidden_layers"), window
 
     def experts(self, config: Mapping[str, Any]) -> MoEConfig:
@@ -51,13 +51,13 @@ class Qwen3MoE(LlamaFamily):
         layers, step = whole(config, "num_hidden_layers"), whole(config, "decoder_sparse_step", 1)
         only = indices("mlp_only_layers", config.get("mlp_only_layers") or [], layers)
         dense = [layer for layer in range(layers) if layer in only or (layer + 1) % step]
-        given = config.get("num_experts", config.get("num_local_experts"))
-        if len(dense) == layers or given == 0:
+        name = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        if len(dense) == layers or config.get(name) == 0:
             return MoEConfig()
         normalized = flag(config, "norm_topk_prob", self.default_normalize)
         top_k = whole(config, "num_experts_per_tok", self.default_top_k)
         return MoEConfig(
-            num_experts=whole({"num_experts": given}, "num_experts", self.default_experts) or self.default_experts,
+            num_experts=whole(config, name, self.default_experts),
             expert_hidden_size=whole(config, "moe_intermediate_size", self.default_expert_size),
             dense_layers=dense,
             router=RouterConfig(top_k=top_k, normalize="after" if normalized else "before"),

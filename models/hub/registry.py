@@ -38,6 +38,8 @@ def adapter_of(config: Mapping[str, Any]) -> Adapter:
         ValueError: there is none.
     """
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"model_type={kind!r} is not known here; {', '.join(ADAPTERS)} are")
     if kind in _REFUSED:
         raise ValueError(f"model_type={kind!r} is not supported: {_REFUSED[kind]}")
     if kind not in ADAPTERS:

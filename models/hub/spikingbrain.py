@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from models.config import AttentionConfig, MixerLayoutConfig, ModelConfig, SpikingBrainGLAConfig
 from models.hub.fla_family import FlaFamily
 from models.hub.llama_family import SLIDING
-from models.hub.values import pattern_of, positive, whole
+from models.hub.values import optional_whole, pattern_of, positive, whole
 
 _LINEAR = "spikingbrain_gla"
 _CLASSES = {"GLAswaConfig", "GLAswaForCausalLM", "GLAswaModel"}
@@ -35,14 +35,15 @@ class SpikingBrain(FlaFamily):
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuse what models here do not compute. `auto_map` may name the authors' own classes."""
         super().check(config)
-        classes = {str(name).rpartition(".")[2] for name in (config.get("auto_map") or {}).values()}
+        code = config.get("auto_map") or {}
+        classes = {str(name).rpartition(".")[2] for name in code.values()} if isinstance(code, dict) else {"?"}
         if not classes <= _CLASSES:
             raise ValueError(f"auto_map={config['auto_map']!r} is not supported; gla_swa with its authors' classes is")
 
     def read(self, config: Mapping[str, Any]) -> ModelConfig:
         """Convert a checked config.json."""
         heads, width = whole(config, "num_attention_heads", 28), whole(config, "hidden_size")
-        kv_heads = whole(config, "num_key_value_heads", 4) or heads
+        kv_heads = optional_whole(config, "num_key_value_heads", 4) or heads
         layers = [_LINEAR if layer % 2 == 0 else SLIDING for layer in range(whole(config, "num_hidden_layers"))]
         return ModelConfig(
             **self.shape(config, whole(config, "intermediate_size")),

@@ -6,20 +6,28 @@ from itertools import groupby
 from typing import Any
 
 
-def whole(config: Mapping[str, Any], name: str, default: Any = ...) -> Any:
-    """A positive integer. If the key is missing or null and a default is given: the default, or None.
+def whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive integer. A missing key takes the default, if there is one.
 
     Raises:
         ValueError: it is none.
         KeyError: it is missing, and has no default.
     """
-    value = config[name] if default is ... else config.get(name, default)
-    if value is None and default is not ...:
-        return None
+    value = config[name] if default is None else config.get(name, default)
     # bool is a subclass of int.
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name}={value!r} is not a positive whole number; correct it")
     return value
+
+
+def optional_whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
+    """A positive integer, or None where the key is null. A missing key takes the default.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    value = config.get(name, default)
+    return None if value is None else whole({name: value}, name)
 
 
 def positive(name: str, value: Any) -> float:
