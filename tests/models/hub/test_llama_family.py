@@ -52,7 +52,6 @@ KINDS = {
     "qwen3_moe": ({"qk_norm": True}, "full_attention", SOME_EXPERTS),
     "qwen3_next": (NEXT, "gated_delta_net, full_attention", SHARED_EXPERTS),
 }
-DENSE = ("llama", "qwen2", "qwen3")
 # The same with windows in other layers than a kind has them above, and with gates that are not normalised.
 UNNORMALIZED = replace(SOME_EXPERTS, router=RouterConfig(top_k=3, normalize="before"))
 VARIANTS = {
@@ -156,7 +155,13 @@ def test_a_model_in_bfloat16_comes_back(tmp_path, kind):
     assert_same_tensors(stored(tmp_path / "again"), stored(tmp_path / "hub"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Other kinds differ from these two in what the tests above see.
+QUICK = ("llama", "qwen3_next")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+)
 def test_transformers_opens_an_exported_run(tiny_data, tmp_path, kind):
     config = replace(in_process_config(tiny_data, tmp_path / "run", steps=2), model=shape(kind))
     assert pretrain.run(config, yaml.safe_dump(asdict(config))) == 0
