@@ -29,7 +29,7 @@ _PARSE_ERRORS = (ArgumentError, TypeError, ValueError, KeyError, OSError)
 # Keys whose values are paths, by the last part of the dotted key.
 _PATHS = frozenset(
     {"dir", "path", "tokenizer", "validation_path", "cache_dir", "resume", "init", "source", "output", "checkpoint"}
-    | {"teacher", "data", "prompt_file", "validation", "test", "weights", "json", "recipe", "runs", "raster"}
+    | {"teacher", "data", "prompt_file", "prompts", "validation", "test", "weights", "json", "recipe", "runs", "raster"}
     | {"layers_file", "haystack", "task_dir"}
 )
 

@@ -91,7 +91,8 @@ class Recurrence(ABC):
         value: index of the input that determines the output's dtype.
         unread: indices of inputs that the backward does not need and that are therefore not saved.
         segment_factor: multiplier of the usual number of tokens in a segment.
-        few: up to this many tokens the recurrent form is faster than chunks, without gradients.
+        few: up to this many tokens the recurrent form is faster than chunks, without gradients. Measured on a Sapphire
+            Rapids core, with states of 4 x 64 x 64 and of 8 x 128 x 128.
         activations: number of leading inputs that may be stored in fewer bits for backward. The other inputs (decays
             and write strengths) and the states keep full precision.
     """
@@ -101,7 +102,7 @@ class Recurrence(ABC):
     value: ClassVar[int] = 2
     unread: ClassVar[tuple[int, ...]] = ()
     segment_factor: ClassVar[int] = 1
-    few: ClassVar[int] = 8
+    few: ClassVar[int] = 16
     activations: ClassVar[int] = 3
 
     @abstractmethod

@@ -35,6 +35,7 @@ class _HGRN(Recurrence):
     unread = (0,)
     # Each slot of a chunk is one small step, and small steps are dominated by overhead, hence longer segments.
     segment_factor = 4
+    few = 32
     activations = 1
 
     def advance(self, state_B1D: Tensor, inputs: Inputs) -> Tensor:

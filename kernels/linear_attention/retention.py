@@ -34,6 +34,7 @@ class _Retention(Recurrence):
     """Inputs: q, k, v and log_decay `[B, T, H]`."""
 
     name = "retention"
+    few = 8
 
     def per_head(self, inputs: Inputs) -> dict[str, tuple[Tensor, int | None]]:
         return {"log_decay": (inputs[3], None)}

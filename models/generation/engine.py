@@ -170,6 +170,11 @@ class Engine:
         """Number of samples that have a slot."""
         return self._slots.count
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of all running samples; shared pages count once."""
+        return self._slots.state_bytes
+
     def submit(self, request: Request) -> int:
         """Queue a request and return its number.
 
@@ -197,8 +202,17 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             raise ValueError(f"the prompt has ids outside the vocabulary of {self.vocab_size} tokens")
 
-    def cancel(self, number: int) -> None:
-        """Drop a request and free its slots at once. A number that is unknown or has finished is fine."""
+    def cancel(self, number: int, sample: int | None = None) -> None:
+        """Drop a request, or one running sample of it, and free its slots at once.
+
+        A number that is unknown or has finished is fine.
+        """
+        if sample is not None:
+            for row, running in enumerate(self._running):
+                if (running.job.number, running.number) == (number, sample):
+                    self._leave(row)
+                    break
+            return
         self._waiting = deque(job for job in self._waiting if job.number != number)
         self._undelivered = [event for event in self._undelivered if event.request != number]
         for row in reversed(range(len(self._running))):

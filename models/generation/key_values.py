@@ -77,9 +77,10 @@ class PromptPages:
     def attend(self, q: Tensor, entries: dict[str, Tensor], sinks: KeysValues | None = None) -> Tensor:
         """See KeyValueStore; B = 1."""
         self.write(entries)
-        held = self.pool.gather(self.table.runs())
-        k, v = keys_and_values({name: x.transpose(0, 1)[None] for name, x in held.items()}, q.dtype)
-        return attention(q, k, v, sinks=sinks)
+        k_HSK, v_HSV = keys_and_values(self.pool.gather(self.table.runs()), q.dtype)
+        if q.is_cpu and q.shape[1] < k_HSK.shape[1] and sinks is None:
+            return _attend_in_parts(q, k_HSK, v_HSV)
+        return attention(q, k_HSK.transpose(0, 1)[None], v_HSV.transpose(0, 1)[None], sinks=sinks)
 
     def write(self, entries: dict[str, Tensor]) -> None:
         """Write the entries [1, T, Hkv, width] of the last T tokens of the sequence."""
@@ -87,6 +88,30 @@ class PromptPages:
         for name, x in entries.items():
             first = self.table.length - x.shape[1]
             _write(self.pool.tensors[name], self.table.runs(), first, x[0].transpose(0, 1))
+
+
+def _attend_in_parts(q_1THK: Tensor, k_HSK: Tensor, v_HSV: Tensor) -> Tensor:
+    """Attention of the last T of S tokens, in the cache-sized blocks of torch's kernel for CPUs.
+
+    That kernel has no mask for queries that are the last of the keys. Keys before the queries need no mask, and those
+    of the queries themselves the usual one; the two parts are merged by their normalizers.
+    """
+    time, heads, groups = q_1THK.shape[1], len(k_HSK), q_1THK.shape[2] // len(k_HSK)
+    wide = torch.promote_types(q_1THK.dtype, torch.float32)
+    q_XTK = q_1THK[0].transpose(0, 1)
+    before = k_HSK.shape[1] - time
+    earlier, normalizer = _attend_with_normalizer(
+        q_XTK.unflatten(0, (heads, groups)).flatten(1, 2), k_HSK[:, :before], v_HSV[:, :before]
+    )
+    k_own, v_own = (x[:, before:].repeat_interleave(groups, dim=0) for x in (k_HSK, v_HSV))
+    own, own_normalizer = _attend_with_normalizer(q_XTK, k_own, v_own, is_causal=True)
+    o_XTV = _merged(
+        [
+            (earlier.unflatten(1, (groups, time)).flatten(0, 1).to(wide), normalizer.reshape(heads * groups, time)),
+            (own.to(wide), own_normalizer),
+        ]
+    )
+    return o_XTV.to(q_1THK.dtype).transpose(0, 1)[None]
 
 
 def _write(memory: Tensor, runs: Sequence[Run], first: int, x: Tensor) -> None:
@@ -180,10 +205,14 @@ class RowPages:
         return torch.stack([_merged(parts) for parts in outputs]).to(q_NHGK.dtype)
 
 
-def _attend_with_normalizer(q_HCK: Tensor, k_HSK: Tensor, v_HSV: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_with_normalizer(
+    q_HCK: Tensor, k_HSK: Tensor, v_HSV: Tensor, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Attention to all keys, [H, C, V], and the log of the sum of the scores' exponentials, float32 [H, C]."""
     # The operation behind scaled_dot_product_attention, which returns the normalizer too.
-    o, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_HCK[None], k_HSK[None], v_HSV[None])
+    o, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_HCK[None], k_HSK[None], v_HSV[None], is_causal=is_causal
+    )
     return o[0], normalizer[0]
 
 

@@ -195,6 +195,14 @@ class Slots:
         places = torch.arange(length - x_HSK.shape[1], length, device=x_HSK.device) % cell.window
         ring[row][:, places] = x_HSK
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of all rows in use; pages that rows share count once."""
+        own = sum(x[0].nbytes for tensors in self._rows.values() for x in tensors.values()) * self.count
+        tokens = sum(end - start for start, end in {run for table in self.tables for run in table.runs()})
+        pools = [cell.pool for cell in _flat(self.layers) if cell.pool is not None]
+        return own + tokens * sum(x[:, :1].nbytes for pool in pools for x in pool.tensors.values())
+
     def rows(self, cell: Cell, rows: slice) -> dict[str, Tensor]:
         """The entries of some rows of a cell."""
         return {name: x[rows] for name, x in self._rows[cell.name].items()}

@@ -11,6 +11,7 @@ from models.generation import Completion, Engine, Request, Sampling, Snapshot, t
 from models.parameters import cast_parameters
 from models.spiking import neurons
 from tests.helpers import VOCABULARY, draw_tokens, rows, tiny_decoder
+from tests.processes import run_ranks
 
 BRANCHES = "full_attention + gated_delta_net, hgrn2 + sliding_window_attention"
 EXPERTS = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=16, router=RouterConfig(top_k=2))
@@ -361,3 +362,9 @@ def test_the_repetition_penalty_knows_the_prompt_and_the_sample():
         assert token not in seen or expected[place - 1, token] > expected[place - 1].min()
         seen.add(token)
     assert len(set(completion.tokens)) > 15
+
+
+@pytest.mark.slow
+def test_ranks_that_share_a_model_draw_the_tokens_of_one():
+    """Tensor parallel with and without sequence parallel, expert parallel, and both."""
+    run_ranks(2, "-m", "tests.models.generation.engine_ranks")
