@@ -137,6 +137,7 @@ def lay_out_inputs(folder: Path) -> None:
     tokenizer.save(str(folder / "hub/Qwen2.5-0.5B/tokenizer.json"))
     write_gguf(folder / "hub/SmolLM2-135M.gguf")
     write_task_of_harness(folder)
+    (folder / "prompts.jsonl").write_text('{"prompt": "import"}\n')
 
 
 def write_task_of_harness(folder: Path) -> None:

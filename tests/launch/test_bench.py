@@ -298,6 +298,39 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
     assert tokens["ffn"] - numbers * 2 == pytest.approx((tokens["none"] - numbers) * 1.5)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_decoding_is_compared_with_its_peers(tmp_path, precision):
+    path = tmp_path / "decode.json"
+    sizes = {"layers": 2, "hidden_size": 64, "vocab_size": 50, "steps": 2, "rounds": 1}
+    options = (f"--{name}={value}" for name, value in sizes.items())
+    _bench("decode", *options, "--batches=[1, 2]", "--contexts=[80]", f"--precision={precision}", f"--json={path}")
+    lines = json.loads(path.read_text())
+    peers = ["transformers", "ctranslate2"] if precision == "fp32" else ["transformers"]
+    expected = [
+        case
+        for batch in (1, 2)
+        for case in [
+            *(f"dense, {precision}, batch {batch}, context 80: {peer}" for peer in peers),
+            f"hybrid, {precision}, batch {batch}, context 80: itself at 80",
+        ]
+    ]
+    assert [line["case"] for line in lines] == expected
+    assert all(line["ours"] > 0 and line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
+
+
+def test_long_contexts_are_compared_with_softmax(tmp_path):
+    path = tmp_path / "long.json"
+    sizes = {"layers": 2, "hidden_size": 64, "window": 16, "chunk": 64, "steps": 2, "softmax_limit": 128}
+    options = (f"--{name}={value}" for name, value in sizes.items())
+    _bench("long_context", *options, "--lengths=[128, 256]", f"--json={path}")
+    states = {line["case"]: line for line in json.loads(path.read_text()) if line["case"].endswith("state")}
+    assert len(states) == 4
+    linear = states["linear, 128 tokens: softmax, state"]
+    # Keys and values of 64 channels in bf16, of two layers, against a state that does not depend on the length.
+    assert linear["peer"] == pytest.approx(128 * 2 * 64 * 2 * 2 / 1e6)
+    assert states["linear, 256 tokens: itself at 128, state"]["ratio"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -123,7 +123,8 @@ def test_options_of_pretrain():
     [
         (
             "launch/generate.py",
-            "checkpoint prompt prompt_file max_new_tokens samples temperature top_p seed tokenizer device",
+            "checkpoint prompt prompt_file prompts output chat max_new_tokens samples temperature top_k top_p min_p "
+            "repetition_penalty stop seed slots deterministic tokenizer device",
         ),
         (
             "launch/serve.py",
