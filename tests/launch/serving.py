@@ -15,13 +15,19 @@ from trainer.data.tokenizer import learn_sentencepiece
 from trainer.stored import weights
 
 VOCABULARY = 400
+TEMPLATE = """{% for message in messages %}
+{% if loop.last and message.role != "user" %}{{ raise_exception("the last message must be the user's") }}{% endif %}
+<|endoftext|>{{ message.role }}: {{ message.content }}
+{% endfor %}
+<|endoftext|>assistant: """
 
 
 def write_model(folder: Path) -> Path:
-    """Weights of an untrained model with a tokenizer; returns their directory."""
+    """Weights of an untrained model with a tokenizer and a chat template; returns their directory."""
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     learn_sentencepiece([Path(json.__file__).read_text()], "bpe", VOCABULARY).save(tokenizer)
+    (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
     model = Decoder(tiny_model_config("gated_delta_net, full_attention"), VOCABULARY)
     initialize(model, 0)
     drawn = dict(model.named_parameters())

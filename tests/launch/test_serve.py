@@ -18,9 +18,11 @@ import torch
 from models.generation import Engine, Request, Sampling
 from tests.helpers import WAIT
 from tests.launch.serving import VOCABULARY, Server, write_model
+from trainer.data.chat import ChatTemplate
 from trainer.stored.inference import load_model
 
 PROMPT = "def main("
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <|endoftext|>"}]
 # The most likely tokens of this model repeat themselves and never end.
 ENDLESS = {"model": "tiny", "prompt": "a", "temperature": 0}
 
@@ -174,6 +176,65 @@ def test_a_stop_string_ends_a_choice(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == stopped.choices[0].text
 
 
+def test_a_choice_that_ends_early_gives_back_its_slot_while_the_others_go_on(client, server):
+    whole = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=120, n=2, seed=1)
+    early = whole.choices[0].text[5:10]
+    assert early not in whole.choices[1].text
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 120, "seed": 1, "stop": early, "n": 2}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.completions.create, **asked)
+        seen = set()
+        while not running.done():
+            seen.add(server.figures()["slots_in_use"])
+        assert {1, 2} <= seen
+    assert [choice.text for choice in running.result().choices] == [whole.choices[0].text[:5], whole.choices[1].text]
+
+
+# Chat completions
+
+
+def test_an_answer_continues_the_rendered_conversation(client, loaded):
+    prompt = ChatTemplate(loaded.tokenizer).encode(TALK)
+    reference = expected(loaded, prompt, samples=2, max_new_tokens=20, seed=1, top_log_probs=3)
+    asked = {"model": "tiny", "messages": TALK, "max_tokens": 20, "seed": 1, "logprobs": True, "top_logprobs": 3}
+    answer = client.chat.completions.create(**asked, n=2)
+    for choice, sample in zip(answer.choices, reference, strict=True):
+        assert choice.message.role == "assistant" and choice.message.content == text_of(loaded, prompt, sample)
+        assert [token.logprob for token in choice.logprobs.content] == list(sample.log_probs[: len(sample.content)])
+        assert all(len(token.top_logprobs) == 3 for token in choice.logprobs.content)
+        assert choice.finish_reason == sample.finish
+    assert answer.usage.prompt_tokens == len(prompt)
+
+
+def test_a_stream_of_chat_adds_up_to_the_whole(client):
+    asked = {"model": "tiny", "messages": TALK, "max_completion_tokens": 20, "seed": 2}
+    whole = client.chat.completions.create(**asked)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(**asked, **options))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == whole.usage
+    deltas = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert "".join(choice.delta.content or "" for choice in deltas) == whole.choices[0].message.content
+    assert [choice.finish_reason for choice in deltas if choice.finish_reason] == [whole.choices[0].finish_reason]
+
+
+def test_conversations_that_are_refused(client):
+    with pytest.raises(openai.BadRequestError, match="the last message must be the user's") as refused:
+        client.chat.completions.create(model="tiny", messages=[*TALK, {"role": "assistant", "content": "Hi"}])
+    assert refused.value.param == "messages"
+    with pytest.raises(openai.BadRequestError, match=r"messages: \d+ tokens are more than this server's 500"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x y z " * 500}])
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+        client.chat.completions.create(model="tiny", messages=TALK, tools=[{"type": "function"}])
+
+
+def test_without_a_template_there_is_no_chat(another, loaded, tmp_path):
+    tokenizer = tmp_path / "plain"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.model").write_bytes(loaded.tokenizer.model)
+    with pytest.raises(openai.BadRequestError, match="the tokenizer has no chat template: put chat_template"):
+        client_of(another("--tokenizer", str(tokenizer))).chat.completions.create(model="tiny", messages=TALK)
+
+
 def test_the_model_is_listed(client, server):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "spiketrain"
@@ -191,8 +252,6 @@ def test_openai_s_client_raises_its_own_errors(client):
         client.models.retrieve("gpt-5")
     with pytest.raises(openai.BadRequestError, match="echo: not supported"):
         client.completions.create(model="tiny", prompt="a", echo=True)
-    with pytest.raises(openai.BadRequestError, match="no chat template; use /v1/completions"):
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}])
     with pytest.raises(openai.BadRequestError, match=f"from 0 to {VOCABULARY - 1}"):
         client.completions.create(model="tiny", prompt=[VOCABULARY])
 

@@ -34,17 +34,17 @@ class Generation:
     Args:
         requests: The requests.
         unread: Events that may wait to be read.
-        close: Takes it out of the scheduler.
+        scheduler: What it is cancelled in.
 
     Attributes:
         requests: The requests.
         choices: Number of samples over all requests.
     """
 
-    def __init__(self, requests: Sequence[Request], unread: int, close: Callable[["Generation"], None]) -> None:
+    def __init__(self, requests: Sequence[Request], unread: int, scheduler: "Scheduler") -> None:
         self.requests = tuple(requests)
         self.choices = sum(request.samples for request in requests)
-        self._limit, self._close = unread, close
+        self._limit, self._scheduler = unread, scheduler
         self._events: deque[Numbered] = deque()
         self._error: ApiError | None = None
         self._news = asyncio.Event()
@@ -78,11 +78,15 @@ class Generation:
         self._error = self._error or error
         self._news.set()
 
+    def end(self, place: int, sample: int) -> None:
+        """Give back the slot of one sample of a request, of which no more is wanted."""
+        self._scheduler.end(self, place, sample)
+
     def __enter__(self) -> "Generation":
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._close(self)
+        self._scheduler.close(self)
 
 
 class _Progress:
@@ -175,20 +179,25 @@ class Scheduler:
         """
         choices = sum(request.samples for request in requests)
         self.require_room(choices)
-        generation = Generation(requests, self._unread * choices, self._close)
+        generation = Generation(requests, self._unread * choices, self)
         self._open.add(generation)
         self._commands.put(partial(self._submit, generation))
         return generation
 
-    def _close(self, generation: Generation) -> None:
+    def close(self, generation: Generation) -> None:
+        """Cancel what is left of a generation. Idempotent."""
         if generation in self._open:
             self._open.remove(generation)
             self._commands.put(partial(self._cancel, generation))
 
+    def end(self, generation: Generation, place: int, sample: int) -> None:
+        """Cancel one sample of one of a generation's requests."""
+        self._commands.put(partial(self._cancel_sample, generation, place, sample))
+
     def _deliver(self, batch: Sequence[tuple[Generation, Sequence[Numbered]]]) -> None:
         for generation, events in batch:
             if generation in self._open and not generation.put(events):
-                self._close(generation)
+                self.close(generation)
                 generation.fail(ApiError(408, "the client reads too slowly: its answer is cut off", code="slow_client"))
 
     def _fail(self, generations: Sequence[Generation], error: ApiError) -> None:
@@ -235,6 +244,11 @@ class Scheduler:
         for number in self._numbers.pop(generation, []):
             self._engine.cancel(number)
             del self._progress[number]
+
+    def _cancel_sample(self, generation: Generation, place: int, sample: int) -> None:
+        # After an error of the engine there is nothing left to cancel.
+        if generation in self._numbers:
+            self._engine.cancel(self._numbers[generation][place], sample)
 
     def _step(self) -> None:
         try:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from models.generation import Request
+from trainer.data.chat import Message
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
 from trainer.serving import protocol
 from trainer.serving.answers import Answer, Chat, Completions, TokenTexts
 from trainer.serving.choices import Choice, Piece
@@ -31,13 +33,13 @@ class Served:
         name: Its name in requests.
         tokenizer: Its tokenizer.
         stop_tokens: Tokens that end a choice.
-        render: Turns messages into the tokens of a prompt; None if the model has no chat template. Raises ValueError.
+        render: Turns messages into the tokens of a prompt. Raises ConfigError if it cannot.
     """
 
     name: str
     tokenizer: Tokenizer
     stop_tokens: tuple[int, ...]
-    render: Callable[[Sequence[dict[str, str]]], list[int]] | None
+    render: Callable[[Sequence[Message]], list[int]]
 
 
 class Service:
@@ -109,12 +111,9 @@ class Service:
         """
         asked = protocol.read_chat(await _apart(len(content), protocol.parse_json, content), self._limits)
         self.require_model(asked.model)
-        if self.served.render is None:
-            message = f"the model {self.served.name!r} has no chat template; use /v1/completions"
-            raise ApiError(400, message, param="messages", code="no_chat_template")
         try:
             prompt = await _apart(len(content), self.served.render, asked.messages)
-        except ValueError as error:
+        except ConfigError as error:
             raise bad_field("messages", str(error)) from error
         self._require_length(len(prompt), "messages")
         return self._begin(Chat, asked, [prompt])
@@ -190,7 +189,12 @@ class Task:
             found: dict[int, Piece] = {}
             for place, event in await self.generation.read():
                 index = place * self.asked.samples + event.sample
-                found.setdefault(index, Piece()).add(self._choices[index].feed(event))
+                choice = self._choices[index]
+                was_open = choice.finish is None
+                found.setdefault(index, Piece()).add(choice.feed(event))
+                if was_open and choice.finish is not None and event.finish is None:
+                    # A stop string, of which the engine knows nothing.
+                    self.generation.end(place, event.sample)
             yield found
 
     async def whole(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ class FakeEngine:
     """Counts: the n-th token of a sample is n. A step takes `pause` seconds and waits for `allowed`, if given."""
 
     def __init__(self, slots=2, allowed=None, failing_at=(), pause=0.0):
-        self.requests, self.drawn, self.cancelled = {}, {}, []
+        self.requests, self.drawn, self.cancelled, self.ended = {}, {}, [], set()
         self.slots, self.failing_at, self.numbers = slots, set(failing_at), count()
         self.allowed, self.pause = allowed, pause
 
@@ -26,7 +26,10 @@ class FakeEngine:
         self.requests[number], self.drawn[number] = request, 0
         return number
 
-    def cancel(self, number):
+    def cancel(self, number, sample=None):
+        if sample is not None:
+            self.ended.add((number, sample))
+            return
         self.cancelled.append(number)
         self.requests.pop(number, None)
 
@@ -40,7 +43,8 @@ class FakeEngine:
             if (request.prompt[0], drawn) in self.failing_at:
                 raise FloatingPointError("not a number")
             finish = "length" if drawn + 1 == request.sampling.max_new_tokens else None
-            events += [Event(number, sample, drawn, 0.0, 0.0, (), finish) for sample in range(request.samples)]
+            samples = [sample for sample in range(request.samples) if (number, sample) not in self.ended]
+            events += [Event(number, sample, drawn, 0.0, 0.0, (), finish) for sample in samples]
             self.drawn[number] += 1
             if finish:
                 del self.requests[number]

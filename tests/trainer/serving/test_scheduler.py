@@ -91,6 +91,26 @@ def test_leaving_gives_back_room_and_slots():
     assert value(metrics, "slots_in_use") == value(metrics, "queue_length") == 0
 
 
+def test_one_sample_may_end_before_the_others():
+    engine = FakeEngine(allowed=threading.Semaphore(1))
+
+    async def test(scheduler):
+        with scheduler.submit([ask(3), ask(3, samples=2)]) as generation:
+            assert len(await generation.read()) == 3
+            generation.end(1, 0)
+            engine.allowed.release(10)
+            rest = []
+            while rest.count((0, 0)) + rest.count((1, 1)) < 4:
+                rest += [(place, event.sample) for place, event in await generation.read()]
+        # A step may have been under way.
+        assert rest.count((0, 0)) == rest.count((1, 1)) == 2 and rest.count((1, 0)) <= 1
+        # It is fine after the end, too.
+        generation.end(1, 1)
+
+    scheduled(test, engine)
+    assert engine.ended == {(1, 0)}
+
+
 def test_who_reads_too_slowly_is_cut_off_and_nobody_else():
     engine = FakeEngine(pause=0.001)
 

@@ -13,13 +13,14 @@ import pytest
 
 from tests.helpers import WAIT
 from tests.trainer.serving.fakes import FakeEngine, FakeTokenizer
+from trainer.serving import server
 from trainer.serving.config import ServeConfig
 from trainer.serving.server import Server, bind
 from trainer.serving.service import Served
 
 
 @contextlib.contextmanager
-def running(folder, make_engine, name="fake", **settings):
+def serving(folder, make_engine, name="fake", **settings):
     """A server in a thread: its address, and what its end gives."""
     config = ServeConfig(str(folder), port=0, slots=2, **settings)
     addresses, announced = [], threading.Event()
@@ -28,14 +29,14 @@ def running(folder, make_engine, name="fake", **settings):
         addresses.append(address)
         announced.set()
 
-    server = Server(config, Served(name, FakeTokenizer(), (0,), None), make_engine, announce)
+    running = Server(config, Served(name, FakeTokenizer(), (0,), list), make_engine, announce)
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(lambda: asyncio.run(server.run_on(bind(config))))
+        ended = pool.submit(lambda: asyncio.run(running.run_on(bind(config))))
         assert announced.wait(WAIT)
         try:
             yield addresses[0], ended
         finally:
-            server.should_exit = True
+            running.should_exit = True
 
 
 def client_of(address):
@@ -44,7 +45,7 @@ def client_of(address):
 
 def test_a_client_that_does_not_read_is_cut_off_while_others_are_answered(tmp_path):
     engine, name = FakeEngine(pause=0.0005), "m" * 30_000
-    with running(tmp_path, lambda: engine, name, max_new_tokens=1_000_000) as (address, _):
+    with serving(tmp_path, lambda: engine, name, max_new_tokens=1_000_000) as (address, _):
         host, port = address.removeprefix("http://").split(":")
         with socket.socket() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -68,7 +69,7 @@ def test_a_client_that_does_not_read_is_cut_off_while_others_are_answered(tmp_pa
 
 def test_an_engine_that_cannot_start_again_ends_the_server_with_1(tmp_path, capsys):
     engines = [FakeEngine(failing_at=[(1, 3)])]
-    with running(tmp_path, lambda: engines.pop()) as (address, ended):
+    with serving(tmp_path, lambda: engines.pop()) as (address, ended):
         with pytest.raises(openai.InternalServerError, match="not a number") as failed:
             client_of(address).completions.create(model="fake", prompt="a")
         assert failed.value.status_code == 500
@@ -78,9 +79,18 @@ def test_an_engine_that_cannot_start_again_ends_the_server_with_1(tmp_path, caps
 
 def test_a_request_that_breaks_the_server_s_own_code_is_a_500_with_a_trace(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(FakeTokenizer, "encode", lambda self, text: 1 / 0)
-    with running(tmp_path, FakeEngine) as (address, _):
+    with serving(tmp_path, FakeEngine) as (address, _):
         with pytest.raises(openai.InternalServerError) as failed:
             client_of(address).completions.create(model="fake", prompt="a")
         assert failed.value.code == "internal_error" and "ZeroDivisionError" not in failed.value.message
         assert client_of(address).completions.create(model="fake", prompt=[1]).choices[0].text == "x" * 16
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_choice_ends_with_its_document_or_its_turn():
+    tokenizer = FakeTokenizer()
+    tokenizer.files = {"tokenizer_config.json": json.dumps({"eos_token": "<turn>"}).encode()}
+    tokenizer.token_id = {"<turn>": 7}.get
+    assert sorted(server._stop_tokens(tokenizer)) == [0, 7]
+    tokenizer.files = {}
+    assert server._stop_tokens(tokenizer) == (0,)
