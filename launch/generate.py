@@ -147,7 +147,7 @@ def main(config: GenerateConfig) -> None:
 
 def _requests(config: GenerateConfig, tokenizer: "Tokenizer", prompts: list[Prompt]) -> "list[Request]":
     from models.generation import Request, Sampling
-    from trainer.data.chat import ChatTemplate
+    from trainer.data.chat import ChatTemplate, stop_tokens
 
     sampling = Sampling(
         config.max_new_tokens,
@@ -157,7 +157,7 @@ def _requests(config: GenerateConfig, tokenizer: "Tokenizer", prompts: list[Prom
         min_p=config.min_p,
         repetition_penalty=config.repetition_penalty,
         seed=config.seed,
-        stop_tokens=_stop_tokens(config, tokenizer),
+        stop_tokens=stop_tokens(tokenizer),
     )
     needs_template = config.chat or any(prompt.messages is not None for prompt in prompts)
     template = ChatTemplate(tokenizer) if needs_template else None
@@ -171,15 +171,6 @@ def _requests(config: GenerateConfig, tokenizer: "Tokenizer", prompts: list[Prom
             ids = tokenizer.encode(prompt.text) or [tokenizer.eod_id]
         requests.append(Request(tuple(ids), sampling, config.samples))
     return requests
-
-
-def _stop_tokens(config: GenerateConfig, tokenizer: "Tokenizer") -> tuple[int, ...]:
-    """The end of a document and, of chat models, the end of a turn."""
-    from trainer.data.tokenizer import named_token, token_config
-
-    name = named_token(token_config(tokenizer.files), "eos_token")
-    end_of_turn = None if name is None else tokenizer.token_id(name)
-    return tuple({tokenizer.eod_id} if end_of_turn is None else {tokenizer.eod_id, end_of_turn})
 
 
 class _Text:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from trainer.data.chat import ChatTemplate
+from trainer.data.chat import ChatTemplate, stop_tokens
 from trainer.data.tokenizer import HuggingFaceTokenizer
 from trainer.errors import ConfigError
 
@@ -103,3 +103,11 @@ def test_a_missing_or_broken_template_is_reported(make):
         ChatTemplate(make())
     with pytest.raises(ConfigError, match="is not valid"):
         ChatTemplate(make({"chat_template": "{% for %}"}))
+
+
+def test_an_answer_ends_with_its_document_or_its_turn(make):
+    tokenizer = make({"spiketrain_eod": "<s>"})
+    assert sorted(stop_tokens(tokenizer)) == sorted(map(tokenizer.token_id, ("<s>", "<|im_end|>")))
+    # Where a turn ends as a document does there is one.
+    tokenizer = make()
+    assert stop_tokens(tokenizer) == (tokenizer.eod_id,) == (tokenizer.token_id("<|im_end|>"),)

@@ -128,6 +128,13 @@ class ChatTemplate:
         return value
 
 
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer: the end of a document and, of chat models, the end of a turn."""
+    name = named_token(token_config(tokenizer.files), "eos_token")
+    end_of_turn = None if name is None else tokenizer.token_id(name)
+    return tuple({tokenizer.eod_id} if end_of_turn is None else {tokenizer.eod_id, end_of_turn})
+
+
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 

@@ -11,8 +11,8 @@ from types import FrameType
 import uvicorn
 
 from models.generation import Engine
-from trainer.data.chat import ChatTemplate, Message
-from trainer.data.tokenizer import Tokenizer, named_token, token_config
+from trainer.data.chat import ChatTemplate, Message, stop_tokens
+from trainer.data.tokenizer import Tokenizer
 from trainer.device import choose_device
 from trainer.errors import ConfigError
 from trainer.serving.app import Application
@@ -82,15 +82,8 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> int:
             prefixes=config.prefixes,
         )
 
-    served = Served(config.name, tokenizer, _stop_tokens(tokenizer), _renderer(tokenizer))
+    served = Served(config.name, tokenizer, stop_tokens(tokenizer), _renderer(tokenizer))
     return asyncio.run(Server(config, served, make_engine, announce).run_on(bound))
-
-
-def _stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end of a document and, of chat models, the end of a turn."""
-    name = named_token(token_config(tokenizer.files), "eos_token")
-    end_of_turn = None if name is None else tokenizer.token_id(name)
-    return tuple({tokenizer.eod_id} if end_of_turn is None else {tokenizer.eod_id, end_of_turn})
 
 
 def _renderer(tokenizer: Tokenizer) -> Callable[[Sequence[Message]], list[int]]:

@@ -13,7 +13,6 @@ import pytest
 
 from tests.helpers import WAIT
 from tests.trainer.serving.fakes import FakeEngine, FakeTokenizer
-from trainer.serving import server
 from trainer.serving.config import ServeConfig
 from trainer.serving.server import Server, bind
 from trainer.serving.service import Served
@@ -85,12 +84,3 @@ def test_a_request_that_breaks_the_server_s_own_code_is_a_500_with_a_trace(tmp_p
         assert failed.value.code == "internal_error" and "ZeroDivisionError" not in failed.value.message
         assert client_of(address).completions.create(model="fake", prompt=[1]).choices[0].text == "x" * 16
     assert "ZeroDivisionError" in capsys.readouterr().err
-
-
-def test_a_choice_ends_with_its_document_or_its_turn():
-    tokenizer = FakeTokenizer()
-    tokenizer.files = {"tokenizer_config.json": json.dumps({"eos_token": "<turn>"}).encode()}
-    tokenizer.token_id = {"<turn>": 7}.get
-    assert sorted(server._stop_tokens(tokenizer)) == [0, 7]
-    tokenizer.files = {}
-    assert server._stop_tokens(tokenizer) == (0,)
