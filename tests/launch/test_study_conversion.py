@@ -50,12 +50,10 @@ def doubles(monkeypatch):
         loss = LOSSES[directory.name] * (2 + int(directory.parent.name[-1]))
         for step in steps:
             if step.command == "layers":
-                Path(step.options["json"]).write_text(
-                    json.dumps({"replaced": [6, 0, 1, 2, 3, 4][: 8 - step.options["keep"]]})
-                )
+                Path(step.options["json"]).write_text(json.dumps({"replaced": [2, 0, 3][: 4 - step.options["keep"]]}))
             elif step.command == "evaluate" and "recall" in step.options:
                 rows = [
-                    {"task": task, "length": length, "tokens": 0.25}
+                    {"task": task, "length": length, "tokens": 0.25, "nats": 3.0}
                     for task in step.options["recall"]
                     for length in step.options["lengths"]
                 ]
@@ -80,15 +78,15 @@ def test_a_whole_study(tmp_path, doubles, capsys):
     # Seeds differ widely, the changes of the same seed do not.
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in second.splitlines() if "|" in line]
     losses = {row[0]: row[1:] for row in rows[: 2 + len(bench.MODELS)]}
-    assert losses["1:1, by damage"][:2] == ["2,048,000 + 184,320", "2.4750 ± 6.2895"]
+    assert losses["1:1, by damage"][:2] == ["3,072,000 + 276,480", "2.4750 ± 6.2895"]
     assert losses["1:1, by damage"][3::3] == ["-1.00 ± 0.00 %"] * 2
-    assert losses["base: softmax"][3::3] == ["", ""] and losses["1:1, from scratch"][0] == "184,320"
-    assert rows[-1][0] == "1:1, experts, spiking, int8" and rows[-1][1:] == ["25.0 ± 0.0"] * 4
-    assert "seed 1: 1:1 keeps the layers [3, 4, 5, 7], 3:1 [5, 7]" in second
+    assert losses["base: softmax"][3::3] == ["", ""] and losses["1:1, from scratch"][0] == "276,480"
+    assert rows[-1][0] == "1:1, experts, spiking, int8" and rows[-1][1:] == ["3.000 ± 0.000"] * 4
+    assert "seed 1: 1:1 keeps the layers [1, 3], 3:1 [1]" in second
     assert "1:1 is within 2% of the base after a tenth of its tokens: holds (-1.00% ± 0.00%)" in second
     assert "3:1 is within 2% of the base after a tenth of its tokens: does not hold (+3.00% ± 0.00%)" in second
     assert "from scratch at equal tokens: holds (-17.50% ± 0.00%)" in second
-    assert "base, seed 0: done in 50 s; some 14 minutes left" in errors and "some 0 minutes left" in errors
+    assert "base, seed 0: done in 50 s; some 12 minutes left" in errors and "some 0 minutes left" in errors
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["seeds"] == [0, 1] and set(found["models"]) == set(bench.MODELS)
     assert found["models"]["scratch"]["1"]["loss"] == {"256": pytest.approx(3.6), "1024": pytest.approx(1.8)}

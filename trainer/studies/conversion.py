@@ -21,6 +21,7 @@ that have ended are skipped, and a stopped one resumes. Tables follow each seed.
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ MOST_LOSS = 0.02
 # tokens begin at the base's length.
 DISTILL, NEXT_TOKEN, TWICE, FOUR_TIMES = 150 / 800, 400 / 800, 600 / 800, 700 / 800
 _TASKS = ("mqar", "needle")
+# Measures of recall (trainer.evaluation.recall.measures) with the titles of their tables.
+_MEASURES = {"tokens": "share of right tokens", "nats": "nats a token of the answers"}
 # Of the base and of what begins anew; of aligned mixers; of models that are trained further; of upcycled experts.
 _LR, _ALIGN_LR, _FURTHER_LR, _EXPERTS_LR = 3e-3, 3e-3, 1e-3, 1.5e-3
 
@@ -86,8 +89,8 @@ class Config:
     recipe: str = "configs/pretrain/laptop.yaml"
     model: str = "configs/models/laptop-dense.yaml"
     experts: str = "configs/experts/laptop-upcycled.yaml"
-    layers: int = 8
-    steps: int = 1000
+    layers: int = 4
+    steps: int = 1500
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     lengths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
     examples: int = 50
@@ -96,7 +99,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.steps, self.seeds, self.layers, self.lengths, self.examples = 50, self.seeds[:2], 4, [128], 2
+            self.steps, self.seeds, self.lengths, self.examples = 50, self.seeds[:2], [128], 2
         check_settings(
             self.seeds, self.recipe, layers=self.layers, steps=self.steps, examples=self.examples, threads=self.threads
         )
@@ -151,6 +154,13 @@ class Budget:
         return round(share * self.steps)
 
 
+class Kind(NamedTuple):
+    """What a step is, as far as its duration goes: the name of its output, and how many steps it trains."""
+
+    output: str
+    trained: int
+
+
 class Job(NamedTuple):
     """A model of a seed: the steps that make and evaluate it, in a directory of its own."""
 
@@ -159,16 +169,23 @@ class Job(NamedTuple):
     directory: Path
     steps: list[dict[str, Any]]
 
-    def seconds(self) -> float | None:
-        """How long its steps took; None where it has not ended."""
-        try:
-            entries = Record(self.directory).read()
-        except ConfigError:
-            return None
-        # The last step writes recall.json.
-        if len(entries) < len(self.steps) or any(entry.get("state") != "done" for entry in entries.values()):
-            return None
-        return float(sum(entry["seconds"] for entry in entries.values()))
+    def seconds(self) -> dict[Kind, float]:
+        """How long each kind of step took, of those that have ended."""
+        entries = Record(self.directory).read()
+        return {
+            kind: entries[output]["seconds"]
+            for output, kind in self.kinds().items()
+            if entries.get(output, {}).get("state") == "done"
+        }
+
+    def kinds(self) -> dict[str, Kind]:
+        """What each step is by its output."""
+        options = [next(iter(step.values())) for step in self.steps]
+        outputs = [values.get("run.dir") or values.get("output") or values["json"] for values in options]
+        return {
+            output: Kind(Path(output).name, values.get("train.steps", 0))
+            for output, values in zip(outputs, options, strict=True)
+        }
 
 
 class Plan:
@@ -361,12 +378,13 @@ class Figures(NamedTuple):
     Attributes:
         loss: Nats a token of the test split by length.
         bits_per_byte: The same in bits per byte.
-        recall: Share of the answers' tokens that are the most likely ones after the right tokens, by task and length.
+        recall: Of the answers' tokens after the right ones before them, by task and length: the share that are the most
+            likely ones (`tokens`), and their negative log-likelihood (`nats`).
     """
 
     loss: dict[int, float]
     bits_per_byte: dict[int, float]
-    recall: dict[tuple[str, int], float]
+    recall: dict[tuple[str, int], dict[str, float]]
 
 
 def read(plan: Plan, name: str, seed: int) -> Figures:
@@ -377,7 +395,7 @@ def read(plan: Plan, name: str, seed: int) -> Figures:
     return Figures(
         {length: values["loss"] for length, values in tests.items()},
         {length: values["bits_per_byte"] for length, values in tests.items()},
-        {(row["task"], row["length"]): row["tokens"] for row in rows},
+        {(row["task"], row["length"]): {name: row[name] for name in _MEASURES} for row in rows},
     )
 
 
@@ -400,19 +418,32 @@ def run_job(plan: Plan, job: Job) -> None:
 
 
 def remaining(jobs: Sequence[Job]) -> float:
-    """Estimate how many seconds the jobs that have not ended take, from those that have.
+    """Estimate how many seconds the steps that have not ended take, from those that have.
 
-    A job takes as long as the same one of other seeds; without any, as the mean of all.
+    A step takes as long as those of its kind. Where none has ended, training takes as long a step as any training, and
+    everything else as long as the mean of the rest.
     """
-    taken = {(job.name, job.seed): job.seconds() for job in jobs}
-    ended = {key: seconds for key, seconds in taken.items() if seconds is not None}
-    if not ended:
-        return math.nan
-    total = 0.0
-    for job in (job for job in jobs if (job.name, job.seed) not in ended):
-        alike = [seconds for (name, _), seconds in ended.items() if name == job.name] or list(ended.values())
-        total += sum(alike) / len(alike)
-    return total
+    ended: dict[Kind, list[float]] = {}
+    left: list[Kind] = []
+    for job in jobs:
+        taken = job.seconds()
+        left += [kind for kind in job.kinds().values() if kind not in taken]
+        for kind, seconds in taken.items():
+            ended.setdefault(kind, []).append(seconds)
+
+    def expected(kind: Kind) -> float:
+        if kind in ended:
+            return statistics.fmean(ended[kind])
+        alike = [
+            (other, seconds)
+            for other, each in ended.items()
+            for seconds in each
+            if bool(other.trained) == bool(kind.trained)
+        ]
+        units = sum(max(other.trained, 1) for other, _ in alike)
+        return max(kind.trained, 1) * sum(seconds for _, seconds in alike) / max(units, 1)
+
+    return sum(map(expected, left))
 
 
 def run(config: Config) -> None:
@@ -430,7 +461,8 @@ def run(config: Config) -> None:
         run_job(plan, job)
         found[job.name].append(read(plan, job.name, job.seed))
         left = remaining(jobs)
-        say(f"{job.name}, seed {job.seed}: done in {job.seconds() or 0:.0f} s; some {left / 60:.0f} minutes left")
+        taken = sum(job.seconds().values())
+        say(f"{job.name}, seed {job.seed}: done in {taken:.0f} s; some {left / 60:.0f} minutes left")
         if len(found["all"]) == len(found["base"]):
             report(plan, found)
 
@@ -472,7 +504,8 @@ def report(plan: Plan, found: Mapping[str, Sequence[Figures]]) -> None:
     seeds = plan.config.seeds[: len(found["base"])]
     short = plan.test_lengths[0]
     claims = [claim.judge(found, short) for claim in CLAIMS]
-    parts = [f"seeds {', '.join(map(str, seeds))}", losses(plan, found), recalls(plan, found)]
+    parts = [f"seeds {', '.join(map(str, seeds))}", losses(plan, found)]
+    parts += [recalls(plan, found, measure) for measure in _MEASURES]
     parts += ["\n".join(kept_layers(plan, seed) for seed in seeds), "\n".join(map(_verdict, claims))]
     print("\n\n".join(parts), flush=True)
     if plan.config.json:
@@ -499,15 +532,14 @@ def losses(plan: Plan, found: Mapping[str, Sequence[Figures]]) -> str:
     return table(header, rows)
 
 
-def recalls(plan: Plan, found: Mapping[str, Sequence[Figures]]) -> str:
-    """The table of recall: share of the answers' tokens that are the most likely ones, by task and length."""
+def recalls(plan: Plan, found: Mapping[str, Sequence[Figures]], measure: str) -> str:
+    """The table of a measure of recall, by task and length."""
     cells = [(task, length) for task in _TASKS for length in plan.config.lengths]
-    header = ["tokens of answers, %", *(f"{task} {length}" for task, length in cells)]
     rows = [
-        [MODELS[name], *(_figure([100 * one.recall[cell] for one in own], ".1f") for cell in cells)]
+        [MODELS[name], *(_figure([one.recall[cell][measure] for one in own], ".3f") for cell in cells)]
         for name, own in found.items()
     ]
-    return table(header, rows)
+    return table([_MEASURES[measure], *(f"{task} {length}" for task, length in cells)], rows)
 
 
 def kept_layers(plan: Plan, seed: int) -> str:
@@ -547,7 +579,7 @@ def _values(
                 "loss": {str(length): loss for length, loss in one.loss.items()},
                 "bits_per_byte": {str(length): bits for length, bits in one.bits_per_byte.items()},
                 "recall": [
-                    {"task": task, "length": length, "tokens": share} for (task, length), share in one.recall.items()
+                    {"task": task, "length": length, **measures} for (task, length), measures in one.recall.items()
                 ],
             }
             for seed, one in zip(seeds, own, strict=True)
