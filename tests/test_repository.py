@@ -200,6 +200,7 @@ def test_messages_name_commands_as_users_give_them():
         "launch/pretrain.py": r"torchrun .* launch/pretrain\.py",
         "trainer/peers.py": r"torchrun, or launch/main\.py",
         "trainer/studies/runs.py": r"^launch/pretrain\.py$",
+        "trainer/studies/conversion.py": r"^launch/convert\.py$",
     }
     wrong = []
     for path in SOURCES:
