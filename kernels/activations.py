@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.autograd import compresses, derive, once_differentiable, save
-from kernels.backend import resolve
+from kernels.backend import is_generating, resolve
 from kernels.quantization import pack_signs, unpack_signs
 from kernels.shapes import block_limit
 from kernels.triton import implementations
@@ -48,7 +48,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         from kernels.triton import activations  # lazily: not every machine has Triton
 
         return activations.swiglu(gate, up)
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return F.silu(gate).mul_(up) if is_generating() else _SwiGLU.apply(gate, up)
 
 
 def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:

@@ -2,12 +2,38 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 
 ENVIRONMENT_VARIABLE = "SPIKETRAIN_BACKEND"
 
 _logger = logging.getLogger("spiketrain")
 _logged: set[tuple[str, str]] = set()
+
+
+_GENERATING: ContextVar[bool] = ContextVar("generating", default=False)
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Context of decoding steps, where kernels take forms for few tokens, in fewer operations and without gradients.
+
+    Their results differ from those of training by rounding. So every other forward pass, such as a validation or a
+    frozen teacher's, computes what training computes, to the last bit.
+    """
+    token = _GENERATING.set(True)
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def is_generating() -> bool:
+    """Whether forms for few tokens may be taken: within `generating`, without gradients."""
+    return _GENERATING.get() and not torch.is_grad_enabled()
 
 
 def resolve(op: str, backend: str, available: Sequence[str]) -> str:

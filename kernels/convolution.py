@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.autograd import derive, once_differentiable, save
-from kernels.backend import resolve
+from kernels.backend import is_generating, resolve
 from kernels.documents import Documents, sequences_in, takes_cu_seqlens, to_device
 from kernels.indices import host_numbers
 from kernels.linear_attention._sharded import all_gather, begins_here, cut_documents, run_from, state_of_last
@@ -316,7 +316,7 @@ def causal_conv1d(
     batch, time, dim = x.shape
     available = with_triton(implementations(time), x, weight, initial_state)
     if time == 1 and initial_state is not None and documents is None and not torch.is_grad_enabled():
-        available = ("recurrent", *available)
+        available = ("recurrent", *available) if is_generating() else (*available, "recurrent")
     choice = resolve("causal_conv1d", backend, available)
     if choice == "recurrent":
         assert initial_state is not None

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kernels.autograd import once_differentiable, save
-from kernels.backend import resolve
+from kernels.backend import is_generating, resolve
 
 # Multiplications of the smallest product for which oneDNN's longer set-up pays off. Measured: 64³ takes torch 7 µs and
 # oneDNN 15, 128³ takes torch 41 and oneDNN 30.
@@ -125,7 +125,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ValueError: the backend cannot serve these inputs.
     """
     choice = _choose(x, backend, x.numel() * weight.shape[0])
-    if choice == "torch" and x.is_cpu and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    if choice == "torch" and x.is_cpu and x.dtype == torch.bfloat16 and is_generating():
         rows = x.numel() // x.shape[-1]
         if rows <= _FEW_ROWS:
             return _linear_of_few_rows(x, weight, bias, rows)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.autograd import derive, once_differentiable, save
-from kernels.backend import resolve
+from kernels.backend import is_generating, resolve
 from kernels.shapes import block_limit
 from kernels.triton import LARGEST_ROW, implementations
 
@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
         from kernels.triton import norms  # lazily: not every machine has Triton
 
         return norms.rms_norm(x, weight, eps)
-    if not torch.is_grad_enabled():
+    if is_generating():
         return _narrow(_norm_alone(x, weight, eps), x)
     return _RMSNorm.apply(x, weight, eps)
 
@@ -114,7 +114,7 @@ def gated_rms_norm(
         from kernels.triton import norms
 
         return norms.gated_rms_norm(x, gate, weight, eps, activation)
-    if not torch.is_grad_enabled():
+    if is_generating():
         act = F.silu if activation == "silu" else torch.sigmoid
         return _narrow(_norm_alone(x, weight, eps).mul_(act(_widen(gate))), x)
     return _GatedRMSNorm.apply(x, gate, weight, eps, activation)
@@ -142,7 +142,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
         from kernels.triton import norms
 
         return norms.l2_norm(x, eps)
-    if not torch.is_grad_enabled():
+    if is_generating():
         wide = _widen(x)
         return _narrow(wide * torch.linalg.vecdot(wide, wide)[..., None].add_(eps).rsqrt_(), x)
     return _L2Norm.apply(x, eps)

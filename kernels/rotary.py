@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.autograd import derive, once_differentiable, save
-from kernels.backend import resolve
+from kernels.backend import is_generating, resolve
 from kernels.indices import check_range
 from kernels.rotary_scaling import RotaryScaling, yarn_range
 from kernels.shapes import block_limit
@@ -116,9 +116,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") 
         from kernels.triton import rotary  # lazily: not every machine has Triton
 
         return rotary.apply_rotary(x, cos, sin)
-    if torch.is_grad_enabled():
-        return _Rotary.apply(x, cos, sin)
-    return _rotate_few(x, cos, sin) if x.numel() <= _BLOCK_ELEMENTS else _rotate(x, cos, sin, 1)
+    if is_generating() and x.numel() <= _BLOCK_ELEMENTS:
+        return _rotate_few(x, cos, sin)
+    return _Rotary.apply(x, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

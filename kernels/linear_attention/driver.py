@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.autograd import compresses, once_differentiable, save
-from kernels.backend import resolve
+from kernels.backend import is_generating, resolve
 from kernels.documents import Documents, sequences_in
 from kernels.linear_attention._chunks import ChunkLayout, chunk_layout
 from kernels.linear_attention._sharded import run_sharded
@@ -282,7 +282,8 @@ def run(
         available = with_triton(available, *inputs, initial_state, fits=recurrence.fits_triton(inputs))
         if documents is None and not torch.is_grad_enabled():
             # Preferred where it is faster: below a chunk's fixed costs.
-            available = ("recurrent", *available) if first.shape[1] <= recurrence.few else (*available, "recurrent")
+            is_faster = is_generating() and first.shape[1] <= recurrence.few
+            available = ("recurrent", *available) if is_faster else (*available, "recurrent")
         choice = resolve(recurrence.name, backend, available)
         if choice == "recurrent":
             o, state = recurrence.recurrent(heads, inputs, initial_state, reuse_state)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.backend import generating
 from kernels.matmul import linear
 from models.decoder import Decoder, RunBlock
 from models.generation.pages import Pages, PageTable
@@ -336,7 +337,7 @@ class Engine:
         for module in self._sequence_parallel:
             module.groups = replace(module.groups, sequence=False)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), generating():
                 yield
         finally:
             for module, groups in zip(self._sequence_parallel, before, strict=True):

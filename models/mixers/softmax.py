@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.autograd import label
+from kernels.backend import is_generating
 from kernels.quantization.int8 import decode_int8, encode_int8
 from kernels.rotary import apply_rotary
 from models.config import ModelConfig
@@ -96,7 +97,7 @@ class FullAttention(Mixer):
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The rotated queries and keys [B, T, H, K]; in one call if that is cheaper."""
-    if torch.is_grad_enabled() or q.shape[1] > 1:
+    if q.shape[1] > 1 or not is_generating():
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
     q, k = _rotate(torch.cat((q, k), 2), cos, sin).split((q.shape[2], k.shape[2]), 2)
     return q, k

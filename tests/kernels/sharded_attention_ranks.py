@@ -116,7 +116,7 @@ def check_equals_one_rank(case: Case, group: dist.ProcessGroup) -> None:
     assert_same([local_o, *actual[:3]], [x[:, tokens] for x in (o, *expected[:3])], case.tolerance())
     # Every rank has all sinks; their gradients are the ranks' sums.
     for mine, whole in zip(actual[3:], expected[3:], strict=True):
-        total = mine.clone()
+        total = mine.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         assert_same([total], [whole], case.tolerance())
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.backend import generating
 from kernels.convolution import causal_conv1d
 from kernels.linear_attention import delta_rule, gated_delta_rule, gla, hgrn, hgrn2, retention
 
@@ -88,6 +89,9 @@ def test_a_state_is_only_overwritten_where_that_is_allowed(name):
     kernel(*part(inputs, 0, 1), initial_state=state, output_final_state=True, backend="recurrent")
     assert torch.equal(state, before)
     kernel(*part(inputs, 0, 1), initial_state=state, output_final_state=True, reuse_state=True)
+    assert torch.equal(state, before), "outside of generation chunks are preferred"
+    with generating():
+        kernel(*part(inputs, 0, 1), initial_state=state, output_final_state=True, reuse_state=True)
     assert not torch.equal(state, before), "it is the preferred form for one token"
 
 
@@ -106,9 +110,10 @@ def test_the_convolution_of_one_token(width):
     state = torch.zeros(BATCH, KEYS, width - 1)
     memory, outputs = state.data_ptr(), []
     for t in range(TIME):
-        y, state = causal_conv1d(
-            x[:, t : t + 1], weight, initial_state=state, output_final_state=True, reuse_state=True
-        )
+        with generating():
+            y, state = causal_conv1d(
+                x[:, t : t + 1], weight, initial_state=state, output_final_state=True, reuse_state=True
+            )
         outputs.append(y)
         assert state.data_ptr() == memory
     torch.testing.assert_close(torch.cat(outputs, 1), expected)

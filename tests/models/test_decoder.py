@@ -151,6 +151,17 @@ def test_a_sequence_can_be_cut_anywhere(layout, cuts):
     assert close(in_pieces(model, tokens, cuts), model(*rows(tokens)))
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_forward_is_that_of_training_to_the_last_bit(mixer, dtype):
+    """A validation, or a teacher: also of few tokens, for which generation has other forms."""
+    model, tokens = tiny_decoder(mixer), rows(draw_tokens(1, 7))
+    cast_parameters(model, dtype)
+    expected = model(*tokens).detach()
+    with torch.no_grad():
+        assert torch.equal(model(*tokens), expected)
+
+
 def test_a_sequence_token_by_token(model):
     tokens = draw_tokens(1, 24)
     assert close(in_pieces(model, tokens, range(1, 24)), model(*rows(tokens)))

@@ -172,7 +172,11 @@ class Scorer:
 
 def _repeated(cache: LayerCache, rows: int) -> LayerCache:
     """A copy of the state of one sequence for each of several rows."""
-    tensors = {name: x.expand(rows, *x.shape[1:]).contiguous() for name, x in cache.tensors.items()}
+    # Copies also for one row: what follows may advance a state in place.
+    tensors = {
+        name: x.expand(rows, *x.shape[1:]).clone(memory_format=torch.contiguous_format)
+        for name, x in cache.tensors.items()
+    }
     return LayerCache(tensors, {branch: _repeated(own, rows) for branch, own in cache.branches.items()})
 
 
