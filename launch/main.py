@@ -187,7 +187,8 @@ def _next_signal(signals: set[signal.Signals], seconds: float) -> int | None:
         pending = signal.sigpending() & signals
         return signal.sigwait(pending) if pending else None
     info = signal.sigtimedwait({*signals, signal.SIGCHLD}, seconds)
-    if info is None or info.si_signo == signal.SIGCHLD or info.si_code == _FROM_TERMINAL:
+    # After a stop (SIGSTOP, SIGCONT) that outlasts the wait, Python returns a structure that nobody has filled.
+    if info is None or info.si_signo not in signals or info.si_code == _FROM_TERMINAL:
         return None
     return info.si_signo
 

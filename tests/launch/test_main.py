@@ -118,6 +118,18 @@ def test_a_signal_is_handed_on_once(tmp_path, number):
     assert [(tmp_path / f"heard{rank}").read_text().split() for rank in "01"] == [[number.name]] * 2
 
 
+def test_a_stop_and_a_continuation_end_nobody(tmp_path):
+    process = ranks(tmp_path, "waits")
+    when_ready(tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    # Longer than it waits for a signal.
+    time.sleep(0.8)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 75
+
+
 def test_a_rank_that_fails_ends_the_others_with_its_exit_code(tmp_path):
     process = ranks(tmp_path, "fails")
     errors = process.communicate(timeout=60)[1]
