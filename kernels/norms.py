@@ -177,7 +177,10 @@ def _narrow(y: Tensor, x: Tensor) -> Tensor:
 def _norm_alone(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` without gradients in the dtype of the arithmetic: in generation, few operations count."""
     wide, scale = _widen(x), _widen(weight)
-    return F.rms_norm(wide, x.shape[-1:], scale.to(wide.dtype) if scale.dtype != wide.dtype else scale, eps)
+    # F.rms_norm takes four times as long for a row: it is made of a dozen operations.
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rstd).mul_(scale)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -95,14 +95,15 @@ class Block(Module):
 
     def _add_both(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         x = x + self.policy.run("mixer", self._mix, x, info, cache)
-        return x + self.policy.run("ffn", self._feed_forward, x, info, cache)
+        return x + self.policy.run("ffn", self.feed_forward, x, info, cache)
 
     def _mix(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
         with in_order(_order(info, cache)):
             mixed: Tensor = self.mixer(enter_region(self.mixer_norm(x), self.groups), info, cache)
         return mixed
 
-    def _feed_forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
+    def feed_forward(self, x: Tensor, info: SequenceInfo, cache: LayerCache | None) -> Tensor:
+        """The feed-forward of the normalised residual stream x [T, B, D]."""
         normed = self.ffn_norm(x)
         fed: Tensor
         with in_order(_order(info, cache)):

@@ -131,16 +131,6 @@ class _Interrupt:
         raise _Reached(q, entries)
 
 
-class _Given:
-    """A store that has attended already."""
-
-    def __init__(self, o: Tensor) -> None:
-        self.o = o
-
-    def attend(self, q: Tensor, entries: dict[str, Tensor], sinks: KeysValues | None) -> Tensor:
-        return self.o
-
-
 class _Part(nn.Module):
     """A function that uses a block: tracing takes parameters from modules alone."""
 
@@ -175,10 +165,10 @@ def _trace(block: nn.Module, x: Tensor, info: SequenceInfo, cache: LayerCache) -
 
     def after(x: Tensor, o: Tensor, *tensors: Tensor) -> Tensor:
         own_info, own_cache = _with_inputs(info, cache, tensors)
-        own_cache.store = _Given(o)
-        # The queries, which nothing reads, are left out of the trace.
-        result: Tensor = block(x, own_info, own_cache)
-        return result
+        assert isinstance(block, Block) and isinstance(block.mixer, FullAttention), "only attention has a store"
+        # Not by running the block again: a trace keeps products that nothing reads, such as the queries.
+        x = x + block.mixer.project(o, x if block.mixer.g_proj is None else block.mixer_norm(x))
+        return x + block.feed_forward(x, own_info, own_cache)
 
     if cache.store is None:
         return _traced(block, whole, (x, *copies)), None

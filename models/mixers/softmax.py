@@ -56,7 +56,7 @@ class FullAttention(Mixer):
             q = self.query_spikes(q)
         sinks = None if info.sinks is None else info.sinks.by_mixer.get(self)
         if cache is not None and cache.store is not None:
-            return self._project(cache.store.attend(q, self.entries(k, v), sinks), x)
+            return self.project(cache.store.attend(q, self.entries(k, v), sinks), x)
         if cache is not None:
             k, v = keys_and_values(self._remember(cache, self.entries(k, v)), q.dtype)
         elif self.int8 is not None:
@@ -68,9 +68,9 @@ class FullAttention(Mixer):
             o = attend_among_sinks(q, k, v)
         else:
             o = attention(q, k, v, window=self.window, documents=info.documents, sinks=sinks, group=info.group)
-        return self._project(o, x)
+        return self.project(o, x)
 
-    def _project(self, o: Tensor, x: Tensor) -> Tensor:
+    def project(self, o: Tensor, x: Tensor) -> Tensor:
         """The mixer's output [T, B, D] from its heads o [B, T, H, V] and its input x [T, B, D]."""
         merged = merge_heads(o)
         if self.g_proj is not None:
