@@ -50,7 +50,7 @@ def stream_text(decode: Callable[[list[int]], str], prompt: Sequence[int], token
 
 
 class StopStrings:
-    """Ends text before the first stop string, and holds back what may become one.
+    """Ends text before the stop string that is complete first, and holds back what may become one.
 
     Args:
         stops: The strings; empty ones are not allowed.
@@ -74,11 +74,12 @@ class StopStrings:
         if self.stopped is not None:
             return ""
         text = self._held + text
-        found = [(text.index(stop), stop) for stop in self._stops if stop in text]
+        # By their ends: which one is first must not depend on how the text is cut.
+        found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if found:
-            place, self.stopped = min(found, key=lambda pair: pair[0])
+            end, _, self.stopped = min(found)
             self._held = ""
-            return text[:place]
+            return text[: end - len(self.stopped)]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         shown, self._held = text[: len(text) - held], text[len(text) - held :]
         return shown

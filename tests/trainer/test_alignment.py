@@ -69,7 +69,7 @@ def reference(student, teacher, batches, layers):
                 losses = losses + loss * torch.nn.functional.one_hot(torch.tensor(layers.index(layer)), len(layers))
             with torch.no_grad():
                 x = x + y
-                x = x + block._feed_forward(x, infos[layer], None)
+                x = x + block.feed_forward(x, infos[layer], None)
     return losses / sum(int(batch.loss_mask.count_nonzero()) for batch in batches)
 
 
