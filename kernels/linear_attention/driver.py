@@ -147,13 +147,13 @@ class Recurrence(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Outputs and final states by the Triton kernels, imported lazily because not every machine has Triton."""
 
+    @abstractmethod
     def advance(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
         """Advance the state over one token in place and return the token's output `[B, H, V]`, for generation.
 
         The inputs are `[B, H, D]` or `[B, H]`, in the state's dtype. A state is read once for what it gives to the
         output and to a correction, and written once.
         """
-        raise NotImplementedError
 
     def step(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
         """The state after one token, whose inputs after q are `[B, H, D]` or `[B, H]`; defines the reference."""

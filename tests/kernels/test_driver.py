@@ -28,6 +28,11 @@ class Sum(Recurrence):
         k_BHK, v_BHV = inputs
         return state_BHKV + k_BHK[..., None] * v_BHV[..., None, :]
 
+    def advance(self, state_BHKV: Tensor, inputs: Inputs) -> Tensor:
+        q_BHK, k_BHK, v_BHV = inputs
+        state_BHKV += k_BHK[..., None] * v_BHV[..., None, :]
+        return self.scale * (q_BHK[..., None, :] @ state_BHKV)[..., 0, :]
+
     def packed(self, segment: Segment, inputs: Inputs) -> tuple[Tensor, ...]:
         q, k, v = (segment.pack(x, segment.operands) for x in inputs)
         return q.mul_(self.scale), k, v, torch.ones_like(q[:, 0], dtype=segment.full)
@@ -77,6 +82,11 @@ def test_a_recurrence_is_its_step_and_its_segments(lengths: list[int] | None) ->
 
     for chunked, reference in zip(results("torch"), results("reference"), strict=True):
         torch.testing.assert_close(chunked, reference, rtol=1e-10, atol=1e-10)
+    if documents is None:
+        with torch.no_grad():
+            advanced = run(Sum(0.3), *inputs, initial_state=state, output_final_state=True, backend="recurrent")
+        for mine, reference in zip(advanced, results("reference")[:2], strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-10, atol=1e-10)
 
 
 def test_the_name_is_what_the_environment_chooses_by(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ tensor-parallel rank does. Each step runs in a process of its own. Resident memo
 counts; the operating system's cache of files does not.
 """
 
+import importlib
 import multiprocessing
 import shutil
 import sys
@@ -101,9 +102,8 @@ def _measured(function: Callable[..., tuple[int, int]], arguments: tuple[Any, ..
     """Return the bytes that a step reads or writes, its largest parameter's, its peak rise of memory, and seconds."""
     import torch
 
-    # Imported before the measurement, as is all that drawing a small matrix loads.
-    from trainer.stored import export as _  # noqa: F401
-
+    # Before the measurement, as is all that drawing a small matrix loads.
+    importlib.import_module("trainer.stored.export")
     torch.empty(1024, 64, dtype=torch.bfloat16).normal_()
     before, start = resident_bytes(), time.monotonic()
     size, largest = function(*arguments)
