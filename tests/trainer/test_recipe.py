@@ -56,7 +56,7 @@ def test_tokens_are_steps_of_the_batch(tmp_path, monkeypatch):
         ("hybrid", "steps: step 2 must name one command with its options"),
         ({"hybrid": HYBRID, "train": TRAIN}, "steps: step 2 must name one command with its options"),
         ({"hybrids": HYBRID}, "steps: step 2: no command 'hybrids'; choose from export, import, layers, hybrid"),
-        ({"hybrid": HYBRID | {"patern": "x"}}, "unknown option 'patern' of hybrid; did you mean 'pattern'?"),
+        ({"hybrid": HYBRID | {"patterns": "x"}}, "unknown option 'patterns' of hybrid; did you mean 'pattern'?"),
         ({"hybrid": HYBRID | {"tokens": 5}}, "unknown option 'tokens' of hybrid; "),
         ({"train": {"run": {"dirr": "x"}}}, "unknown option 'run.dirr' of train; did you mean 'run.dir'?"),
         ({"hybrid": {"source": "trained"}}, "steps: step 2: hybrid needs output, by which it is known whether"),

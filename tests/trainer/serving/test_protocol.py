@@ -116,7 +116,7 @@ def test_parts_of_text_are_joined():
         ({"suffix": "b"}, "suffix", "not supported"),
         ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
         ({"frequency_penalty": 0.1}, "frequency_penalty", "not supported"),
-        ({"temprature": 1}, "temprature", "did you mean temperature?"),
+        ({"temperatures": 1}, "temperatures", "did you mean temperature?"),
         ({"xyz": 1}, "xyz", "unknown field xyz; leave it out"),
     ],
 )
