@@ -43,6 +43,7 @@ class GenerateConfig:
         seed: Seed of the draws.
         slots: Continuations that are computed at once.
         deterministic: Make every continuation independent of the others to the last bit, at the cost of speed.
+        compile: Compile the layers with a C++ compiler: up to twice as fast, after half a minute. For many tokens.
         tokenizer: Use this tokenizer instead of the checkpoint's.
         device: cpu or cuda; auto takes CUDA if available.
     """
@@ -64,6 +65,7 @@ class GenerateConfig:
     seed: int = 1234
     slots: int = 16
     deterministic: bool = False
+    compile: bool = False
     tokenizer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -129,13 +131,17 @@ def main(config: GenerateConfig) -> None:
     print(f"checkpoint: {loaded.path}", file=sys.stderr)
     if config.tokenizer is not None:
         print(f"tokenizer: {config.tokenizer}, in place of the checkpoint's", file=sys.stderr)
-    engine = Engine(
-        loaded.model,
-        slots=config.slots,
-        vocab_size=tokenizer.vocab_size,
-        deterministic=config.deterministic,
-        prefixes=4 if len(left) > 1 else 0,
-    )
+    try:
+        engine = Engine(
+            loaded.model,
+            slots=config.slots,
+            vocab_size=tokenizer.vocab_size,
+            deterministic=config.deterministic,
+            compile=config.compile,
+            prefixes=4 if len(left) > 1 else 0,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     try:
         if output is None:
             _show(config, engine, tokenizer, prompts, requests)

@@ -100,10 +100,12 @@ class Engine:
         vocab_size: Ids from this one on are padding of the vocabulary and are never drawn; default: the model's.
         deterministic: Make the tokens of a sample, to the last bit of their log-probabilities, independent of what
             else is running. Rows are then decoded one at a time.
+        compile: Compile the layers of decoding steps: up to twice as fast, rounded differently, after half a minute.
         prefixes: Number of beginnings of prompts whose states are kept for prompts that share them.
 
     Raises:
-        ValueError: an argument is out of range, or the model is a pipeline stage or has context-parallel groups.
+        ValueError: an argument is out of range, there is no compiler for `compile`, or the model is a pipeline stage or
+            has context-parallel groups.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Engine:
         pages: int | None = None,
         vocab_size: int | None = None,
         deterministic: bool = False,
+        compile: bool = False,
         prefixes: int = 0,
     ) -> None:
         for name, value in {
@@ -139,7 +142,7 @@ class Engine:
             # Without full attention pages are only counted, and cost nothing.
             self._pages.limit, pages = None, None
         self._slots = Slots(self._layers, slots)
-        self._tracer = Tracer(model)
+        self._tracer = Tracer(model, compile, at_once=compile and deterministic)
         self._prefixes = Prefixes(prefixes, chunk if deterministic else 1)
         self._sequence_parallel = [
             module for module in model.modules() if isinstance(module, Module) and module.groups.sequence

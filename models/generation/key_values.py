@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import KeysValues, attention
-from models.generation.pages import Pages, PageTable
+from models.generation.pages import Pages, PageTable, merged
 from models.mixers.softmax import keys_and_values
 
 Run = tuple[int, int]
@@ -30,15 +30,19 @@ class PagePool:
         self.pages = pages
         self.tensors: dict[str, Tensor] = {}
         self._held = 0
+        pages.on_take.append(self.clear)
 
     def fit(self, entries: dict[str, Tensor]) -> None:
         """Have memory for all pages, for entries [..., Hkv, width] of these names."""
         if self.tensors.keys() == entries.keys() and self._held == self.pages.capacity:
             return
+        known = self.tensors.keys() == entries.keys()
         for name, x in entries.items():
             if name not in self.tensors:
                 self.tensors[name] = x.new_empty(x.shape[-2], 0, x.shape[-1])
         self.grow()
+        if not known:
+            self.clear(self.pages.in_use())
 
     def grow(self) -> None:
         """Have memory for all pages that there are by now."""
@@ -50,20 +54,36 @@ class PagePool:
                 self.tensors[name] = before.new_empty(before.shape[0], tokens, before.shape[2])
                 self.tensors[name][:, : before.shape[1]] = before
 
+    def clear(self, pages: Sequence[int]) -> None:
+        """Set pages that a sequence takes to zero: calls for several rows read some past their ends, and mask it."""
+        size = self.pages.size
+        if self._held < self.pages.capacity and self.tensors:
+            self.grow()
+        for first, count in merged(pages):
+            for x in self.tensors.values():
+                x[:, first * size : (first + count) * size] = 0
+
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page."""
         size = self.pages.size
         for x in self.tensors.values():
             x[:, target * size : (target + 1) * size] = x[:, source * size : (source + 1) * size]
 
-    def read(self, run: Run) -> dict[str, Tensor]:
-        """The entries of a run of memory, views [Hkv, S, width]."""
-        return {name: x[:, run[0] : run[1]] for name, x in self.tensors.items()}
+    def read_batch(self, batch: "RunBatch") -> dict[str, Tensor]:
+        """The entries of runs of memory, views [runs, Hkv, S, width]."""
+        found = {}
+        for name, x in self.tensors.items():
+            heads, _, width = x.shape
+            shape = (len(batch.rows), heads, batch.most, width)
+            strides = (batch.spacing * width, x.stride(0), width, 1)
+            found[name] = x.as_strided(shape, strides, batch.start * width)
+        return found
 
     def gather(self, runs: Sequence[Run]) -> dict[str, Tensor]:
         """The entries of several runs, [Hkv, S, width]; a view if there is one run."""
         if len(runs) == 1:
-            return self.read(runs[0])
+            ((a, b),) = runs
+            return {name: x[:, a:b] for name, x in self.tensors.items()}
         return {name: torch.cat([x[:, a:b] for a, b in runs], 1) for name, x in self.tensors.items()}
 
 
@@ -97,21 +117,17 @@ def _attend_in_parts(q_1THK: Tensor, k_HSK: Tensor, v_HSV: Tensor) -> Tensor:
     of the queries themselves the usual one; the two parts are merged by their normalizers.
     """
     time, heads, groups = q_1THK.shape[1], len(k_HSK), q_1THK.shape[2] // len(k_HSK)
-    wide = torch.promote_types(q_1THK.dtype, torch.float32)
-    q_XTK = q_1THK[0].transpose(0, 1)
+    q_1XTK = q_1THK.transpose(1, 2)
     before = k_HSK.shape[1] - time
     earlier, normalizer = _attend_with_normalizer(
-        q_XTK.unflatten(0, (heads, groups)).flatten(1, 2), k_HSK[:, :before], v_HSV[:, :before]
+        q_1XTK.unflatten(1, (heads, groups)).flatten(2, 3), k_HSK[None, :, :before], v_HSV[None, :, :before]
     )
-    k_own, v_own = (x[:, before:].repeat_interleave(groups, dim=0) for x in (k_HSK, v_HSV))
-    own, own_normalizer = _attend_with_normalizer(q_XTK, k_own, v_own, is_causal=True)
-    o_XTV = _merged(
-        [
-            (earlier.unflatten(1, (groups, time)).flatten(0, 1).to(wide), normalizer.reshape(heads * groups, time)),
-            (own.to(wide), own_normalizer),
-        ]
-    )
-    return o_XTV.to(q_1THK.dtype).transpose(0, 1)[None]
+    k_own, v_own = (x[None, :, before:].repeat_interleave(groups, dim=1) for x in (k_HSK, v_HSV))
+    own, own_normalizer = _attend_with_normalizer(q_1XTK, k_own, v_own, is_causal=True)
+    normalizers = torch.stack((normalizer.unflatten(2, (groups, time)).flatten(1, 2), own_normalizer))
+    outputs = torch.stack((earlier.unflatten(2, (groups, time)).flatten(1, 2), own))
+    o_1XTV = (outputs * normalizers.softmax(0)[..., None]).sum(0)
+    return o_1XTV.to(q_1THK.dtype).transpose(1, 2)
 
 
 def _write(memory: Tensor, runs: Sequence[Run], first: int, x: Tensor) -> None:
@@ -126,6 +142,77 @@ def _write(memory: Tensor, runs: Sequence[Run], first: int, x: Tensor) -> None:
         passed += count
 
 
+# A batch reads runs to the length of its longest: its others are at most this many tokens or this share shorter.
+_SHORTER_TOKENS, _SHORTER_SHARE = 64, 0.25
+
+
+@dataclass
+class RunBatch:
+    """Runs of memory, equally far apart and each read by as many rows: one call of attention reads them all.
+
+    Attributes:
+        start: Where the first run begins.
+        lengths: Tokens of each run.
+        rows: The rows that read each run.
+        least: The shortest run, in tokens.
+        most: The longest one, to whose length all are read.
+        room: Tokens to which all runs may be read.
+        spacing: Tokens from the start of a run to the start of the next.
+        mask: Which tokens are not of the run, as the scores' summand -inf, [runs, 1, 1, most]; None if all are.
+        flat_rows: The rows one after another, int64 [runs * readers].
+        parts: For each of these, which part of its row the run is: 0, 1, ..., int64 [runs * readers].
+    """
+
+    start: int
+    lengths: list[int]
+    rows: list[list[int]]
+    least: int
+    most: int
+    room: int
+    spacing: int = 0
+    mask: Tensor | None = None
+    flat_rows: Tensor = field(init=False)
+    parts: Tensor = field(init=False)
+
+    @classmethod
+    def of(cls, run: Run, room: int, rows: list[int]) -> "RunBatch":
+        """The batch of one run."""
+        length = run[1] - run[0]
+        return cls(run[0], [length], [rows], length, length, room)
+
+    def take(self, run: Run, room: int, rows: list[int]) -> bool:
+        """Add a run that begins after the others, if it is alike and as far from the last one as they are."""
+        length = run[1] - run[0]
+        least, most, room = min(self.least, length), max(self.most, length), min(self.room, room)
+        spacing = run[0] - self.start - (len(self.rows) - 1) * self.spacing
+        if len(rows) != len(self.rows[0]) or (len(self.rows) > 1 and spacing != self.spacing) or most > room:
+            return False
+        if most - least > max(_SHORTER_TOKENS, _SHORTER_SHARE * most):
+            return False
+        self.rows.append(rows)
+        self.lengths.append(length)
+        self.least, self.most, self.room, self.spacing = least, most, room, spacing
+        return True
+
+    def prepare(self, passed: list[int], like: Tensor) -> None:
+        """Make the tensors on the device of `like`; `passed` counts the parts of each row so far."""
+        device = like.device
+        flat, parts = [row for rows in self.rows for row in rows], []
+        for row in flat:
+            parts.append(passed[row])
+            passed[row] += 1
+        self.flat_rows, self.parts = torch.tensor(flat, device=device), torch.tensor(parts, device=device)
+        if self.least < self.most:
+            outside = torch.arange(self.most, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
+            self.mask = torch.zeros(outside.shape, device=device).masked_fill_(outside, -torch.inf)[:, None, None]
+
+    def mask_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask in another dtype."""
+        if self.mask is not None and self.mask.dtype != dtype:
+            self.mask = self.mask.to(dtype)
+        return self.mask
+
+
 @dataclass
 class PageStep:
     """Where the sequences of a decoding step lie, the same for all layers.
@@ -133,25 +220,40 @@ class PageStep:
     Attributes:
         places: Where each row's new token goes, int64 [n].
         runs: Each row's runs of memory, the new token included.
+        ends: Where the memory ends that each row has from its last run on.
         exact: Whether a row's result must not depend on where its pages lie: they are then gathered first.
-        shared: The rows that read each run.
-        is_plain: Whether every row is one run of its own.
+        batches: All runs, those that several rows read once.
+        most_parts: The largest number of runs of a row.
     """
 
     places: Tensor
     runs: list[list[Run]]
+    ends: list[int]
     exact: bool
-    shared: dict[Run, list[int]] = field(init=False)
-    is_plain: bool = field(init=False, default=False)
+    batches: list[RunBatch] = field(init=False, default_factory=list)
+    most_parts: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
-        self.shared = {}
         if self.exact:
             return
+        readers: dict[Run, list[int]] = {}
+        rooms: dict[Run, int] = {}
         for row, runs in enumerate(self.runs):
             for run in runs:
-                self.shared.setdefault(run, []).append(row)
-        self.is_plain = len(self.shared) == len(self.runs) and all(len(runs) == 1 for runs in self.runs)
+                readers.setdefault(run, []).append(row)
+                rooms[run] = (self.ends[row] if run is runs[-1] else run[1]) - run[0]
+        for run, rows in sorted(readers.items(), key=lambda item: (len(item[1]), item[0])):
+            if not (self.batches and self.batches[-1].take(run, rooms[run], rows)):
+                self.batches.append(RunBatch.of(run, rooms[run], rows))
+        passed = [0] * len(self.runs)
+        for batch in self.batches:
+            batch.prepare(passed, self.places)
+        self.most_parts = max(passed)
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether one call of attention reads every row's memory, in the order of the rows."""
+        return len(self.batches) == 1 and self.batches[0].rows == [[row] for row in range(len(self.runs))]
 
 
 @dataclass
@@ -166,14 +268,17 @@ class RowPages:
         self.pool.fit(entries)
         for name, x in entries.items():
             self.pool.tensors[name].index_copy_(1, self.step.places, x[:, 0].transpose(0, 1))
-        heads = entries["k"].shape[2]
         # Query heads that share a key head take the place of queries.
-        q_NHGK = q[:, 0].unflatten(1, (heads, -1))
-        if self.step.exact or (self.step.is_plain and sinks is None) or not q.is_cpu:
+        q_NHGK = q[:, 0].unflatten(1, (entries["k"].shape[2], -1))
+        if self.step.exact or not q.is_cpu:
             rows = [self._row(q, runs, sinks) for q, runs in zip(q_NHGK.split(1), self.step.runs, strict=True)]
             o_NHGV = rows[0] if len(rows) == 1 else torch.cat(rows)
+        elif self.step.is_one_call and sinks is None:
+            (batch,) = self.step.batches
+            k, v = self._read(batch, q.dtype)
+            o_NHGV = F.scaled_dot_product_attention(q_NHGK, k, v, attn_mask=batch.mask_in(q.dtype))
         else:
-            o_NHGV = self._by_run(q_NHGK, sinks)
+            o_NHGV = self._by_part(q_NHGK, sinks)
         return o_NHGV.flatten(1, 2)[:, None]
 
     def _row(self, q_1HGK: Tensor, runs: list[Run], sinks: KeysValues | None) -> Tensor:
@@ -185,43 +290,52 @@ class RowPages:
             k, v = k.contiguous(), v.contiguous()
         return F.scaled_dot_product_attention(q_1HGK, k[None], v[None])
 
-    def _by_run(self, q_NHGK: Tensor, sinks: KeysValues | None) -> Tensor:
+    def _read(self, batch: RunBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values of a batch, [runs, Hkv, S, width]."""
+        return keys_and_values(self.pool.read_batch(batch), dtype)
+
+    def _by_part(self, q_NHGK: Tensor, sinks: KeysValues | None) -> Tensor:
         """Attention run by run: all rows that share a run read it once. The parts are merged by their normalizers.
 
         Sinks are a run that all rows share.
         """
-        groups = q_NHGK.shape[2]
-        wide = torch.promote_types(q_NHGK.dtype, torch.float32)
-        outputs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.step.runs]
-        runs = [(rows, keys_and_values(self.pool.read(run), q_NHGK.dtype)) for run, rows in self.step.shared.items()]
+        count, heads, groups, _ = q_NHGK.shape
+        runs = [
+            (batch.flat_rows, batch.parts, self._read(batch, q_NHGK.dtype), batch.mask_in(q_NHGK.dtype))
+            for batch in self.step.batches
+        ]
         if sinks is not None:
-            runs.append((list(range(len(outputs))), (by_head(sinks[0])[0], by_head(sinks[1])[0])))
-        for rows, (k, v) in runs:
-            q_HCK = q_NHGK[rows].transpose(0, 1).flatten(1, 2)
-            o_HCV, normalizer_HC = _attend_with_normalizer(q_HCK, k, v)
-            parts = zip(rows, o_HCV.to(wide).split(groups, 1), normalizer_HC.split(groups, 1), strict=True)
-            for row, o_HGV, normalizer_HG in parts:
-                outputs[row].append((o_HGV, normalizer_HG))
-        return torch.stack([_merged(parts) for parts in outputs]).to(q_NHGK.dtype)
+            everyone = torch.arange(count)
+            k, v = (by_head(x) for x in sinks)
+            runs.append((everyone, torch.full_like(everyone, self.step.most_parts), (k, v), None))
+        # Rows of fewer parts have empty ones: zeros, of which the share is nothing.
+        wide = torch.promote_types(q_NHGK.dtype, torch.float32)
+        most = self.step.most_parts + (sinks is not None)
+        outputs = q_NHGK.new_zeros(count, most, heads, groups, runs[0][2][1].shape[-1], dtype=wide)
+        normalizers = outputs.new_full(outputs.shape[:-1], -torch.inf)
+        for rows, parts, (k, v), mask in runs:
+            readers = len(rows) // len(k)
+            q_RHCK = q_NHGK[rows].unflatten(0, (-1, readers)).transpose(1, 2).flatten(2, 3)
+            o_RHCV, normalizer_RHC = _attend_with_normalizer(q_RHCK, k, v, mask=mask)
+            outputs[rows, parts] = _by_reader(o_RHCV, readers).to(wide)
+            normalizers[rows, parts] = _by_reader(normalizer_RHC, readers).to(wide)
+        return (outputs * normalizers.softmax(1)[..., None]).sum(1).to(q_NHGK.dtype)
+
+
+def _by_reader(x: Tensor, readers: int) -> Tensor:
+    """Results [R, H, readers * G, ...] as [R * readers, H, G, ...]."""
+    return x.unflatten(2, (readers, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _attend_with_normalizer(
-    q_HCK: Tensor, k_HSK: Tensor, v_HSV: Tensor, is_causal: bool = False
+    q_BHCK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, is_causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to all keys, [H, C, V], and the log of the sum of the scores' exponentials, float32 [H, C]."""
+    """Attention to all keys, [B, H, C, V], and the log of the sum of the scores' exponentials, float32 [B, H, C]."""
     # The operation behind scaled_dot_product_attention, which returns the normalizer too.
     o, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_HCK[None], k_HSK[None], v_HSV[None], is_causal=is_causal
+        q_BHCK, k_BHSK, v_BHSV, is_causal=is_causal, attn_mask=mask
     )
-    return o[0], normalizer[0]
-
-
-def _merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention to all keys from the results [H, G, V] and normalizers [H, G] of their parts."""
-    if len(parts) == 1:
-        return parts[0][0]
-    shares = torch.stack([normalizer for _, normalizer in parts]).softmax(0)
-    return sum(share[..., None] * o for share, (o, _) in zip(shares, parts, strict=True))  # type: ignore[return-value]
+    return o, normalizer
 
 
 @dataclass

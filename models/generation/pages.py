@@ -5,6 +5,8 @@ share its full pages; a page is free again when the last of them ends. Pages of 
 as possible, because consecutive pages are read as one matrix.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 # Tokens that a sequence gets memory for ahead of the need, at least.
@@ -20,12 +22,14 @@ class Pages:
 
     Attributes:
         reserved: Pages that are promised to running requests, for `limit`.
+        on_take: Called with the pages that a sequence takes.
     """
 
     def __init__(self, size: int, limit: int | None) -> None:
         self.size, self.limit = size, limit
         self.reserved = 0
         self._users = np.zeros(limit or 0, np.int64)
+        self.on_take: list[Callable[[list[int]], None]] = []
 
     @property
     def capacity(self) -> int:
@@ -60,7 +64,13 @@ class Pages:
             assert len(rest) == missing, "requests begin only if there are enough pages for them"
             taken += rest
         self._users[taken] += 1
+        for call in self.on_take:
+            call(taken)
         return taken
+
+    def in_use(self) -> list[int]:
+        """The pages in use."""
+        return np.flatnonzero(self._users > 0).tolist()
 
     def share(self, pages: list[int]) -> None:
         """Add a sequence that uses the pages."""
@@ -119,7 +129,7 @@ class PageTable:
             ahead = max(len(self._own), self.pages.needed(_AHEAD))
             ahead = min(missing + ahead, self.pages.needed(self.most) - len(self._own))
             self._own += self.pages.take(ahead, self._own[-1] if self._own else None)
-            self._runs = _merged(self._own)
+            self._runs = merged(self._own)
         self.length = length
 
     def runs(self) -> list[tuple[int, int]]:
@@ -132,6 +142,16 @@ class PageTable:
                 found.append((first * size, first * size + tokens))
             left -= tokens
         return found
+
+    @property
+    def end(self) -> int:
+        """Where the memory ends that the sequence has from its last run on."""
+        left = self.length
+        for first, count in self._runs:
+            left -= count * self.pages.size
+            if left <= 0:
+                return (first + count) * self.pages.size
+        raise AssertionError("a sequence has memory for all of its tokens")
 
     def place(self, token: int) -> int:
         """Where one token lies."""
@@ -150,7 +170,7 @@ class PageTable:
         self.pages.share(shared)
         own = self.pages.take(1, shared[-1] if shared else None) if rest else []
         table._own, table.length = shared + own, self.length
-        table._runs = _merged(table._own)
+        table._runs = merged(table._own)
         return table, (self._own[full], own[0]) if rest else None
 
     def release(self) -> None:
@@ -159,7 +179,7 @@ class PageTable:
         self._own, self._runs, self.length = [], [], 0
 
 
-def _merged(pages: list[int]) -> list[tuple[int, int]]:
+def merged(pages: Sequence[int]) -> list[tuple[int, int]]:
     """(first page, count) of the runs of consecutive pages."""
     runs: list[tuple[int, int]] = []
     for page in pages:

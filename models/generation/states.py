@@ -244,7 +244,8 @@ class Step:
                     if pages is None:
                         places = [table.place(token) for table, token in zip(tables, self.before, strict=True)]
                         runs = [table.runs() for table in tables]
-                        pages = PageStep(torch.tensor(places, device=positions.device), runs, self.exact)
+                        ends = [table.end for table in tables]
+                        pages = PageStep(torch.tensor(places, device=positions.device), runs, ends, self.exact)
                     cache.store = RowPages(cell.pool, pages)
                 elif cell.window is not None:
                     ring = {name: entries.pop(name) for name in _KEYS_AND_VALUES if name in entries}

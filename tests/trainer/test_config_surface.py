@@ -124,7 +124,7 @@ def test_options_of_pretrain():
         (
             "launch/generate.py",
             "checkpoint prompt prompt_file prompts output chat max_new_tokens samples temperature top_k top_p min_p "
-            "repetition_penalty stop stop+ seed slots deterministic tokenizer device",
+            "repetition_penalty stop stop+ seed slots deterministic compile tokenizer device",
         ),
         (
             "launch/serve.py",

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 
 DESCRIPTION = "Time of a decoding step against transformers.generate and ctranslate2, dense and hybrid."
 
-# Steps before the timing: the engine traces a model's blocks after so many.
+# Steps before the timing: the engine traces or compiles a model's blocks after so many.
 _WARMUP = 70
 
 
@@ -38,6 +38,7 @@ class Config:
         vocab_size: Size of the vocabulary.
         steps: Steps of each side in each round.
         rounds: Number of rounds, in which the sides alternate.
+        compile: Measure our engine with compiled layers too.
     """
 
     json: str | None = None
@@ -49,6 +50,7 @@ class Config:
     vocab_size: int = 4096
     steps: int = 8
     rounds: int = 4
+    compile: bool = True
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden_size", "vocab_size", "steps", "rounds"):
@@ -77,22 +79,26 @@ def main(config: Config) -> None:
     if config.precision == "fp32" and importlib.util.find_spec("ctranslate2") is not None:
         peers["ctranslate2"] = _ctranslate2(peers["transformers"])
     for batch in config.batches:
-        first_hybrid = None
+        first_hybrid: dict[str, list[float]] = {}
         for context in config.contexts:
             prompts = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
             say(f"{batch} rows of {context} tokens")
-            sides: dict[str, Side] = {"ours": _ours(config, dense, prompts)}
+            names = ["ours", "compiled"] if config.compile else ["ours"]
+            sides: dict[str, Side] = {name: _ours(config, dense, prompts, name == "compiled") for name in names}
             sides["transformers"] = _of_transformers(config, peers["transformers"], prompts)
             if "ctranslate2" in peers:
                 sides["ctranslate2"] = _of_ctranslate2(config, peers["ctranslate2"], prompts)
             seconds = _by_turns(sides, config.rounds)
-            case = f"dense, {config.precision}, batch {batch}, context {context}"
-            for peer in list(sides)[1:]:
-                lines.append(_compare(f"{case}: {peer}", seconds["ours"], seconds[peer], batch))
-            (hybrid_seconds,) = _by_turns({"hybrid": _ours(config, hybrid, prompts)}, config.rounds).values()
-            first_hybrid = first_hybrid or hybrid_seconds
-            case = f"hybrid, {config.precision}, batch {batch}, context {context}: itself at {config.contexts[0]}"
-            lines.append(_compare(case, hybrid_seconds, first_hybrid, batch))
+            case = f"{config.precision}, batch {batch}, context {context}"
+            for name in names:
+                own = "dense" if name == "ours" else "dense, compiled"
+                for peer in list(sides)[len(names) :]:
+                    lines.append(_compare(f"{own}, {case}: {peer}", seconds[name], seconds[peer], batch))
+            hybrids = {name: _ours(config, hybrid, prompts, name == "compiled") for name in names}
+            for name, own_seconds in _by_turns(hybrids, config.rounds).items():
+                own = "hybrid" if name == "ours" else "hybrid, compiled"
+                first = first_hybrid.setdefault(name, own_seconds)
+                lines.append(_compare(f"{own}, {case}: itself at {config.contexts[0]}", own_seconds, first, batch))
     report("decoding: milliseconds of processor time per step", lines, config.json)
 
 
@@ -132,11 +138,11 @@ def _build(config: Config, hybrid: bool) -> Any:
     return decoder
 
 
-def _ours(config: Config, model: Any, prompts: Any) -> Side:
+def _ours(config: Config, model: Any, prompts: Any, compile: bool) -> Side:
     from models.generation import Engine, Request, Sampling
 
     rows, context = prompts.shape
-    engine = Engine(model, slots=rows)
+    engine = Engine(model, slots=rows, compile=compile)
     # All rows are running when the last prompt is complete; until then the first ones decode.
     chunks = -(-context // engine.chunk) * rows
     new = Sampling(chunks + _WARMUP + config.steps * config.rounds + 1, temperature=0)

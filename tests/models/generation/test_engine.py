@@ -118,6 +118,37 @@ def test_traces_change_no_bit(name, monkeypatch):
     assert engine.generate(requests) == Engine(model, slots=3, chunk=8).generate(requests) != expected
 
 
+@pytest.mark.parametrize(
+    "name", ["gated_delta_net", *(pytest.param(name, marks=pytest.mark.slow) for name in ("all", "sinks", "experts"))]
+)
+def test_compiled_layers_give_the_same_tokens(name, monkeypatch):
+    """And nearly the same probabilities. A compiled block takes part: without traces nothing would differ."""
+    monkeypatch.setattr(traced, "_STEPS_BEFORE", 2)
+    model = decoder(name)
+    requests = requests_of((5, 3) if name == "all" else (5,), new=6)
+    engine = Engine(model, slots=2, chunk=8, compile=True)
+    for request, completions in zip(requests, engine.generate(requests), strict=True):
+        for completion in completions:
+            check(model, request.prompt, completion)
+    compiled = [trace for traces in engine._tracer._traces.values() for pair in traces.values() for trace in pair]
+    assert bool(compiled) == (name != "experts")
+    if name == "gated_delta_net":
+        assert len(engine._tracer._make._known) < len(compiled), "layers share what was compiled"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    engine.forget()
+    for request, completions in zip(requests, engine.generate(requests), strict=True):
+        for completion in completions:
+            check(model, request.prompt, completion)
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"compile needs a C\+\+ compiler: install g\+\+, or leave compile out"):
+        Engine(decoder("gated_delta_net"), compile=True)
+
+
 @pytest.mark.parametrize("name", ["gated_delta_net", "full_attention", "branches", "experts"])
 def test_bfloat16_is_near_its_own_forward(name):
     model = decoder(name)

@@ -1,0 +1,103 @@
+"""Attention of decoding steps: any layout of pages against attention row by row."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.generation.key_values import PagePool, PageStep, RowPages
+from models.generation.pages import Pages, PageTable
+
+HEADS, GROUPS, WIDTH = 2, 3, 8
+
+
+def keys(count: int, tokens: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    shape = (count, tokens, HEADS, WIDTH)
+    return {name: torch.randn(shape, generator=generator) for name in ("k", "v")}
+
+
+def filled(lengths: list[int], clones: int, size: int, gaps: list[bool]) -> tuple[PagePool, list[PageTable]]:
+    """Sequences of these lengths, in memory that was not a number before; the first one is cloned. Some end again."""
+    pages = Pages(size, None)
+    pool, tables = PagePool(pages), []
+    for length in lengths:
+        table = PageTable(pages, length + 40)
+        table.extend(length)
+        tables.append(table)
+    pool.fit(keys(1, 1, torch.Generator()))
+    for x in pool.tensors.values():
+        x.fill_(float("nan"))
+        for table in tables:
+            for page in table._own:
+                x[:, page * size : (page + 1) * size] = 0
+    for _ in range(clones):
+        fork, copied = tables[0].fork(lengths[0] + 40)
+        if copied is not None:
+            pool.copy_page(*copied)
+        tables.append(fork)
+    for table, gap in list(zip(tables, gaps, strict=False)):
+        if gap and len(tables) > 1:
+            table.release()
+            tables.remove(table)
+    return pool, tables
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    clones=st.integers(0, 4),
+    size=st.sampled_from([1, 4, 16]),
+    gaps=st.lists(st.booleans(), max_size=6),
+    sinks=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_attend_to_their_own_tokens(lengths, clones, size, gaps, sinks, seed):
+    """In batches of runs that lie alike, as row by row; what lies outside of a row's memory is not read."""
+    generator = torch.Generator().manual_seed(seed)
+    pool, tables = filled(lengths, clones, size, gaps)
+    for table in tables:
+        table.extend(table.length + 1)
+    places = torch.tensor([table.place(table.length - 1) for table in tables])
+    for start, end in {run for table in tables for run in table.runs()}:
+        for x in pool.tensors.values():
+            x[:, start:end] = torch.randn(HEADS, end - start, WIDTH, generator=generator)
+    q = torch.randn(len(tables), 1, HEADS * GROUPS, WIDTH, generator=generator)
+    own_sinks = tuple(keys(1, 3, generator).values()) if sinks else None
+    runs, ends = [table.runs() for table in tables], [table.end for table in tables]
+    store = RowPages(pool, PageStep(places, runs, ends, exact=False))
+    o = store.attend(q, keys(len(tables), 1, generator), own_sinks)
+    rows = q[:, 0].unflatten(1, (HEADS, GROUPS)).split(1)
+    expected = torch.cat([store._row(row, of_row, own_sinks) for row, of_row in zip(rows, runs, strict=True)])
+    torch.testing.assert_close(o, expected.flatten(1, 2)[:, None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [([50, 50, 50], 1), ([50, 45, 55], 1), ([50, 50, 400], 2), ([7], 1)],
+)
+def test_rows_of_like_length_are_one_call(lengths, calls):
+    """Also of lengths that differ by a few tokens; a much longer row is read by itself."""
+    pages = Pages(16, None)
+    tables = [PageTable(pages, 512) for _ in lengths]
+    for table, length in zip(tables, lengths, strict=True):
+        table.extend(length)
+    step = PageStep(
+        torch.zeros(len(tables), dtype=torch.int64),
+        [table.runs() for table in tables],
+        [table.end for table in tables],
+        exact=False,
+    )
+    assert len(step.batches) == calls and step.is_one_call == (calls == 1)
+    assert all(end - start == length for (((start, end),), length) in zip(step.runs, lengths, strict=True))
+
+
+def test_a_row_that_ends_leaves_memory_that_the_next_may_read():
+    """Values that are not numbers stay in pages of a row that has ended; a new row of that memory masks zeros."""
+    pages = Pages(4, 8)
+    pool = PagePool(pages)
+    pool.fit(keys(1, 1, torch.Generator()))
+    for x in pool.tensors.values():
+        x.fill_(float("nan"))
+    table = PageTable(pages, 32)
+    table.extend(5)
+    assert all(bool((x[:, page * 4 : page * 4 + 4] == 0).all()) for x in pool.tensors.values() for page in table._own)
