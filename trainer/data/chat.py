@@ -16,6 +16,8 @@ from trainer.errors import ConfigError
 _FILE, _CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
 # Put into special tokens that a message spells out, which stay text that way. No tokenizer has it.
 _BREAK = "\U000fe0de"
+# All characters that mean something here, none of which a message may contribute.
+_MARKS = dict.fromkeys((0xFE0DE, 0xFE0DF, 0xFE0E0))
 
 Message = Mapping[str, Any]
 """A message of a conversation: at least `role` and `content`."""
@@ -36,11 +38,15 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+        from trainer.data.generation_marks import GenerationMarks
+
         self._tokenizer = tokenizer
         config = token_config(tokenizer.files)
         self._named = {key: name for key in _SPECIAL_KEYS if (name := named_token(config, key)) is not None}
         self._special = _special_tokens(tokenizer, config, self._named.values())
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationMarks]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -68,7 +74,7 @@ class ChatTemplate:
         Raises:
             ConfigError: the template refuses the conversation.
         """
-        return self._render(messages, add_generation_prompt, tools, variables).replace(_BREAK, "")
+        return self._render(messages, add_generation_prompt, tools, variables).translate(_MARKS)
 
     def encode(
         self,
@@ -79,13 +85,84 @@ class ChatTemplate:
         **variables: Any,
     ) -> list[int]:
         """The conversation as tokens; arguments as in `render`. Special tokens that a message spells out stay text."""
-        text = self._render(messages, add_generation_prompt, tools, variables)
+        return self._tokens(self._render(messages, add_generation_prompt, tools, variables))
+
+    def encode_turns(
+        self,
+        messages: Sequence[Message],
+        *,
+        learned_from: int = 0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[tuple[list[int], bool]]:
+        """The conversation as tokens in pieces, each with whether the assistant wrote it.
+
+        Pieces are tokenized by themselves, as a prompt and its answer are in generation. Together they are the text of
+        `render` without generation prompt. What the assistant wrote is what the template's generation blocks say. For a
+        template without them, it is what rendering a turn adds to the turns before it with a generation prompt.
+
+        Args:
+            messages: The conversation.
+            learned_from: Turns of the assistant before the message of this number count as written by others.
+            tools, variables: As in `render`.
+
+        Raises:
+            ConfigError: the template refuses the conversation, or renders a turn differently once others follow.
+        """
+        whole = self._render(messages, False, tools, variables)
+        spans = self._marked_spans(whole, messages, learned_from)
+        if spans is None:
+            spans = self._spans(whole, messages, learned_from, tools, variables)
+        pieces, place = [], 0
+        for begin, end in spans:
+            pieces += [(whole[place:begin], False), (whole[begin:end], True)]
+            place = end
+        return [(self._tokens(text), learned) for text, learned in [*pieces, (whole[place:], False)] if text]
+
+    def _marked_spans(self, whole: str, messages: Sequence[Message], learned_from: int) -> list[tuple[int, int]] | None:
+        """Where the generation blocks of a rendering are; None if it has none."""
+        from trainer.data.generation_marks import BEGIN, END
+
+        spans = [found.span() for found in re.finditer(f"{BEGIN}[^{END}]*{END}", whole)]
+        earlier = _turns_of_assistant(messages[:learned_from])
+        if spans and earlier and len(spans) != _turns_of_assistant(messages):
+            raise ConfigError(
+                "the chat template's generation blocks are not one for each turn of the assistant, so it is not known "
+                "which belong to the prompt; give the chat template one block per turn"
+            )
+        return spans[earlier:] if spans else None
+
+    def _spans(
+        self,
+        whole: str,
+        messages: Sequence[Message],
+        learned_from: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> list[tuple[int, int]]:
+        """Where the assistant's turns are, from renderings of the conversation's beginnings."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message.get("role") != "assistant" or number < learned_from:
+                continue
+            head = self._render(messages[:number], True, tools, variables)
+            turn = self._render(messages[: number + 1], False, tools, variables)
+            if not (turn.startswith(head) and whole.startswith(turn)):
+                raise ConfigError(
+                    f"the chat template renders message {number} of the conversation differently once others follow or "
+                    "after its generation prompt, so the assistant's part is not known; put {% generation %} blocks "
+                    "into the template, or learn the last turn only"
+                )
+            spans.append((len(head), len(turn)))
+        return spans
+
+    def _tokens(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in re.split(self._pattern, text) if self._special else [text]:
             if piece in self._special:
                 ids.append(self._special[piece])
             elif piece:
-                ids += self._tokenizer.encode(piece.replace(_BREAK, ""))
+                ids += self._tokenizer.encode(piece.translate(_MARKS))
         return ids
 
     @property
@@ -116,10 +193,11 @@ class ChatTemplate:
     def _without_special(self, value: Any) -> Any:
         """The value with a mark in every special token that its texts spell out."""
         if isinstance(value, str):
+            text = value.translate(_MARKS)
             return (
-                re.sub(self._pattern, lambda found: found[0][0] + _BREAK + found[0][1:], value)
+                re.sub(self._pattern, lambda found: found[0][0] + _BREAK + found[0][1:], text)
                 if self._special
-                else value
+                else text
             )
         if isinstance(value, Mapping):
             return {key: self._without_special(item) for key, item in value.items()}
@@ -165,6 +243,10 @@ def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any], named: Any)
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
     # Jinja's own filter escapes characters of HTML.
     return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _turns_of_assistant(messages: Sequence[Message]) -> int:
+    return sum(message.get("role") == "assistant" for message in messages)
 
 
 def _refuse(message: str) -> NoReturn:

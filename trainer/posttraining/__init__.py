@@ -1,0 +1,1 @@
+"""Post-training: supervised fine-tuning, preferences, and reinforcement learning with verifiable rewards."""

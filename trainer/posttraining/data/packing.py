@@ -1,0 +1,237 @@
+"""Sequences of different lengths in micro-batches of at most so many tokens, the same number on every rank.
+
+The longest sequence goes first, into the first micro-batch that has room (first fit decreasing). That gives a number of
+micro-batches, which is rounded up to a multiple of the ranks. If the sequences also fit when each goes into the
+emptiest micro-batch, they are spread that way, so that all micro-batches take about equal time. Ranks get equally many
+micro-batches, and about equally many tokens. Everything is a function of the lengths, the seed and the step.
+
+A micro-batch is one packed row. Each sequence is a document: attention and recurrent states end with it, positions
+start from 0 in it, and its last token predicts nothing. Padding is a document of its own.
+
+Sums over the step's sequences do not depend on the packing, and objectives are such sums, so the number of ranks
+changes results by rounding only. Routers of experts see padding tokens: their statistics depend on it a little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.documents import Documents
+from models.compression import Origin
+from trainer.data.batch import Batch
+from trainer.errors import ConfigError
+from trainer.posttraining.data.sequences import TokenSequence
+
+SEQUENCE = "sequence"
+"""Name of the extra tensor with the number, in the step, of the sequence that each token belongs to; −1 for padding."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What micro-batches must look like.
+
+    Attributes:
+        tokens: Most tokens of a micro-batch: seq_len · micro_batch_size.
+        multiple: Divides the number of tokens of every micro-batch. Context parallelism over C ranks needs a multiple
+            of C, and sequence parallelism over P ranks one of C · P.
+        fixed_length: Pad every micro-batch to `tokens`. Pipeline parallelism needs equal shapes.
+        count: Number of micro-batches on each rank. None: as few as possible. DeepSpeed needs the same in every step;
+            global_batch_size / (micro_batch_size · ranks) is always enough for sequences of up to seq_len tokens.
+        pad_id: The token of padding.
+
+    Raises:
+        ConfigError: `multiple` does not divide `tokens`.
+    """
+
+    tokens: int
+    multiple: int = 1
+    fixed_length: bool = False
+    count: int | None = None
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.multiple < 1 or self.tokens % self.multiple:
+            raise ConfigError(
+                f"a micro-batch of {self.tokens} tokens does not divide into {self.multiple} ranks' parts; let "
+                "train.seq_len times train.micro_batch_size be a multiple of the context- and sequence-parallel ranks"
+            )
+
+
+def plan(lengths: Sequence[int], packing: Packing, *, seed: int, step: int, world: int = 1) -> list[list[list[int]]]:
+    """Distribute sequences over ranks and micro-batches.
+
+    Args:
+        lengths: Tokens of each sequence.
+        packing: Limits.
+        seed: Of the run; with the step it decides between sequences of one length.
+        step: Steps taken before this one.
+        world: Data-parallel ranks.
+
+    Returns:
+        For each rank its micro-batches, and for each of these the numbers of its sequences. Every number occurs once.
+        Micro-batches may be empty if there are fewer sequences than micro-batches.
+
+    Raises:
+        ConfigError: a sequence is longer than a micro-batch, or they do not fit into `packing.count`.
+    """
+    longest = max(lengths, default=0)
+    if longest > packing.tokens:
+        raise ConfigError(
+            f"a sequence of {longest} tokens does not fit into a micro-batch of {packing.tokens}; lower max_length, or "
+            "raise train.seq_len or train.micro_batch_size"
+        )
+    keys = np.random.Philox(np.random.SeedSequence([seed, step])).random_raw(len(lengths))
+    order = np.lexsort((keys, -np.asarray(lengths, np.int64))).tolist()
+    bins = _first_fit(order, lengths, packing.tokens)
+    count = packing.count or max(-(-len(bins) // world), 1)
+    if len(bins) > count * world:
+        raise ConfigError(
+            f"the sequences of a step take {len(bins)} micro-batches of {packing.tokens} tokens, and there are {count} "
+            f"on each of {world} ranks; lower train.global_batch_size or max_length"
+        )
+    spread = _emptiest(order, lengths, packing.tokens, count * world)
+    return _share_out(spread or _filled(bins, count * world), lengths, count, world)
+
+
+def _first_fit(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    room = np.zeros(0, np.int64)
+    for number in order:
+        fits = np.flatnonzero(room >= lengths[number])
+        if not fits.size:
+            bins.append([])
+            room = np.append(room, tokens)
+        place = int(fits[0]) if fits.size else len(bins) - 1
+        bins[place].append(number)
+        room[place] -= lengths[number]
+    return bins
+
+
+def _emptiest(order: Sequence[int], lengths: Sequence[int], tokens: int, count: int) -> list[list[int]] | None:
+    """Put each sequence into the emptiest of `count` micro-batches; None if one overflows."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    filled = np.zeros(count, np.int64)
+    for number in order:
+        place = int(filled.argmin())
+        bins[place].append(number)
+        filled[place] += lengths[number]
+    return bins if filled.max() <= tokens else None
+
+
+def _filled(bins: list[list[int]], count: int) -> list[list[int]]:
+    """Raise the number of micro-batches to `count` by halving those with the most sequences."""
+    bins = [list(members) for members in bins]
+    while len(bins) < count:
+        most = max(bins, key=len)
+        # Every other one, since members are in order of their length. Of one sequence none is left to move.
+        bins.append(most[1::2])
+        most[:] = most[::2]
+    return bins
+
+
+def _share_out(bins: list[list[int]], lengths: Sequence[int], count: int, world: int) -> list[list[list[int]]]:
+    """Give each rank `count` micro-batches: the fullest first, to the rank with the fewest tokens so far."""
+    size = [sum(lengths[number] for number in members) for members in bins]
+    ranks: list[list[list[int]]] = [[] for _ in range(world)]
+    totals = [0] * world
+    for place in sorted(range(len(bins)), key=lambda place: -size[place]):
+        rank = min((rank for rank in range(world) if len(ranks[rank]) < count), key=lambda rank: totals[rank])
+        ranks[rank].append(bins[place])
+        totals[rank] += size[place]
+    return ranks
+
+
+def pack(
+    sequences: Sequence[TokenSequence],
+    packing: Packing,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    world: int = 1,
+    together: int = 1,
+) -> list[Batch]:
+    """The micro-batches of data-parallel rank `rank` of `world`: equally many on every rank.
+
+    Args:
+        sequences: The whole step's, equal on all ranks; all with the same `extra`.
+        packing: Limits.
+        seed: Of the run.
+        step: Steps taken before this one.
+        rank: This data-parallel rank.
+        world: Data-parallel ranks.
+        together: This many consecutive sequences, such as both answers of a pair, stay in one micro-batch.
+
+    Returns:
+        Packed micro-batches: labels, loss mask and `extra` are shifted by one within each sequence, and 0 at its end.
+        `extra` has the sequences' own and `SEQUENCE`. A micro-batch without sequences has a loss mask of 0: it counts
+        for nothing, but the rank takes part in every collective operation.
+
+    Raises:
+        ConfigError: see `plan`.
+        ValueError: the sequences differ in the names of `extra`.
+    """
+    names = {frozenset(sequence.extra) for sequence in sequences}
+    if len(names) > 1:
+        raise ValueError(f"sequences of one step differ in their extra values: {sorted(map(sorted, names))}")
+    dtypes = {name: array.dtype for name, array in sequences[0].extra.items()} if sequences else {}
+    assert len(sequences) % together == 0, "sequences come in groups of `together`"
+    lengths = [sum(map(len, sequences[first : first + together])) for first in range(0, len(sequences), together)]
+    own = plan(lengths, packing, seed=seed, step=step, world=world)[rank]
+    first = rank * len(own)
+    # Numbers of tokens in the step are counted as if every micro-batch were full, so that none occurs twice.
+    return [
+        _row(
+            [
+                (number, sequences[number])
+                for group in members
+                for number in range(group * together, (group + 1) * together)
+            ],
+            packing,
+            dtypes,
+            Origin(step, (first + place) * packing.tokens),
+        )
+        for place, members in enumerate(own)
+    ]
+
+
+def _row(
+    members: Sequence[tuple[int, TokenSequence]], packing: Packing, dtypes: dict[str, np.dtype], origin: Origin
+) -> Batch:
+    """One packed row."""
+    bounds = np.cumsum([0, *(len(sequence) for _, sequence in members)])
+    used = int(bounds[-1])
+    size = packing.tokens if packing.fixed_length else max(-(-used // packing.multiple), 1) * packing.multiple
+    tokens, labels = np.full((2, size), packing.pad_id, np.int64)
+    mask, positions = np.zeros(size, np.float32), np.arange(size) - used
+    extra = {name: np.zeros(size, dtype) for name, dtype in dtypes.items()}
+    numbers = np.full(size, -1, np.int64)
+    for start, (number, sequence) in zip(bounds.tolist(), members, strict=False):
+        stop = start + len(sequence)
+        tokens[start:stop], positions[start:stop], numbers[start:stop] = (
+            sequence.tokens,
+            np.arange(len(sequence)),
+            number,
+        )
+        labels[start : stop - 1], mask[start : stop - 1] = sequence.tokens[1:], sequence.loss_mask[1:]
+        for name, values in extra.items():
+            values[start : stop - 1] = sequence.extra[name][1:]
+    ends = bounds.tolist() + [size] * (size > used)
+    extra[SEQUENCE] = numbers
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).unsqueeze(0)
+
+    return Batch(
+        tokens=tensor(tokens),
+        labels=tensor(labels),
+        loss_mask=tensor(mask),
+        positions=tensor(positions),
+        documents=Documents(tuple(ends)),
+        origin=origin,
+        extra={name: tensor(array) for name, array in extra.items()},
+    )
