@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: help install pretrain convert test test-slow test-parity test-slurm gpu-check lint typecheck format bench coverage clean
+.PHONY: help install pretrain convert posttrain test test-slow test-parity test-slurm gpu-check lint typecheck format bench coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ pretrain: install  ## tokenizer, data, training and evaluation of the laptop rec
 
 convert: install  ## a base, its hybrid, experts and spikes: every step of docs/conversion.md, within an hour on two cores
 	$(BIN)/spiketrain convert run --config configs/convert/laptop.yaml
+
+posttrain: install  ## a base, fine-tuned and then rewarded: docs/posttraining.md, within ten minutes on two cores
+	$(BIN)/spiketrain convert run --config configs/posttrain/laptop.yaml
 
 # Files begin in the order that tests/conftest.py gives them, those that take longest first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs

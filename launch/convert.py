@@ -44,6 +44,8 @@ from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.errors import ConfigError
 from trainer.evaluation.config import EvaluateConfig
 from trainer.evaluation.data import check_tokenizer, is_indexed, open_stream, read_texts
+from trainer.posttraining.config import PosttrainConfig
+from trainer.posttraining.prepare_rows import PrepareRowsConfig
 from trainer.run_lock import launch_id
 from trainer.runtime import rank
 
@@ -564,7 +566,8 @@ def spike_model(config: SpikeConfig) -> None:
 def run_recipe(config: RecipeConfig) -> int:
     """Run or resume the steps of a recipe, as one of the ranks that run it; returns the exit code."""
     known = {name: kind for name, (_, kind, _) in COMMANDS.items() if kind is not RecipeConfig}
-    steps = recipe.read_steps(config.base, config.steps, known | {"train": PretrainConfig, "evaluate": EvaluateConfig})
+    known |= {"train": PretrainConfig, "posttrain": PosttrainConfig, "evaluate": EvaluateConfig}
+    steps = recipe.read_steps(config.base, config.steps, known | {"prepare_rows": PrepareRowsConfig})
     record = recipe.Record(Path(config.dir))
     if rank() == 0:
         # On other ranks, rank 0 may be further already.
@@ -599,8 +602,9 @@ def _follow(step: recipe.Step, steps: int, record: recipe.Record) -> int:
 
 def _command(step: recipe.Step) -> list[str]:
     """The words after `spiketrain` of a step's command."""
-    alone = {"train": ["pretrain"], "evaluate": ["evaluate"]}
-    return [*alone.get(step.command, ["convert", step.command]), *step.arguments()]
+    alone = {"train": "pretrain"} | {name: name for name in ("posttrain", "evaluate", "prepare_rows")}
+    words = [alone[step.command]] if step.command in alone else ["convert", step.command]
+    return [*words, *step.arguments()]
 
 
 def _run(step: recipe.Step, port: int) -> int:

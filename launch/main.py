@@ -24,6 +24,8 @@ _DIRECTORY = Path(__file__).resolve().parent
 COMMANDS = {
     "prepare_data": "turn documents into token files",
     "pretrain": "pre-train a language model",
+    "prepare_rows": "generate rows of a task that a program can check",
+    "posttrain": "fine-tune on answers, or learn from rewards",
     "generate": "sample text from a checkpoint",
     "serve": "OpenAI's HTTP interface over a checkpoint",
     "evaluate": "bits per byte of a checkpoint",
@@ -50,7 +52,7 @@ def usage() -> str:
         (
             "usage: spiketrain COMMAND [--ranks N] [options; spiketrain COMMAND --help lists them]\n",
             *lines,
-            "\n--ranks N starts N processes on this machine (pretrain, convert run).",
+            "\n--ranks N starts N processes on this machine (pretrain, posttrain, convert run).",
             "On a cluster use torchrun or launch/slurm.",
         )
     )
@@ -74,8 +76,8 @@ def main() -> int:
         sys.argv = [f"spiketrain {name}", *options]
         runpy.run_path(str(script), run_name="__main__")
         return 0
-    if name != "pretrain" and [name, *options[:1]] != ["convert", "run"]:
-        return _refuse(f"--ranks {ranks}: only pretrain and convert run use several ranks")
+    if name not in ("pretrain", "posttrain") and [name, *options[:1]] != ["convert", "run"]:
+        return _refuse(f"--ranks {ranks}: only pretrain, posttrain and convert run use several ranks")
     return Ranks([sys.executable, str(script), *options], environments_of(ranks)).wait()
 
 

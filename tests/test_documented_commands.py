@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from launch.main import COMMANDS as COMMANDS_OF_LAUNCH
 from launch.main import take_ranks
 from tests.documented import ROOT, documented_commands
 from tests.models.hub.test_gguf import write_gguf
-from trainer import cli
+from trainer import cli, start
 
 COMMANDS = documented_commands()
 
@@ -35,7 +36,8 @@ def parse_alone(monkeypatch):
         whole(*arguments)
         raise Accepted
 
-    monkeypatch.setattr(cli, "parse", parse)
+    for module in (cli, start):
+        monkeypatch.setattr(module, "parse", parse)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def desk_with_results(tmp_path_factory):
         "runs/laptop",
         "runs/laptop-spiking",
         "runs/dense",
+        "runs/sft",
         "runs/full-attention",
         "weights/laptop",
         "weights/laptop-w8a",
@@ -57,6 +60,9 @@ def desk_with_results(tmp_path_factory):
     (folder / "data/stdlib-bpe4096").mkdir(parents=True)
     for suffix in ("bin", "idx"):
         (folder / f"data/stdlib-bpe4096/test.{suffix}").touch()
+    (folder / "data/sums").mkdir()
+    for name in ("train", "validation", "sft", "sft-validation", "demonstrations", "preferences"):
+        (folder / f"data/sums/{name}.jsonl").touch()
     (folder / "runs/mixed.yaml").write_text("bits: 8\n")
     (folder / "runs/convert/layers.yaml").write_text("pattern: gated_delta_net\n")
     return folder
@@ -171,19 +177,27 @@ def launched(words: list[str]) -> tuple[str, list[str], int] | None:
     return None
 
 
+def without(options: list[str], names: Iterable[str]) -> list[str]:
+    """The options without those of these names and their values."""
+    for name in names:
+        while name in options:
+            place = options.index(name)
+            options = options[:place] + options[place + 2 :]
+    return options
+
+
 def accept(name: str, options: list[str], ranks: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Have a script of launch/ read and check its options; its exit code."""
     if name == "pretrain":
         # Weights and data that the commands before this one make are not there yet.
         made = ("--checkpoint.init", "--init", "--data.path", "--train.objective.teacher", "--train.objective.name")
         # A teacher's settings are refused without it.
-        for option in (*made, "--train.objective.temperature"):
-            while option in options:
-                place = options.index(option)
-                options = options[:place] + options[place + 2 :]
+        options = without(options, (*made, "--train.objective.temperature"))
         options = [*options, *([] if "--check" in options else ["--check"])]
         options += [] if "--world-size" in options else ["--world-size", str(ranks)]
     else:
+        if name == "posttrain":
+            options = without(options, ["--init"])
         parse_alone(monkeypatch)
     script = ROOT / "launch" / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(script), *options])

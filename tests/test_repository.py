@@ -198,6 +198,7 @@ def test_messages_name_commands_as_users_give_them():
         "launch/main.py": r"launch/main\.py is behind that name|script launch/COMMAND\.py",
         "launch/convert.py": r"torchrun .* launch/convert\.py",
         "launch/pretrain.py": r"torchrun .* launch/pretrain\.py",
+        "launch/posttrain.py": r"torchrun .* launch/posttrain\.py",
         "trainer/peers.py": r"torchrun, or launch/main\.py",
         "trainer/studies/runs.py": r"^launch/pretrain\.py$",
         "trainer/studies/conversion.py": r"^launch/convert\.py$",

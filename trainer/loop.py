@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from models.decoder import flops_per_token, shapes
 from trainer.callbacks.base import Callback
 from trainer.callbacks.health import TrainingDiverged
 from trainer.config import PretrainConfig
+from trainer.data.batch import Batch
 from trainer.data.tokenizer import Tokenizer
 from trainer.device import peak_memory_bytes
 from trainer.engines.base import Engine
@@ -23,7 +24,7 @@ from trainer.events import EventLog
 from trainer.objectives.alignment import AnyObjective
 from trainer.objectives.language_model import LanguageModel
 from trainer.optim import learning_rate
-from trainer.phases import Phase, PhasedSampler, expand, phase_at
+from trainer.phases import Phase, expand, phase_at
 from trainer.stored.checkpoint import Progress, RunState
 from trainer.trainable import trained
 from trainer.watchdog import Watchdog
@@ -38,6 +39,16 @@ class Outcome(Enum):
     STOPPED = "stopped"
 
 
+class Source(Protocol):
+    """Returns the micro-batches of each step."""
+
+    def micro_batches(self, step: int, micro_batch_size: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
+        """Return the micro-batches of data-parallel rank `rank` of `world` in a step: equally many on every rank."""
+
+    def metrics(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the entries of the last step's line in metrics.jsonl beside the loop's own, given the engine's."""
+
+
 class Trainer:
     """The state of a run, as callbacks see it.
 
@@ -45,7 +56,7 @@ class Trainer:
         config: The run's configuration.
         config_yaml: The same as YAML text.
         engine: Takes the steps.
-        sampler: Returns batches as a function of the step.
+        source: Returns the batches of each step.
         tokenizer: For text samples and checkpoints. None if the data came without one.
         callbacks: Callbacks, in calling order.
         progress: The position to continue from. Step 0 for a new run.
@@ -72,7 +83,7 @@ class Trainer:
         config: PretrainConfig,
         config_yaml: str,
         engine: Engine,
-        sampler: PhasedSampler,
+        source: Source,
         tokenizer: Tokenizer | None,
         callbacks: Sequence[Callback],
         progress: Progress,
@@ -82,7 +93,7 @@ class Trainer:
         objective_of: Callable[[PretrainConfig], AnyObjective] = lambda _: LanguageModel(),
     ) -> None:
         self.config, self.config_yaml = config, config_yaml
-        self.engine, self.sampler, self.tokenizer = engine, sampler, tokenizer
+        self.engine, self.source, self.tokenizer = engine, source, tokenizer
         self.callbacks = list(callbacks)
         self._objective_of = objective_of
         self.progress = progress
@@ -224,7 +235,7 @@ class Trainer:
         # A phase's first step builds its teacher here, which is not the step's time.
         objective = self._objective_of(config)
         start = time.perf_counter()
-        batches = self.sampler.micro_batches(
+        batches = self.source.micro_batches(
             step,
             config.train.micro_batch_size,
             rank=self.engine.data_parallel_rank,
@@ -263,7 +274,7 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.engine.device),
             "skipped": result.skipped,
             "skipped_total": self.progress.skipped,
-            **result.metrics,
+            **self.source.metrics(result.metrics),
         }
 
     def _utilization(self, flops: float) -> float | None:
@@ -283,10 +294,12 @@ class Trainer:
 
     def report_evaluation(self, split: str, sums: EvaluationSums, seconds: float) -> None:
         """Report a validation to the callbacks, with its sums over all ranks and its duration in seconds."""
-        step = self.progress.step
-        metrics = {"step": step, "split": split, "loss": sums.loss, "bits_per_byte": sums.bits_per_byte}
-        self._call("on_evaluation", metrics)
-        self.record("evaluation", split=split, loss=sums.loss, bits_per_byte=sums.bits_per_byte, seconds=seconds)
+        self.report_figures(split, {"loss": sums.loss, "bits_per_byte": sums.bits_per_byte}, seconds)
+
+    def report_figures(self, split: str, figures: Mapping[str, float | None], seconds: float) -> None:
+        """Report a validation to the callbacks, with its figures by name and its duration in seconds."""
+        self._call("on_evaluation", {"step": self.progress.step, "split": split, **figures})
+        self.record("evaluation", split=split, **figures, seconds=seconds)
 
     def hyper_parameters(self) -> dict[str, bool | int | float | str]:
         """Return the configuration, flattened, for TensorBoard."""

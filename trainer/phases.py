@@ -24,7 +24,7 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -278,3 +278,7 @@ class PhasedSampler:
         # Each phase's sampler counts the run's steps, not the phase's.
         sampler = self._samplers[phase_at(self._phases, step).number]
         return sampler.micro_batches(step, micro_batch_size, rank=rank, world=world)
+
+    def metrics(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See trainer.loop.Source: the data say nothing about a step."""
+        return result

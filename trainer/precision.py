@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -20,8 +20,10 @@ _LOGGER = logging.getLogger("spiketrain")
 # rank 0's store serves the other ranks while this reference is alive.
 _STORES: list[Any] = []
 
+C = TypeVar("C", bound=PretrainConfig)
 
-def settle(config: PretrainConfig, config_yaml: str, device: torch.device) -> tuple[PretrainConfig, str]:
+
+def settle(config: C, config_yaml: str, device: torch.device) -> tuple[C, str]:
     """Replace auto by fp32 or bf16 in the configuration and its YAML, and log the choice once.
 
     All ranks use rank 0's choice.

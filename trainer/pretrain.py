@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,7 +25,7 @@ from trainer.callbacks.signals import StopOnSignal
 from trainer.callbacks.teachers import TeacherRecord
 from trainer.compression import check_compression
 from trainer.config import PretrainConfig
-from trainer.data.sources import DataSources, find_sources
+from trainer.data.sources import find_sources
 from trainer.device import choose_device, configure_threads, keep_freed_memory, peak_flops
 from trainer.durable import write_atomically
 from trainer.engines.base import Engine
@@ -43,14 +44,22 @@ from trainer.watchdog import Watchdog
 
 _LOGGER = logging.getLogger("spiketrain")
 
+C = TypeVar("C", bound=PretrainConfig)
 
-def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None) -> int:
+
+def run(
+    config: C,
+    config_yaml: str,
+    peers: PeerWatch | None = None,
+    train: Callable[[C, str, Watchdog], Outcome] | None = None,
+) -> int:
     """Train and return the exit code: 0 done, 75 stopped on request.
 
     Args:
         config: The run's configuration.
         config_yaml: The same as YAML text.
         peers: The process's watch over its peers, if it already exists.
+        train: Trains in the run directory, which this process owns; default: pretraining.
 
     Raises:
         ConfigError: an input is unusable, or another process holds the run directory.
@@ -64,7 +73,7 @@ def run(config: PretrainConfig, config_yaml: str, peers: PeerWatch | None = None
         peers = peers or PeerWatch(run_dir)
         watchdog = Watchdog(config.run, peers)
         try:
-            outcome = _train(config, config_yaml, watchdog)
+            outcome = (train or _train)(config, config_yaml, watchdog)
         except (ConfigError, SystemExit):
             raise
         except TrainingDiverged as error:
@@ -107,6 +116,47 @@ def _exit_code(outcome: Outcome) -> int:
 
 
 def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outcome:
+    config, config_yaml, device, threads = prepare(config, config_yaml)
+    phases = expand(config)
+    # Every phase is checked before a model is built, so that a late phase cannot fail after days.
+    all_sources = [find_sources(phase.config) for phase in phases]
+    findings, sources = preflight.check(config, all_sources), all_sources[0]
+    vocab_size = config.model.padded_vocab_size(sources.vocab_size)
+    resumes = not run_directory.starts_anew(config)
+    engine = build_engine(config, vocab_size, device)
+    callbacks = build_callbacks(config, [] if sources.validation is None else [Evaluator(sources)])
+    events = EventLog(config.run.dir)
+    progress = resume(config, engine, callbacks, events, resumes)
+    if rank() == 0:
+        write_configuration(config, config_yaml, progress)
+    describe(config, engine, threads, findings)
+    trainer = Trainer(
+        config,
+        config_yaml,
+        engine,
+        PhasedSampler(
+            phases, [own.open_training(phase.config) for own, phase in zip(all_sources, phases, strict=True)]
+        ),
+        sources.tokenizer,
+        callbacks,
+        progress,
+        total_peak_flops(config, engine),
+        watchdog,
+        events,
+        PhaseObjectives(engine),
+    )
+    return finish(trainer)
+
+
+def prepare(config: C, config_yaml: str) -> tuple[C, str, torch.device, int]:
+    """Check the parameters' names and shapes, and set this process up.
+
+    Returns:
+        The configuration and its YAML text with the precision settled, the device, and the threads of this process.
+
+    Raises:
+        ConfigError: the initial weights, a pattern of names or the teacher do not fit the model.
+    """
     weights.check_spiking(config)
     weights.check_tensors(config)
     trainable.check(config)
@@ -119,33 +169,12 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     threads = configure_threads(config.run.threads)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    phases = expand(config)
-    # Every phase is checked before a model is built, so that a late phase cannot fail after days.
-    all_sources = [find_sources(phase.config) for phase in phases]
-    findings, sources = preflight.check(config, all_sources), all_sources[0]
-    vocab_size = config.model.padded_vocab_size(sources.vocab_size)
-    resumes = not run_directory.starts_anew(config)
-    engine = build_engine(config, vocab_size, device)
-    callbacks, events = build_callbacks(config, sources), EventLog(config.run.dir)
-    progress = _resume(config, engine, callbacks, events, resumes)
-    if rank() == 0:
-        _write_configuration(config, config_yaml, progress)
-    _describe(config, engine, threads, findings)
-    trainer = Trainer(
-        config,
-        config_yaml,
-        engine,
-        PhasedSampler(
-            phases, [own.open_training(phase.config) for own, phase in zip(all_sources, phases, strict=True)]
-        ),
-        sources.tokenizer,
-        callbacks,
-        progress,
-        _total_peak_flops(config, engine),
-        watchdog,
-        events,
-        PhaseObjectives(engine),
-    )
+    return config, config_yaml, device, threads
+
+
+def finish(trainer: Trainer) -> Outcome:
+    """Train to the end or a stop, record the outcome, and close the engine."""
+    config, engine = trainer.config, trainer.engine
     outcome = trainer.fit()
     _ignore_stops()
     if outcome is Outcome.DONE:
@@ -157,7 +186,7 @@ def _train(config: PretrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
     return outcome
 
 
-def _write_configuration(config: PretrainConfig, config_yaml: str, progress: Progress) -> None:
+def write_configuration(config: PretrainConfig, config_yaml: str, progress: Progress) -> None:
     """Write config.yaml, and warn if the schedule differs from that of the steps taken so far."""
     run_dir = Path(config.run.dir)
     # The checkpoint has the settings of the steps taken; the directory's file may be from a later start.
@@ -180,10 +209,10 @@ def build_engine(config: PretrainConfig, vocab_size: int, device: torch.device) 
     return MegatronEngine(spec, device)
 
 
-def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callback]:
+def build_callbacks(config: PretrainConfig, validations: Sequence[Callback] = ()) -> list[Callback]:
     """Build the callbacks in calling order.
 
-    Callbacks that report a step, or may end the run, precede the one that saves it. Validation comes last: it takes
+    Callbacks that report a step, or may end the run, precede the one that saves it. Validations come last: they take
     long, so the step is saved first.
     """
     run_dir, reporting = Path(config.run.dir), config.logging
@@ -201,12 +230,10 @@ def build_callbacks(config: PretrainConfig, sources: DataSources) -> list[Callba
         callbacks.append(TeacherRecord(digests))
     saving = config.checkpoint
     callbacks.append(Checkpointer(saving.every, Retention.of(saving), saving.asynchronous))
-    if sources.validation is not None:
-        callbacks.append(Evaluator(sources))
-    return callbacks
+    return [*callbacks, *validations]
 
 
-def _resume(
+def resume(
     config: PretrainConfig, engine: Engine, callbacks: Sequence[Callback], events: EventLog, resumes: bool
 ) -> Progress:
     """Load the checkpoint that checkpoint.resume selects, and log the skipped ones.
@@ -266,7 +293,8 @@ def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:
     return path
 
 
-def _describe(config: PretrainConfig, engine: Engine, threads: int, findings: preflight.Findings) -> None:
+def describe(config: PretrainConfig, engine: Engine, threads: int, findings: preflight.Findings) -> None:
+    """Log model, batch and findings, on rank 0."""
     if engine.rank != 0:
         return
     train = config.train
@@ -320,7 +348,7 @@ def _about_experts(config: PretrainConfig) -> list[str]:
     return lines if warning is None or moe.router.gate == "top_k" else [*lines, warning]
 
 
-def _total_peak_flops(config: PretrainConfig, engine: Engine) -> float | None:
+def total_peak_flops(config: PretrainConfig, engine: Engine) -> float | None:
     """Return the peak matrix-multiplication FLOP/s of all ranks. Where it is measured, all measure at once."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     # Ranks of one machine share its cores, so a rank alone would measure too much.

@@ -8,7 +8,8 @@
       - train: {init: runs/convert/hybrid, run: {dir: runs/convert/trained}, tokens: 1.0e+6}
 
 A step is what its command would be on the command line, so every step can be repeated by hand, and paths are relative
-to the working directory. `train` is spiketrain pretrain, with `base` before its own options.
+to the working directory. `train` is spiketrain pretrain, with `base` before its own options; `posttrain` and
+`prepare_rows` are the commands of these names.
 
 A step that has ended is skipped. One that was under way goes on: a training run from its newest checkpoint, all others
 from the beginning, because their outputs appear only when they are complete. `DIR/recipe.json` records the options of
@@ -42,9 +43,9 @@ from trainer.run_directory import differences, flatten
 from trainer.runtime import EXIT_CONFIG_ERROR
 
 # Options that a training step has besides its configuration; `tokens` sets train.steps.
-_OF_TRAIN = ("config", "init", "tokens")
+_OF_TRAINING = {"train": ("config", "init", "tokens"), "posttrain": ("config", "init")}
 # Where the command of a step writes; a step with this output is complete.
-_OUTPUTS = {"train": "run.dir", "evaluate": "json"}
+_OUTPUTS = {"train": "run.dir", "posttrain": "run.dir", "evaluate": "json"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Step:
     @property
     def is_training(self) -> bool:
         """Whether all ranks run it."""
-        return self.command == "train"
+        return self.command in _OF_TRAINING
 
     def __str__(self) -> str:
         return f"step {self.number}, {self.command} to {self.output}"
@@ -116,7 +117,7 @@ def read_steps(base: Mapping[str, Any], steps: Sequence[Any], commands: Mapping[
             options = dict(_flat(base, commands[command])) | options
         known = dotted_keys(commands[command])
         for key in options:
-            if key not in known and not (command == "train" and key in _OF_TRAIN):
+            if key not in known and key not in _OF_TRAINING.get(command, ()):
                 nearest = nearest_key(key, known)
                 hint = f"did you mean {nearest!r}?" if nearest else f"spiketrain {command} --help lists them"
                 raise ConfigError(f"{where}: unknown option {key!r} of {command}; {hint}")

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -17,12 +17,14 @@ from trainer.optim import learning_rate
 from trainer.phases import Phase, PhaseConfig, expand, first_steps, given, phase_at, with_changes
 from trainer.stored import checksums
 
+C = TypeVar("C", bound=PretrainConfig)
+
 # File of a checkpoint with the states of callbacks.
 CALLBACKS = "callbacks.json"
 _NAME = re.compile(r"step_(\d{8,})")
 # Files that a new run would overwrite. The checkpoints are renamed last: until then the other files belong to them,
 # even if a kill interrupts the renaming.
-_KEPT = ("metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints")
+_KEPT = ("metrics.jsonl", "events.jsonl", "tensorboard", "rollouts", "rehearsal", "checkpoints")
 
 # A run may continue only with the same model, data, batches, objective and initial weights.
 _FIXED = (
@@ -35,12 +37,26 @@ _FIXED = (
     "train.precision",
     "engine.name",
     "checkpoint.init",
+    # Of post-training.
+    "stage",
+    "rows",
+    "dpo",
+    "rl",
+    "rehearsal",
+    "gate",
+    "rewards",
 )
 # Report a change of schedule only if the learning rate is off by more than this factor.
 _JUMP = 1.05
 # Keys among them that change no result: the location of the data `stdlib`, that of a teacher (a checkpoint has its
-# digest), which experts' activations are recomputed, and which experts are replicated on every rank.
-_FREE = ("data.cache_dir", "train.objective.teacher", "model.moe.recompute_above", "model.moe.replicate_above")
+# digest), which experts' activations are recomputed, which are replicated on every rank, and what is sampled at once.
+_FREE = (
+    "rl.slots",
+    "data.cache_dir",
+    "train.objective.teacher",
+    "model.moe.recompute_above",
+    "model.moe.replicate_above",
+)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -103,7 +119,7 @@ def starts_anew(config: PretrainConfig) -> bool:
     return resume == "never" or (resume == "auto" and not checkpoint_steps(Path(config.run.dir)))
 
 
-def settle_restart(config: PretrainConfig) -> tuple[PretrainConfig, str | None]:
+def settle_restart(config: C) -> tuple[C, str | None]:
     """Adjust a configuration for an automatic restart by the batch system or torchrun. Also returns a line to log.
 
     Only the first start begins from scratch. A restart with the same arguments continues from its checkpoints.
@@ -172,7 +188,7 @@ def _differing(values: dict[str, Any], config: PretrainConfig) -> list[str]:
     if not values:
         return []
     # A key that is younger than the run has its default.
-    theirs = _fixed(asdict(PretrainConfig())) | _fixed(values)
+    theirs = _fixed(asdict(type(config)())) | _fixed(values)
     ours = _fixed(asdict(config))
     # An automatic choice follows the run that it continues.
     if config.train.precision == "auto":

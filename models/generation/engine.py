@@ -89,7 +89,8 @@ class Engine:
     """Continues prompts with a decoder, whose weights it reads where they are: it may be in training.
 
     All ranks that share the model (tensor- and expert-parallel ones) call the same methods with the same arguments,
-    and get the same events. After the weights have changed, `forget` what was computed with the old ones.
+    and get the same events. Context-parallel ranks have whole models, and generate each for itself. After the weights
+    have changed, `forget` what was computed with the old ones.
 
     Args:
         model: The decoder, with all layers, over any tensor- and expert-parallel groups.
@@ -104,8 +105,7 @@ class Engine:
         prefixes: Number of beginnings of prompts whose states are kept for prompts that share them.
 
     Raises:
-        ValueError: an argument is out of range, there is no compiler for `compile`, or the model is a pipeline stage or
-            has context-parallel groups.
+        ValueError: an argument is out of range, there is no compiler for `compile`, or the model is a pipeline stage.
     """
 
     def __init__(
@@ -129,10 +129,8 @@ class Engine:
         }.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        if not (model.is_first and model.is_last) or model.groups.context is not None:
-            raise ValueError(
-                "the engine needs all layers and whole sequences: no pipeline stages, no context parallelism"
-            )
+        if not (model.is_first and model.is_last):
+            raise ValueError("the engine needs all layers: no pipeline stages")
         self.model = model
         self.vocab_size = _rows_of_head(model) if vocab_size is None else vocab_size
         self.chunk, self.deterministic = chunk, deterministic
@@ -144,8 +142,10 @@ class Engine:
         self._slots = Slots(self._layers, slots)
         self._tracer = Tracer(model, compile, at_once=compile and deterministic)
         self._prefixes = Prefixes(prefixes, chunk if deterministic else 1)
-        self._sequence_parallel = [
-            module for module in model.modules() if isinstance(module, Module) and module.groups.sequence
+        self._sharded_in_time = [
+            module
+            for module in model.modules()
+            if isinstance(module, Module) and (module.groups.sequence or module.groups.context is not None)
         ]
         self._sinks: list[SinkKeys | None] = [None] * len(self._layers)
         self._waiting: deque[_Job] = deque()
@@ -335,15 +335,15 @@ class Engine:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Within, nothing is recorded for gradients, and the residual stream is whole on every rank."""
-        before = [module.groups for module in self._sequence_parallel]
-        for module in self._sequence_parallel:
-            module.groups = replace(module.groups, sequence=False)
+        """Within, nothing is recorded for gradients, and every rank has whole sequences and residual streams."""
+        before = [module.groups for module in self._sharded_in_time]
+        for module in self._sharded_in_time:
+            module.groups = replace(module.groups, sequence=False, context=None)
         try:
             with torch.no_grad(), generating():
                 yield
         finally:
-            for module, groups in zip(self._sequence_parallel, before, strict=True):
+            for module, groups in zip(self._sharded_in_time, before, strict=True):
                 module.groups = groups
 
     def _next_job(self) -> _Job | None:

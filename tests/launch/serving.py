@@ -22,13 +22,16 @@ TEMPLATE = """{% for message in messages %}
 <|endoftext|>assistant: """
 
 
-def write_model(folder: Path) -> Path:
-    """Weights of an untrained model with a tokenizer and a chat template; returns their directory."""
+def write_model(folder: Path, rows: int = VOCABULARY) -> Path:
+    """Weights of an untrained model with a tokenizer and a chat template; returns their directory.
+
+    Its embedding has so many rows, at least VOCABULARY.
+    """
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     learn_sentencepiece([Path(json.__file__).read_text()], "bpe", VOCABULARY).save(tokenizer)
     (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
-    model = Decoder(tiny_model_config("gated_delta_net, full_attention"), VOCABULARY)
+    model = Decoder(tiny_model_config("gated_delta_net, full_attention"), rows)
     initialize(model, 0)
     drawn = dict(model.named_parameters())
 

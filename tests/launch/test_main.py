@@ -38,7 +38,7 @@ def test_a_command_runs_as_its_script_does():
         (["train"], "no command 'train'; choose from prepare_data, pretrain"),
         (["pretrain", "--ranks", "0"], "--ranks 0: give the number of processes"),
         (["pretrain", "--ranks=two"], "--ranks two: give the number of processes"),
-        (["generate", "--ranks", "2"], "only pretrain and convert run use several ranks"),
+        (["generate", "--ranks", "2"], "only pretrain, posttrain and convert run use several ranks"),
     ],
 )
 def test_what_it_refuses(arguments, message):

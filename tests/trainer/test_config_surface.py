@@ -12,6 +12,7 @@ import pytest
 
 from trainer.cli import dotted_keys
 from trainer.config import PretrainConfig
+from trainer.posttraining.config import PosttrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,19 +58,40 @@ KEYS = {
     "phases": "",
 }
 
+# Of post-training, beside all of these but for the phases' options.
+POSTTRAIN_KEYS = {
+    "stage": "",
+    "rows": "train weights validation options chat max_prompt_tokens overlong turns",
+    "rows.options": "format data_source drop_system prompt_key data_source_key target_key targets_key "
+    "target_probs_key input_key output_key label_key input_template",
+    "dpo": "kind beta label_smoothing length_normalized",
+    "rl": "objective samples prompts epochs max_new_tokens temperature clip_low clip_high dual_clip normalization kl "
+    "kl_estimator kl_in entropy correction correction_how correction_cap max_mismatch rounds mask_overlong slots",
+    "rehearsal": "divergence eta alpha doubled samples threshold per_step",
+    "gate": "kind failed off_policy coefficient mean",
+    "rewards": "",
+    "pass_at_k": "every samples temperature prompts right",
+}
+
 # Of launch/pretrain.py, beside one option for every key above.
 PRETRAIN_OPTIONS = {"--help", "-h", "--config", "--print_config", "--check", "--world-size", "--init"}
 
 
-def written_down():
-    groups = [key for key in KEYS if "." not in key]
-    return {*groups, *(f"{group}.{leaf}" for group, leaves in KEYS.items() for leaf in leaves.split())}
+def written_down(keys=KEYS):
+    groups = [key for key in keys if "." not in key]
+    return {*groups, *(f"{group}.{leaf}" for group, leaves in keys.items() for leaf in leaves.split())}
 
 
 def test_configuration_keys():
     keys = dotted_keys(PretrainConfig)
     assert len(keys) == len(set(keys))
     assert set(keys) == written_down()
+
+
+def test_keys_of_posttraining():
+    keys = dotted_keys(PosttrainConfig)
+    assert len(keys) == len(set(keys))
+    assert set(keys) == written_down() | written_down(POSTTRAIN_KEYS)
 
 
 def options_of(script: str, *command: str) -> set[str]:
@@ -131,6 +153,7 @@ def test_options_of_pretrain():
             "checkpoint tokenizer model_name device host port api_key slots queue max_prompt_tokens max_new_tokens "
             "max_body_bytes request_seconds drain_seconds prefixes deterministic",
         ),
+        ("launch/prepare_rows.py", "task output train validation seed"),
         ("launch/convert.py export", "checkpoint output dtype layout max_file_gb"),
         ("launch/convert.py import", "source output dtype max_file_gb"),
     ],

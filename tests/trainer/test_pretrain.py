@@ -152,7 +152,7 @@ def test_the_peak_is_that_of_all_ranks(monkeypatch):
         sum_over_data=lambda values: [2 * value for value in values],
     )
     engine = SimpleNamespace(rank=0, device=torch.device("cpu"), collectives=collectives)
-    assert pretrain._total_peak_flops(PretrainConfig(), engine) == 12.0
+    assert pretrain.total_peak_flops(PretrainConfig(), engine) == 12.0
 
 
 # Signals, and what ranks see of a directory
@@ -217,6 +217,6 @@ def test_the_configuration_is_replaced_as_a_whole(tmp_path):
     """A run that is killed meanwhile leaves the old one, not an empty one."""
     (tmp_path / "config.yaml").write_text("old")
     (tmp_path / "other name").hardlink_to(tmp_path / "config.yaml")
-    pretrain._write_configuration(PretrainConfig(run=RunConfig(dir=str(tmp_path))), "new", Progress())
+    pretrain.write_configuration(PretrainConfig(run=RunConfig(dir=str(tmp_path))), "new", Progress())
     assert (tmp_path / "config.yaml").read_text() == "new"
     assert (tmp_path / "other name").read_text() == "old"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from trainer.loop import Trainer
 
-_RESULTS = ("loss", "bits_per_byte")
 # A line of metrics.jsonl holds matrices of up to this many elements. Larger ones appear in every hundredth line only:
 # the loads of 60 layers with 256 experts take 300 kB of text.
 _ELEMENTS_IN_EVERY_LINE = 1024
@@ -115,6 +114,11 @@ class MetricsFile(Callback):
             self._file.close()
 
 
+def _results(metrics: dict[str, Any]) -> dict[str, float]:
+    """The figures of a validation."""
+    return {name: value for name, value in metrics.items() if name not in ("step", "split") and value is not None}
+
+
 def _is_large(value: Any) -> bool:
     return isinstance(value, list) and sum(map(len, value)) > _ELEMENTS_IN_EVERY_LINE
 
@@ -156,9 +160,8 @@ class TensorBoard(Callback):
         """Write the validation's scalars, images and text samples."""
         if self._writer is None:
             return
-        for name in _RESULTS:
-            if metrics[name] is not None:
-                self._writer.add_scalar(f"{metrics['split']}/{name}", metrics[name], metrics["step"])
+        for name, value in _results(metrics).items():
+            self._writer.add_scalar(f"{metrics['split']}/{name}", value, metrics["step"])
         for name, history in self._history.items():
             self._writer.add_image(name, history.image(), metrics["step"], dataformats="HW")
         if trainer.rasters:
@@ -172,7 +175,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard.summary import hparams
 
         assert self._writer is not None and self._writer.file_writer is not None
-        results = {f"final/{name}": metrics[name] for name in _RESULTS if metrics[name] is not None}
+        results = {f"final/{name}": value for name, value in _results(metrics).items()}
         for summary in hparams(trainer.hyper_parameters(), results):
             self._writer.file_writer.add_summary(summary)
         for name, value in results.items():

@@ -108,8 +108,12 @@ class ProgressLine(Callback):
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Log a validation."""
         if trainer.engine.rank == 0:
-            in_bytes = "" if metrics["bits_per_byte"] is None else f"  {metrics['bits_per_byte']:.4f} bits per byte"
-            _LOGGER.info("step %d  %s loss %.4f%s", metrics["step"], metrics["split"], metrics["loss"], in_bytes)
+            figures = [
+                f"{value:.4f} bits per byte" if name == "bits_per_byte" else f"{name} {value:.4f}"
+                for name, value in metrics.items()
+                if name not in ("step", "split") and value is not None
+            ]
+            _LOGGER.info("step %d  %s %s", metrics["step"], metrics["split"], "  ".join(figures))
 
     def on_end(self, trainer: Trainer) -> None:
         """Remove the progress line, and log the time of the steps without validation and saving."""

@@ -1,0 +1,211 @@
+"""Post-training runs: what they learn, their layouts, and that a resumed run is the uninterrupted one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launch.serving import write_model
+from tests.processes import ROOT, finish, start
+from tests.trainer.conftest import metrics
+
+REWARD = '''
+import time
+
+def vowels(answer):
+    """1 for an even number of vowels, 0 for an odd one: both occur whatever the model writes."""
+    count = sum(letter in "aeiou" for letter in answer.completion)
+    return {"score": float(count % 2 == 0), "length": len(answer.completion)}
+
+def hangs(answer):
+    if len(answer.completion) % 2:
+        time.sleep(60)
+    return 1.0
+'''
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    # Rows as training pads them.
+    return write_model(tmp_path_factory.mktemp("model"), rows=448)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    prompts = [f"def function_{number}(" for number in range(12)]
+    answers = [{"prompt": prompt, "completion": f"x): return {number}"} for number, prompt in enumerate(prompts)]
+    questions = [{"prompt": prompt, "answer": str(number)} for number, prompt in enumerate(prompts)]
+    pairs = [answer | {"chosen": answer["completion"], "rejected": "): pass"} for answer in answers]
+    pairs = [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs]
+    # Every second question has a demonstration.
+    shown = [
+        {
+            "prompt": [{"role": "user", "content": answer["prompt"]}],
+            "data_source": "test",
+            "reward_model": {"style": "rule", "ground_truth": "1"},
+            "target": [{"role": "assistant", "content": answer["completion"]}] if number % 2 else None,
+        }
+        for number, answer in enumerate(answers)
+    ]
+    for name, lines in {"sft": answers, "rl": questions, "dpo": pairs, "shown": shown}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def run(model, rows, run_dir, stage, *options, ranks=1, imported="megatron", code=0):
+    """Run `spiketrain posttrain` and return its output."""
+    sizes = {
+        "sft": ("--train.seq_len=48", "--train.micro_batch_size=2", "--train.global_batch_size=4"),
+        "dpo": ("--train.seq_len=48", "--train.micro_batch_size=2", "--train.global_batch_size=4"),
+        "rl": (
+            *("--train.seq_len=48", "--train.micro_batch_size=2", "--train.global_batch_size=8"),
+            *("--rl.samples=4", "--rl.prompts=4", "--rl.max_new_tokens=8", "--pass_at_k.samples=4"),
+            *(f'--rewards=[{{"name": "{rows}/reward.py:vowels", "label": "vowels"}}]', "--pass_at_k.every=4"),
+        ),
+    }[stage]
+    command = (
+        *(ROOT / "launch/posttrain.py", "--init", model, f"--run.dir={run_dir}", "--run.threads=1", f"--stage={stage}"),
+        *(f"--rows.train=[{rows}/{stage}.jsonl]", f"--rows.validation=[{rows}/{stage}.jsonl]", *sizes),
+        *("--train.steps=6", "--optim.lr=0.002", "--checkpoint.every=3", "--evaluation.every=4", *options),
+    )
+    process = start(*command, ranks=ranks if ranks > 1 else None, imported=imported)
+    _, output = finish(process)
+    assert process.returncode == code, output
+    return output
+
+
+def steps(run_dir):
+    """(step, loss, gradient norm) of every step."""
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(run_dir) if "grad_norm" in line]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rl"])
+def test_a_resumed_run_is_the_uninterrupted_one(model, rows, tmp_path, stage):
+    """Also between two updates of a rollout, with an old policy: step 3 is the first of two."""
+    run(model, rows, tmp_path / "whole", stage)
+    run(model, rows, tmp_path / "cut", stage, "--train.steps=3")
+    output = run(model, rows, tmp_path / "cut", stage)
+    assert "resumed from" in output and "step_00000003" in output
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    whole = [line for line in metrics(tmp_path / "whole") if "split" in line]
+    assert [line["step"] for line in whole] == [0, 4, 6]
+    last = [line for line in metrics(tmp_path / "cut") if "split" in line][-1]
+    assert last == whole[-1]
+    if stage == "sft":
+        assert whole[-1]["loss"] < whole[0]["loss"] - 1
+    elif stage == "dpo":
+        # Before the first step both models are the same.
+        assert whole[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and whole[0]["margin"] == pytest.approx(
+            0, abs=1e-6
+        )
+        assert whole[-1]["loss"] < 0.6 and whole[-1]["accuracy"] > 0.9
+    else:
+        assert 0 <= whole[-1]["pass@1"] <= whole[-1]["pass@4"] <= 1
+
+
+LAYOUTS = {
+    "accumulation": (1, "megatron", ("--train.micro_batch_size=1",)),
+    "data": (2, "megatron", ()),
+    "tensor": (2, "megatron", ("--parallel.tensor=2",)),
+    "tensor, sequence": (2, "megatron", ("--parallel.tensor=2", "--parallel.sequence=true")),
+    "context": (2, "megatron", ("--parallel.context=2",)),
+    "ZeRO 2": (2, "deepspeed", ("--engine.name=deepspeed", "--engine.zero_stage=2")),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(model, rows, tmp_path_factory):
+    """One rank's steps of each stage."""
+    found = {}
+    for stage in ("sft", "dpo", "rl"):
+        run_dir = tmp_path_factory.mktemp(f"alone-{stage}")
+        run(model, rows, run_dir, stage, "--train.steps=4")
+        found[stage] = steps(run_dir)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rl"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_take_the_same_steps(model, rows, tmp_path, alone, layout, stage):
+    ranks, engine, options = LAYOUTS[layout]
+    run(model, rows, tmp_path, stage, "--train.steps=4", *options, ranks=ranks, imported=engine)
+    for (_, loss, norm), (_, expected, expected_norm) in zip(steps(tmp_path), alone[stage], strict=True):
+        assert loss == pytest.approx(expected, abs=2e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-3)
+    first = next(line for line in metrics(tmp_path) if "grad_norm" in line)
+    if stage == "rl":
+        # The policy is that of the rollout, and the sampler computes the same.
+        assert first["policy/ratio"] == pytest.approx(1, abs=1e-5) and first["policy/sampler_k3"] < 1e-5
+
+
+REHEARSED = ("--rl.prompts=2", "--rehearsal.samples=2", "--rehearsal.threshold=1", "--rehearsal.per_step=2")
+
+
+def test_rehearsal_begins_at_the_initial_policy_and_resumes(model, rows, tmp_path):
+    options = (*REHEARSED, "--rehearsal.divergence=forward", "--rehearsal.eta=0.5")
+    output = run(model, rows, tmp_path / "whole", "rl", *options)
+    known = json.loads((tmp_path / "whole/rehearsal/mastered.json").read_text())
+    assert f"rehearsal: {len(known['mastered'])} of 12 prompts mastered, {len(known['answered'])} stored" in output
+    assert 0 < len(known["answered"]) <= len(known["mastered"]) < 12
+    run(model, rows, tmp_path / "cut", "rl", *options, "--train.steps=3")
+    run(model, rows, tmp_path / "cut", "rl", *options)
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    lines = [line for line in metrics(tmp_path / "whole") if "grad_norm" in line]
+    # The stored answers are the initial policy's, by the same kernels.
+    assert lines[0]["rehearsal/u"] == pytest.approx(1, abs=1e-5) and abs(lines[0]["rehearsal/f"]) < 1e-6
+    assert lines[-1]["rehearsal/f"] > 1e-6
+    kept = [line["keep_rate"] for line in metrics(tmp_path / "whole") if line.get("split") == "mastered"]
+    assert kept and all(0 <= rate <= 1 for rate in kept)
+    # Mastered prompts are not sampled any more.
+    drawn = {
+        json.loads(line)["row"]
+        for path in (tmp_path / "whole/rollouts").glob("*.jsonl")
+        for line in path.read_text().splitlines()[1:]
+    }
+    assert not drawn & {f"rl.jsonl:{number}" for number in known["mastered"]}
+    (tmp_path / "cut/rehearsal/mastered.json").unlink()
+    output = run(model, rows, tmp_path / "cut", "rl", *options, "--train.steps=8", code=2)
+    assert "without which the run cannot go on" in output.splitlines()[-1]
+
+
+def test_demonstrations_where_the_model_fails(model, rows, tmp_path):
+    """With a reward that no answer gets, every question with a demonstration is fine-tuned on it."""
+    (tmp_path / "never.py").write_text("def never(answer):\n    return 0.0\n")
+    options = (
+        *("--rl.prompts=2", "--gate.kind=switch", f"--rows.train=[{rows}/shown.jsonl]", "--train.seq_len=96"),
+        f'--rewards=[{{"name": "{tmp_path}/never.py:never"}}]',
+    )
+    run(model, rows, tmp_path / "run", "rl", *options)
+    lines = [line for line in metrics(tmp_path / "run") if "grad_norm" in line]
+    shares = [line["gate/demonstrations"] for line in lines]
+    assert set(shares) <= {0.0, 0.5, 1.0} and sum(shares) == pytest.approx(len(shares) / 2, abs=0.5)
+    taken = [line for line in lines if line["gate/demonstrations"]]
+    # Nothing is learned from answers that are all alike.
+    assert taken and all(line["demonstrations/loss"] == pytest.approx(line["loss"], rel=1e-4) for line in taken)
+    assert all(line["grad_norm"] == 0 for line in lines if not line["gate/demonstrations"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("rl", ("--rewards=[]",), "rewards: there is none"),
+        ("rl", ("--rl.max_new_tokens=48",), "train.seq_len=48 leaves no room for a prompt"),
+        ("rl", ("--train.global_batch_size=6",), "does not divide the 16 answers of a rollout"),
+        ("rl", ("--gate.kind=switch", "--rl.prompts=2"), "no row of"),
+        ("rl", ("--gate.kind=switch",), "let a rollout be one update"),
+        ("rl", ("--engine.name=deepspeed", "--engine.zero_stage=3"), "leaves no rank a model to sample from"),
+        ("sft", ("--rows.train=[]",), "rows.train names no file"),
+        ("sft", ("--rows.train=[none.jsonl]",), "none.jsonl does not exist"),
+        ("sft", ("--parallel.pipeline=2",), "post-training has no pipeline stages"),
+        ("sft", ("--gate.kind=switch",), "gate is of stage rl"),
+        ("dpo", ("--rows.train=[{rows}/sft.jsonl]",), "has no chosen and rejected answer"),
+    ],
+)
+def test_what_is_refused(model, rows, tmp_path, stage, options, message):
+    """In one line, and before anything is written."""
+    options = tuple(option.replace("{rows}", str(rows)) for option in options)
+    output = run(model, rows, tmp_path / "run", stage, *options, imported="torch", code=2)
+    assert message in output.splitlines()[-1] and not (tmp_path / "run/checkpoints").exists()

@@ -1,0 +1,65 @@
+"""Generated rows: right answers are right, wrong ones wrong, and no prompt is held out and learned from."""
+
+from itertools import islice
+
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.posttraining import tasks
+from trainer.posttraining.data.rows import read_rows
+from trainer.posttraining.prepare_rows import PrepareRowsConfig, prepare
+from trainer.posttraining.rewards.base import Answer
+from trainer.posttraining.rewards.registry import RewardConfig, build
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_answers_are_judged(name):
+    check = build(RewardConfig(tasks.TASKS[name].check))
+    for row in islice(tasks.rows(name, 0), 50):
+        scores = [
+            check(Answer(row["prompt"], text, ground_truth=row["answer"]))
+            for text in (row["completion"], row["wrong"], "", row["completion"] + "0", row["completion"] + "\n")
+        ]
+        assert scores == [1.0, 0.0, 0.0, 0.0, 0.0], row
+
+
+def test_zero_is_no_part_of_a_sum():
+    check = build(RewardConfig(tasks.TASKS["sums"].check))
+    assert check(Answer("12 =", " 0 + 12", ground_truth="12")) == 0
+    assert (
+        check(Answer("12 =", " 5 + 7", ground_truth="12")) == check(Answer("12 =", " 11 + 1", ground_truth="12")) == 1
+    )
+
+
+def test_files_of_a_task(tmp_path):
+    config = PrepareRowsConfig("sums", str(tmp_path / "rows"), train=200, validation=8, seed=3)
+    paths = prepare(config)
+    rows = {path.stem: list(read_rows(path)) for path in paths}
+    assert len(rows["sft"]) == len(rows["preferences"]) == 200 and len(rows["validation"]) == 8
+    train, held_out = ({row.prompt for row in rows[name]} for name in ("train", "validation"))
+    assert not train & held_out and len(train) == len(rows["train"]) == len(rows["demonstrations"])
+    assert {row.prompt for row in rows["sft"]} == train
+    assert all(row.demonstrations and row.ground_truth for row in rows["demonstrations"])
+    assert all(row.chosen != row.rejected for row in rows["preferences"])
+    before = {path: path.read_bytes() for path in paths}
+    assert sorted(prepare(config)) == sorted(paths) and all(path.read_bytes() == before[path] for path in paths)
+    with pytest.raises(ConfigError, match="has something else; remove it, or name another directory"):
+        prepare(PrepareRowsConfig("products", str(tmp_path / "rows")))
+
+
+def test_rows_of_reasoning_gym(tmp_path):
+    paths = prepare(PrepareRowsConfig("reasoning_gym:basic_arithmetic", str(tmp_path / "rows"), train=5, validation=2))
+    assert [path.stem for path in paths] == ["train", "validation"]
+    (first, *_) = read_rows(paths[0])
+    score = build(RewardConfig("reasoning_gym"))
+    for text, expected in ((first.ground_truth, 1.0), ("no number", 0.0)):
+        answer = Answer(first.prompt, text, first.data_source, first.ground_truth, first.extra)
+        assert (score(answer) == 1.0) == (expected == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("sum", "there is no 'sum'"), ("reasoning_gym:none", "has no data set 'none'")]
+)
+def test_unknown_tasks(tmp_path, task, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(PrepareRowsConfig(task, str(tmp_path / "rows")))

@@ -1,0 +1,53 @@
+"""Checks the files of a post-training run before a model is built. Imports neither torch nor megatron."""
+
+from trainer.errors import ConfigError
+from trainer.posttraining.config import PosttrainConfig
+from trainer.posttraining.data.row import Row
+from trainer.posttraining.data.rows import read_rows
+from trainer.posttraining.rewards import registry
+from trainer.preflight import Findings
+
+
+def check(config: PosttrainConfig) -> Findings:
+    """Check rows, tokenizer and rewards.
+
+    Raises:
+        ConfigError: the run cannot start.
+    """
+    rows = config.rows
+    if config.data.tokenizer is None:
+        raise ConfigError(
+            "nothing names the tokenizer; start with --init from weights that have one, or set data.tokenizer"
+        )
+    if config.checkpoint.init is None and config.checkpoint.resume in ("auto", "never"):
+        raise ConfigError("post-training begins with weights; name them with --init")
+    if not rows.train:
+        raise ConfigError("rows.train names no file of rows; give one")
+    found = read_rows(dict(zip(rows.train, rows.weights, strict=True)) if rows.weights else rows.train, rows.options)
+    findings = Findings(notes=[f"rows: {found}"])
+    if rows.validation:
+        findings.notes.append(f"held out: {read_rows(rows.validation, rows.options)}")
+    if config.stage == "rl":
+        registry.check(config.rewards)
+        if config.gate.kind != "none" and not any(row.demonstrations for row in found):
+            raise ConfigError(
+                f"gate.kind={config.gate.kind} takes demonstrations, and no row of {', '.join(rows.train)} has one; "
+                "give rows with demonstrations, or gate.kind=none"
+            )
+    elif config.rewards:
+        raise ConfigError("rewards are of stage rl; leave them out, or set stage=rl")
+    elif config.stage == "dpo":
+        missing = next((row.id for row in found if row.chosen is None or row.rejected is None), None)
+        if missing is not None:
+            raise ConfigError(
+                f"rows: {missing} has no chosen and rejected answers; give rows of preferences to stage=dpo"
+            )
+    elif not any(_can_be_learned(row) for row in found):
+        raise ConfigError(
+            f"rows: no row of {', '.join(rows.train)} has an answer to learn; use stage=rl, or other rows"
+        )
+    return findings
+
+
+def _can_be_learned(row: Row) -> bool:
+    return row.conversation is not None or bool(row.demonstrations)

@@ -1,0 +1,439 @@
+"""Steps of reinforcement learning: rollouts become micro-batches of a policy gradient.
+
+A rollout is the answers to some prompts. It is learned from in one or several updates, each a step of the training
+loop. run.dir/rollouts has every rollout as lines of JSON, to read. The answers depend on the weights, the seed and the
+prompts' numbers, so a resumed run draws the same. One that resumes between two updates of a rollout reads the sequences
+with the log-probabilities of the policy that drew them, which are kept beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from trainer.callbacks.base import Callback
+from trainer.callbacks.health import TrainingDiverged
+from trainer.posttraining import rollouts
+from trainer.posttraining.advantages import (
+    group_advantages,
+    reinforce_advantages,
+    reinforce_plus_plus_advantages,
+)
+from trainer.posttraining.data.packing import Packing, pack
+from trainer.posttraining.data.sampler import PromptSampler
+from trainer.posttraining.data.sequences import TokenSequence, load_sequences, save_sequences
+from trainer.posttraining.divergences import Divergence
+from trainer.posttraining.gates import Coefficients, Gate, gate
+from trainer.posttraining.objectives import OBJECTIVES, Correction, Estimator, KlTerm, token_weights
+from trainer.posttraining.policy import (
+    ADVANTAGES,
+    OFF_POLICY,
+    OLD,
+    REFERENCE,
+    REHEARSAL,
+    SAMPLER,
+    SUPERVISED,
+    WEIGHTS,
+    PolicyObjective,
+    Terms,
+    per_token,
+)
+from trainer.posttraining.rehearsal import Stored
+from trainer.posttraining.rollouts import Group, Policy, Prompt, Sample, Sampler
+from trainer.posttraining.scoring import Scorer
+
+if TYPE_CHECKING:
+    from trainer.data.batch import Batch
+    from trainer.loop import Trainer
+    from trainer.posttraining.config import PosttrainConfig, RlConfig
+    from trainer.posttraining.data.row import Row
+
+_LOGGER = logging.getLogger("spiketrain")
+
+
+def estimator_of(rl: RlConfig) -> Estimator:
+    """The row of the table that a run names, with its changes.
+
+    Raises:
+        ConfigError: the changes do not go with the row.
+    """
+    estimator = OBJECTIVES[rl.objective]
+    changes = {
+        name: value
+        for name in ("clip_low", "clip_high", "dual_clip", "normalization")
+        if (value := getattr(rl, name)) is not None
+    }
+    return replace(estimator, **changes)
+
+
+def terms_of(config: PosttrainConfig) -> Terms:
+    """What a step of a run minimises."""
+    rl, gated, rehearsal = config.rl, config.gate, config.rehearsal
+    corrections: tuple[Correction, ...] = ()
+    if rl.correction != "none":
+        corrections = (Correction(level=rl.correction, how=rl.correction_how, cap=rl.correction_cap),)
+    takes_answers = gated.kind == "soft" or gated.off_policy is not None
+    return Terms(
+        estimator_of(rl),
+        rl.temperature,
+        rl.entropy,
+        KlTerm(coefficient=rl.kl, estimator=rl.kl_estimator) if rl.kl and rl.kl_in == "loss" else None,
+        corrections,
+        has_old=config.updates > 1,
+        off_policy=OBJECTIVES["luffy"] if takes_answers else None,
+        has_demonstrations=gated.kind != "none",
+        rehearsal=Divergence(kind=rehearsal.divergence, alpha=rehearsal.alpha, doubled=rehearsal.doubled)
+        if rehearsal.is_on
+        else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A sequence of a step.
+
+    Attributes:
+        sequence: The sequence.
+        kind: Which term of the loss it belongs to.
+        factor: Its coefficient.
+    """
+
+    sequence: TokenSequence
+    kind: Literal["own", "off_policy", "supervised", "rehearsal"] = "own"
+    factor: float = 1.0
+
+
+class Reinforcement:
+    """The steps of a run of reinforcement learning.
+
+    Args:
+        config: The run's configuration.
+        prompts: Draws rows with the tokens of their prompts.
+        sampler: Answers prompts.
+        scorer: Computes log-probabilities by the kernels of training.
+        policy: How answers are drawn.
+        packing: What micro-batches must look like; `tokens` is not used.
+        demonstrate: Returns a row's demonstration; None for rows without one.
+        stored: What the initial model has mastered; None without rehearsal.
+
+    Attributes:
+        cursor: Number of prompts that were drawn so far.
+        figures: The newest rollout's entries of metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        config: PosttrainConfig,
+        prompts: PromptSampler[tuple[Row, list[int]]],
+        sampler: Sampler,
+        scorer: Scorer,
+        policy: Policy,
+        packing: Packing,
+        demonstrate: Callable[[Row], TokenSequence | None],
+        stored: Stored | None = None,
+    ) -> None:
+        self._config, self._prompts, self._sampler, self._scorer = config, prompts, sampler, scorer
+        self._policy, self._packing = policy, packing
+        self._demonstrate, self._stored = demonstrate, stored
+        self._terms = terms_of(config)
+        self._rollout = -1
+        self._sequences: list[TokenSequence] = []
+        # Beside the answers, in the order of a rollout's steps.
+        self._others: list[_Entry] = []
+        self._factors: list[float] | None = None
+        self._rows: dict[int, Row] = {}
+        self.cursor = 0
+        self.figures: dict[str, float] = {}
+
+    def objective(self, _: object = None) -> PolicyObjective:
+        """What every step minimises."""
+        train = self._config.train
+        return PolicyObjective(
+            self._terms, train.global_batch_size + self._config.prompts + self._config.stored_per_step
+        )
+
+    def path(self, rollout: int) -> Path:
+        """The file of a rollout."""
+        return Path(self._config.run.dir) / "rollouts" / f"{rollout:08d}.jsonl"
+
+    def micro_batches(self, step: int, micro_batch_size: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
+        """See trainer.loop.Source. The first step of a rollout answers its prompts."""
+        rollout, update = divmod(step, self._config.updates)
+        self.figures = {}
+        if update == 0:
+            groups = self._draw(rollout)
+            self.figures = describe(groups)
+            self._sequences = self._prepared(groups, micro_batch_size, rollout)
+            self._choose(groups, step)
+            self._keep(rollout)
+        elif rollout != self._rollout:
+            self._sequences = load_sequences(self._kept(rollout))
+        self._rollout = rollout
+        return pack(
+            self._weighted(self._of_update(rollout, update)),
+            self._packing_of(micro_batch_size, world),
+            seed=self._config.train.seed,
+            step=step,
+            rank=rank,
+            world=world,
+        )
+
+    def metrics(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See trainer.loop.Source."""
+        return {**per_token(result), **self.figures}
+
+    def _kept(self, rollout: int) -> Path:
+        return self.path(rollout).with_suffix(".safetensors")
+
+    def _keep(self, rollout: int) -> None:
+        """Write the sequences of a rollout with what the policy that drew them gave, for runs that resume in it."""
+        if self._config.updates > 1 and self._scorer.engine.rank == 0:
+            save_sequences(self._kept(rollout), self._sequences)
+
+    def _packing_of(self, micro_batch_size: int, world: int) -> Packing:
+        train = self._config.train
+        # DeepSpeed needs as many micro-batches in every step.
+        fixed = self._config.engine.name == "deepspeed"
+        most = train.global_batch_size + self._config.stored_per_step
+        if self._config.gate.kind != "none":
+            most += self._config.prompts
+        count = -(-most // (micro_batch_size * world)) if fixed else None
+        return replace(self._packing, tokens=train.seq_len * micro_batch_size, count=count)
+
+    def _draw(self, rollout: int) -> list[Group]:
+        """Answer the next prompts; of several rounds, keep groups whose answers differ in reward first."""
+        wanted, before = self._config.prompts, self.cursor
+        chosen: list[Group] = []
+        alike: list[Group] = []
+        self._rows = {}
+        for _ in range(self._config.rl.rounds):
+            missing = wanted - len(chosen)
+            if not missing:
+                break
+            taken = self._prompts.take(self.cursor, missing)
+            prompts = [Prompt(self.cursor + number, row, tuple(ids)) for number, (row, ids) in enumerate(taken)]
+            self._rows |= {prompt.number: prompt.row for prompt in prompts}
+            self.cursor += missing
+            for group in self._sampler.answer(prompts, self._policy):
+                (chosen if group.has_signal or self._config.rl.rounds == 1 else alike).append(group)
+        groups = [*chosen, *alike[: wanted - len(chosen)]]
+        if self._scorer.engine.rank == 0:
+            rollouts.save(self.path(rollout), groups, rollout=rollout, first=before, cursor=self.cursor)
+        return groups
+
+    def _prepared(self, groups: Sequence[Group], micro_batch_size: int, rollout: int) -> list[TokenSequence]:
+        """The rollout's answers with advantages and log-probabilities, in the order of groups and answers."""
+        rl = self._config.rl
+        sequences = [self._sequence(group, sample) for group in groups for sample in group.samples]
+        rewards = torch.tensor([sample.reward for group in groups for sample in group.samples], dtype=torch.float64)
+        owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.samples])
+        if rl.kl or self._terms.has_old:
+            packing = self._packing_of(micro_batch_size, self._scorer.engine.data_parallel_size)
+            packing = replace(packing, count=None)
+            old, reference = self._scorer.score(sequences, packing, step=rollout * self._config.updates)
+            extras: list[dict[str, np.ndarray]] = [{OLD: own} for own in old]
+            if reference is not None:
+                for extra, own in zip(extras, reference, strict=True):
+                    extra[REFERENCE] = own
+                if rl.kl_in == "reward":
+                    # Both are 0 at tokens that are not learned.
+                    differences = [float((a - b).sum()) for a, b in zip(old, reference, strict=True)]
+                    rewards -= rl.kl * torch.tensor(differences, dtype=torch.float64)
+            sequences = [_with(one, **extra) for one, extra in zip(sequences, extras, strict=True)]
+        advantages = self._advantages(rewards, owners, sequences)
+        return [
+            _with(one, **{ADVANTAGES: advantage}) for one, advantage in zip(sequences, advantages.tolist(), strict=True)
+        ]
+
+    def _sequence(self, group: Group, sample: Sample) -> TokenSequence:
+        learned = sample.finished or not self._config.rl.mask_overlong
+        sequence = TokenSequence.of([(group.prompt, False), (sample.tokens, learned)])
+        return _with(sequence, **{SAMPLER: np.concatenate([np.zeros(len(group.prompt)), sample.log_probs])})
+
+    def _advantages(
+        self, rewards: torch.Tensor, groups: torch.Tensor, sequences: Sequence[TokenSequence]
+    ) -> torch.Tensor:
+        match self._terms.estimator.advantage:
+            case "reward":
+                return reinforce_advantages(rewards)
+            case "whitened":
+                lengths = torch.tensor([sequence.learned for sequence in sequences], dtype=torch.float64)
+                return reinforce_plus_plus_advantages(rewards, lengths=lengths)
+            case ("group" | "group_std" | "leave_one_out") as how:
+                return group_advantages(rewards, groups, how)
+            case other:
+                raise AssertionError(f"{other} is no advantage of samples alone")
+
+    def _choose(self, groups: Sequence[Group], step: int) -> None:
+        """Decide which answers count, and what a step has beside them: demonstrations and stored answers."""
+        gated, right = self._config.gate, self._config.pass_at_k.right
+        self._others, self._factors = [], None
+        if self._stored is not None:
+            count = self._config.stored_per_step
+            stored = self._stored.take(step, count, self._config.train.seed)
+            self._others += [_Entry(sequence, "rehearsal", self._config.rehearsal.eta) for sequence in stored]
+        if gated.kind == "none":
+            return
+        shown = [self._demonstrate(self._rows[group.number]) for group in groups]
+        correct = np.array([sum(reward >= right for reward in group.rewards) for group in groups])
+        factors = gate(
+            Gate(kind=gated.kind, failed=gated.failed, off_policy=gated.off_policy),
+            correct,
+            self._config.rl.samples,
+            has_demonstration=np.array([one is not None for one in shown]),
+        )
+        self._factors = [
+            factor for factor, group in zip(factors.reinforcement, groups, strict=True) for _ in group.samples
+        ]
+        self._others += self._demonstrations(groups, shown, factors)
+        self.figures |= {
+            "gate/demonstrations": float(np.mean(factors.demonstration > 0)),
+            "gate/off_policy": float(np.mean(factors.off_policy > 0)),
+        }
+
+    def _demonstrations(
+        self, groups: Sequence[Group], shown: Sequence[TokenSequence | None], factors: Coefficients
+    ) -> list[_Entry]:
+        entries = []
+        rows = zip(groups, shown, factors.demonstration, factors.off_policy, strict=True)
+        for group, sequence, supervised, off_policy in rows:
+            if sequence is not None and supervised:
+                entries.append(_Entry(sequence, "supervised", float(supervised) * self._config.gate.coefficient))
+            if sequence is not None and off_policy:
+                # A right answer among those of its group.
+                union = torch.tensor([*group.rewards, self._config.pass_at_k.right], dtype=torch.float64)
+                advantage = group_advantages(union, torch.zeros(len(union), dtype=torch.int64), "group_std")[-1]
+                entries.append(
+                    _Entry(_with(sequence, **{ADVANTAGES: float(advantage)}), "off_policy", float(off_policy))
+                )
+        return entries
+
+    def _of_update(self, rollout: int, update: int) -> list[_Entry]:
+        """The sequences of an update: a part of the rollout, which every epoch shuffles anew."""
+        size, total = self._config.train.global_batch_size, len(self._sequences)
+        if self._config.updates == 1:
+            factors = self._factors or [1.0] * total
+            own = [_Entry(one, "own", factor) for one, factor in zip(self._sequences, factors, strict=True)]
+            return [*own, *self._others]
+        chosen = []
+        for place in range(update * size, (update + 1) * size):
+            epoch, offset = divmod(place, total)
+            bits = np.random.Philox(np.random.SeedSequence([self._config.train.seed, rollout, epoch]))
+            chosen.append(int(np.argsort(bits.random_raw(total), kind="stable")[offset]))
+        return [_Entry(self._sequences[number]) for number in chosen]
+
+    def _weighted(self, entries: Sequence[_Entry]) -> list[TokenSequence]:
+        """Give every token its weights, times the number of all tokens, by which engines divide."""
+        kept = [entry for entry in entries if entry.factor]
+        total = sum(entry.sequence.learned for entry in kept)
+        weights = self._weights(entries, kept)
+        return [self._filled(entry, weight * total) for entry, weight in zip(kept, weights, strict=True)]
+
+    def _weights(self, entries: Sequence[_Entry], kept: Sequence[_Entry]) -> list[float]:
+        """The weight of each token of the sequences that count: each term of the loss is normalised by itself."""
+        rl, estimator = self._config.rl, self._terms.estimator
+        lengths = np.array([entry.sequence.learned for entry in kept], np.int64)
+        kinds = np.array([entry.kind for entry in kept], str)
+        is_policy = np.isin(kinds, ("own", "off_policy"))
+        # With a gate, the mean is over all questions, whatever their losses are.
+        everyone = None if self._factors is None else float(sum(entry.kind == "own" for entry in entries))
+        weights = (
+            token_weights(
+                torch.from_numpy(np.where(is_policy, lengths, 0)),
+                estimator.normalization,
+                sequences=everyone if is_policy.any() else None,
+                constant=float(rl.max_new_tokens) if rl.objective == "dr_grpo" else 1.0,
+            ).numpy()
+            if is_policy.any()
+            else np.zeros(len(kept))
+        )
+        for kind in ("supervised", "rehearsal"):
+            of_kind = kinds == kind
+            if kind == "supervised" and self._config.gate.mean == "questions":
+                weights[of_kind] = 1 / (self._config.prompts * np.maximum(lengths[of_kind], 1))
+            else:
+                weights[of_kind] = 1 / max(int(lengths[of_kind].sum()), 1)
+        return [float(weight) * entry.factor for weight, entry in zip(weights, kept, strict=True)]
+
+    def _filled(self, entry: _Entry, weight: float) -> TokenSequence:
+        name = {"own": WEIGHTS, "off_policy": OFF_POLICY, "supervised": SUPERVISED, "rehearsal": REHEARSAL}[entry.kind]
+        extras: dict[str, np.ndarray | float] = dict.fromkeys(self._terms.extras, 0.0)
+        extras |= {**entry.sequence.extra, name: weight}
+        return _with(replace(entry.sequence, extra={}), **{key: extras[key] for key in self._terms.extras})
+
+
+def _with(sequence: TokenSequence, **extra: np.ndarray | float) -> TokenSequence:
+    """The sequence with further values of its tokens; a number is that of all of them."""
+    arrays = {
+        name: np.full(len(sequence), values, np.float32)
+        if isinstance(values, float)
+        else np.asarray(values, np.float32)
+        for name, values in extra.items()
+    }
+    return replace(sequence, extra={**sequence.extra, **arrays})
+
+
+def describe(groups: Sequence[Group]) -> dict[str, float]:
+    """The figures of a rollout, as metrics.jsonl has them."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = [sample.reward for sample in samples]
+    parts: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.parts.items():
+            parts.setdefault(name, []).append(value)
+    lengths = [len(sample.tokens) for sample in samples]
+    errors = Counter(sample.error for sample in samples if sample.error is not None)
+    return {
+        "reward/mean": statistics.fmean(rewards),
+        "reward/std": statistics.pstdev(rewards),
+        **{f"reward/{name}": statistics.fmean(values) for name, values in parts.items()},
+        **{f"reward/errors/{name}": float(count) for name, count in errors.items()},
+        "answers/best_of_group": statistics.fmean(max(group.rewards) for group in groups),
+        "answers/groups_with_signal": statistics.fmean(float(group.has_signal) for group in groups),
+        "answers/tokens": statistics.fmean(lengths),
+        "answers/most_tokens": float(max(lengths)),
+        "answers/finished": statistics.fmean(float(sample.finished) for sample in samples),
+    }
+
+
+class RolloutState(Callback):
+    """Keeps the place among the prompts in checkpoints, and ends a run whose sampler deviates from training.
+
+    Args:
+        source: The run's steps.
+        most: Largest mean k3 estimate of the divergence between sampler and training.
+    """
+
+    state_name = "rollouts"
+
+    def __init__(self, source: Reinforcement, most: float) -> None:
+        self._source, self._most = source, most
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of prompts drawn."""
+        return {"cursor": self._source.cursor}
+
+    def load_state_dict(self, state: dict[str, Any], version: int) -> None:
+        """See `state_dict`."""
+        self._source.cursor = state["cursor"]
+
+    def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Look at the divergence.
+
+        Raises:
+            TrainingDiverged: it is too large; on every rank together.
+        """
+        found = metrics["policy/sampler_k3"]
+        if found > self._most:
+            raise TrainingDiverged(
+                f"step {metrics['step']}: the sampler's probabilities differ from training's by {found:.3g} nats a "
+                f"token (k3; rl.max_mismatch={self._most:g}); train in fp32, or raise rl.max_mismatch"
+            )

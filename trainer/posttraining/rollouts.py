@@ -1,0 +1,247 @@
+"""Rollouts: answers of the model in training to prompts, with their rewards.
+
+The generation engine samples from the training weights where they are. A prompt's state is computed once and cloned for
+its group. An answer's draws depend on the run's seed, the prompt's number in the run and the answer's number in the
+group, not on who computes them.
+
+Ranks that share a model, over tensor- or expert-parallel groups, generate the same answers together. Each such replica
+takes a share of the prompts; then every rank gets all answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from models.generation import Completion, Engine, Request, Sampling
+from trainer.durable import write_atomically
+from trainer.errors import ConfigError
+from trainer.posttraining.rewards.base import Answer, Score
+
+if TYPE_CHECKING:
+    from trainer.data.tokenizer import Tokenizer
+    from trainer.engines import base
+    from trainer.posttraining.data.row import Row
+    from trainer.posttraining.rewards.workers import RewardPool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that is to be answered.
+
+    Attributes:
+        number: Its number in the run, from 0; it seeds the samples.
+        row: Its row.
+        tokens: Its tokens.
+    """
+
+    number: int
+    row: Row
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer.
+
+    Attributes:
+        tokens: Its tokens, with the one that ends it.
+        log_probs: Their log-probabilities as the sampler computed them, at the temperature of the samples, nats.
+        finished: Whether the model ended it.
+        text: The answer as text, without the token that ends it.
+        reward: What it is worth.
+        parts: Numbers that explain the reward.
+        error: Why it could not be scored; None if it was.
+    """
+
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finished: bool
+    text: str = ""
+    reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one prompt.
+
+    Attributes:
+        number: The prompt's number in the run.
+        row: Name of its row.
+        prompt: Its tokens.
+        samples: The answers.
+    """
+
+    number: int
+    row: str
+    prompt: tuple[int, ...]
+    samples: tuple[Sample, ...]
+
+    @property
+    def rewards(self) -> list[float]:
+        """The rewards of the answers."""
+        return [sample.reward for sample in self.samples]
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ."""
+        return min(self.rewards) < max(self.rewards)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How answers are drawn.
+
+    Attributes:
+        samples: Answers to each prompt.
+        max_new_tokens: Longest answer.
+        temperature: Divides the logits.
+        seed: Of the run.
+        stop_tokens: Tokens that end an answer.
+    """
+
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop_tokens: tuple[int, ...]
+
+    def request(self, prompt: Prompt) -> Request:
+        """The request for a prompt's answers."""
+        key = hashlib.sha256(f"{self.seed}/{prompt.number}".encode()).digest()
+        sampling = Sampling(
+            self.max_new_tokens,
+            temperature=self.temperature,
+            seed=int.from_bytes(key[:7], "little"),
+            stop_tokens=self.stop_tokens,
+        )
+        return Request(prompt.tokens, sampling, self.samples)
+
+
+class Sampler:
+    """Answers prompts with the model in training, and scores the answers.
+
+    Args:
+        engine: What trains the model.
+        tokenizer: The tokenizer.
+        pool: Scores answers; None on ranks that score none, and for answers without rewards.
+        slots: Answers that a rank continues at once.
+
+    Attributes:
+        seconds: Time that generation, and waiting for rewards after it, have taken so far.
+        tokens: Number of tokens drawn so far, over all ranks.
+    """
+
+    def __init__(self, engine: base.Engine, tokenizer: Tokenizer, pool: RewardPool | None, slots: int) -> None:
+        self._engine, self._tokenizer, self._pool = engine, tokenizer, pool
+        self._replica, self._replicas, self._leads = replica_of(engine)
+        self._generator = Engine(engine.model, slots=slots, vocab_size=tokenizer.vocab_size)
+        self.seconds = {"generation": 0.0, "rewards": 0.0}
+        self.tokens = 0
+
+    def answer(self, prompts: Sequence[Prompt], policy: Policy) -> list[Group]:
+        """Answer prompts, equal on every rank; so are the groups, in the order of the prompts."""
+        own = prompts[self._replica :: self._replicas]
+        start = time.perf_counter()
+        # The weights have changed since the last time.
+        self._generator.forget()
+        completions = self._generator.generate([policy.request(prompt) for prompt in own]) if own else []
+        generated = time.perf_counter()
+        groups: list[Group] = []
+        if self._leads:
+            groups = self._scored(own, [[self._sample(one, policy) for one in group] for group in completions])
+        gathered = [group for part in self._engine.collectives.gather(groups) for group in part]
+        self.seconds["generation"] += generated - start
+        self.seconds["rewards"] += time.perf_counter() - generated
+        self.tokens += sum(len(sample.tokens) for group in gathered for sample in group.samples)
+        place = {prompt.number: index for index, prompt in enumerate(prompts)}
+        return sorted(gathered, key=lambda group: place[group.number])
+
+    def _sample(self, completion: Completion, policy: Policy) -> Sample:
+        log_probs = completion.log_probs if policy.temperature == 1 else completion.tempered_log_probs
+        text = self._tokenizer.decode(list(completion.content))
+        return Sample(completion.tokens, log_probs, completion.finish == "stop", text)
+
+    def _scored(self, prompts: Sequence[Prompt], drawn: Sequence[Sequence[Sample]]) -> list[Group]:
+        answers = [
+            self._answer(prompt, sample) for prompt, samples in zip(prompts, drawn, strict=True) for sample in samples
+        ]
+        scores = iter([Score()] * len(answers) if self._pool is None else self._pool.score(answers))
+        groups = []
+        for prompt, samples in zip(prompts, drawn, strict=True):
+            judged = []
+            for sample in samples:
+                score = next(scores)
+                judged.append(replace(sample, reward=score.value, parts=score.parts, error=score.error))
+            groups.append(Group(prompt.number, prompt.row.id, prompt.tokens, tuple(judged)))
+        return groups
+
+    def _answer(self, prompt: Prompt, sample: Sample) -> Answer:
+        row, text = prompt.row, self._tokenizer.decode(list(prompt.tokens))
+        return Answer(text, sample.text, row.data_source, row.ground_truth, row.extra, sample.finished)
+
+
+def replica_of(engine: base.Engine) -> tuple[int, int, bool]:
+    """Which replica of the model this rank belongs to, how many there are, and whether this rank is its first.
+
+    Every rank calls this.
+    """
+    groups = engine.model.groups
+    own = {engine.rank}
+    for group in (groups.tensor, groups.expert):
+        own |= set() if group is None else set(dist.get_process_group_ranks(group))
+    parts: list[set[int]] = []
+    for linked in engine.collectives.gather(own):
+        # Groups that have a rank in common are one replica.
+        joined = set(linked).union(*(part for part in parts if part & linked))
+        parts = [part for part in parts if not part & joined] + [joined]
+    parts.sort(key=min)
+    number = next(number for number, part in enumerate(parts) if engine.rank in part)
+    return number, len(parts), engine.rank == min(parts[number])
+
+
+_VERSION = 1
+
+
+def save(path: Path, groups: Sequence[Group], **about: Any) -> None:
+    """Write a rollout as lines of JSON: a line about it, then one for each group.
+
+    Numbers are written in full, so that what is read back is the same to the bit.
+    """
+    lines = [{"version": _VERSION, **about}, *map(asdict, groups)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def load(path: Path) -> tuple[list[Group], dict[str, Any]]:
+    """Read what `save` has written: the groups, and what is known about the rollout.
+
+    Raises:
+        ConfigError: the file is missing, damaged, or of a later version.
+    """
+    try:
+        about, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        if about["version"] > _VERSION:
+            raise ConfigError(f"{path} is of a later version; read it with the program that wrote it")
+        return [_group(line) for line in lines], about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no rollout ({error}); restore it, or go on from a checkpoint at the beginning of a rollout"
+        ) from error
+
+
+def _group(values: dict[str, Any]) -> Group:
+    samples = tuple(
+        Sample(**sample | {"tokens": tuple(sample["tokens"]), "log_probs": tuple(sample["log_probs"])})
+        for sample in values["samples"]
+    )
+    return Group(values["number"], values["row"], tuple(values["prompt"]), samples)

@@ -1,0 +1,106 @@
+"""Log-probabilities of given sequences by the kernels of training, under the model in training and the initial one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.losses.token_log_probs import IGNORE_LABEL
+from trainer.data.batch import Batch
+from trainer.objectives.base import Outputs
+from trainer.posttraining.data.packing import SEQUENCE, Packing, pack
+from trainer.posttraining.data.sequences import TokenSequence
+
+if TYPE_CHECKING:
+    from trainer.engines.base import Engine
+    from trainer.engines.frozen import FrozenModel
+
+_REFERENCE = "reference"
+
+
+class _Record:
+    """An objective that minimises nothing, and keeps the log-probabilities [B, T] that each micro-batch shows."""
+
+    metrics: tuple[str, ...] = ()
+
+    def __init__(self, reference: FrozenModel | None, temperature: float) -> None:
+        self.models: Mapping[str, FrozenModel] = {} if reference is None else {_REFERENCE: reference}
+        self._temperature = temperature
+        self.found: list[tuple[Tensor, ...]] = []
+
+    def count(self, batch: Batch) -> int:
+        return int(batch.loss_mask.count_nonzero())
+
+    def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        tokens = batch.labels.masked_fill(batch.loss_mask == 0, IGNORE_LABEL)
+        every = [outputs, *(outputs.frozen[name] for name in self.models)]
+        self.found.append(
+            tuple(_whole(one.token_log_probs(tokens, temperature=self._temperature)[0], outputs) for one in every)
+        )
+        return self.found[-1][0].new_zeros(()), ()
+
+
+def _whole(log_probs: Tensor, outputs: Outputs) -> Tensor:
+    """The log-probabilities of whole sequences, of which every context-parallel rank has computed a part."""
+    group = outputs.groups.context
+    if group is None:
+        return log_probs
+    parts = [torch.empty_like(log_probs) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, log_probs.contiguous(), group=group)
+    return torch.cat(parts, 1)
+
+
+class Scorer:
+    """Scores sequences.
+
+    Args:
+        engine: What trains the model.
+        reference: The initial model; None to score under the model in training alone.
+        temperature: Divides the logits.
+        seed: Of the run.
+    """
+
+    def __init__(self, engine: Engine, reference: FrozenModel | None, temperature: float, seed: int) -> None:
+        self.engine, self._reference = engine, reference
+        self._temperature, self._seed = temperature, seed
+
+    def score(
+        self, sequences: Sequence[TokenSequence], packing: Packing, *, step: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """Log-probabilities of every learned token of sequences, 0 for the others. Every rank calls this.
+
+        Args:
+            sequences: The same on every rank.
+            packing: What micro-batches must look like.
+            step: Steps taken before this one.
+
+        Returns:
+            Under the model in training, and under the reference if there is one: float32 [L] for each sequence.
+        """
+        engine, record = self.engine, _Record(self._reference, self._temperature)
+        bare = [TokenSequence(sequence.tokens, sequence.loss_mask) for sequence in sequences]
+        rank, world = engine.data_parallel_rank, engine.data_parallel_size
+        batches = pack(bare, packing, seed=self._seed, step=step, rank=rank, world=world)
+        engine.evaluate(batches, record)
+        own: dict[int, list[np.ndarray]] = {}
+        for batch, found in zip(batches, record.found, strict=True):
+            numbers = batch.extra[SEQUENCE][0].numpy()
+            for number in np.unique(numbers[numbers >= 0]).tolist():
+                place = np.flatnonzero(numbers == number)
+                values = []
+                for log_probs in found:
+                    # The position of a token predicts the next one.
+                    shifted = np.zeros(len(place), np.float32)
+                    shifted[1:] = log_probs[0].float().cpu().numpy()[place[:-1]]
+                    values.append(shifted)
+                own[number] = values
+        every: dict[int, list[np.ndarray]] = {}
+        for part in engine.collectives.gather(own):
+            every |= part
+        columns = list(zip(*(every[number] for number in range(len(sequences))), strict=True))
+        return list(columns[0]), list(columns[1]) if self._reference is not None else None
