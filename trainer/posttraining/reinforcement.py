@@ -169,8 +169,12 @@ class Reinforcement:
         rollout, update = divmod(step, self._config.updates)
         self.figures = {}
         if update == 0:
+            seconds, tokens = dict(self._sampler.seconds), self._sampler.tokens
             groups = self._draw(rollout)
-            self.figures = describe(groups)
+            taken = {name: total - seconds[name] for name, total in self._sampler.seconds.items()}
+            self.figures = describe(groups) | {f"rollout/{name}_seconds": value for name, value in taken.items()}
+            drawn = self._sampler.tokens - tokens
+            self.figures["rollout/tokens_per_second"] = drawn / max(taken["generation"], 1e-9)
             self._sequences = self._prepared(groups, micro_batch_size, rollout)
             self._choose(groups, step)
             self._keep(rollout)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from models.config import MoEConfig, RouterLossConfig
 from tests.launch.serving import write_model
 from tests.processes import ROOT, finish, start
 from tests.trainer.conftest import metrics
@@ -141,6 +142,19 @@ def test_layouts_take_the_same_steps(model, rows, tmp_path, alone, layout, stage
         assert first["policy/ratio"] == pytest.approx(1, abs=1e-5) and first["policy/sampler_k3"] < 1e-5
 
 
+@pytest.mark.slow
+def test_ranks_that_share_experts_sample_together(rows, tmp_path):
+    """With experts on two ranks, both answer all prompts; the steps are those of one rank, which holds all experts."""
+    experts = MoEConfig(num_experts=4, expert_hidden_size=16, losses=RouterLossConfig(balance=0.0))
+    model = write_model(tmp_path, rows=448, moe=experts)
+    run(model, rows, tmp_path / "one", "rl", "--train.steps=4")
+    run(model, rows, tmp_path / "two", "rl", "--train.steps=4", "--parallel.expert=2", ranks=2)
+    for (_, loss, norm), (_, expected, expected_norm) in zip(
+        steps(tmp_path / "two"), steps(tmp_path / "one"), strict=True
+    ):
+        assert loss == pytest.approx(expected, abs=2e-5) and norm == pytest.approx(expected_norm, rel=1e-3)
+
+
 REHEARSED = ("--rl.prompts=2", "--rehearsal.samples=2", "--rehearsal.threshold=1", "--rehearsal.per_step=2")
 
 
@@ -209,3 +223,22 @@ def test_what_is_refused(model, rows, tmp_path, stage, options, message):
     options = tuple(option.replace("{rows}", str(rows)) for option in options)
     output = run(model, rows, tmp_path / "run", stage, *options, imported="torch", code=2)
     assert message in output.splitlines()[-1] and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_reward_that_hangs_scores_nothing_and_is_counted(model, rows, tmp_path):
+    options = (
+        *(
+            "--rl.prompts=2",
+            "--rl.samples=2",
+            "--train.global_batch_size=4",
+            "--train.steps=2",
+            "--pass_at_k.prompts=1",
+        ),
+        f'--rewards=[{{"name": "{rows}/reward.py:hangs", "seconds": 0.5}}]',
+    )
+    run(model, rows, tmp_path, "rl", *options)
+    lines = [line for line in metrics(tmp_path) if "grad_norm" in line]
+    assert len(lines) == 2 and sum(line.get("reward/errors/timeout", 0) for line in lines) > 0
+    for path in (tmp_path / "rollouts").glob("*.jsonl"):
+        samples = [sample for line in path.read_text().splitlines()[1:] for sample in json.loads(line)["samples"]]
+        assert all((sample["reward"] == 0) == (sample["error"] == "timeout") for sample in samples)
