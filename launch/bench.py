@@ -22,6 +22,7 @@ BENCHMARKS = {
     "weights": "peak host memory and time of importing and exporting Hugging Face weights, against the model's size",
     "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
     "serve": "the HTTP server: tokens a second and time to first token of several clients against one",
+    "rollout": "many answers to one long prompt, against transformers.generate and without clones",
     "decode": "a decoding step of the generation engine against transformers.generate and ctranslate2",
     "long_context": "time to first token, decoding time and state size against length, linear against softmax",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",

@@ -73,13 +73,13 @@ def start(
         return 0
     try:
         with run_lock.owned(config.run.dir):
-            return _train(config, dump(parser, namespace, config_class), run)
+            return train(config, dump(parser, namespace, config_class), run)
     except ConfigError as error:
         fail(str(error))
 
 
-def _train(config: C, config_yaml: str, run: Callable[[C, str, PeerWatch], int]) -> int:
-    """Train in a run directory that this launch owns.
+def train(config: C, config_yaml: str, run: Callable[[C, str, PeerWatch], int]) -> int:
+    """Train in a run directory that this launch owns, and return the exit code.
 
     Raises:
         ConfigError: an input turned out to be unusable; recorded in run.dir/status.json as well.

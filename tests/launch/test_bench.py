@@ -302,19 +302,39 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
 def test_decoding_is_compared_with_its_peers(tmp_path, precision):
     path = tmp_path / "decode.json"
     sizes = {"layers": 2, "hidden_size": 64, "vocab_size": 50, "steps": 2, "rounds": 1}
-    options = (f"--{name}={value}" for name, value in sizes.items())
-    _bench("decode", *options, "--batches=[1, 2]", "--contexts=[80]", f"--precision={precision}", f"--json={path}")
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    compiled = precision == "bf16"
+    batches = (1,) if compiled else (1, 2)
+    options += ["--compile=true"] if compiled else ["--compile=false"]
+    _bench(
+        "decode",
+        *options,
+        f"--batches={list(batches)}",
+        "--contexts=[80]",
+        f"--precision={precision}",
+        f"--json={path}",
+    )
     lines = json.loads(path.read_text())
     peers = ["transformers", "ctranslate2"] if precision == "fp32" else ["transformers"]
+    ways = ["", ", compiled"] if compiled else [""]
     expected = [
         case
-        for batch in (1, 2)
+        for batch in batches
         for case in [
-            *(f"dense, {precision}, batch {batch}, context 80: {peer}" for peer in peers),
-            f"hybrid, {precision}, batch {batch}, context 80: itself at 80",
+            *(f"dense{way}, {precision}, batch {batch}, context 80: {peer}" for way in ways for peer in peers),
+            *(f"hybrid{way}, {precision}, batch {batch}, context 80: itself at 80" for way in ways),
         ]
     ]
     assert [line["case"] for line in lines] == expected
+    assert all(line["ours"] > 0 and line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
+
+
+def test_rollouts_are_compared_with_their_peers(tmp_path):
+    path = tmp_path / "rollout.json"
+    sizes = {"layers": 2, "hidden_size": 64, "vocab_size": 50, "samples": 3, "prompt": 20, "new_tokens": 3, "rounds": 1}
+    _bench("rollout", *(f"--{name}={value}" for name, value in sizes.items()), f"--json={path}")
+    lines = json.loads(path.read_text())
+    assert [line["case"].rpartition(": ")[2] for line in lines] == ["without clones", "transformers"]
     assert all(line["ours"] > 0 and line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
 
 

@@ -319,8 +319,8 @@ def loop(monkeypatch):
             train_step=lambda batches, objective, lr, step: rates.append(lr) or result,
         )
         config = PretrainConfig(train=TrainConfig(steps=steps), optim=OptimConfig(warmup_steps=0))
-        sampler = SimpleNamespace(micro_batches=lambda *args, **kwargs: [])
-        trainer = Trainer(config, "", engine, sampler, None, callbacks, Progress(step=step), None)
+        source = SimpleNamespace(micro_batches=lambda *args, **kwargs: [], metrics=lambda result: result)
+        trainer = Trainer(config, "", engine, source, None, callbacks, Progress(step=step), None)
         trainer.rates = rates
         return trainer
 

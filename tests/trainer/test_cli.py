@@ -17,10 +17,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import pretrain as command_of_pretraining
 from models.config import ModelConfig, MoEConfig, RouterConfig
 from tests.helpers import WAIT
-from trainer import cli, run_directory, runtime
+from trainer import cli, run_directory, runtime, start
 from trainer.cli import dotted_keys, dump, fail, from_mapping, guess, make_parser, parse
 from trainer.config import PretrainConfig, RunConfig, TrainConfig
 from trainer.errors import ConfigError
@@ -398,11 +397,11 @@ def test_a_rank_that_alone_is_refused_is_heard(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(run_directory, "check", refuse)
-    monkeypatch.setattr(command_of_pretraining, "dump_stacks_on_request", lambda: None)
+    monkeypatch.setattr(start, "dump_stacks_on_request", lambda: None)
     handlers = {number: signal.getsignal(number) for number in STOPS}
     try:
         with pytest.raises(SystemExit) as leaving:
-            command_of_pretraining.train(PretrainConfig(run=RunConfig(dir=str(tmp_path))), "")
+            start.train(PretrainConfig(run=RunConfig(dir=str(tmp_path))), "", lambda config, config_yaml, peers: 0)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -284,12 +284,14 @@ def test_hyper_parameters_are_flat_and_plain(trainer):
 def test_a_steps_line_has_the_promised_keys(trainer, monkeypatch):
     running = trainer()
     monkeypatch.setattr("trainer.loop.peak_memory_bytes", lambda device: 7)
-    running.sampler = SimpleNamespace(micro_batches=lambda step, micro, rank, world: [])
+    running.source = SimpleNamespace(
+        micro_batches=lambda step, micro, rank, world: [], metrics=lambda result: result | {"own": 1.0}
+    )
     running.engine.train_step = lambda batches, objective, lr, step: StepResult(2.5, 0.25, 100, True, {}, SECONDS)
     running._flops_per_token, running._peak_flops = 3.0, 1e15
     running.seconds_in_checkpoints = 8.0
     line = running._step()
-    assert set(line) == STEP_KEYS
+    assert set(line) == STEP_KEYS | {"own"}
     assert (line["step"], line["tokens"], line["skipped_total"], line["loss"]) == (1, 100, 1, 2.5)
     assert {phase: line[f"{phase}_seconds"] for phase in SECONDS} == SECONDS
     assert 0 <= line["data_seconds"] <= line["step_seconds"]

@@ -72,10 +72,12 @@ def main(config: Config) -> None:
     """Measure every case and print the table."""
     import torch
 
+    from trainer.benchmarks.transformers_peer import build_generating_peer
+
     torch.set_num_threads(1)
     lines = []
-    dense, hybrid = (_build(config, hybrid) for hybrid in (False, True))
-    peers = {"transformers": _transformers(config, dense)}
+    dense, hybrid = (build(config, hybrid) for hybrid in (False, True))
+    peers = {"transformers": build_generating_peer(dense, config.vocab_size)}
     if config.precision == "fp32" and importlib.util.find_spec("ctranslate2") is not None:
         peers["ctranslate2"] = _ctranslate2(peers["transformers"])
     for batch in config.batches:
@@ -116,12 +118,13 @@ def _by_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def _build(config: Config, hybrid: bool) -> Any:
+def build(config: Config, hybrid: bool = False) -> Any:
     """Our model, with random weights: all full attention, or gated delta nets and one sliding window in four layers."""
     import torch
 
     from models.config import AttentionConfig, GatedDeltaNetConfig, MixerLayoutConfig, ModelConfig
-    from models.decoder import build, initialize
+    from models.decoder import build as build_decoder
+    from models.decoder import initialize
 
     heads = config.hidden_size // 64
     model = ModelConfig(
@@ -133,7 +136,9 @@ def _build(config: Config, hybrid: bool) -> Any:
         gated_delta_net=GatedDeltaNetConfig(num_heads=heads, head_dim=64, expand_v=1.0),
         tie_embeddings=True,
     )
-    decoder = build(model, config.vocab_size, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    decoder = build_decoder(
+        model, config.vocab_size, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32
+    )
     initialize(decoder, 0)
     return decoder
 
@@ -163,16 +168,6 @@ def _ours(config: Config, model: Any, prompts: Any, compile: bool) -> Side:
         return seconds
 
     return run
-
-
-def _transformers(config: Config, ours: Any) -> Any:
-    from trainer.benchmarks.transformers_peer import build_peer, copy_weights
-
-    peer: Any = build_peer(ours.model_config, config.vocab_size, 1 << 17).to(ours.head_weight.dtype).eval()
-    copy_weights(ours, peer)
-    peer.config.use_cache = peer.generation_config.use_cache = True
-    peer.generation_config.eos_token_id = None
-    return peer
 
 
 class _Clock:

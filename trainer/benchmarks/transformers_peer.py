@@ -106,6 +106,15 @@ def copy_weights(ours: Decoder, peer: nn.Module) -> None:
         parameter.copy_(state[name].view_as(parameter))
 
 
+def build_generating_peer(ours: Decoder, vocab_size: int) -> Any:
+    """Build the peer of a softmax decoder, with its weights, to generate text of any length without an end."""
+    peer: Any = build_peer(ours.model_config, vocab_size, 1 << 17).to(ours.head_weight.dtype).eval()
+    copy_weights(ours, peer)
+    peer.config.use_cache = peer.generation_config.use_cache = True
+    peer.generation_config.eos_token_id = None
+    return peer
+
+
 def _peer_weights(ours: Decoder) -> Iterator[tuple[str, Tensor]]:
     delta_nets = {name: module for name, module in ours.named_modules() if isinstance(module, GatedDeltaNet)}
     # Qwen3-Next stores a norm's weight minus 1.

@@ -302,6 +302,10 @@ class PosttrainConfig(PretrainConfig):
                 )
             return
         require(
+            self.gate.kind != "soft" or self.rl.samples == 8,
+            f"gate.kind=soft has a table for 8 answers to a prompt, not for rl.samples={self.rl.samples}; use 8",
+        )
+        require(
             self.updates == 1 or (self.gate.kind == "none" and not self.rehearsal.is_on),
             "gate and rehearsal choose the losses of a step by its rollout's answers; let a rollout be one update: "
             "rl.prompts * rl.samples = train.global_batch_size, and rl.epochs=1",

@@ -209,6 +209,7 @@ def test_demonstrations_where_the_model_fails(model, rows, tmp_path):
         ("rl", ("--rl.max_new_tokens=48",), "train.seq_len=48 leaves no room for a prompt"),
         ("rl", ("--train.global_batch_size=6",), "does not divide the 16 answers of a rollout"),
         ("rl", ("--gate.kind=switch", "--rl.prompts=2"), "no row of"),
+        ("rl", ("--gate.kind=soft", "--rl.prompts=2"), "has a table for 8 answers to a prompt"),
         ("rl", ("--gate.kind=switch",), "let a rollout be one update"),
         ("rl", ("--engine.name=deepspeed", "--engine.zero_stage=3"), "leaves no rank a model to sample from"),
         ("sft", ("--rows.train=[]",), "rows.train names no file"),
