@@ -165,7 +165,7 @@ def _trace(
 ) -> tuple[Trace, Trace | None]:
     """The trace of a block, or those of its two parts around an attention."""
     # Tracing runs the block once: on copies, or states would advance twice.
-    copies = [tensor.clone() for tensor in _inputs(info, cache)]
+    copies = [_copy(tensor) for tensor in _inputs(info, cache)]
 
     def whole(x: Tensor, *tensors: Tensor) -> Tensor:
         own_info, own_cache = _with_inputs(info, cache, tensors)
@@ -194,6 +194,11 @@ def _trace(
     first = make(block, before, (x, *copies))
     q = first(x, *copies)[0]
     return first, make(block, after, (x, torch.empty_like(q), *copies))
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy with the same strides, which a compiled block insists on: rows of states have gaps between them."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _check_states(cache: LayerCache, given: Sequence[Tensor]) -> None:

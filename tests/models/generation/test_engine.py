@@ -125,7 +125,8 @@ def test_compiled_layers_give_the_same_tokens(name, monkeypatch):
     """And nearly the same probabilities. A compiled block takes part: without traces nothing would differ."""
     monkeypatch.setattr(traced, "_STEPS_BEFORE", 2)
     model = decoder(name)
-    requests = requests_of((5, 3) if name == "all" else (5,), new=6)
+    # Rows that run side by side have gaps between their states.
+    requests = requests_of((5, 3), new=6)
     engine = Engine(model, slots=2, chunk=8, compile=True)
     for request, completions in zip(requests, engine.generate(requests), strict=True):
         for completion in completions:
