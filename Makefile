@@ -1,4 +1,4 @@
-# Every target does its own set-up: Python >= 3.11, a C++ compiler and the package index are all that is needed.
+# Every target does its own set-up: Python >= 3.11 with its headers, a C++ compiler and the package index are needed.
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS := constraints.txt
