@@ -243,3 +243,33 @@ def test_a_reward_that_hangs_scores_nothing_and_is_counted(model, rows, tmp_path
     for path in (tmp_path / "rollouts").glob("*.jsonl"):
         samples = [sample for line in path.read_text().splitlines()[1:] for sample in json.loads(line)["samples"]]
         assert all((sample["reward"] == 0) == (sample["error"] == "timeout") for sample in samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        *((f"--rl.objective={name}",) for name in ("reinforce", "rloo", "reinforce++", "dr_grpo", "gspo", "cispo")),
+        ("--rl.objective=dapo", "--rl.rounds=2", "--rl.dual_clip=3"),
+        ("--rl.kl=0.1", "--rl.entropy=0.01", "--rl.temperature=0.8"),
+        ("--rl.kl=0.1", "--rl.kl_in=reward", "--rl.kl_estimator=k1", "--rl.epochs=2"),
+        ("--rl.correction=sequence", "--rl.correction_how=mask"),
+    ],
+    ids=" ".join,
+)
+def test_every_objective_takes_steps(model, rows, tmp_path, options):
+    """And begins at the policy that sampled: the ratio is 1, and the divergence from the initial policy 0."""
+    run(model, rows, tmp_path, "rl", *options, "--train.steps=4")
+    lines = [line for line in metrics(tmp_path) if "grad_norm" in line]
+    assert len(lines) == 4 and all(line["loss"] is not None and line["grad_norm"] > 0 for line in lines)
+    assert lines[0]["policy/ratio"] == pytest.approx(1, abs=1e-5)
+    assert lines[1]["policy/k3"] > 0, "after the first update of a rollout the policy has moved"
+    if "--rl.kl=0.1" in options and "--rl.kl_in=reward" not in options:
+        assert lines[0]["policy/kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["policy/kl"] > 0
+
+
+def test_nothing_is_learned_from_answers_that_are_cut(model, rows, tmp_path):
+    run(model, rows, tmp_path, "rl", "--rl.mask_overlong=true", "--train.steps=2")
+    lines = [line for line in metrics(tmp_path) if "grad_norm" in line]
+    # An untrained model does not end an answer within eight tokens.
+    assert lines[0]["answers/finished"] == 0 and all(line["grad_norm"] == line["loss"] == 0 for line in lines)
