@@ -298,7 +298,8 @@ def test_moe_systems_counts_what_choices_cost_and_save(tmp_path):
     assert tokens["ffn"] - numbers * 2 == pytest.approx((tokens["none"] - numbers) * 1.5)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+# Compiling takes long, and is tested with the engine.
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp32"])
 def test_decoding_is_compared_with_its_peers(tmp_path, precision):
     path = tmp_path / "decode.json"
     sizes = {"layers": 2, "hidden_size": 64, "vocab_size": 50, "steps": 2, "rounds": 1}

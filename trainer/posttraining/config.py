@@ -11,9 +11,8 @@ from trainer.posttraining.data.row import RowOptions
 from trainer.posttraining.rewards.registry import RewardConfig
 
 Stage = Literal["sft", "dpo", "rl"]
-ObjectiveName = Literal[
-    "reinforce", "rloo", "reinforce++", "grpo", "dr_grpo", "dapo", "gspo", "cispo"
-]  # The rows of trainer.posttraining.objectives that need nothing but samples and their rewards.
+# The rows of trainer.posttraining.objectives that need nothing but samples and their rewards.
+ObjectiveName = Literal["reinforce", "rloo", "reinforce++", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 
 
 @dataclass
@@ -24,8 +23,7 @@ class RowsConfig:
         train: Files of rows to learn from: .jsonl, .json, .parquet or .csv.
         weights: Share of each file of train; empty takes all rows of all files alike.
         validation: Files of held-out rows, for validations.
-        format: The files' format; auto recognises it from the columns.
-        options: Names of columns, and other details of formats.
+        options: The files' format, names of columns, and other details.
         chat: Put text prompts into the tokenizer's chat template, as messages of a user.
         max_prompt_tokens: Longest prompt of rl; null takes what train.seq_len leaves beside rl.max_new_tokens.
         overlong: What happens to longer rows. drop leaves them out; left and right cut their beginning or end; error

@@ -327,12 +327,12 @@ class Reinforcement:
             factors = self._factors or [1.0] * total
             own = [_Entry(one, "own", factor) for one, factor in zip(self._sequences, factors, strict=True)]
             return [*own, *self._others]
-        chosen = []
-        for place in range(update * size, (update + 1) * size):
-            epoch, offset = divmod(place, total)
+        places = range(update * size, (update + 1) * size)
+        orders = {}
+        for epoch in range(places[0] // total, places[-1] // total + 1):
             bits = np.random.Philox(np.random.SeedSequence([self._config.train.seed, rollout, epoch]))
-            chosen.append(int(np.argsort(bits.random_raw(total), kind="stable")[offset]))
-        return [_Entry(self._sequences[number]) for number in chosen]
+            orders[epoch] = np.argsort(bits.random_raw(total), kind="stable")
+        return [_Entry(self._sequences[orders[place // total][place % total]]) for place in places]
 
     def _weighted(self, entries: Sequence[_Entry]) -> list[TokenSequence]:
         """Give every token its weights, times the number of all tokens, by which engines divide."""

@@ -71,18 +71,13 @@ class Inputs:
 
 
 def open_inputs(config: PosttrainConfig) -> Inputs:
-    """Read tokenizer and rows.
+    """Read tokenizer and rows, which trainer.posttraining.preflight has checked.
 
     Raises:
-        ConfigError: there is no tokenizer, or rows are missing or damaged.
+        ConfigError: they have been damaged since.
     """
     rows = config.rows
-    if config.data.tokenizer is None:
-        raise ConfigError(
-            "nothing names the tokenizer; start with --init from weights that have one, or set data.tokenizer"
-        )
-    if not rows.train:
-        raise ConfigError("rows.train names no file of rows; give one")
+    assert config.data.tokenizer is not None and rows.train
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     paths = dict(zip(rows.train, rows.weights, strict=True)) if rows.weights else rows.train
     train = read_rows(paths, rows.options)

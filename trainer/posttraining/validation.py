@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger("spiketrain")
 
 
-class Validation(Callback):
+class Validation(Callback, ABC):
     """Validates before the first step, every so many steps, and after the last one."""
 
     phase = "validate"
@@ -50,9 +51,9 @@ class Validation(Callback):
         figures = self.validate(trainer)
         trainer.report_figures("validation", figures, time.perf_counter() - start)
 
+    @abstractmethod
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """Return the figures, the same on every rank."""
-        raise NotImplementedError
 
 
 class SupervisedLoss(Validation):
