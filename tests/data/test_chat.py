@@ -111,3 +111,18 @@ def test_an_answer_ends_with_its_document_or_its_turn(make):
     # Where a turn ends as a document does there is one.
     tokenizer = make()
     assert stop_tokens(tokenizer) == (tokenizer.eod_id,) == (tokenizer.token_id("<|im_end|>"),)
+
+
+def test_a_reply_joins_two_turns_of_the_assistant(make):
+    """A turn as generation leaves it, and the reply, are the conversation's rendering with one more turn to come."""
+    template = ChatTemplate(tokenizer := make({"chat_template": CHATML}))
+    turn = [*tokenizer.encode("2*3"), tokenizer.token_id("<|im_end|>")]
+    said = [*TALK, {"role": "assistant", "content": "2*3"}, {"role": "tool", "content": "<|im_end|>6"}]
+    assert [*template.encode(TALK), *turn, *template.encode_reply("tool", "<|im_end|>6")] == template.encode(said)
+    silent = ChatTemplate(make({"chat_template": "{% for message in messages %}{{ message.content }}{% endfor %}"}))
+    with pytest.raises(ConfigError, match="does not end the assistant's turns by a token"):
+        silent.encode_reply("tool", "6")
+    source = "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + CHATML
+    refuses = ChatTemplate(make({"chat_template": source}))
+    with pytest.raises(ConfigError, match="no tools here"):
+        refuses.encode_reply("tool", "6")

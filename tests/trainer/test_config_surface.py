@@ -66,10 +66,13 @@ POSTTRAIN_KEYS = {
     "target_probs_key input_key output_key label_key input_template",
     "dpo": "kind beta label_smoothing length_normalized",
     "rl": "objective samples prompts epochs max_new_tokens temperature clip_low clip_high dual_clip normalization kl "
-    "kl_estimator kl_in entropy correction correction_how correction_cap max_mismatch rounds mask_overlong slots",
+    "kl_estimator kl_in entropy correction correction_how correction_cap max_mismatch rounds ahead replay "
+    "mask_overlong slots",
+    "prompt_filter": "keep samples",
     "rehearsal": "divergence eta alpha doubled samples threshold per_step",
     "gate": "kind failed off_policy coefficient mean",
     "rewards": "",
+    "environment": "name options turns role max_reply_tokens seconds memory_bytes",
     "pass_at_k": "every samples temperature prompts right",
 }
 

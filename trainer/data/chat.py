@@ -119,6 +119,27 @@ class ChatTemplate:
             place = end
         return [(self._tokens(text), learned) for text, learned in [*pieces, (whole[place:], False)] if text]
 
+    def encode_reply(self, role: str, text: str) -> list[int]:
+        """What follows a turn of the assistant, up to the beginning of its next one: a message of another role.
+
+        The turn ends with the token that ends turns, as generation leaves it.
+
+        Raises:
+            ConfigError: the template refuses the role, ends no turn by a token, or renders turns differently once
+                others follow.
+        """
+        start: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        before = self._render(start, False, None, {})
+        after = self._render([*start, {"role": role, "content": text}], True, None, {})
+        end = next((token for token in stop_tokens(self._tokenizer) if token in self._tokens(before)), None)
+        name = next((name for name, token in self._special.items() if token == end), None)
+        if name is None or not after.startswith(before):
+            raise ConfigError(
+                "the chat template does not end the assistant's turns by a token, or renders them differently once "
+                f"a message of {role} follows; give another chat template, or another role"
+            )
+        return self._tokens(after[before.rindex(name) + len(name) :])
+
     def _marked_spans(self, whole: str, messages: Sequence[Message], learned_from: int) -> list[tuple[int, int]] | None:
         """Where the generation blocks of a rendering are; None if it has none."""
         from trainer.data.generation_marks import BEGIN, END

@@ -8,6 +8,7 @@ from typing import Literal
 from models.config.checks import require
 from trainer.config import CheckpointConfig, EvaluationConfig, OptimConfig, PretrainConfig, RunConfig, TrainConfig
 from trainer.posttraining.data.row import RowOptions
+from trainer.posttraining.environments import EnvironmentConfig
 from trainer.posttraining.rewards.registry import RewardConfig
 
 Stage = Literal["sft", "dpo", "rl"]
@@ -79,6 +80,9 @@ class RlConfig:
         max_mismatch: End the run if the mean k3 estimate of the divergence between sampler and training is above this.
         rounds: Draw other prompts in place of groups whose answers have all the same reward, in at most this many
             rounds in all; 1 keeps all groups.
+        ahead: Rollouts that are drawn before their turn, so that answers are scored while earlier ones are learned
+            from. Answers are at most this many rollouts old, which the objective's ratio weighs out.
+        replay: Directory of another run's rollouts, to learn from instead of drawing answers.
         mask_overlong: Learn nothing from answers that reach max_new_tokens without an end.
         slots: Answers that a rank continues at once.
     """
@@ -102,6 +106,8 @@ class RlConfig:
     correction_cap: float = 3.0
     max_mismatch: float = 1.0
     rounds: int = 1
+    ahead: int = 0
+    replay: str | None = None
     mask_overlong: bool = False
     slots: int = 64
 
@@ -113,6 +119,19 @@ class RlConfig:
         for name in ("temperature", "correction_cap", "max_mismatch"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"rl.{name} is {value}: it must be a positive number")
+        require(self.ahead >= 0, f"rl.ahead is {self.ahead}: it must not be negative")
+        require(
+            not self.ahead or self.rounds == 1,
+            f"rl.rounds={self.rounds} waits for rewards before it draws other prompts; use rl.rounds=1, or rl.ahead=0",
+        )
+        require(
+            self.replay is None or Path(self.replay).is_dir(),
+            f"rl.replay: {self.replay} does not exist; name the directory of a run's rollouts",
+        )
+        require(
+            self.replay is None or not self.ahead,
+            f"rl.replay has answers with their rewards, and nothing to draw ahead; leave out rl.ahead={self.ahead}",
+        )
         for name in ("kl", "entropy"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"rl.{name} is {value}: it must be 0 or a positive number")
@@ -181,12 +200,28 @@ class RehearsalConfig:
 
 
 @dataclass
+class PromptFilterConfig:
+    """Which prompts are trained on, by what the initial model answers to them before the first step.
+
+    Attributes:
+        keep: all, or failed: those of which none of the initial model's answers is right (docs/posttraining.md).
+        samples: failed: answers to each prompt.
+    """
+
+    keep: Literal["all", "failed"] = "all"
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.samples > 0, f"prompt_filter.samples is {self.samples}: it must be positive")
+
+
+@dataclass
 class GateConfig:
     """Demonstrations where the model fails (HPT, docs/posttraining.md).
 
     Attributes:
         kind: none: no demonstrations. switch: a question is fine-tuned on its demonstration instead of its answers if
-            too few are right. soft: a mixture by the number of right answers.
+            too few are right. soft: a mixture by the share of right answers.
         failed: switch: the largest share of right answers at which the demonstration is taken.
         off_policy: switch: up to this share, and above `failed`, the demonstration is taken as an answer instead
             (LUFFY's policy gradient); null for nowhere.
@@ -252,9 +287,11 @@ class PosttrainConfig(PretrainConfig):
         rows: What is learned from.
         dpo: Learning from pairs.
         rl: Reinforcement learning.
+        prompt_filter: rl: which prompts are trained on.
         rehearsal: rl: rehearsal of what the initial model has mastered.
         gate: rl: demonstrations where the model fails.
         rewards: What an answer is worth: the weighted sum of these.
+        environment: rl: what replies to the model's turns, for answers of several.
         pass_at_k: Validation of rl.
         run: As in pretraining.
         train: As in pretraining. seq_len bounds a sequence; a micro-batch packs up to micro_batch_size times as many
@@ -268,9 +305,11 @@ class PosttrainConfig(PretrainConfig):
     rows: RowsConfig = field(default_factory=RowsConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     rl: RlConfig = field(default_factory=RlConfig)
+    prompt_filter: PromptFilterConfig = field(default_factory=PromptFilterConfig)
     rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     pass_at_k: PassAtKConfig = field(default_factory=PassAtKConfig)
     run: RunConfig = field(default_factory=lambda: RunConfig(dir="runs/posttrain"))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, global_batch_size=64))
@@ -293,16 +332,12 @@ class PosttrainConfig(PretrainConfig):
             "parallelism, or ZeRO",
         )
         if self.stage != "rl":
-            for name in ("rehearsal", "gate"):
+            for name in ("prompt_filter", "rehearsal", "gate", "environment"):
                 require(
                     getattr(self, name) == type(getattr(self, name))(),
                     f"{name} is of stage rl; leave it out, or set stage=rl",
                 )
             return
-        require(
-            self.gate.kind != "soft" or self.rl.samples == 8,
-            f"gate.kind=soft has a table for 8 answers to a prompt, not for rl.samples={self.rl.samples}; use 8",
-        )
         require(
             self.updates == 1 or (self.gate.kind == "none" and not self.rehearsal.is_on),
             "gate and rehearsal choose the losses of a step by its rollout's answers; let a rollout be one update: "
@@ -355,3 +390,13 @@ class PosttrainConfig(PretrainConfig):
     def updates(self) -> int:
         """Optimizer steps for each rollout."""
         return self.rollout_sequences * self.rl.epochs // self.train.global_batch_size
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts that the run learns from."""
+        return -(-self.train.steps // self.updates)
+
+
+def rollout_name(number: int) -> str:
+    """The name of a rollout's file in run.dir/rollouts."""
+    return f"{number:08d}.jsonl"

@@ -42,11 +42,11 @@ class Gate:
     """The choice as a function of the share P of correct answers.
 
     Attributes:
-        kind: none: reinforcement alone. switch: HPT. soft: a table of mixtures by number of correct answers.
+        kind: none: reinforcement alone. switch: HPT. soft: a table of mixtures by P.
         failed: γ. switch takes the demonstration where P ≤ γ. The paper has 0 for Qwen and 2/8 for LLaMA.
         off_policy: switch takes the demonstration as an off-policy answer where γ < P ≤ this share. None for nowhere.
         mastered: Rehearse where P ≥ this share, instead of anything else. None for nowhere.
-        table: Of soft: (reinforcement, off-policy, demonstration) for 0 to n correct answers of n.
+        table: Of soft: (reinforcement, off-policy, demonstration) at equal steps of P from 0 to 1, linear between them.
 
     Raises:
         ConfigError: the shares are not in order, or out of 0 to 1.
@@ -91,19 +91,15 @@ def gate(
         The coefficients. They are not normalised: weights over the batch are the losses' own.
 
     Raises:
-        ConfigError: the table is not for this number of answers.
         ValueError: a count is below 0 or above the number of answers.
     """
     correct, samples = np.broadcast_arrays(np.asarray(correct), np.asarray(samples))
     if (samples < 1).any() or (correct < 0).any() or (correct > samples).any():
         raise ValueError("gate: need 0 <= correct <= samples and samples >= 1")
     if choice.kind == "soft":
-        if (samples != len(choice.table) - 1).any():
-            raise ConfigError(
-                f"gate: the table has {len(choice.table)} rows, for {len(choice.table) - 1} answers to a question; "
-                f"give one row more than there are answers"
-            )
-        rows = np.asarray(choice.table, dtype=np.float64)[correct]
+        table = np.asarray(choice.table, dtype=np.float64)
+        places = correct * (len(table) - 1) / samples
+        rows = np.stack([np.interp(places, np.arange(len(table)), column) for column in table.T], axis=1)
     else:
         failed = _at_most(correct, samples, choice.failed) & (choice.kind == "switch")
         off = np.zeros_like(failed)

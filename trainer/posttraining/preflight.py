@@ -1,7 +1,9 @@
 """Checks the files of a post-training run before a model is built. Imports neither torch nor megatron."""
 
+from pathlib import Path
+
 from trainer.errors import ConfigError
-from trainer.posttraining.config import PosttrainConfig
+from trainer.posttraining.config import PosttrainConfig, rollout_name
 from trainer.posttraining.data.row import Row
 from trainer.posttraining.data.rows import read_rows
 from trainer.posttraining.rewards import registry
@@ -28,7 +30,11 @@ def check(config: PosttrainConfig) -> Findings:
     if rows.validation:
         findings.notes.append(f"held out: {read_rows(rows.validation, rows.options)}")
     if config.stage == "rl":
-        registry.check(config.rewards)
+        _check_replay(config)
+        if config.environment.name is not None:
+            registry.check_path(config.environment.name)
+        if config.rewards or config.environment.name is None:
+            registry.check(config.rewards)
         if config.gate.kind != "none" and not any(row.demonstrations for row in found):
             raise ConfigError(
                 f"gate.kind={config.gate.kind} takes demonstrations, and no row of {', '.join(rows.train)} has one; "
@@ -47,6 +53,17 @@ def check(config: PosttrainConfig) -> Findings:
             f"rows: no row of {', '.join(rows.train)} has an answer to learn; use stage=rl, or other rows"
         )
     return findings
+
+
+def _check_replay(config: PosttrainConfig) -> None:
+    """Check that the rollouts that are to be replayed are there."""
+    if config.rl.replay is None:
+        return
+    for number in range(config.rollouts):
+        if not (Path(config.rl.replay) / rollout_name(number)).is_file():
+            raise ConfigError(
+                f"rl.replay: {config.rl.replay} lacks rollout {number} of {config.rollouts}; take fewer train.steps"
+            )
 
 
 def _can_be_learned(row: Row) -> bool:

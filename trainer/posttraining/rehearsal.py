@@ -10,8 +10,6 @@ run.dir/rehearsal has the stored answers (answers.safetensors) and which prompts
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.callbacks.base import Callback
-from trainer.durable import write_atomically
-from trainer.errors import ConfigError
-from trainer.json_files import read_object
 from trainer.posttraining.data.packing import Packing
 from trainer.posttraining.data.sampler import EndlessOrder
 from trainer.posttraining.data.sequences import TokenSequence, load_sequences, save_sequences
+from trainer.posttraining.initial import answers, count_right, numbered, read_known, write_known
 from trainer.posttraining.policy import REFERENCE
 from trainer.posttraining.rollouts import Policy, Prompt, Sampler
 from trainer.posttraining.scoring import Scorer
@@ -35,12 +31,8 @@ if TYPE_CHECKING:
     from trainer.posttraining.config import RehearsalConfig
     from trainer.posttraining.data.row import Row
 
-_LOGGER = logging.getLogger("spiketrain")
-_VERSION = 1
-# Prompts that are answered between two lines of progress.
-_CHUNK = 64
-# Added to the run's seed: other draws than those of training, and for the second answers other ones again.
-_FIRST_SEED, _SECOND_SEED = 2_000_003, 3_000_017
+# Added to the run's seed: other draws than those of training, and than those that decide.
+_SECOND_SEED = 3_000_017
 
 
 @dataclass(frozen=True)
@@ -70,15 +62,9 @@ def load(folder: Path, settings: dict[str, Any]) -> Stored | None:
     Raises:
         ConfigError: the files are damaged, or of other settings or another model.
     """
-    try:
-        known = read_object(folder / "mastered.json", f"remove {folder} to answer the prompts again")
-    except FileNotFoundError:
+    known = read_known(folder / "mastered.json", settings)
+    if known is None:
         return None
-    if known["settings"] != settings:
-        differing = [name for name in settings if known["settings"].get(name) != settings[name]]
-        raise ConfigError(
-            f"{folder} was made with another {' and '.join(differing)}; choose another run.dir, or restore these"
-        )
     sequences = load_sequences(folder / "answers.safetensors") if known["answered"] else []
     return Stored(tuple(known["mastered"]), tuple(known["answered"]), tuple(sequences))
 
@@ -107,27 +93,15 @@ def collect(
         policy: How answers of training are drawn.
         packing: What micro-batches of scoring must look like.
     """
-    first = replace(policy, samples=config.samples, seed=policy.seed + _FIRST_SEED)
-    needed = config.threshold or config.samples
-    mastered = []
-    for prompts in _chunks([Prompt(number, row, tuple(ids)) for number, (row, ids) in enumerate(rows)]):
-        groups = sampler.answer(prompts, first)
-        mastered += [
-            prompt
-            for prompt, group in zip(prompts, groups, strict=True)
-            if sum(reward >= right for reward in group.rewards) >= needed
-        ]
-        if scorer.engine.rank == 0:
-            _LOGGER.info(
-                "rehearsal: %d of %d prompts answered, %d mastered", prompts[-1].number + 1, len(rows), len(mastered)
-            )
+    prompts, needed = numbered(rows), config.threshold or config.samples
+    counts = count_right(prompts, sampler, policy, config.samples, right, "rehearsal")
+    mastered = [prompt for prompt, count in zip(prompts, counts, strict=True) if count >= needed]
     second = replace(policy, samples=1, seed=policy.seed + _SECOND_SEED)
     answered, sequences = [], []
-    for prompts in _chunks(mastered):
-        for prompt, group in zip(prompts, sampler.answer(prompts, second), strict=True):
-            if group.rewards[0] >= right:
-                answered.append(prompt.number)
-                sequences.append(TokenSequence.of([(prompt.tokens, False), (group.samples[0].tokens, True)]))
+    for prompt, group in zip(mastered, answers(mastered, sampler, second), strict=True):
+        if group.rewards[0] >= right:
+            answered.append(prompt.number)
+            sequences.append(TokenSequence.of([(prompt.tokens, False), (group.samples[0].tokens, True)]))
     log_probs = scorer.score(sequences, packing, step=0)[0] if sequences else []
     stored = Stored(
         tuple(prompt.number for prompt in mastered),
@@ -139,13 +113,8 @@ def collect(
         if stored.sequences:
             save_sequences(folder / "answers.safetensors", stored.sequences)
         # Written last: without it the others do not count.
-        known = {"version": _VERSION, "settings": settings, "mastered": stored.mastered, "answered": stored.answered}
-        write_atomically(folder / "mastered.json", (json.dumps(known) + "\n").encode())
+        write_known(folder / "mastered.json", settings, mastered=stored.mastered, answered=stored.answered)
     return stored
-
-
-def _chunks(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
-    return [prompts[first : first + _CHUNK] for first in range(0, len(prompts), _CHUNK)]
 
 
 class KeepRate(Callback):

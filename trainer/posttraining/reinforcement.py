@@ -1,9 +1,12 @@
 """Steps of reinforcement learning: rollouts become micro-batches of a policy gradient.
 
 A rollout is the answers to some prompts. It is learned from in one or several updates, each a step of the training
-loop. run.dir/rollouts has every rollout as lines of JSON, to read. The answers depend on the weights, the seed and the
-prompts' numbers, so a resumed run draws the same. One that resumes between two updates of a rollout reads the sequences
-with the log-probabilities of the policy that drew them, which are kept beside it.
+loop. run.dir/rollouts has every rollout as lines of JSON, to read and to replay. The answers depend on the weights, the
+seed and the prompts' numbers, so a resumed run draws the same. What earlier weights have drawn, for a run that resumes
+between two updates of a rollout or that draws ahead, is read from there, with the log-probabilities of the policy that
+drew it, which are kept beside it.
+
+A run that draws ahead has the answers of its next rollouts scored while it learns from the present one.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ import torch
 
 from trainer.callbacks.base import Callback
 from trainer.callbacks.health import TrainingDiverged
+from trainer.errors import ConfigError
 from trainer.posttraining import rollouts
 from trainer.posttraining.advantages import (
     group_advantages,
     reinforce_advantages,
     reinforce_plus_plus_advantages,
 )
+from trainer.posttraining.config import rollout_name
 from trainer.posttraining.data.packing import Packing, pack
 from trainer.posttraining.data.sampler import PromptSampler
 from trainer.posttraining.data.sequences import TokenSequence, load_sequences, save_sequences
@@ -47,7 +52,7 @@ from trainer.posttraining.policy import (
     per_token,
 )
 from trainer.posttraining.rehearsal import Stored
-from trainer.posttraining.rollouts import Group, Policy, Prompt, Sample, Sampler
+from trainer.posttraining.rollouts import Drawn, Group, Policy, Prompt, Sample, Sampler
 from trainer.posttraining.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -87,7 +92,7 @@ def terms_of(config: PosttrainConfig) -> Terms:
         rl.entropy,
         KlTerm(coefficient=rl.kl, estimator=rl.kl_estimator) if rl.kl and rl.kl_in == "loss" else None,
         corrections,
-        has_old=config.updates > 1,
+        has_old=config.updates > 1 or rl.ahead > 0,
         off_policy=OBJECTIVES["luffy"] if takes_answers else None,
         has_demonstrations=gated.kind != "none",
         rehearsal=Divergence(kind=rehearsal.divergence, alpha=rehearsal.alpha, doubled=rehearsal.doubled)
@@ -111,6 +116,25 @@ class _Entry:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class _Rollout:
+    """A rollout that was begun.
+
+    Attributes:
+        prompts: The prompts that were answered for it, by number.
+        first: Number of prompts drawn before it.
+        cursor: Number of prompts drawn with it.
+        drawn: The answers, whose rewards are being computed.
+        sequences: The answers' tokens, with their log-probabilities.
+    """
+
+    prompts: dict[int, Prompt]
+    first: int
+    cursor: int
+    drawn: Drawn
+    sequences: list[TokenSequence]
+
+
 class Reinforcement:
     """The steps of a run of reinforcement learning.
 
@@ -126,6 +150,7 @@ class Reinforcement:
 
     Attributes:
         cursor: Number of prompts that were drawn so far.
+        begun: Number of rollouts that were drawn so far.
         figures: The newest rollout's entries of metrics.jsonl.
     """
 
@@ -145,12 +170,12 @@ class Reinforcement:
         self._demonstrate, self._stored = demonstrate, stored
         self._terms = terms_of(config)
         self._rollout = -1
+        self._ahead: dict[int, _Rollout] = {}
         self._sequences: list[TokenSequence] = []
         # Beside the answers, in the order of a rollout's steps.
         self._others: list[_Entry] = []
         self._factors: list[float] | None = None
-        self._rows: dict[int, Row] = {}
-        self.cursor = 0
+        self.cursor = self.begun = 0
         self.figures: dict[str, float] = {}
 
     def objective(self, _: object = None) -> PolicyObjective:
@@ -162,7 +187,7 @@ class Reinforcement:
 
     def path(self, rollout: int) -> Path:
         """The file of a rollout."""
-        return Path(self._config.run.dir) / "rollouts" / f"{rollout:08d}.jsonl"
+        return Path(self._config.run.dir) / "rollouts" / rollout_name(rollout)
 
     def micro_batches(self, step: int, micro_batch_size: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
         """See trainer.loop.Source. The first step of a rollout answers its prompts."""
@@ -170,14 +195,23 @@ class Reinforcement:
         self.figures = {}
         if update == 0:
             seconds, tokens = dict(self._sampler.seconds), self._sampler.tokens
-            groups = self._draw(rollout)
+            for number in range(rollout, rollout + self._config.rl.ahead + 1):
+                if number not in self._ahead:
+                    begin = self._begin if number >= self.begun else self._begun_before
+                    self._ahead[number] = begin(number, micro_batch_size)
+            current = self._ahead.pop(rollout)
+            groups = self._sampler.finish(current.drawn)
             taken = {name: total - seconds[name] for name, total in self._sampler.seconds.items()}
             self.figures = describe(groups) | {f"rollout/{name}_seconds": value for name, value in taken.items()}
             drawn = self._sampler.tokens - tokens
             self.figures["rollout/tokens_per_second"] = drawn / max(taken["generation"], 1e-9)
-            self._sequences = self._prepared(groups, micro_batch_size, rollout)
-            self._choose(groups, step)
-            self._keep(rollout)
+            if self._config.rl.ahead:
+                self.figures["rollout/age"] = float(min(rollout, self._config.rl.ahead) * self._config.updates)
+            self._sequences = self._with_advantages(groups, current.sequences)
+            self._choose(groups, current.prompts, step)
+            self._write(rollout, groups, current, is_scored=True)
+            if self._config.updates > 1:
+                self._keep(rollout, self._sequences)
         elif rollout != self._rollout:
             self._sequences = load_sequences(self._kept(rollout))
         self._rollout = rollout
@@ -197,10 +231,15 @@ class Reinforcement:
     def _kept(self, rollout: int) -> Path:
         return self.path(rollout).with_suffix(".safetensors")
 
-    def _keep(self, rollout: int) -> None:
+    def _keep(self, rollout: int, sequences: list[TokenSequence]) -> None:
         """Write the sequences of a rollout with what the policy that drew them gave, for runs that resume in it."""
-        if self._config.updates > 1 and self._scorer.engine.rank == 0:
-            save_sequences(self._kept(rollout), self._sequences)
+        if self._scorer.engine.rank == 0:
+            save_sequences(self._kept(rollout), sequences)
+
+    def _write(self, number: int, groups: Sequence[Group], rollout: _Rollout, *, is_scored: bool) -> None:
+        if self._scorer.engine.rank == 0:
+            about = {"rollout": number, "first": rollout.first, "cursor": rollout.cursor, "is_scored": is_scored}
+            rollouts.save(self.path(number), groups, **about)
 
     def _packing_of(self, micro_batch_size: int, world: int) -> Packing:
         train = self._config.train
@@ -212,46 +251,106 @@ class Reinforcement:
         count = -(-most // (micro_batch_size * world)) if fixed else None
         return replace(self._packing, tokens=train.seq_len * micro_batch_size, count=count)
 
-    def _draw(self, rollout: int) -> list[Group]:
-        """Answer the next prompts; of several rounds, keep groups whose answers differ in reward first."""
-        wanted, before = self._config.prompts, self.cursor
+    def _begin(self, number: int, micro_batch_size: int) -> _Rollout:
+        """Answer the prompts of the next rollout."""
+        first = self.cursor
+        prompts: dict[int, Prompt] = {}
+        draw = self._draw_again if self._config.rl.replay else self._draw
+        drawn = draw(number, prompts)
+        sequences = [self._sequence(group, sample) for group in drawn.groups for sample in group.samples]
+        if self._config.rl.kl or self._terms.has_old:
+            sequences = self._with_log_probs(sequences, micro_batch_size, number)
+        self.begun = number + 1
+        begun = _Rollout(prompts, first, self.cursor, drawn, sequences)
+        if self._config.rl.ahead:
+            self._write(number, drawn.groups, begun, is_scored=False)
+            self._keep(number, sequences)
+        return begun
+
+    def _draw(self, number: int, prompts: dict[int, Prompt]) -> Drawn:
+        """Answer the next prompts; of several rounds, take groups whose answers differ in reward first."""
+        wanted, rounds = self._config.prompts, self._config.rl.rounds
+        if rounds == 1:
+            return self._sampler.begin(self._take(wanted, prompts), self._policy)
         chosen: list[Group] = []
         alike: list[Group] = []
-        self._rows = {}
-        for _ in range(self._config.rl.rounds):
+        for _ in range(rounds):
             missing = wanted - len(chosen)
             if not missing:
                 break
-            taken = self._prompts.take(self.cursor, missing)
-            prompts = [Prompt(self.cursor + number, row, tuple(ids)) for number, (row, ids) in enumerate(taken)]
-            self._rows |= {prompt.number: prompt.row for prompt in prompts}
-            self.cursor += missing
-            for group in self._sampler.answer(prompts, self._policy):
-                (chosen if group.has_signal or self._config.rl.rounds == 1 else alike).append(group)
-        groups = [*chosen, *alike[: wanted - len(chosen)]]
-        if self._scorer.engine.rank == 0:
-            rollouts.save(self.path(rollout), groups, rollout=rollout, first=before, cursor=self.cursor)
-        return groups
+            for group in self._sampler.answer(self._take(missing, prompts), self._policy):
+                (chosen if group.has_signal else alike).append(group)
+        return Drawn((*chosen, *alike[: wanted - len(chosen)]))
 
-    def _prepared(self, groups: Sequence[Group], micro_batch_size: int, rollout: int) -> list[TokenSequence]:
-        """The rollout's answers with advantages and log-probabilities, in the order of groups and answers."""
+    def _take(self, count: int, prompts: dict[int, Prompt]) -> list[Prompt]:
+        """The next prompts, which are noted in `prompts`."""
+        taken = self._prompts.take(self.cursor, count)
+        new = [Prompt(self.cursor + number, row, tuple(ids)) for number, (row, ids) in enumerate(taken)]
+        self.cursor += count
+        prompts.update((prompt.number, prompt) for prompt in new)
+        return new
+
+    def _draw_again(self, number: int, prompts: dict[int, Prompt]) -> Drawn:
+        """Read a rollout of another run, rewards and all.
+
+        Raises:
+            ConfigError: it answers other prompts, or has another number of answers.
+        """
+        path = Path(self._config.rl.replay or "") / rollout_name(number)
+        groups, about = rollouts.load(path)
+        self._take(int(about["cursor"]) - self.cursor, prompts)
+        for group in groups:
+            prompt = prompts.get(group.number)
+            if prompt is None or prompt.tokens != group.prompt:
+                raise ConfigError(
+                    f"rl.replay: {path} answers other prompts than this run's; give the rows, train.seed and tokenizer "
+                    "of the run that wrote it"
+                )
         rl = self._config.rl
-        sequences = [self._sequence(group, sample) for group in groups for sample in group.samples]
+        if [len(group.samples) for group in groups] != [rl.samples] * self._config.prompts:
+            raise ConfigError(
+                f"rl.replay: {path} has not {rl.samples} answers to {self._config.prompts} prompts; give rl.samples "
+                "and rl.prompts of the run that wrote it"
+            )
+        return Drawn(tuple(groups))
+
+    def _begun_before(self, number: int, micro_batch_size: int) -> _Rollout:
+        """Read a rollout that was drawn before the run was resumed."""
+        groups, about = rollouts.load(self.path(number))
+        first, cursor = int(about["first"]), int(about["cursor"])
+        taken = self._prompts.take(first, cursor - first)
+        prompts = {
+            prompt: Prompt(prompt, row, tuple(ids))
+            for prompt, (row, ids) in zip(range(first, cursor), taken, strict=True)
+        }
+        drawn = Drawn(tuple(groups))
+        if not about["is_scored"]:
+            drawn = self._sampler.score([prompts[group.number] for group in groups], groups)
+        return _Rollout(prompts, first, cursor, drawn, load_sequences(self._kept(number)))
+
+    def _with_log_probs(
+        self, sequences: Sequence[TokenSequence], micro_batch_size: int, rollout: int
+    ) -> list[TokenSequence]:
+        """The sequences with log-probabilities under the policy that drew them, and under the initial one."""
+        packing = self._packing_of(micro_batch_size, self._scorer.engine.data_parallel_size)
+        old, reference = self._scorer.score(
+            sequences, replace(packing, count=None), step=rollout * self._config.updates
+        )
+        extras = [{OLD: own} for own in old]
+        if reference is not None:
+            for extra, own in zip(extras, reference, strict=True):
+                extra[REFERENCE] = own
+        return [_with(one, **extra) for one, extra in zip(sequences, extras, strict=True)]
+
+    def _with_advantages(self, groups: Sequence[Group], sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """The sequences with their advantages, in the order of groups and answers."""
+        rl = self._config.rl
         rewards = torch.tensor([sample.reward for group in groups for sample in group.samples], dtype=torch.float64)
         owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.samples])
-        if rl.kl or self._terms.has_old:
-            packing = self._packing_of(micro_batch_size, self._scorer.engine.data_parallel_size)
-            packing = replace(packing, count=None)
-            old, reference = self._scorer.score(sequences, packing, step=rollout * self._config.updates)
-            extras: list[dict[str, np.ndarray]] = [{OLD: own} for own in old]
-            if reference is not None:
-                for extra, own in zip(extras, reference, strict=True):
-                    extra[REFERENCE] = own
-                if rl.kl_in == "reward":
-                    # Both are 0 at tokens that are not learned.
-                    differences = [float((a - b).sum()) for a, b in zip(old, reference, strict=True)]
-                    rewards -= rl.kl * torch.tensor(differences, dtype=torch.float64)
-            sequences = [_with(one, **extra) for one, extra in zip(sequences, extras, strict=True)]
+        if rl.kl and rl.kl_in == "reward":
+            # Both are 0 at tokens that are not learned.
+            differences = [float((one.extra[OLD] - one.extra[REFERENCE]).sum()) for one in sequences]
+            rewards -= rl.kl * torch.tensor(differences, dtype=torch.float64)
         advantages = self._advantages(rewards, owners, sequences)
         return [
             _with(one, **{ADVANTAGES: advantage}) for one, advantage in zip(sequences, advantages.tolist(), strict=True)
@@ -259,7 +358,8 @@ class Reinforcement:
 
     def _sequence(self, group: Group, sample: Sample) -> TokenSequence:
         learned = sample.finished or not self._config.rl.mask_overlong
-        sequence = TokenSequence.of([(group.prompt, False), (sample.tokens, learned)])
+        pieces = [(tokens, learned and written) for tokens, written in sample.pieces if tokens]
+        sequence = TokenSequence.of([(group.prompt, False), *pieces])
         return _with(sequence, **{SAMPLER: np.concatenate([np.zeros(len(group.prompt)), sample.log_probs])})
 
     def _advantages(
@@ -276,7 +376,7 @@ class Reinforcement:
             case other:
                 raise AssertionError(f"{other} is no advantage of samples alone")
 
-    def _choose(self, groups: Sequence[Group], step: int) -> None:
+    def _choose(self, groups: Sequence[Group], prompts: Mapping[int, Prompt], step: int) -> None:
         """Decide which answers count, and what a step has beside them: demonstrations and stored answers."""
         gated, right = self._config.gate, self._config.pass_at_k.right
         self._others, self._factors = [], None
@@ -286,7 +386,7 @@ class Reinforcement:
             self._others += [_Entry(sequence, "rehearsal", self._config.rehearsal.eta) for sequence in stored]
         if gated.kind == "none":
             return
-        shown = [self._demonstrate(self._rows[group.number]) for group in groups]
+        shown = [self._demonstrate(prompts[group.number].row) for group in groups]
         correct = np.array([sum(reward >= right for reward in group.rewards) for group in groups])
         factors = gate(
             Gate(kind=gated.kind, failed=gated.failed, off_policy=gated.off_policy),
@@ -393,7 +493,7 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
     for sample in samples:
         for name, value in sample.parts.items():
             parts.setdefault(name, []).append(value)
-    lengths = [len(sample.tokens) for sample in samples]
+    lengths = [sample.written for sample in samples]
     errors = Counter(sample.error for sample in samples if sample.error is not None)
     return {
         "reward/mean": statistics.fmean(rewards),
@@ -405,6 +505,7 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
         "answers/tokens": statistics.fmean(lengths),
         "answers/most_tokens": float(max(lengths)),
         "answers/finished": statistics.fmean(float(sample.finished) for sample in samples),
+        "answers/turns": statistics.fmean(1.0 + len(sample.replies) for sample in samples),
     }
 
 
@@ -422,12 +523,12 @@ class RolloutState(Callback):
         self._source, self._most = source, most
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of prompts drawn."""
-        return {"cursor": self._source.cursor}
+        """Return the numbers of prompts and rollouts drawn."""
+        return {"cursor": self._source.cursor, "begun": self._source.begun}
 
     def load_state_dict(self, state: dict[str, Any], version: int) -> None:
         """See `state_dict`."""
-        self._source.cursor = state["cursor"]
+        self._source.cursor, self._source.begun = state["cursor"], state.get("begun", 0)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Look at the divergence.

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from trainer.data.tokenizer import Tokenizer
     from trainer.engines import base
     from trainer.posttraining.data.row import Row
-    from trainer.posttraining.rewards.workers import RewardPool
+    from trainer.posttraining.dialogues import Dialogues
+    from trainer.posttraining.rewards.workers import Batch, RewardPool
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Sample:
         reward: What it is worth.
         parts: Numbers that explain the reward.
         error: Why it could not be scored; None if it was.
+        replies: Where in the tokens an environment's replies are: the first token of each, and the one behind it. Their
+            log-probabilities are 0.
     """
 
     tokens: tuple[int, ...]
@@ -68,6 +71,21 @@ class Sample:
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    replies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def pieces(self) -> list[tuple[tuple[int, ...], bool]]:
+        """The tokens in pieces, each with whether the model wrote it."""
+        found, place = [], 0
+        for first, end in self.replies:
+            found += [(self.tokens[place:first], True), (self.tokens[first:end], False)]
+            place = end
+        return [*found, (self.tokens[place:], True)]
+
+    @property
+    def written(self) -> int:
+        """Number of tokens that the model wrote."""
+        return len(self.tokens) - sum(end - first for first, end in self.replies)
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,21 @@ class Group:
     def has_signal(self) -> bool:
         """Whether the rewards differ."""
         return min(self.rewards) < max(self.rewards)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Answers whose rewards are being computed.
+
+    Attributes:
+        groups: All groups, the same on every rank. They have their rewards if no rank scores them.
+        batch: The scores of the groups that this rank scores; None if it scores none.
+        own: Their places among all groups.
+    """
+
+    groups: tuple[Group, ...]
+    batch: Batch | None = None
+    own: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -126,6 +159,12 @@ class Policy:
         )
         return Request(prompt.tokens, sampling, self.samples)
 
+    def sample(self, completion: Completion, tokenizer: Tokenizer) -> Sample:
+        """An answer as it was drawn, before it is scored."""
+        log_probs = completion.log_probs if self.temperature == 1 else completion.tempered_log_probs
+        text = tokenizer.decode(list(completion.content))
+        return Sample(completion.tokens, log_probs, completion.finish == "stop", text)
+
 
 class Sampler:
     """Answers prompts with the model in training, and scores the answers.
@@ -135,14 +174,24 @@ class Sampler:
         tokenizer: The tokenizer.
         pool: Scores answers; None on ranks that score none, and for answers without rewards.
         slots: Answers that a rank continues at once.
+        dialogues: Continues answers by turns of an environment; None for answers of one turn.
 
     Attributes:
+        rank: This rank.
         seconds: Time that generation, and waiting for rewards after it, have taken so far.
         tokens: Number of tokens drawn so far, over all ranks.
     """
 
-    def __init__(self, engine: base.Engine, tokenizer: Tokenizer, pool: RewardPool | None, slots: int) -> None:
-        self._engine, self._tokenizer, self._pool = engine, tokenizer, pool
+    def __init__(
+        self,
+        engine: base.Engine,
+        tokenizer: Tokenizer,
+        pool: RewardPool | None,
+        slots: int,
+        dialogues: Dialogues | None = None,
+    ) -> None:
+        self._engine, self._tokenizer, self._pool, self._dialogues = engine, tokenizer, pool, dialogues
+        self.rank = engine.rank
         self._replica, self._replicas, self._leads = replica_of(engine)
         self._generator = Engine(engine.model, slots=slots, vocab_size=tokenizer.vocab_size)
         self.seconds = {"generation": 0.0, "rewards": 0.0}
@@ -150,44 +199,65 @@ class Sampler:
 
     def answer(self, prompts: Sequence[Prompt], policy: Policy) -> list[Group]:
         """Answer prompts, equal on every rank; so are the groups, in the order of the prompts."""
+        return self.finish(self.begin(prompts, policy))
+
+    def begin(self, prompts: Sequence[Prompt], policy: Policy) -> Drawn:
+        """Answer prompts, and begin to score the answers; else as `answer`."""
         own = prompts[self._replica :: self._replicas]
         start = time.perf_counter()
         # The weights have changed since the last time.
         self._generator.forget()
         completions = self._generator.generate([policy.request(prompt) for prompt in own]) if own else []
-        generated = time.perf_counter()
-        groups: list[Group] = []
-        if self._leads:
-            groups = self._scored(own, [[self._sample(one, policy) for one in group] for group in completions])
-        gathered = [group for part in self._engine.collectives.gather(groups) for group in part]
-        self.seconds["generation"] += generated - start
-        self.seconds["rewards"] += time.perf_counter() - generated
-        self.tokens += sum(len(sample.tokens) for group in gathered for sample in group.samples)
-        place = {prompt.number: index for index, prompt in enumerate(prompts)}
-        return sorted(gathered, key=lambda group: place[group.number])
-
-    def _sample(self, completion: Completion, policy: Policy) -> Sample:
-        log_probs = completion.log_probs if policy.temperature == 1 else completion.tempered_log_probs
-        text = self._tokenizer.decode(list(completion.content))
-        return Sample(completion.tokens, log_probs, completion.finish == "stop", text)
-
-    def _scored(self, prompts: Sequence[Prompt], drawn: Sequence[Sequence[Sample]]) -> list[Group]:
-        answers = [
-            self._answer(prompt, sample) for prompt, samples in zip(prompts, drawn, strict=True) for sample in samples
+        drawn = [[policy.sample(one, self._tokenizer) for one in group] for group in completions]
+        if self._dialogues is not None:
+            drawn = self._dialogues.finish(own, drawn, policy, self._generator.generate)
+        groups = [
+            Group(prompt.number, prompt.row.id, prompt.tokens, tuple(samples))
+            for prompt, samples in zip(own, drawn, strict=True)
         ]
-        scores = iter([Score()] * len(answers) if self._pool is None else self._pool.score(answers))
-        groups = []
-        for prompt, samples in zip(prompts, drawn, strict=True):
-            judged = []
-            for sample in samples:
-                score = next(scores)
-                judged.append(replace(sample, reward=score.value, parts=score.parts, error=score.error))
-            groups.append(Group(prompt.number, prompt.row.id, prompt.tokens, tuple(judged)))
-        return groups
+        gathered = [group for part in self._engine.collectives.gather(groups if self._leads else []) for group in part]
+        place = {prompt.number: index for index, prompt in enumerate(prompts)}
+        gathered.sort(key=lambda group: place[group.number])
+        self.seconds["generation"] += time.perf_counter() - start
+        self.tokens += sum(sample.written for group in gathered for sample in group.samples)
+        return self.score(prompts, gathered)
+
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Drawn:
+        """Begin to score answers to prompts, in the order of these."""
+        own = range(self._replica, len(prompts), self._replicas)
+        if self._pool is None or not self._leads:
+            return Drawn(tuple(groups))
+        answers = [self._answer(prompts[place], sample) for place in own for sample in groups[place].samples]
+        return Drawn(tuple(groups), self._pool.submit(answers), own)
+
+    def finish(self, drawn: Drawn) -> list[Group]:
+        """Wait for the rewards of answers. Every rank calls this."""
+        start = time.perf_counter()
+        scores: list[Score] = [] if drawn.batch is None else drawn.batch.result()
+        found, left = {}, iter(scores)
+        if drawn.batch is not None:
+            found = {place: [next(left) for _ in drawn.groups[place].samples] for place in drawn.own}
+        every = {place: own for part in self._engine.collectives.gather(found) for place, own in part.items()}
+        self.seconds["rewards"] += time.perf_counter() - start
+        return [_scored(group, every.get(place)) for place, group in enumerate(drawn.groups)]
 
     def _answer(self, prompt: Prompt, sample: Sample) -> Answer:
         row, text = prompt.row, self._tokenizer.decode(list(prompt.tokens))
         return Answer(text, sample.text, row.data_source, row.ground_truth, row.extra, sample.finished)
+
+
+def _scored(group: Group, scores: Sequence[Score] | None) -> Group:
+    """The group with rewards beside those of its environment. An answer that the environment failed is worth 0."""
+    if scores is None:
+        return group
+    samples = []
+    for sample, score in zip(group.samples, scores, strict=True):
+        if sample.error is not None:
+            samples.append(replace(sample, reward=0.0))
+            continue
+        parts, reward = {**sample.parts, **score.parts}, sample.reward + score.value
+        samples.append(replace(sample, reward=reward, parts=parts, error=score.error))
+    return replace(group, samples=tuple(samples))
 
 
 def replica_of(engine: base.Engine) -> tuple[int, int, bool]:
@@ -241,7 +311,11 @@ def load(path: Path) -> tuple[list[Group], dict[str, Any]]:
 
 def _group(values: dict[str, Any]) -> Group:
     samples = tuple(
-        Sample(**sample | {"tokens": tuple(sample["tokens"]), "log_probs": tuple(sample["log_probs"])})
+        Sample(
+            **sample
+            | {"tokens": tuple(sample["tokens"]), "log_probs": tuple(sample["log_probs"])}
+            | {"replies": tuple((first, end) for first, end in sample.get("replies", ()))}
+        )
         for sample in values["samples"]
     )
     return Group(values["number"], values["row"], tuple(values["prompt"]), samples)

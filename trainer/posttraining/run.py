@@ -19,7 +19,7 @@ from trainer.events import EventLog
 from trainer.loop import Outcome, Source, Trainer
 from trainer.objectives.alignment import AnyObjective
 from trainer.objectives.language_model import LanguageModel
-from trainer.posttraining import rehearsal
+from trainer.posttraining import initial, rehearsal
 from trainer.posttraining.config import PosttrainConfig, RowsConfig
 from trainer.posttraining.data.encode import (
     EncodeOptions,
@@ -34,6 +34,7 @@ from trainer.posttraining.data.row import Row
 from trainer.posttraining.data.rows import Rows, read_rows
 from trainer.posttraining.data.sampler import PromptSampler, SupervisedSampler
 from trainer.posttraining.data.sequences import TokenSequence
+from trainer.posttraining.dialogues import Dialogues
 from trainer.posttraining.pairs import PairAccuracy, Pairs, encode_pairs
 from trainer.posttraining.policy import PreferenceObjective
 from trainer.posttraining.preference import Preference
@@ -205,8 +206,12 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
     found = [encode_prompts(rows, inputs.encoder) for rows in pools]
     encoded, counts = [own for own, _ in found], sum((counts for _, counts in found[1:]), found[0][1])
     _, _, leads = replica_of(engine)
-    pool = stack.enter_context(RewardPool(config.rewards)) if leads else None
-    sampler = Sampler(engine, inputs.tokenizer, pool, rl.slots)
+    pool = stack.enter_context(RewardPool(config.rewards)) if leads and config.rewards else None
+    dialogues = None
+    if config.environment.name is not None:
+        replies = stack.enter_context(RewardPool([config.environment.worker])) if leads else None
+        dialogues = Dialogues(config.environment, inputs.encoder, inputs.tokenizer, replies, engine.collectives)
+    sampler = Sampler(engine, inputs.tokenizer, pool, rl.slots, dialogues)
     policy = Policy(rl.samples, rl.max_new_tokens, rl.temperature, seed, tuple(stop_tokens(inputs.tokenizer)))
     init = FrozenSpec.of_weights(config.checkpoint.init or "", train.precision) if rl.kl else None
     scorer = Scorer(engine, None if init is None else engine.freeze(init), rl.temperature, seed)
@@ -219,14 +224,22 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
     stored: Stored | None = None
     validations: list[Callback] = []
     every_row = [row for pool in encoded for row in pool]
+    removed: set[int] = set()
+    if config.prompt_filter.keep == "failed":
+        removed = _solved(config, every_row, sampler, policy)
+        notes.append(
+            f"prompt_filter: the initial model fails {len(every_row) - len(removed)} of {len(every_row)} prompts, and "
+            "others are not trained on"
+        )
     if config.rehearsal.is_on:
         stored = _stored(config, every_row, sampler, scorer, policy, packing)
         notes.append(
             f"rehearsal: {len(stored.mastered)} of {len(every_row)} prompts mastered, {len(stored.answered)} stored"
         )
-        encoded = _without(encoded, set(stored.mastered))
+        removed = removed | set(stored.mastered)
         check = config.pass_at_k
         validations.append(KeepRate(stored, every_row, sampler, policy, check.right, check.every, check.prompts))
+    encoded, shares = _without(encoded, shares, removed)
     source = Reinforcement(
         config,
         PromptSampler(encoded, shares, seed=seed, prompts_per_step=config.prompts),
@@ -248,6 +261,35 @@ def _demonstration(encoder: Encoder, row: Row) -> TokenSequence | None:
     return fit(encoder.demonstration(row), encoder.options, row.id) if row.demonstrations else None
 
 
+def _solved(config: PosttrainConfig, rows: list[tuple[Row, list[int]]], sampler: Sampler, policy: Policy) -> set[int]:
+    """Read which prompts the initial model has solved, or find it out before the first step.
+
+    Raises:
+        ConfigError: it has solved all, or the run has begun, and its file is gone.
+    """
+    path = Path(config.run.dir) / "prompt_filter.json"
+    samples, right = config.prompt_filter.samples, config.pass_at_k.right
+    settings = {"model": _digest(config), "samples": samples, "right": right, "prompts": len(rows)}
+    known = initial.read_known(path, settings)
+    if known is not None:
+        return initial.solved_prompts(known["right_answers"], samples)
+    _must_begin(config, path)
+    counts = initial.count_right(initial.numbered(rows), sampler, policy, samples, right, "prompt_filter")
+    if sampler.rank == 0:
+        initial.write_known(path, settings, right_answers=counts)
+    return initial.solved_prompts(counts, samples)
+
+
+def _digest(config: PosttrainConfig) -> str:
+    return teacher.digest(open_weights(config.checkpoint.init)) if config.checkpoint.init else ""
+
+
+def _must_begin(config: PosttrainConfig, path: Path) -> None:
+    """Refuse to go on without a file of the initial model's answers, which the weights no longer give."""
+    if not run_directory.starts_anew(config):
+        raise ConfigError(f"{path} is gone, without which the run cannot go on; restore it, or choose another run.dir")
+
+
 def _stored(
     config: PosttrainConfig,
     rows: list[tuple[Row, list[int]]],
@@ -262,9 +304,8 @@ def _stored(
         ConfigError: the run has begun, and its files are gone.
     """
     folder, own = Path(config.run.dir) / "rehearsal", config.rehearsal
-    digest = teacher.digest(open_weights(config.checkpoint.init)) if config.checkpoint.init else ""
     settings = {
-        "model": digest,
+        "model": _digest(config),
         "samples": own.samples,
         "threshold": own.threshold or own.samples,
         "prompts": len(rows),
@@ -272,10 +313,7 @@ def _stored(
     stored = rehearsal.load(folder, settings)
     if stored is not None:
         return stored
-    if not run_directory.starts_anew(config):
-        raise ConfigError(
-            f"{folder} is gone, without which the run cannot go on; restore it, or choose another run.dir"
-        )
+    _must_begin(config, folder)
     packing = replace(packing, tokens=config.train.seq_len * config.train.micro_batch_size)
     stored = rehearsal.collect(folder, settings, rows, own, config.pass_at_k.right, sampler, scorer, policy, packing)
     if len(stored.mastered) == len(rows):
@@ -285,10 +323,13 @@ def _stored(
     return stored
 
 
-def _without(pools: list[list[tuple[Row, list[int]]]], numbers: set[int]) -> list[list[tuple[Row, list[int]]]]:
-    """The pools without rows of these numbers, counted over all pools."""
+def _without(
+    pools: list[list[tuple[Row, list[int]]]], shares: tuple[float, ...], numbers: set[int]
+) -> tuple[list[list[tuple[Row, list[int]]]], tuple[float, ...]]:
+    """The pools without rows of these numbers, counted over all pools, and the shares of those that are not empty."""
     left, first = [], 0
     for pool in pools:
         left.append([row for number, row in enumerate(pool, first) if number not in numbers])
         first += len(pool)
-    return left
+    kept = [(pool, share) for pool, share in zip(left, shares, strict=True) if pool]
+    return [pool for pool, _ in kept], tuple(share for _, share in kept)

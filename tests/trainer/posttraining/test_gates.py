@@ -56,8 +56,10 @@ def test_the_soft_table():
     assert found.reinforcement.tolist() == [0, 0, 0.125, 0.25, 0.5, 1, 1, 1, 1]
     assert found.demonstration.tolist() == [1, 1, 0.5, 0.25, 0.125, 0, 0, 0, 0]
     assert not found.off_policy.any() and not found.rehearsal.any()
-    with pytest.raises(ConfigError, match="9 rows, for 8 answers"):
-        gate(Gate(kind="soft"), COUNTS[:5], 4)
+    # Of other numbers of answers, by the share of right ones: 1 and 3 of 4 are 2 and 6 of 8, and 3 of 16 is between.
+    found = gate(Gate(kind="soft"), np.array([0, 1, 3, 4, 3]), np.array([4, 4, 4, 4, 16]))
+    assert found.reinforcement.tolist() == [0, 0.125, 1, 1, 0.0625]
+    assert found.demonstration.tolist() == [1, 0.5, 0, 0, 0.75]
     own = gate(Gate(kind="soft", table=((0, 1, 0), (1, 0, 0)), mastered=1.0), np.array([0, 1]), 1)
     assert (own.off_policy.tolist(), own.rehearsal.tolist(), own.reinforcement.tolist()) == ([1, 0], [0, 1], [0, 0])
 

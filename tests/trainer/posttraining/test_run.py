@@ -82,6 +82,15 @@ def steps(run_dir):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(run_dir) if "grad_norm" in line]
 
 
+def drawn_rows(run_dir):
+    """Names of the rows of all rollouts."""
+    return {
+        json.loads(line)["row"]
+        for path in (run_dir / "rollouts").glob("*.jsonl")
+        for line in path.read_text().splitlines()[1:]
+    }
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo", "rl"])
 def test_a_resumed_run_is_the_uninterrupted_one(model, rows, tmp_path, stage):
     """Also between two updates of a rollout, with an old policy: step 3 is the first of two."""
@@ -174,15 +183,30 @@ def test_rehearsal_begins_at_the_initial_policy_and_resumes(model, rows, tmp_pat
     kept = [line["keep_rate"] for line in metrics(tmp_path / "whole") if line.get("split") == "mastered"]
     assert kept and all(0 <= rate <= 1 for rate in kept)
     # Mastered prompts are not sampled any more.
-    drawn = {
-        json.loads(line)["row"]
-        for path in (tmp_path / "whole/rollouts").glob("*.jsonl")
-        for line in path.read_text().splitlines()[1:]
-    }
-    assert not drawn & {f"rl.jsonl:{number}" for number in known["mastered"]}
+    assert not drawn_rows(tmp_path / "whole") & {f"rl.jsonl:{number}" for number in known["mastered"]}
     (tmp_path / "cut/rehearsal/mastered.json").unlink()
     output = run(model, rows, tmp_path / "cut", "rl", *options, "--train.steps=8", code=2)
     assert "without which the run cannot go on" in output.splitlines()[-1]
+
+
+def test_training_on_prompts_that_the_initial_model_fails(model, rows, tmp_path):
+    """The others are drawn no more, also after resuming, and without any that is failed there is nothing to do."""
+    options = ("--prompt_filter.keep=failed", "--prompt_filter.samples=2")
+    output = run(model, rows, tmp_path / "whole", "rl", *options)
+    counts = json.loads((tmp_path / "whole/prompt_filter.json").read_text())["right_answers"]
+    failed = {f"rl.jsonl:{number}" for number, count in enumerate(counts) if count == 0}
+    assert 0 < len(failed) < len(counts) == 12 and set(counts) <= {0, 1, 2}
+    assert f"the initial model fails {len(failed)} of 12 prompts" in output
+    assert drawn_rows(tmp_path / "whole") == failed
+    run(model, rows, tmp_path / "cut", "rl", *options, "--train.steps=3")
+    run(model, rows, tmp_path / "cut", "rl", *options)
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    (tmp_path / "cut/prompt_filter.json").unlink()
+    output = run(model, rows, tmp_path / "cut", "rl", *options, "--train.steps=8", code=2)
+    assert "without which the run cannot go on" in output.splitlines()[-1]
+    output = run(model, rows, tmp_path / "none", "rl", *options, "--pass_at_k.right=-1", code=2)
+    message = "solved all 12 prompts in 2 answers each (24 of 24 answers are right)"
+    assert message in output.splitlines()[-1]
 
 
 def test_demonstrations_where_the_model_fails(model, rows, tmp_path):
@@ -209,13 +233,14 @@ def test_demonstrations_where_the_model_fails(model, rows, tmp_path):
         ("rl", ("--rl.max_new_tokens=48",), "train.seq_len=48 leaves no room for a prompt"),
         ("rl", ("--train.global_batch_size=6",), "does not divide the 16 answers of a rollout"),
         ("rl", ("--gate.kind=switch", "--rl.prompts=2"), "no row of"),
-        ("rl", ("--gate.kind=soft", "--rl.prompts=2"), "has a table for 8 answers to a prompt"),
+        ("rl", ("--prompt_filter.samples=0",), "prompt_filter.samples is 0"),
         ("rl", ("--gate.kind=switch",), "let a rollout be one update"),
         ("rl", ("--engine.name=deepspeed", "--engine.zero_stage=3"), "leaves no rank a model to sample from"),
         ("sft", ("--rows.train=[]",), "rows.train names no file"),
         ("sft", ("--rows.train=[none.jsonl]",), "none.jsonl does not exist"),
         ("sft", ("--parallel.pipeline=2",), "post-training has no pipeline stages"),
         ("sft", ("--gate.kind=switch",), "gate is of stage rl"),
+        ("sft", ("--prompt_filter.keep=failed",), "prompt_filter is of stage rl"),
         ("dpo", ("--rows.train=[{rows}/sft.jsonl]",), "has no chosen and rejected answer"),
     ],
 )

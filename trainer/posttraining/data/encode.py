@@ -118,6 +118,16 @@ class Encoder:
         """The token that ends an answer to the row's prompt."""
         return self._tokenizer.eod_id if self._messages(row) is None else self._end_of_turn
 
+    def reply(self, row: Row, text: str, role: str) -> list[int]:
+        """What a model reads between two turns of its answer to the row's prompt.
+
+        Raises:
+            ConfigError: the chat template has no such role.
+        """
+        if self._messages(row) is None:
+            return self._tokenizer.encode(text)
+        return self._with_template(row).encode_reply(role, text)
+
     def answer(self, row: Row, text: str) -> TokenSequence:
         """The row's prompt and an answer to it, at any length. The answer and the token that ends it are learned."""
         if text.startswith(_THINK) and self._prompt_text(row).endswith(_THINK):

@@ -19,8 +19,8 @@ ERRORS = {
 IN_WORKER = False
 """Whether this process is a worker of workers.RewardPool, which is killed if it takes too long."""
 
-# Numbers of a reward beside its value, and characters of their names.
-MOST_PARTS, MOST_CHARACTERS = 64, 100
+# Numbers of a reward beside its value, characters of their names, and characters of a text.
+MOST_PARTS, MOST_CHARACTERS, MOST_TEXT = 64, 100, 1 << 13
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,13 @@ class Score:
         value: The reward; 0 if it could not be computed.
         parts: Numbers that explain it, by name.
         error: None, or why it is as it is, one of ERRORS.
+        text: What an environment says.
     """
 
     value: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    text: str = ""
 
 
 Reward = Callable[[Answer], float | Mapping[str, Any]]
@@ -83,6 +85,7 @@ def as_score(result: Any) -> Score:
     Values of a mapping that are no finite numbers are left out, and so are those beyond the first MOST_PARTS.
     """
     parts: dict[str, float] = {}
+    text = result.get("text") if isinstance(result, Mapping) else None
     if isinstance(result, Mapping):
         for name, part in result.items():
             number = _number(part)
@@ -95,7 +98,8 @@ def as_score(result: Any) -> Score:
     value = _number(result)
     if value is None:
         return Score(0.0, parts, "value")
-    return Score(value, parts, error if isinstance(error, str) and error in ERRORS else None)
+    known = error if isinstance(error, str) and error in ERRORS else None
+    return Score(value, parts, known, text[:MOST_TEXT] if isinstance(text, str) else "")
 
 
 def _number(value: Any) -> float | None:

@@ -84,7 +84,7 @@ def check(configs: Sequence[RewardConfig]) -> None:
             raise ConfigError(f"rewards: two are called {label}; give each a label of its own")
     for config in configs:
         if ":" in config.name:
-            _check_path(config.name)
+            check_path(config.name)
         else:
             build(config)
 
@@ -96,7 +96,7 @@ def build(config: RewardConfig) -> Reward:
         ConfigError: there is no such reward, or it does not take these options.
     """
     if ":" in config.name:
-        return adapt(_imported(config.name), config.signature, config.options)
+        return adapt(imported(config.name), config.signature, config.options)
     if config.name not in BUILT_IN:
         near = difflib.get_close_matches(config.name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BUILT_IN)}, or MODULE:FUNCTION"
@@ -130,8 +130,12 @@ def _split(path: str) -> tuple[str, str]:
     return place, name
 
 
-def _check_path(path: str) -> None:
-    """Find a module or file, and the function in it, without running it."""
+def check_path(path: str) -> None:
+    """Find a module or file, and the function or class in it, without running it.
+
+    Raises:
+        ConfigError: there is none.
+    """
     place, name = _split(path)
     source = Path(place) if place.endswith(".py") else _source_of(place)
     if source is None:
@@ -194,8 +198,12 @@ def _module(place: str) -> Any:
     return module
 
 
-def _imported(path: str) -> Callable[..., Any]:
-    """The function at a path; its module runs."""
+def imported(path: str) -> Callable[..., Any]:
+    """The function or class at a path; its module runs.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     place, name = _split(path)
     try:
         function = getattr(_module(place), name)

@@ -477,7 +477,10 @@ def _as_score(line: dict[str, Any], number: int) -> Score | None:
         return None
     if error is not None and (not isinstance(error, str) or error not in ERRORS):
         return None
-    return Score(float(value), {name: float(part) for name, part in parts.items()}, error)
+    text = line.get("text")
+    return Score(
+        float(value), {name: float(part) for name, part in parts.items()}, error, text if isinstance(text, str) else ""
+    )
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
