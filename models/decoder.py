@@ -17,6 +17,7 @@ from kernels.rotary import rotary_tables
 from models.compression import BEGINNING, Observer, Origin, Site, TokenRows, running, sharded_modules
 from models.config import MIXERS, SOFTMAX_MIXERS, ModelConfig, branches
 from models.layers import SwiGLU, residual_norm
+from models.lora import add_adapters
 from models.mixers import build_mixer
 from models.mixers.base import LayerCache, SequenceInfo
 from models.mixers.hgrn import layer_bounds
@@ -152,6 +153,7 @@ class Decoder(Module):
         self._rotary = [block.mixer.rotary for block in blocks.values()]
         self.layers = nn.ModuleDict(blocks)
         add_neurons(self.layers, config.spiking, is_whole=len(layers) == config.num_layers)
+        add_adapters(self.layers, config.lora, is_whole=len(layers) == config.num_layers)
         self.final_norm = residual_norm(config, config.hidden_size) if self.is_last else None
         self.lm_head: ColumnLinear | None = None
         if self.is_last and not config.tie_embeddings:

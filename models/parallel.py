@@ -143,10 +143,12 @@ class Projection(Module):
     Attributes:
         neuron: Turns the input into spikes before the product (models.spiking). None uses the input itself.
         rounding: Rounds the weight before the product. None uses the weight itself.
+        adapter: Maps the input that enters the product to what is added to it (models.lora). None adds nothing.
     """
 
     neuron: Callable[[Tensor], Tensor] | None = None
     rounding: Callable[[Tensor], Tensor] | None = None
+    adapter: Callable[..., Tensor] | None = None
     weight: Tensor
 
     @property
@@ -158,6 +160,10 @@ class Projection(Module):
         """Return the input [..., in] that enters the product: the spikes of x, if `neuron` is set."""
         return x if self.neuron is None else self.neuron(x)
 
+    def adapted(self, product: Tensor, *inputs: Tensor) -> Tensor:
+        """Return a product of these inputs, plus that of the adapter, if there is one."""
+        return product if self.adapter is None else product + self.adapter(*inputs)
+
 
 class Linear(Projection, nn.Linear):
     """Linear layer that uses the device's fastest matrix product. Weight [out, in], replicated."""
@@ -166,7 +172,8 @@ class Linear(Projection, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [..., in] to [..., out]."""
-        return linear(self.spikes(x), self.factor, self.bias)
+        x = self.spikes(x)
+        return self.adapted(linear(x, self.factor, self.bias), x)
 
 
 class ColumnLinear(Linear):

@@ -376,7 +376,7 @@ def check(config: PretrainConfig) -> None:
     Raises:
         ConfigError: weights or patterns do not fit the model.
     """
-    weights.check_spiking(config)
+    weights.check_layers(config)
     weights.check_tensors(config)
     trainable.check(config)
     check_compression(config)

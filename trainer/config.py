@@ -236,7 +236,8 @@ class TrainConfig:
         compression: How the activations that backward reads are stored.
         trainable: Patterns of the names of trained parameters, such as "layers.*.mixer.*", where * matches anything.
             All others are frozen: they have no gradient and no optimizer state. Names are those of exported weights.
-            null trains everything; with objective.name=align, the mixers that are aligned.
+            null trains everything; with model.lora, the adapters; with objective.name=align, the mixers that are
+            aligned.
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -157,7 +157,7 @@ def prepare(config: C, config_yaml: str) -> tuple[C, str, torch.device, int]:
     Raises:
         ConfigError: the initial weights, a pattern of names or the teacher do not fit the model.
     """
-    weights.check_spiking(config)
+    weights.check_layers(config)
     weights.check_tensors(config)
     trainable.check(config)
     teacher.check_tensors(config)

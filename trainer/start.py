@@ -53,7 +53,7 @@ def start(
         weights.check(config)
         findings = check(config) if check_only or not finished else preflight.Findings()
         if check_only:
-            weights.check_spiking(config)
+            weights.check_layers(config)
             weights.check_tensors(config)
             trainable.check(config)
             teacher.check_tensors(config)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from models.config import ModelConfig
+from models.config import ADAPTERS, ModelConfig
 from trainer.config import PretrainConfig
 from trainer.errors import ConfigError
 from trainer.phases import expand
@@ -19,9 +19,12 @@ def trained(config: PretrainConfig) -> list[str]:
     train = config.train
     if train.trainable is not None:
         return train.trainable
+    has_adapters = config.model.lora.is_on
     if train.objective.name != "align":
-        return ["*"]
+        return [ADAPTERS] if has_adapters else ["*"]
     layers = aligned_layers(config)
+    if has_adapters:
+        return [f"layers.{layer}.mixer{ADAPTERS}" for layer in layers]
     return [f"layers.{layer}.mixer.*" for layer in layers] + _bounds(config.model, layers)
 
 
@@ -30,7 +33,7 @@ def trained_in_any(config: PretrainConfig) -> list[str]:
     phases = expand(config)
     # Judged first, because a teacher of a phase that is over may be gone.
     if any(phase.config.train.trainable is None and phase.config.train.objective.name != "align" for phase in phases):
-        return ["*"]
+        return [ADAPTERS] if config.model.lora.is_on else ["*"]
     return list(dict.fromkeys(pattern for phase in phases for pattern in trained(phase.config)))
 
 
@@ -83,6 +86,11 @@ def _check_phase(config: PretrainConfig, names: list[str]) -> None:
                 f"train.trainable: no parameter's name matches {pattern!r}; they are named as {names[0]} and "
                 f"{names[len(names) // 2]}"
             )
+    if config.model.lora.is_on and not any(matches(name, [ADAPTERS]) and matches(name, patterns) for name in names):
+        raise ConfigError(
+            f"train.trainable trains no adapter of model.lora; add {ADAPTERS}, or leave train.trainable out, which trains "
+            "the adapters alone"
+        )
     frozen = [name for name in names if ".experts." in name and not matches(name, patterns)]
     if config.model.moe.spawn_step is not None and frozen:
         raise ConfigError(

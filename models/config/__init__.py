@@ -7,6 +7,8 @@ from models.config.experts import DenseToSparseConfig as DenseToSparseConfig
 from models.config.experts import MoEConfig as MoEConfig
 from models.config.experts import RouterConfig as RouterConfig
 from models.config.experts import RouterLossConfig as RouterLossConfig
+from models.config.lora import ADAPTERS as ADAPTERS
+from models.config.lora import LoraConfig as LoraConfig
 from models.config.mixers import LINEAR_MIXERS as LINEAR_MIXERS
 from models.config.mixers import MIXERS as MIXERS
 from models.config.mixers import SOFTMAX_MIXERS as SOFTMAX_MIXERS

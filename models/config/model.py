@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from models.config.checks import require, require_positive
 from models.config.experts import MoEConfig
+from models.config.lora import LoraConfig
 from models.config.mixers import (
     LINEAR_MIXERS,
     MIXERS,
@@ -51,6 +52,7 @@ class ModelConfig:
         spikingbrain_gla: SpikingBrain's linear attention, with its own gate or the tied one.
         moe: Mixture of experts in place of the feed-forward.
         spiking: Spiking neurons in front of linear layers.
+        lora: Low-rank adapters beside linear layers, which are trained in their place.
     """
 
     num_layers: int = 8
@@ -75,6 +77,7 @@ class ModelConfig:
     spikingbrain_gla: SpikingBrainGLAConfig = field(default_factory=SpikingBrainGLAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     spiking: SpikingConfig = field(default_factory=SpikingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_multiple", "norm_eps", "init_std")
@@ -97,6 +100,11 @@ class ModelConfig:
             not self.sink_tokens or not set(self.used_mixers()) <= set(LINEAR_MIXERS),
             f"model.sink_tokens={self.sink_tokens}: no layer would see them; add one with full_attention or "
             "sliding_window_attention, or set it to 0",
+        )
+        require(
+            not self.lora.is_on or self.moe.spawn_step is None,
+            f"model.lora freezes the experts that model.moe.spawn_step={self.moe.spawn_step} would write to; use "
+            "model.lora.rank=0 up to that step, or leave spawn_step out",
         )
         if self.moe.num_experts:
             dense = self.moe.dense_layers

@@ -54,7 +54,9 @@ class ExpertLinear(Projection):
 
     def forward(self, rows_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """Multiply each row by its expert's weight: [N, D] to [N, O]. Rows are sorted by expert."""
-        return grouped_linear(self.spikes(rows_ND), self.factor, tokens_per_expert_E)
+        rows_ND = self.spikes(rows_ND)
+        product_NO = grouped_linear(rows_ND, self.factor, tokens_per_expert_E)
+        return self.adapted(product_NO, rows_ND, tokens_per_expert_E)
 
 
 class ExpertRowLinear(ExpertLinear):

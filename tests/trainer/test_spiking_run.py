@@ -20,7 +20,7 @@ from trainer.planning.dry_run import Cut, DryRun
 from trainer.stored.export import export
 from trainer.stored.inference import load_model
 from trainer.stored.opening import open_weights
-from trainer.stored.weights import check, check_spiking, check_tensors, start
+from trainer.stored.weights import check, check_layers, check_tensors, start
 
 EXPERTS = MoEConfig(num_experts=4, shared_experts=1, expert_hidden_size=32, router=RouterConfig(top_k=4))
 POLICIES = {
@@ -107,9 +107,9 @@ def test_weights_that_spike_are_no_model_of_floats(tiny_data, tmp_path):
 
 def test_a_pattern_that_matches_nothing_is_refused_before_a_run(tiny_data, tmp_path):
     run = in_process_config(tiny_data, tmp_path / "run")
-    check_spiking(run)
+    check_layers(run)
     with pytest.raises(ConfigError, match=r"'layers\.7' matches no linear layer"):
-        check_spiking(replace(run, model=replace(run.model, spiking=SpikingConfig(layers=["layers.7"]))))
+        check_layers(replace(run, model=replace(run.model, spiking=SpikingConfig(layers=["layers.7"]))))
 
 
 SPIKING = ("--model.spiking.layers=[all]", "--model.spiking.k=2.5")

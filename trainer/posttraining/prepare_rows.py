@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ class PrepareRowsConfig:
     Attributes:
         task: sums or products, small tasks with several right answers; or reasoning_gym:NAME, such as
             reasoning_gym:basic_arithmetic (needs the extra rewards).
-        output: Directory of train.jsonl and validation.jsonl, the rows that reinforcement learning reads. If the task
-            gives answers too, also sft.jsonl and sft-validation.jsonl, demonstrations.jsonl (rows of train with a
-            demonstration each), and preferences.jsonl (pairs of a right and a wrong answer).
+        options: Settings of a data set of reasoning-gym, such as {max_terms: 2} of chain_sum.
+        output: Directory of train.jsonl and validation.jsonl, the rows that reinforcement learning reads, and of
+            sft.jsonl and sft-validation.jsonl, the same prompts with right answers, if every row has one. Of sums and
+            products also demonstrations.jsonl (rows of train with a demonstration each), and preferences.jsonl (pairs of
+            a right and a wrong answer).
         train: Rows to learn from. Those of one prompt are one in train.jsonl and demonstrations.jsonl.
         validation: Held-out rows. No prompt is among both.
         seed: Seed of the rows.
     """
 
     task: str = "sums"
+    options: dict[str, Any] = field(default_factory=dict)
     output: str = "data/rows"
     train: int = 1000
     validation: int = 64
@@ -53,10 +56,10 @@ def prepare(config: PrepareRowsConfig) -> list[Path]:
         ConfigError: there is no such task, it has too few prompts, or the directory has something else.
     """
     folder = Path(config.output)
-    settings = {name: value for name, value in asdict(config).items() if name != "output"}
+    settings = {name: value for name, value in asdict(config).items() if name != "output" and value != {}}
     if folder.exists():
         return _those_of(folder, settings)
-    stream = tasks.rows(config.task, config.seed)
+    stream = tasks.rows(config.task, config.seed, config.options)
     # A fifth of the prompts is held out, whatever the order in which they come.
     held_out: dict[str, Record] = {}
     train: list[Record] = []
@@ -77,10 +80,10 @@ def prepare(config: PrepareRowsConfig) -> list[Path]:
     # Reinforcement learning takes every prompt once; fine-tuning learns from several answers to one.
     prompts = list({_prompt(row): row for row in reversed(train)}.values())[::-1]
     files = {"train": map(_question, prompts), "validation": map(_question, held_out.values())}
+    if all(isinstance(_completion(row), str) for row in (*train, *held_out.values())):
+        files |= {"sft": map(_answered, train), "sft-validation": map(_answered, held_out.values())}
     if "completion" in train[0]:
         files |= {
-            "sft": map(_answered, train),
-            "sft-validation": map(_answered, held_out.values()),
             "demonstrations": map(_demonstrated, prompts),
             "preferences": map(_compared, train),
         }
@@ -105,12 +108,17 @@ def _prompt(row: Record) -> str:
     return str(row.get("prompt", row.get("question")))
 
 
+def _completion(row: Record) -> Any:
+    """A right answer. The data sets of reasoning-gym have no other text than the answer itself, and some have none."""
+    return row.get("completion", row["answer"])
+
+
 def _question(row: Record) -> Record:
     return {key: value for key, value in row.items() if key not in ("completion", "wrong")}
 
 
 def _answered(row: Record) -> Record:
-    return {"prompt": row["prompt"], "completion": row["completion"]}
+    return {"prompt": _prompt(row), "completion": _completion(row)}
 
 
 def _demonstrated(row: Record) -> Record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,24 +77,27 @@ def check_product(answer: Answer) -> float:
     return float(2 <= a <= 12 and 2 <= b <= 12 and a * b == int(answer.ground_truth))
 
 
-def rows(name: str, seed: int) -> Iterator[dict[str, Any]]:
+def rows(name: str, seed: int, options: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a task, without end or until its data set is exhausted.
 
     Args:
         name: One of TASKS, or reasoning_gym:NAME for a data set of that package.
         seed: Seed of the rows.
+        options: Settings of the data set.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: there is no such task, or it has no such settings.
     """
     if name.startswith(_GYM):
-        return _of_gym(name.removeprefix(_GYM), seed)
+        return _of_gym(name.removeprefix(_GYM), seed, options or {})
+    if options:
+        raise ConfigError(f"options: {name} has none; leave them out, or name a task {_GYM}NAME")
     if name not in TASKS:
         raise ConfigError(f"task: there is no {name!r}; choose from {', '.join(TASKS)}, or {_GYM}NAME")
     return TASKS[name].rows(random.Random(seed))
 
 
-def _of_gym(name: str, seed: int) -> Iterator[dict[str, Any]]:
+def _of_gym(name: str, seed: int, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -102,6 +105,9 @@ def _of_gym(name: str, seed: int) -> Iterator[dict[str, Any]]:
         raise ConfigError("task: reasoning-gym is not installed: pip install 'spiketrain[rewards]'") from error
     if name not in DATASETS:
         raise ConfigError(f"task: reasoning-gym has no data set {name!r}; one is basic_arithmetic")
-    data = reasoning_gym.create_dataset(name, seed=seed, size=1 << 20)
+    try:
+        data = reasoning_gym.create_dataset(name, seed=seed, size=1 << 20, **options)
+    except (TypeError, AssertionError) as error:
+        raise ConfigError(f"options: reasoning-gym's {name} does not take {dict(options)} ({error})") from error
     for number in range(len(data)):
         yield dict(data[number])

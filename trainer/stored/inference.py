@@ -1,6 +1,7 @@
 """Opens checkpoints and weights for generation and evaluation. Imports neither megatron nor deepspeed."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import yaml
 from torch import Tensor
 
 from models import spiking
-from models.config import ModelConfig, SpikingConfig
+from models.config import LoraConfig, ModelConfig, SpikingConfig
 from models.decoder import Decoder, build
+from models.lora import factor_names, factors_of_shard, merged
 from models.moe.statistics import set_step
 from models.parameters import declared
 from trainer.cli import from_mapping
@@ -72,6 +74,14 @@ def find_checkpoint(path: str | Path) -> Path:
     return latest
 
 
+# The sharded axis of a tensor, this rank's index and the number of ranks (Declared.place).
+_Place = tuple[int | None, int, int]
+
+
+def _piece(tensor: Tensor, place: _Place) -> Piece:
+    return Piece(Shard.of(tensor, *place), 0, tensor.detach().view(-1))
+
+
 @dataclass(frozen=True)
 class StoredModel:
     """A checkpoint whose parameters can be read, in a single process.
@@ -79,10 +89,11 @@ class StoredModel:
     Attributes:
         path: Path of the checkpoint.
         settings: The run's configuration as plain values, in the phase of the checkpoint's last step.
-        model: Configuration of the model.
+        model: Configuration of the model without adapters, which reading merges into its weights.
         vocab_size: Rows of its embedding.
         dtype: Data type of its parameters, except those with models.parameters.Placement.float32.
         tokenizer: Directory of the checkpoint's tokenizer. None if the run had none.
+        lora: Configuration of the adapters.
     """
 
     path: Path
@@ -91,23 +102,39 @@ class StoredModel:
     vocab_size: int
     dtype: torch.dtype
     tokenizer: Path | None
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def read(self, parameters: dict[str, Tensor], main: bool = False) -> None:
         """Fill parameters, given by name, from the checkpoint. With `main`, from the optimizer's main parameters."""
-        reader = Reader(self.path / "state")
-        reader.read(
-            {reader.main_name(name) if main else MODEL + name: Piece.of(into) for name, into in parameters.items()}
-        )
+        self._read({name: (into, (None, 0, 1)) for name, into in parameters.items()}, main)
 
     def fill(self, decoder: Decoder) -> None:
         """Fill this shard of a model or stage. Set schedules to their state in the validation after the last step."""
-        pieces = {
-            MODEL + row.name: Piece(Shard.of(row.tensor, *row.place(decoder.groups)), 0, row.tensor.detach().view(-1))
-            for row in declared(decoder).values()
-        }
-        Reader(self.path / "state").read(pieces)
+        self._read({row.name: (row.tensor, row.place(decoder.groups)) for row in declared(decoder).values()})
         set_step([decoder], self.last_step)
         spiking.set_step([decoder], self.last_step)
+
+    @torch.no_grad()
+    def _read(self, shards: Mapping[str, tuple[Tensor, _Place]], main: bool = False) -> None:
+        """Fill shards of parameters, by name, with what Declared.place says of each. Adapters are merged into them."""
+        reader = Reader(self.path / "state")
+
+        def stored(name: str) -> str:
+            return reader.main_name(name) if main else MODEL + name
+
+        adapted = [name for name in shards if MODEL + factor_names(name)[0] in reader.stored]
+        plain = {name: shard for name, shard in shards.items() if name not in adapted}
+        reader.read({stored(name): _piece(into, place) for name, (into, place) in plain.items()})
+        for name in adapted:
+            into, place = shards[name]
+            # In float32, so that the sum is rounded once.
+            weight = torch.empty(into.shape)
+            a, b = (torch.empty(reader.stored[MODEL + factor].size) for factor in factor_names(name))
+            factors = zip(factor_names(name), (a, b), strict=True)
+            reader.read(
+                {stored(name): _piece(weight, place)} | {stored(own): Piece.of(values) for own, values in factors}
+            )
+            into.copy_(merged(weight, *factors_of_shard(a, b, *place), self.lora.scale))
 
     @property
     def last_step(self) -> int:
@@ -128,13 +155,15 @@ def open_checkpoint(path: str | Path) -> StoredModel:
     embedding = Reader(found / "state").stored[f"{MODEL}embedding.weight"]
     dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32
     tokenizer = found / "tokenizer"
+    model = from_mapping(ModelConfig, settings["model"])
     return StoredModel(
         found,
         settings,
-        from_mapping(ModelConfig, settings["model"]),
+        replace(model, lora=LoraConfig()),
         embedding.size[0],
         dtype,
         tokenizer if tokenizer.is_dir() else None,
+        model.lora,
     )
 
 

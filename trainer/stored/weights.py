@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
     from models.decoder import Decoder
 
-# Only initialisation depends on these. vocab_size and vocab_multiple matter through the number of rows, which is
-# compared separately.
-_NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple")
+# Only initialisation depends on the first two. vocab_size and vocab_multiple matter through the number of rows, which is
+# compared separately. Weights have no adapters: they are merged.
+_NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple", "lora")
 # The weights hold all experts, whether or not they were spawned and however their activations are kept in training.
 _NOT_COMPARED_OF_EXPERTS = ("spawn_step", "spawn_diversify", "recompute_above", "replicate_above")
 # When spikes begin, how they are trained, and what more may become coarse: no stored tensor depends on these.
@@ -102,13 +102,15 @@ def check_tensors(config: PretrainConfig) -> None:
     weights.require(model, _drawn(model, weights))
 
 
-def check_spiking(config: PretrainConfig) -> None:
-    """Check that every pattern of model.spiking.layers matches a linear layer. Imports torch if there are any.
+def check_layers(config: PretrainConfig) -> None:
+    """Check that every pattern of model.spiking.layers and model.lora.targets matches a linear layer.
+
+    Imports torch if there are any.
 
     Raises:
-        ConfigError: a pattern matches none.
+        ConfigError: a pattern matches none, or selects a layer that cannot have what it is selected for.
     """
-    if not config.model.spiking.is_used:
+    if not (config.model.spiking.is_used or config.model.lora.is_on):
         return
     from models.decoder import shapes
 
@@ -131,8 +133,8 @@ def check_vocabulary(config: PretrainConfig, vocab_size: int) -> None:
 def start(model: "Decoder", init: str | None, seed: int, resumes: bool = False) -> None:
     """Initialise this rank's shard of a model or pipeline stage.
 
-    Values are read from the weights `init`, or else drawn from `seed`, as are those of neurons that are new to the
-    weights' model. If a checkpoint will be loaded (`resumes`), neither happens.
+    Values are read from the weights `init`, or else drawn from `seed`, as are those of neurons and adapters that are
+    new to the weights' model. If a checkpoint will be loaded (`resumes`), neither happens.
     """
     from models.decoder import initialize, seed_routers
     from models.parameters import draw
@@ -162,7 +164,9 @@ def arguments_from(path: str | Path) -> list[str]:
         )
     weights = open_weights(path)
     tokenizer = [] if weights.tokenizer is None else [f"--data.tokenizer={path}"]
-    return [f"--model={json.dumps(asdict(weights.model))}", *tokenizer, f"--checkpoint.init={path}"]
+    # Weights have no adapters. Those that the run is to train keep their settings.
+    model = {name: value for name, value in asdict(weights.model).items() if name != "lora"}
+    return [f"--model={json.dumps(model)}", *tokenizer, f"--checkpoint.init={path}"]
 
 
 def expand_init(arguments: Sequence[str]) -> list[str]:
@@ -200,7 +204,7 @@ def _model_section(value: str) -> str:
 def fill(model: "Decoder", weights: Weights) -> None:
     """Read this rank's shards of a model or stage, and nothing else, converting to the parameters' dtypes.
 
-    Neurons of a model that the weights' model has without spikes keep what they have.
+    Neurons of a model that the weights' model has without spikes keep what they have, and so do adapters.
     """
     from models.parameters import declared
 
@@ -217,10 +221,12 @@ def fill(model: "Decoder", weights: Weights) -> None:
 
 
 def _drawn(model: "Decoder", weights: Weights) -> list[str]:
-    """The tensors of neurons where the weights are those of a model without spikes; else none."""
+    """The tensors of adapters, which weights lack, and of neurons where the weights' model has no spikes."""
+    from models.lora import missing_adapters
     from models.spiking import missing_tensors
 
-    return [] if weights.model.spiking.is_used else missing_tensors(model, weights.tensors)
+    neurons = [] if weights.model.spiking.is_used else missing_tensors(model, weights.tensors)
+    return neurons + missing_adapters(model, weights.tensors)
 
 
 def write(
