@@ -6,10 +6,11 @@ and B [E, out, r].
 
 Under tensor parallelism one factor is sharded as its layer is, and the other is replicated. A layer that is sharded by
 outputs has its own rows of B; one that is sharded by inputs has its own columns of A, and its share of B A x joins its
-share of W x before the sum over ranks. So no message is added to a region. Of the replicated factor each rank computes a
-partial gradient, like that of any parameter inside a region (models.parameters.partial_gradients).
+share of W x before the sum over ranks. So no message is added to a region. Of the replicated factor each rank computes
+a partial gradient, like that of any parameter inside a region (models.parameters.partial_gradients).
 
-W' = W + s B A computes the same without adapters (`merged`). Whatever reads a checkpoint other than to resume it reads W'.
+W' = W + s B A computes the same without adapters (`merged`). Whatever reads a checkpoint other than to resume it reads
+W'.
 """
 
 import difflib
@@ -95,7 +96,7 @@ class Lora(Module):
             self.b = (_SplitUp if axis == 0 else _Up)(config.rank, outputs, bias=False)
 
     def forward(self, x: Tensor, *counts: Tensor) -> Tensor:
-        """Map the layer's input x [..., in] to what is added to its output, [..., out]; of experts, see ExpertLinear."""
+        """Map the layer's input x [..., in] to its addition to the output [..., out]; of experts, see ExpertLinear."""
         y: Tensor = self.b(self.a(x, *counts) * self.scale, *counts)
         return y
 
@@ -121,8 +122,9 @@ def add_adapters(layers: nn.ModuleDict, config: LoraConfig, is_whole: bool) -> N
             continue
         if layer.rounding is not None:
             raise ValueError(
-                f"model.lora selects {name}, whose weight model.spiking.weights=int8 rounds: merged with its adapter it "
-                "would be rounded to another one; use model.spiking.weights=float, or leave it out of model.lora.targets"
+                f"model.lora selects {name}, whose weight model.spiking.weights=int8 rounds: merged with its adapter "
+                "it would be rounded to another one; use model.spiking.weights=float, or leave the layer out of "
+                "model.lora.targets"
             )
         layer.lora = Lora(config, layer)
         # A bound method, as for neurons: its owner is registered once, as `lora`.

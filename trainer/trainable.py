@@ -88,8 +88,8 @@ def _check_phase(config: PretrainConfig, names: list[str]) -> None:
             )
     if config.model.lora.is_on and not any(matches(name, [ADAPTERS]) and matches(name, patterns) for name in names):
         raise ConfigError(
-            f"train.trainable trains no adapter of model.lora; add {ADAPTERS}, or leave train.trainable out, which trains "
-            "the adapters alone"
+            f"train.trainable trains no adapter of model.lora; add {ADAPTERS}, or leave train.trainable out, which "
+            "trains the adapters alone"
         )
     frozen = [name for name in names if ".experts." in name and not matches(name, patterns)]
     if config.model.moe.spawn_step is not None and frozen:

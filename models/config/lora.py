@@ -61,6 +61,4 @@ class LoraConfig:
 
     def unmatched(self, names: list[str]) -> list[str]:
         """The patterns that match none of these names."""
-        return [
-            pattern for pattern in self.targets or () if not any(fnmatchcase(name, pattern) for name in names)
-        ]
+        return [pattern for pattern in self.targets or () if not any(fnmatchcase(name, pattern) for name in names)]

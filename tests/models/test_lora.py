@@ -86,7 +86,7 @@ def test_merged_weights_compute_the_same(pattern, experts):
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_gradients_are_those_of_merged_weights(experts):
-    """dA = s Bᵀ dW and dB = s dW Aᵀ, in float64."""
+    """In float64: dA = s Bᵀ dW, dB = s dW Aᵀ."""
     model = adapted("gated_delta_net, full_attention", **({"moe": EXPERTS} if experts else {})).double()
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     scale, plain = model.model_config.lora.scale, without_adapters(model)
@@ -149,10 +149,14 @@ def names_of(targets):
 
 def test_patterns_select_layers():
     assert names_of(["layers.1.mixer.[qv]_proj"]) == {"layers.1.mixer.q_proj", "layers.1.mixer.v_proj"}
-    assert names_of(["*.down_proj", "*o_proj"]) == {f"layers.{i}.{name}" for i in (0, 1) for name in ("ffn.down_proj", "mixer.o_proj")}
+    assert names_of(["*.down_proj", "*o_proj"]) == {
+        f"layers.{i}.{name}" for i in (0, 1) for name in ("ffn.down_proj", "mixer.o_proj")
+    }
     assert names_of(None) == names_of(["*"]) and len(names_of(None)) == 4 + 3 + 7 + 3
     for stray in (["*.q_prj"], ["lm_head"], ["layers.2.*"], ["*q_proj", "embedding"]):
-        with pytest.raises(ValueError, match=rf"model\.lora\.targets: '{stray[-1].replace('*', '[*]')}' matches no linear"):
+        with pytest.raises(
+            ValueError, match=rf"model\.lora\.targets: '{stray[-1].replace('*', '[*]')}' matches no linear"
+        ):
             names_of(stray)
 
 

@@ -20,7 +20,7 @@ KEYS = {
     "run": "dir device threads deterministic timeout_seconds",
     "model": "num_layers hidden_size ffn_hidden_size vocab_size vocab_multiple tie_embeddings norm_eps "
     "zero_centered_norms init_std scale_residual_init sink_tokens mixers attention gated_delta_net "
-    "gated_linear_attention retention hgrn2 delta_net kimi_delta_attention spikingbrain_gla moe spiking",
+    "gated_linear_attention retention hgrn2 delta_net kimi_delta_attention spikingbrain_gla moe spiking lora",
     "model.mixers": "pattern linear_per_full full_attention_every linear softmax",
     "model.attention": "num_heads num_kv_heads head_dim rope_theta rope_scaling partial_rotary_factor qk_norm "
     "qkv_bias output_gate window",
@@ -44,6 +44,7 @@ KEYS = {
     "model.spiking": "layers k k_start anneal_steps start_step threshold momentum count_range code dead_zone gradient "
     "queries int8_keys_values weights activity",
     "model.spiking.activity": "loss weight target",
+    "model.lora": "rank alpha targets scaling init",
     "data": "path blend tokenizer validation_path eod_id document_mask cache_dir vocab_size",
     "train": "steps seed precision seq_len micro_batch_size global_batch_size max_skipped_steps recompute trainable "
     "recompute_modules compression objective",
@@ -136,6 +137,7 @@ def test_options_of_pretrain():
         "--train.trainable+",
         "--model.spiking.layers+",
         "--model.spiking.count_range+",
+        "--model.lora.targets+",
         "--phases+",
         "--phases.help",
         "--train.compression.modules.help",
@@ -156,7 +158,7 @@ def test_options_of_pretrain():
             "checkpoint tokenizer model_name device host port api_key slots queue max_prompt_tokens max_new_tokens "
             "max_body_bytes request_seconds drain_seconds prefixes deterministic",
         ),
-        ("launch/prepare_rows.py", "task output train validation seed"),
+        ("launch/prepare_rows.py", "task options output train validation seed"),
         ("launch/convert.py export", "checkpoint output dtype layout max_file_gb"),
         ("launch/convert.py import", "source output dtype max_file_gb"),
     ],

@@ -26,22 +26,22 @@ class PrepareRowsConfig:
     Attributes:
         task: sums or products, small tasks with several right answers; or reasoning_gym:NAME, such as
             reasoning_gym:basic_arithmetic (needs the extra rewards).
-        options: Settings of a data set of reasoning-gym, such as {max_terms: 2} of chain_sum.
         output: Directory of train.jsonl and validation.jsonl, the rows that reinforcement learning reads, and of
             sft.jsonl and sft-validation.jsonl, the same prompts with right answers, if every row has one. Of sums and
-            products also demonstrations.jsonl (rows of train with a demonstration each), and preferences.jsonl (pairs of
-            a right and a wrong answer).
+            products also demonstrations.jsonl (rows of train with a demonstration each), and preferences.jsonl (pairs
+            of a right and a wrong answer).
         train: Rows to learn from. Those of one prompt are one in train.jsonl and demonstrations.jsonl.
         validation: Held-out rows. No prompt is among both.
         seed: Seed of the rows.
+        options: Settings of a data set of reasoning-gym, such as {max_terms: 2} of chain_sum.
     """
 
     task: str = "sums"
-    options: dict[str, Any] = field(default_factory=dict)
     output: str = "data/rows"
     train: int = 1000
     validation: int = 64
     seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("train", "validation"):

@@ -90,10 +90,10 @@ def rows(name: str, seed: int, options: Mapping[str, Any] | None = None) -> Iter
     """
     if name.startswith(_GYM):
         return _of_gym(name.removeprefix(_GYM), seed, options or {})
-    if options:
-        raise ConfigError(f"options: {name} has none; leave them out, or name a task {_GYM}NAME")
     if name not in TASKS:
         raise ConfigError(f"task: there is no {name!r}; choose from {', '.join(TASKS)}, or {_GYM}NAME")
+    if options:
+        raise ConfigError(f"options: {name} has none; leave them out, or name a task {_GYM}NAME")
     return TASKS[name].rows(random.Random(seed))
 
 

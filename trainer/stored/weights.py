@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
     from models.decoder import Decoder
 
-# Only initialisation depends on the first two. vocab_size and vocab_multiple matter through the number of rows, which is
-# compared separately. Weights have no adapters: they are merged.
+# Only initialisation depends on the first two. vocab_size and vocab_multiple matter through the number of rows, which
+# is compared separately. Weights have no adapters: they are merged.
 _NOT_COMPARED = ("init_std", "scale_residual_init", "vocab_size", "vocab_multiple", "lora")
 # The weights hold all experts, whether or not they were spawned and however their activations are kept in training.
 _NOT_COMPARED_OF_EXPERTS = ("spawn_step", "spawn_diversify", "recompute_above", "replicate_above")

@@ -1,5 +1,6 @@
 """Generated rows: right answers are right, wrong ones wrong, and no prompt is held out and learned from."""
 
+import json
 from itertools import islice
 
 import pytest
@@ -49,12 +50,41 @@ def test_files_of_a_task(tmp_path):
 
 def test_rows_of_reasoning_gym(tmp_path):
     paths = prepare(PrepareRowsConfig("reasoning_gym:basic_arithmetic", str(tmp_path / "rows"), train=5, validation=2))
-    assert [path.stem for path in paths] == ["train", "validation"]
+    assert {path.stem for path in paths} == {"train", "validation", "sft", "sft-validation"}
     (first, *_) = read_rows(paths[0])
     score = build(RewardConfig("reasoning_gym"))
     for text, expected in ((first.ground_truth, 1.0), ("no number", 0.0)):
         answer = Answer(first.prompt, text, first.data_source, first.ground_truth, first.extra)
         assert (score(answer) == 1.0) == (expected == 1.0)
+
+
+def test_settings_of_reasoning_gym(tmp_path):
+    """Rows to fine-tune on have the prompts and answers of those to learn from by rewards."""
+    own = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
+    paths = prepare(
+        PrepareRowsConfig("reasoning_gym:chain_sum", str(tmp_path / "rows"), train=40, validation=2, options=own)
+    )
+    rows = {path.stem: list(read_rows(path)) for path in paths}
+    answers = {row.prompt: row.ground_truth for row in rows["train"]}
+    for row in rows["train"]:
+        first, sign, second = row.prompt.split(": ")[1].removesuffix(" =").split()
+        assert int(row.ground_truth) == int(first) + (1 if sign == "+" else -1) * int(second)
+    assert len(rows["sft"]) == 40 and {row.prompt for row in rows["sft"]} == answers.keys()
+    lines = (tmp_path / "rows/sft.jsonl").read_text().splitlines()
+    assert all(answers[line["prompt"]] == line["completion"] for line in map(json.loads, lines))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("sums", {"max_terms": 2}, "options: sums has none"),
+        ("reasoning_gym:chain_sum", {"terms": 2}, "chain_sum does not take .*terms"),
+        ("reasoning_gym:chain_sum", {"max_terms": 1}, "chain_sum does not take .*max_terms"),
+    ],
+)
+def test_settings_that_a_task_has_not(tmp_path, task, options, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(PrepareRowsConfig(task, str(tmp_path / "rows"), options=options))
 
 
 @pytest.mark.parametrize(
