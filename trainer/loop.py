@@ -74,6 +74,7 @@ class Trainer:
         seconds_in_checkpoints: Time that training has waited for saves since the last step.
         cut_short: A callback sets it on all ranks if a stop interrupted its work after the last step.
         samples: The newest text samples.
+        tables: Tables of the validation that is being reported, in markdown, by name.
         rasters: Spike counts [channels, T] of some of the model's inputs in the newest validation, by name.
         phases: The phases of the run, in order. A run without configured phases has one.
     """
@@ -103,6 +104,7 @@ class Trainer:
         self.stop_reason = ""
         self.save_requested = self.agreed_to_save = False
         self.samples: list[str] = []
+        self.tables: dict[str, str] = {}
         self.rasters: dict[str, np.ndarray] = {}
         self._peak_flops, self._peak_was_raised = peak_flops, False
         self._watchdog, self._events = watchdog, events

@@ -24,7 +24,16 @@ CALLBACKS = "callbacks.json"
 _NAME = re.compile(r"step_(\d{8,})")
 # Files that a new run would overwrite. The checkpoints are renamed last: until then the other files belong to them,
 # even if a kill interrupts the renaming.
-_KEPT = ("metrics.jsonl", "events.jsonl", "tensorboard", "rollouts", "rehearsal", "prompt_filter.json", "checkpoints")
+_KEPT = (
+    "metrics.jsonl",
+    "events.jsonl",
+    "tensorboard",
+    "rollouts",
+    "samples",
+    "rehearsal",
+    "prompt_filter.json",
+    "checkpoints",
+)
 
 # A run may continue only with the same model, data, batches, objective and initial weights.
 _FIXED = (

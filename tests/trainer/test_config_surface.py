@@ -74,7 +74,7 @@ POSTTRAIN_KEYS = {
     "gate": "kind failed off_policy coefficient mean",
     "rewards": "",
     "environment": "name options turns role max_reply_tokens seconds memory_bytes",
-    "pass_at_k": "every samples temperature prompts right",
+    "pass_at_k": "every samples temperature prompts right show",
 }
 
 # Of launch/pretrain.py, beside one option for every key above.

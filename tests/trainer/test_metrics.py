@@ -204,6 +204,16 @@ def test_a_matrix_becomes_an_image_over_time(trainer, tmp_path):
     assert [(image.step, image.height, image.width) for image in read.Images("moe/load")] == [(3, 4, 3), (6, 4, 6)]
 
 
+def test_tables_of_a_validation_are_text(trainer, tmp_path):
+    running, callback = trainer(), TensorBoard(tmp_path, 1)
+    callback.on_start(running)
+    running.tables = {"answers": "| prompt |\n|---|\n| 1 |"}
+    callback.on_evaluation(running, evaluation_metrics(3))
+    callback.on_end(running)
+    (found,) = events(tmp_path).Tensors("validation/answers/text_summary")
+    assert found.step == 3 and found.tensor_proto.string_val == [b"| prompt |\n|---|\n| 1 |"]
+
+
 def test_spikes_of_a_validation_are_an_image(trainer, tmp_path):
     running, callback = trainer(), TensorBoard(tmp_path, 1)
     callback.on_start(running)

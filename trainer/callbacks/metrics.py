@@ -168,6 +168,8 @@ class TensorBoard(Callback):
             self._writer.add_image("spiking/raster", image(trainer.rasters), metrics["step"], dataformats="HW")
         for i, text in enumerate(trainer.samples):
             self._writer.add_text(f"sample/{i}", f"```\n{text}\n```", metrics["step"])
+        for name, table in trainer.tables.items():
+            self._writer.add_text(f"{metrics['split']}/{name}", table, metrics["step"])
         if trainer.finished:
             self._write_hyper_parameters(trainer, metrics)
 

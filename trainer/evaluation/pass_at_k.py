@@ -57,7 +57,8 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Collection[Hashab
     """Compute the probability that the most frequent of k answers to a problem is correct (arXiv:2203.11171).
 
     It is exact: the mean over all subsets of k of the n answers, where a tie is decided by a draw. No subset is listed.
-    The cost is that of about k² · (number of different answers) additions of integers.
+    The cost is that of about k² · (number of different answers) additions of integers, for each number of votes that
+    a correct answer has.
 
     Args:
         answers: The n answers, equal if they mean the same. None is no answer: it takes a place but has no vote. If
@@ -71,13 +72,17 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Collection[Hashab
     _check(np.array([len(answers)]), k)
     votes = Counter(answers)
     silent = votes.pop(None, 0)
-    favourable = 0.0
     subsets = math.comb(len(answers), k)
-    for winner in (answer for answer in votes if answer in correct):
-        others = [number for answer, number in votes.items() if answer != winner]
-        for count in range(1, min(votes[winner], k) + 1):
+    # Answers that occur as often have the same chance.
+    winners = Counter(number for answer, number in votes.items() if answer in correct)
+    favourable = 0.0
+    for own, alike in winners.items():
+        others = list(votes.values())
+        others.remove(own)
+        # All answers are one subset, in which none occurs less often than it does.
+        for count in range(own if k == len(answers) else 1, min(own, k) + 1):
             ways = _ways(others, silent, count, k - count)
-            choices = math.comb(votes[winner], count)
+            choices = alike * math.comb(own, count)
             # Python divides integers of any size exactly rounded.
             favourable += sum(choices * number / ((ties + 1) * subsets) for ties, number in enumerate(ways))
     return favourable

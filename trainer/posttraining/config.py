@@ -261,6 +261,7 @@ class PassAtKConfig:
         temperature: Of these answers.
         prompts: Number of prompts, the first of rows.validation; 0 takes all.
         right: An answer is right if its reward is at least this, here and wherever right answers are counted.
+        show: Answers of each validation to keep in run.dir/samples and to show in TensorBoard.
     """
 
     every: int = 50
@@ -268,9 +269,10 @@ class PassAtKConfig:
     temperature: float = 1.0
     prompts: int = 64
     right: float = 1.0
+    show: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("every", "prompts"):
+        for name in ("every", "prompts", "show"):
             value = getattr(self, name)
             require(value >= 0, f"pass_at_k.{name} is {value}: it must not be negative")
         require(self.samples > 0, f"pass_at_k.samples is {self.samples}: it must be positive")

@@ -222,6 +222,10 @@ class Sampler:
         self.tokens += sum(sample.written for group in gathered for sample in group.samples)
         return self.score(prompts, gathered)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text."""
+        return self._tokenizer.decode(list(tokens))
+
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Drawn:
         """Begin to score answers to prompts, in the order of these."""
         own = range(self._replica, len(prompts), self._replicas)
@@ -242,7 +246,7 @@ class Sampler:
         return [_scored(group, every.get(place)) for place, group in enumerate(drawn.groups)]
 
     def _answer(self, prompt: Prompt, sample: Sample) -> Answer:
-        row, text = prompt.row, self._tokenizer.decode(list(prompt.tokens))
+        row, text = prompt.row, self.decode(prompt.tokens)
         return Answer(text, sample.text, row.data_source, row.ground_truth, row.extra, sample.finished)
 
 

@@ -20,6 +20,7 @@ from trainer.loop import Outcome, Source, Trainer
 from trainer.objectives.alignment import AnyObjective
 from trainer.objectives.language_model import LanguageModel
 from trainer.posttraining import initial, rehearsal
+from trainer.posttraining.answer_figures import vote_of
 from trainer.posttraining.config import PosttrainConfig, RowsConfig
 from trainer.posttraining.data.encode import (
     EncodeOptions,
@@ -252,7 +253,7 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
     )
     if inputs.validation is not None:
         held_out, _ = encode_prompts(inputs.validation, inputs.encoder)
-        validations.append(PassAtK(held_out, sampler, policy, config.pass_at_k))
+        validations.append(PassAtK(held_out, sampler, policy, config.pass_at_k, vote_of(config.rewards)))
     return _Stage(source, source.objective, (RolloutState(source, rl.max_mismatch),), tuple(validations), tuple(notes))
 
 

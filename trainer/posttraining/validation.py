@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from trainer.callbacks.base import Callback
 from trainer.errors import ConfigError
-from trainer.evaluation.pass_at_k import pass_at_k
 from trainer.objectives.language_model import LanguageModel
+from trainer.posttraining.answer_figures import Vote, answer_figures, as_markdown, save_rows, shown_rows
 from trainer.posttraining.curves import draw
 from trainer.posttraining.data.packing import Packing, pack
 from trainer.posttraining.data.sequences import TokenSequence
-from trainer.posttraining.rollouts import Policy, Prompt, Sampler
+from trainer.posttraining.initial import numbered
+from trainer.posttraining.rollouts import Policy, Sampler
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -50,6 +48,7 @@ class Validation(Callback, ABC):
         start = time.perf_counter()
         figures = self.validate(trainer)
         trainer.report_figures("validation", figures, time.perf_counter() - start)
+        trainer.tables = {}
 
     @abstractmethod
     def validate(self, trainer: Trainer) -> dict[str, float]:
@@ -89,21 +88,27 @@ class SupervisedLoss(Validation):
 class PassAtK(Validation):
     """The model's answers to held-out prompts: their mean reward, and the share of prompts solved in k answers.
 
-    The draws are the same at every validation.
+    The draws are the same at every validation. run.dir/samples has some answers of each.
 
     Args:
         prompts: The rows with the tokens of their prompts.
         sampler: Answers prompts.
         policy: How the answers of training are drawn.
         config: How many prompts and answers.
+        vote: What of an answer maj@k counts.
     """
 
     def __init__(
-        self, prompts: Sequence[tuple[Row, list[int]]], sampler: Sampler, policy: Policy, config: PassAtKConfig
+        self,
+        prompts: Sequence[tuple[Row, list[int]]],
+        sampler: Sampler,
+        policy: Policy,
+        config: PassAtKConfig,
+        vote: Vote,
     ) -> None:
-        chosen = prompts[: config.prompts] if config.prompts else prompts
-        self._prompts = [Prompt(number, row, tuple(tokens)) for number, (row, tokens) in enumerate(chosen)]
-        self._sampler, self.every, self._right = sampler, config.every, config.right
+        self._prompts = numbered(prompts[: config.prompts] if config.prompts else prompts)
+        self._sampler, self._vote, self.every = sampler, vote, config.every
+        self._right, self._show = config.right, config.show
         # Other draws than those of training.
         self._policy = replace(
             policy, samples=config.samples, temperature=config.temperature, seed=policy.seed + 1_000_003
@@ -112,13 +117,11 @@ class PassAtK(Validation):
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """See `PassAtK`."""
         groups = self._sampler.answer(self._prompts, self._policy)
-        solved = np.array([sum(reward >= self._right for reward in group.rewards) for group in groups])
-        count = self._policy.samples
-        rewards = [reward for group in groups for reward in group.rewards]
-        figures = {"reward": statistics.fmean(rewards)}
-        for k in powers_of_two(count):
-            figures[f"pass@{k}"] = float(np.mean(pass_at_k(np.full(len(solved), count), solved, k)))
-        return figures
+        if self._show and self._sampler.rank == 0:
+            rows = shown_rows(groups, self._sampler.decode, self._show)
+            save_rows(trainer.run_dir / "samples" / f"step_{trainer.progress.step:08d}.jsonl", rows)
+            trainer.tables = {"answers": as_markdown(rows)}
+        return answer_figures(groups, self._right, self._vote)
 
     def on_end(self, trainer: Trainer) -> None:
         """Draw the rewards and pass@k of the whole run, if matplotlib is installed."""
@@ -131,10 +134,3 @@ class PassAtK(Validation):
             _LOGGER.info("no plot: %s", error)
         else:
             _LOGGER.info("drew %s", path)
-
-
-def powers_of_two(most: int) -> list[int]:
-    """1, 2, 4, … up to `most`, and `most`."""
-    return sorted(
-        {most, *(1 << power for power in range(most.bit_length()))} - {0} - set(range(most + 1, 2 * most + 1))
-    )

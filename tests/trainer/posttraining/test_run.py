@@ -113,6 +113,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(model, rows, tmp_path, stage):
         assert whole[-1]["loss"] < 0.6 and whole[-1]["accuracy"] > 0.9
     else:
         assert 0 <= whole[-1]["pass@1"] <= whole[-1]["pass@4"] <= 1
+        assert 0 <= whole[-1]["maj@1"] == pytest.approx(whole[-1]["pass@1"]) and whole[-1]["maj@4"] <= 1
+        files = sorted((tmp_path / "whole/samples").iterdir())
+        assert [path.name for path in files] == [f"step_0000000{step}.jsonl" for step in (0, 4, 6)]
+        shown = [json.loads(line) for line in files[0].read_text().splitlines()]
+        assert len(shown) == 8 and shown[3]["prompt"] == "def function_3(" and "length" in shown[3]["parts"]
 
 
 LAYOUTS = {

@@ -97,12 +97,7 @@ def build(config: RewardConfig) -> Reward:
     """
     if ":" in config.name:
         return adapt(imported(config.name), config.signature, config.options)
-    if config.name not in BUILT_IN:
-        near = difflib.get_close_matches(config.name, BUILT_IN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BUILT_IN)}, or MODULE:FUNCTION"
-        raise ConfigError(f"rewards: there is no reward {config.name!r}; {hint}")
-    module, _, name = BUILT_IN[config.name].partition(":")
-    make: Callable[..., Reward] = getattr(importlib.import_module(module), name)
+    make = maker(config)
     _check_options(config, make)
     try:
         return make(**config.options)
@@ -110,6 +105,21 @@ def build(config: RewardConfig) -> Reward:
         raise ConfigError(f"rewards: {config.shown}: {error}") from error
     except TypeError as error:
         raise ConfigError(f"rewards: {config.shown}: an option has a value of the wrong type ({error})") from error
+
+
+def maker(config: RewardConfig) -> Callable[..., Reward]:
+    """What makes a built-in reward from its options.
+
+    Raises:
+        ConfigError: there is no such reward.
+    """
+    if config.name not in BUILT_IN:
+        near = difflib.get_close_matches(config.name, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BUILT_IN)}, or MODULE:FUNCTION"
+        raise ConfigError(f"rewards: there is no reward {config.name!r}; {hint}")
+    module, _, name = BUILT_IN[config.name].partition(":")
+    make: Callable[..., Reward] = getattr(importlib.import_module(module), name)
+    return make
 
 
 def _check_options(config: RewardConfig, make: Callable[..., Reward]) -> None:
