@@ -49,6 +49,7 @@ def desk_with_results(tmp_path_factory):
         "runs/laptop-spiking",
         "runs/dense",
         "runs/sft",
+        "runs/grpo",
         "runs/full-attention",
         "weights/laptop",
         "weights/laptop-w8a",
@@ -62,7 +63,7 @@ def desk_with_results(tmp_path_factory):
         (folder / f"data/stdlib-bpe4096/test.{suffix}").touch()
     (folder / "data/sums").mkdir()
     for name in ("train", "validation", "sft", "sft-validation", "demonstrations", "preferences"):
-        (folder / f"data/sums/{name}.jsonl").touch()
+        (folder / f"data/sums/{name}.jsonl").write_text('{"prompt": "4=", "answer": "2+2"}\n')
     (folder / "runs/mixed.yaml").write_text("bits: 8\n")
     (folder / "runs/convert/layers.yaml").write_text("pattern: gated_delta_net\n")
     return folder

@@ -173,11 +173,15 @@ def test_options_of_evaluation():
     own = (
         "help config print_config checkpoint data split seq_len stride batch_size compare_compressors by_position "
         "recall recall+ lengths lengths+ examples candidates depth haystack seed "
-        "tasks task_dir fewshot "
+        "tasks task_dir fewshot rewards rewards+ rewards.help rows pass_at_k "
     )
     own += "tokenizer device json spiking raster neurons neurons.layers+ neurons.count_range+"
     neurons = {f"neurons.{key.removeprefix('model.spiking.')}" for key in written_down() if "model.spiking." in key}
-    assert options_of("launch/evaluate.py") == {"-h"} | {f"--{key}" for key in (*own.split(), *neurons)}
+    answers = "samples temperature max_new_tokens prompts right slots output"
+    rows = {key for key in written_down(POSTTRAIN_KEYS) if key.startswith("rows.")}
+    rows |= {f"rows.{name}+" for name in ("train", "weights", "validation")}
+    own = (*own.split(), *neurons, *rows, *(f"pass_at_k.{key}" for key in answers.split()))
+    assert options_of("launch/evaluate.py") == {"-h"} | {f"--{key}" for key in own}
 
 
 def test_options_of_upcycling():

@@ -1,15 +1,21 @@
 """The settings of `spiketrain evaluate`. Imports no torch, so that invalid ones are refused at once."""
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from models.config import SpikingConfig
+from models.config.checks import require
 from trainer.errors import ConfigError
 from trainer.evaluation.data import is_indexed, text_files
 from trainer.evaluation.harness_run import check_tasks
 from trainer.evaluation.recall.tasks import TASKS
+from trainer.posttraining.config import RowsConfig
+from trainer.posttraining.data.rows import read_rows
+from trainer.posttraining.rewards.registry import RewardConfig
+from trainer.posttraining.rewards.registry import check as check_rewards
 
 # Options that only one kind of evaluation has.
 _KINDS = {
@@ -23,8 +29,41 @@ _KINDS = {
 
 
 @dataclass
+class AnswersConfig:
+    """How prompts are answered.
+
+    Attributes:
+        samples: Answers to each prompt; the largest k.
+        temperature: Of the answers.
+        max_new_tokens: Longest answer.
+        prompts: Number of prompts, the first of each file; 0 takes all.
+        right: An answer is right if its reward is at least this.
+        slots: Answers that are continued at once.
+        output: Write all answers to this file as lines of JSON, and take from it those that it has.
+    """
+
+    samples: int = 16
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    prompts: int = 0
+    right: float = 1.0
+    slots: int = 64
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "slots"):
+            value = getattr(self, name)
+            require(value > 0, f"pass_at_k.{name} is {value}: it must be positive")
+        for name in ("temperature", "prompts"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"pass_at_k.{name} is {value}: it must be 0 or a positive number")
+        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
+            raise ConfigError(f"pass_at_k.output: the directory of {self.output} does not exist; make it first")
+
+
+@dataclass
 class EvaluateConfig:
-    """Settings of an evaluation: of data, unless tasks are named.
+    """Settings of an evaluation: of data, unless tasks or rows are named.
 
     Attributes:
         checkpoint: A run directory (its newest complete checkpoint), one checkpoint, weights, a Hugging Face directory,
@@ -46,7 +85,11 @@ class EvaluateConfig:
         depth: Where a needle is hidden, the first one of several, from 0, the beginning, to 1; null spreads the
             examples over all depths.
         haystack: A text file to hide them in; null draws sentences.
-        seed: Seed of the examples, and of what tasks draw.
+        rows: Rows with prompts to answer instead of data, in rows.validation, as in post-training
+            (docs/evaluation.md).
+        rewards: What an answer is worth, as in post-training.
+        pass_at_k: How the prompts are answered.
+        seed: Seed of the examples, and of what tasks and answers draw.
         tasks: Tasks of the lm-eval harness to evaluate instead of data, as in 'one,two' (docs/evaluation.md).
         task_dir: A directory with YAML files of tasks.
         fewshot: Solved examples in front of each example; null takes the task's own number.
@@ -73,6 +116,9 @@ class EvaluateConfig:
     candidates: int = 4
     depth: float | None = None
     haystack: str | None = None
+    rows: RowsConfig = field(default_factory=RowsConfig)
+    rewards: list[RewardConfig] = field(default_factory=list)
+    pass_at_k: AnswersConfig = field(default_factory=AnswersConfig)
     seed: int = 1234
     tasks: str = ""
     task_dir: str | None = None
@@ -97,6 +143,8 @@ class EvaluateConfig:
         self._check_kind()
         if self.recall:
             self._check_recall()
+        elif self.rows.validation:
+            self._check_rows()
         elif self.tasks:
             check_tasks(self.tasks, self.task_dir)
         else:
@@ -110,14 +158,26 @@ class EvaluateConfig:
 
     def _check_kind(self) -> None:
         """Refuse options of another kind of evaluation."""
-        if self.recall and self.tasks:
-            raise ConfigError("recall and tasks are two evaluations; leave one of them out")
-        kind = "recall" if self.recall else "tasks" if self.tasks else "data"
+        named = {"recall": self.recall, "tasks": self.tasks, "rows": self.rows.validation}
+        kinds = [kind for kind, value in named.items() if value]
+        if len(kinds) > 1:
+            raise ConfigError(f"{' and '.join(kinds)} are two evaluations; leave one of them out")
+        kind = kinds[0] if kinds else "data"
+        if kind != "rows":
+            for name, default in (("rows", RowsConfig()), ("rewards", []), ("pass_at_k", AnswersConfig())):
+                if getattr(self, name) != default:
+                    raise ConfigError(f"{name} needs prompts to answer; name files of rows in rows.validation")
         for name, own in _KINDS.items():
             if getattr(self, name) not in (None, False) and kind != own:
                 raise ConfigError(f"{name} is of an evaluation of {own}, and this is one of {kind}; leave it out")
         if self.fewshot is not None and self.fewshot < 0:
             raise ConfigError(f"fewshot is {self.fewshot}: it must not be negative")
+
+    def _check_rows(self) -> None:
+        if self.rows.train or self.rows.weights:
+            raise ConfigError("rows.train is of training; name the files to evaluate in rows.validation")
+        read_rows(self.rows.validation, self.rows.options)
+        check_rewards(self.rewards)
 
     def _check_recall(self) -> None:
         for name in self.recall:

@@ -73,16 +73,17 @@ def answer_figures(groups: Sequence[Group], right: float, vote: Vote) -> dict[st
     """
     count = len(groups[0].samples)
     solved = np.array([sum(reward >= right for reward in group.rewards) for group in groups])
-    ballots = [_ballots(group, right, vote) for group in groups]
+    votes = [ballots(group, right, vote) for group in groups]
     figures = {"reward": statistics.fmean(reward for group in groups for reward in group.rewards)}
     for k in powers_of_two(count):
         figures[f"pass@{k}"] = float(np.mean(pass_at_k(np.full(len(solved), count), solved, k)))
     for k in powers_of_two(count):
-        figures[f"maj@{k}"] = statistics.fmean(majority_at_k(votes, correct, k) for votes, correct in ballots)
+        figures[f"maj@{k}"] = statistics.fmean(majority_at_k(*own, k) for own in votes)
     return figures
 
 
-def _ballots(group: Group, right: float, vote: Vote) -> tuple[list[str | None], set[str]]:
+def ballots(group: Group, right: float, vote: Vote) -> tuple[list[str | None], set[str]]:
+    """The votes of a group's answers, and those that are right."""
     votes = [vote(sample.text) for sample in group.samples]
     correct = {own for own, reward in zip(votes, group.rewards, strict=True) if own is not None and reward >= right}
     return votes, correct

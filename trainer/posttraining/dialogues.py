@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 from models.generation import Completion, Request
 from trainer.posttraining.environments import TURNS, EnvironmentConfig
 from trainer.posttraining.rewards.base import Answer, Score
-from trainer.posttraining.rollouts import Policy, Prompt, Sample
+from trainer.posttraining.rollouts import Gathers, Policy, Prompt, Sample
 
 if TYPE_CHECKING:
     from trainer.data.tokenizer import Tokenizer
-    from trainer.engines.common import Collectives
     from trainer.posttraining.data.encode import Encoder
     from trainer.posttraining.rewards.workers import RewardPool
 
@@ -70,7 +69,7 @@ class Dialogues:
         encoder: Encoder,
         tokenizer: Tokenizer,
         pool: RewardPool | None,
-        collectives: Collectives,
+        collectives: Gathers,
     ) -> None:
         self._config, self._encoder, self._tokenizer = config, encoder, tokenizer
         self._pool, self._collectives = pool, collectives

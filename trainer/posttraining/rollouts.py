@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
@@ -26,8 +26,8 @@ from trainer.errors import ConfigError
 from trainer.posttraining.rewards.base import Answer, Score
 
 if TYPE_CHECKING:
+    from models.decoder import Decoder
     from trainer.data.tokenizer import Tokenizer
-    from trainer.engines import base
     from trainer.posttraining.data.row import Row
     from trainer.posttraining.dialogues import Dialogues
     from trainer.posttraining.rewards.workers import Batch, RewardPool
@@ -166,11 +166,34 @@ class Policy:
         return Sample(completion.tokens, log_probs, completion.finish == "stop", text)
 
 
+class Gathers(Protocol):
+    """Collectives between all ranks; see trainer.engines.common.Collectives."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's object, on every rank."""
+
+
+class Host(Protocol):
+    """What holds the model on this rank: an engine, or a process by itself."""
+
+    @property
+    def model(self) -> Decoder:
+        """The shard of the model on this rank."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+
+    @property
+    def collectives(self) -> Gathers:
+        """Collectives between all ranks."""
+
+
 class Sampler:
     """Answers prompts with the model in training, and scores the answers.
 
     Args:
-        engine: What trains the model.
+        engine: What holds the model.
         tokenizer: The tokenizer.
         pool: Scores answers; None on ranks that score none, and for answers without rewards.
         slots: Answers that a rank continues at once.
@@ -184,7 +207,7 @@ class Sampler:
 
     def __init__(
         self,
-        engine: base.Engine,
+        engine: Host,
         tokenizer: Tokenizer,
         pool: RewardPool | None,
         slots: int,
@@ -264,7 +287,7 @@ def _scored(group: Group, scores: Sequence[Score] | None) -> Group:
     return replace(group, samples=tuple(samples))
 
 
-def replica_of(engine: base.Engine) -> tuple[int, int, bool]:
+def replica_of(engine: Host) -> tuple[int, int, bool]:
     """Which replica of the model this rank belongs to, how many there are, and whether this rank is its first.
 
     Every rank calls this.
@@ -306,14 +329,15 @@ def load(path: Path) -> tuple[list[Group], dict[str, Any]]:
         about, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
         if about["version"] > _VERSION:
             raise ConfigError(f"{path} is of a later version; read it with the program that wrote it")
-        return [_group(line) for line in lines], about
+        return [group_of(line) for line in lines], about
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is no rollout ({error}); restore it, or go on from a checkpoint at the beginning of a rollout"
         ) from error
 
 
-def _group(values: dict[str, Any]) -> Group:
+def group_of(values: dict[str, Any]) -> Group:
+    """A group from its plain values, as `dataclasses.asdict` gives them."""
     samples = tuple(
         Sample(
             **sample
