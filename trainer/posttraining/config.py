@@ -85,6 +85,8 @@ class RlConfig:
         replay: Directory of another run's rollouts, to learn from instead of drawing answers.
         mask_overlong: Learn nothing from answers that reach max_new_tokens without an end.
         slots: Answers that a rank continues at once.
+        strict: The sampler's log-probabilities are training's to the last bit, and the run ends if one is not. Nothing
+            is left to correct: `correction` is not applied. Every answer is a micro-batch of train.seq_len tokens.
     """
 
     objective: ObjectiveName = "grpo"
@@ -110,6 +112,7 @@ class RlConfig:
     replay: str | None = None
     mask_overlong: bool = False
     slots: int = 64
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples", "epochs", "max_new_tokens", "rounds", "slots"):
@@ -358,6 +361,47 @@ class PosttrainConfig(PretrainConfig):
             self.rollout_sequences * self.rl.epochs % self.train.global_batch_size == 0,
             f"train.global_batch_size={self.train.global_batch_size} does not divide the {self.rollout_sequences} "
             f"answers of a rollout (rl.prompts * rl.samples), {self.rl.epochs} times each; choose a divisor",
+        )
+        if self.rl.strict:
+            self._require_strict()
+
+    def _require_strict(self) -> None:
+        """Refuse what computes an answer in training otherwise than beside the sampler."""
+        moe, parallel = self.model.moe, self.parallel
+        require(
+            not self.rl.ahead,
+            f"rl.strict compares an answer with the weights that drew it, which rl.ahead={self.rl.ahead} has trained "
+            "since; use rl.ahead=0",
+        )
+        require(
+            self.environment.name is None,
+            "rl.strict draws an answer in one micro-batch, and environment.name makes one of several turns; leave it out",
+        )
+        require(
+            self.train.micro_batch_size == 1,
+            f"rl.strict gives each answer a micro-batch of its own; set train.micro_batch_size=1, not "
+            f"{self.train.micro_batch_size}",
+        )
+        require(
+            parallel.context == 1,
+            f"rl.strict with parallel.context={parallel.context}: context-parallel ranks sample each for itself and "
+            "train together; use tensor parallelism",
+        )
+        if not moe.num_experts:
+            return
+        require(
+            parallel.expert == 1,
+            f"rl.strict with parallel.expert={parallel.expert}: an expert multiplies other ranks' answers together "
+            "with a rank's own, and the sampler has others; set parallel.expert=1",
+        )
+        require(
+            moe.capacity_factor is None,
+            f"rl.strict with model.moe.capacity_factor={moe.capacity_factor}: training drops assignments that the "
+            "sampler keeps; set model.moe.capacity_factor=null",
+        )
+        require(
+            moe.router.gate == "top_k",
+            f"rl.strict with model.moe.router.gate={moe.router.gate}: the gate depends on the step; use top_k",
         )
 
     @property

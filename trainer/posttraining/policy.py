@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from trainer.posttraining.data.packing import SEQUENCE
 from trainer.posttraining.divergences import Divergence, rehearsal_loss
 from trainer.posttraining.objectives import Correction, Estimator, KlTerm, metric_names, policy_loss
 from trainer.posttraining.preference import Preference, preference_loss
+
+if TYPE_CHECKING:
+    from trainer.posttraining.strict import Check
 
 # Weights of the terms: the policy gradient of the model's own answers, the same of demonstrations, fine-tuning on
 # demonstrations, and rehearsal.
@@ -77,12 +80,13 @@ class PolicyObjective:
     Args:
         terms: The terms.
         sequences: An upper bound of the number of sequences in a step, which micro-batches number theirs by.
+        check: Compares the sampler's log-probabilities with the step's; None without strict mode.
     """
 
     models = NO_MODELS
 
-    def __init__(self, terms: Terms, sequences: int) -> None:
-        self._terms, self._sequences = terms, sequences
+    def __init__(self, terms: Terms, sequences: int, check: Check | None = None) -> None:
+        self._terms, self._sequences, self._check = terms, sequences, check
         self._names = metric_names(entropy=True, kl=terms.kl is not None, sampler=True)
         self.metrics: tuple[str, ...] = tuple(f"policy/{name}" for name in self._names)
         if terms.off_policy is not None:
@@ -100,10 +104,7 @@ class PolicyObjective:
         """See trainer.objectives.base.Objective."""
         terms = self._terms
         counts = batch.loss_mask != 0
-        log_probs, entropies = outputs.token_log_probs(
-            batch.labels.masked_fill(~counts, IGNORE_LABEL), temperature=terms.temperature, entropy=True
-        )
-        assert entropies is not None
+        log_probs, entropies = policy_log_probs(outputs, batch, terms.temperature)
         log_probs = log_probs.flatten()
         extra = {name: torch.where(counts, batch.extra[name], 0.0).flatten() for name in terms.extras}
         # Padding belongs to no sequence, and has no weight.
@@ -142,7 +143,17 @@ class PolicyObjective:
         if terms.rehearsal is not None:
             term, measures = rehearsal_loss(terms.rehearsal, log_probs, extra[REFERENCE], extra[REHEARSAL])
             loss, found = loss + term, [*found, *(measures[name] for name in ("tokens", "u", "f"))]
+        if self._check is not None:
+            loss = loss + self._check.compare(log_probs, extra[SAMPLER], extra[WEIGHTS] != 0, batch)
         return loss, found
+
+
+def policy_log_probs(outputs: Outputs, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the tokens that a micro-batch learns, and the policy's entropies there, float32 [B, T]."""
+    tokens = batch.labels.masked_fill(batch.loss_mask == 0, IGNORE_LABEL)
+    log_probs, entropies = outputs.token_log_probs(tokens, temperature=temperature, entropy=True)
+    assert entropies is not None
+    return log_probs, entropies
 
 
 def per_token(metrics: Mapping[str, Any]) -> dict[str, Any]:

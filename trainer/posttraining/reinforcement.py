@@ -54,6 +54,7 @@ from trainer.posttraining.policy import (
 from trainer.posttraining.rehearsal import Stored
 from trainer.posttraining.rollouts import Drawn, Group, Policy, Prompt, Sample, Sampler
 from trainer.posttraining.scoring import Scorer
+from trainer.posttraining.strict import Check, Mismatch
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
@@ -83,7 +84,8 @@ def terms_of(config: PosttrainConfig) -> Terms:
     """What a step of a run minimises."""
     rl, gated, rehearsal = config.rl, config.gate, config.rehearsal
     corrections: tuple[Correction, ...] = ()
-    if rl.correction != "none":
+    # In strict mode all weights would be 1.
+    if rl.correction != "none" and not rl.strict:
         corrections = (Correction(level=rl.correction, how=rl.correction_how, cap=rl.correction_cap),)
     takes_answers = gated.kind == "soft" or gated.off_policy is not None
     return Terms(
@@ -152,6 +154,7 @@ class Reinforcement:
         cursor: Number of prompts that were drawn so far.
         begun: Number of rollouts that were drawn so far.
         figures: The newest rollout's entries of metrics.jsonl.
+        mismatch: How the sampler's log-probabilities differ from the last step's; empty without strict mode.
     """
 
     def __init__(
@@ -169,6 +172,7 @@ class Reinforcement:
         self._policy, self._packing = policy, packing
         self._demonstrate, self._stored = demonstrate, stored
         self._terms = terms_of(config)
+        self._check = Check() if config.rl.strict else None
         self._rollout = -1
         self._ahead: dict[int, _Rollout] = {}
         self._sequences: list[TokenSequence] = []
@@ -177,12 +181,15 @@ class Reinforcement:
         self._factors: list[float] | None = None
         self.cursor = self.begun = 0
         self.figures: dict[str, float] = {}
+        self.mismatch = Mismatch()
 
     def objective(self, _: object = None) -> PolicyObjective:
         """What every step minimises."""
         train = self._config.train
         return PolicyObjective(
-            self._terms, train.global_batch_size + self._config.prompts + self._config.stored_per_step
+            self._terms,
+            train.global_batch_size + self._config.prompts + self._config.stored_per_step,
+            self._check,
         )
 
     def path(self, rollout: int) -> Path:
@@ -193,8 +200,11 @@ class Reinforcement:
         """See trainer.loop.Source. The first step of a rollout answers its prompts."""
         rollout, update = divmod(step, self._config.updates)
         self.figures = {}
+        if self._check is not None:
+            self._check.is_on = update == 0
         if update == 0:
             seconds, tokens = dict(self._sampler.seconds), self._sampler.tokens
+            redrawn = self._sampler.redrawn
             for number in range(rollout, rollout + self._config.rl.ahead + 1):
                 if number not in self._ahead:
                     begin = self._begin if number >= self.begun else self._begun_before
@@ -205,6 +215,8 @@ class Reinforcement:
             self.figures = describe(groups) | {f"rollout/{name}_seconds": value for name, value in taken.items()}
             drawn = self._sampler.tokens - tokens
             self.figures["rollout/tokens_per_second"] = drawn / max(taken["generation"], 1e-9)
+            if self._check is not None:
+                self.figures["rollout/redrawn"] = float(self._sampler.redrawn - redrawn)
             if self._config.rl.ahead:
                 self.figures["rollout/age"] = float(min(rollout, self._config.rl.ahead) * self._config.updates)
             self._sequences = self._with_advantages(groups, current.sequences)
@@ -226,6 +238,12 @@ class Reinforcement:
 
     def metrics(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
         """See trainer.loop.Source."""
+        if self._check is not None and self._check.is_on:
+            self.mismatch = self._check.collect(self._scorer.engine)
+            self.figures |= {
+                "policy/strict_mismatches": float(self.mismatch.tokens),
+                "policy/strict_difference": self.mismatch.difference,
+            }
         return {**per_token(result), **self.figures}
 
     def _kept(self, rollout: int) -> Path:
@@ -534,8 +552,13 @@ class RolloutState(Callback):
         """Look at the divergence.
 
         Raises:
-            TrainingDiverged: it is too large; on every rank together.
+            TrainingDiverged: it is too large, or in strict mode not nothing; on every rank together.
         """
+        if self._source.mismatch.tokens:
+            raise TrainingDiverged(
+                f"step {metrics['step']}: {self._source.mismatch}; nothing was learned from it. A kernel does not "
+                "repeat its results, or the weights have changed since the rollout; without rl.strict the run goes on"
+            )
         found = metrics["policy/sampler_k3"]
         if found > self._most:
             raise TrainingDiverged(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from trainer.posttraining.data.row import Row
     from trainer.posttraining.dialogues import Dialogues
     from trainer.posttraining.rewards.workers import Batch, RewardPool
+    from trainer.posttraining.strict import Redraw
 
 
 @dataclass(frozen=True)
@@ -198,11 +199,13 @@ class Sampler:
         pool: Scores answers; None on ranks that score none, and for answers without rewards.
         slots: Answers that a rank continues at once.
         dialogues: Continues answers by turns of an environment; None for answers of one turn.
+        redraw: Draws answers again from the distributions of training; None without strict mode.
 
     Attributes:
         rank: This rank.
         seconds: Time that generation, and waiting for rewards after it, have taken so far.
         tokens: Number of tokens drawn so far, over all ranks.
+        redrawn: Number of them that strict mode has changed.
     """
 
     def __init__(
@@ -212,13 +215,14 @@ class Sampler:
         pool: RewardPool | None,
         slots: int,
         dialogues: Dialogues | None = None,
+        redraw: Redraw | None = None,
     ) -> None:
         self._engine, self._tokenizer, self._pool, self._dialogues = engine, tokenizer, pool, dialogues
-        self.rank = engine.rank
+        self.rank, self._redraw = engine.rank, redraw
         self._replica, self._replicas, self._leads = replica_of(engine)
         self._generator = Engine(engine.model, slots=slots, vocab_size=tokenizer.vocab_size)
         self.seconds = {"generation": 0.0, "rewards": 0.0}
-        self.tokens = 0
+        self.tokens = self.redrawn = 0
 
     def answer(self, prompts: Sequence[Prompt], policy: Policy) -> list[Group]:
         """Answer prompts, equal on every rank; so are the groups, in the order of the prompts."""
@@ -230,7 +234,11 @@ class Sampler:
         start = time.perf_counter()
         # The weights have changed since the last time.
         self._generator.forget()
-        completions = self._generator.generate([policy.request(prompt) for prompt in own]) if own else []
+        requests = [policy.request(prompt) for prompt in own]
+        completions = self._generator.generate(requests) if own else []
+        redrawn = 0
+        if self._redraw is not None:
+            completions, redrawn = self._redraw.answers(requests, completions)
         drawn = [[policy.sample(one, self._tokenizer) for one in group] for group in completions]
         if self._dialogues is not None:
             drawn = self._dialogues.finish(own, drawn, policy, self._generator.generate)
@@ -238,10 +246,12 @@ class Sampler:
             Group(prompt.number, prompt.row.id, prompt.tokens, tuple(samples))
             for prompt, samples in zip(own, drawn, strict=True)
         ]
-        gathered = [group for part in self._engine.collectives.gather(groups if self._leads else []) for group in part]
+        parts = self._engine.collectives.gather((groups, redrawn) if self._leads else ([], 0))
+        gathered = [group for part, _ in parts for group in part]
         place = {prompt.number: index for index, prompt in enumerate(prompts)}
         gathered.sort(key=lambda group: place[group.number])
         self.seconds["generation"] += time.perf_counter() - start
+        self.redrawn += sum(count for _, count in parts)
         self.tokens += sum(sample.written for group in gathered for sample in group.samples)
         return self.score(prompts, gathered)
 

@@ -44,6 +44,7 @@ from trainer.posttraining.reinforcement import Reinforcement, RolloutState
 from trainer.posttraining.rewards.workers import RewardPool
 from trainer.posttraining.rollouts import Policy, Sampler, replica_of
 from trainer.posttraining.scoring import Scorer
+from trainer.posttraining.strict import Redraw
 from trainer.posttraining.validation import PassAtK, SupervisedLoss
 from trainer.preflight import Findings
 from trainer.runtime import rank
@@ -241,10 +242,15 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
         check = config.pass_at_k
         validations.append(KeepRate(stored, every_row, sampler, policy, check.right, check.every, check.prompts))
     encoded, shares = _without(encoded, shares, removed)
+    answering = sampler
+    if rl.strict:
+        packing = replace(packing, alone=True)
+        redraw = Redraw(engine, packing, inputs.tokenizer.vocab_size)
+        answering = Sampler(engine, inputs.tokenizer, pool, rl.slots, redraw=redraw)
     source = Reinforcement(
         config,
         PromptSampler(encoded, shares, seed=seed, prompts_per_step=config.prompts),
-        sampler,
+        answering,
         scorer,
         policy,
         packing,

@@ -42,6 +42,8 @@ class Packing:
         count: Number of micro-batches on each rank. None: as few as possible. DeepSpeed needs the same in every step;
             global_batch_size / (micro_batch_size · ranks) is always enough for sequences of up to seq_len tokens.
         pad_id: The token of padding.
+        alone: Give each sequence a micro-batch of its own, padded to `tokens` within its document: shapes then depend
+            on nothing.
 
     Raises:
         ConfigError: `multiple` does not divide `tokens`.
@@ -52,6 +54,7 @@ class Packing:
     fixed_length: bool = False
     count: int | None = None
     pad_id: int = 0
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.multiple < 1 or self.tokens % self.multiple:
@@ -181,6 +184,8 @@ def pack(
     dtypes = {name: array.dtype for name, array in sequences[0].extra.items()} if sequences else {}
     assert len(sequences) % together == 0, "sequences come in groups of `together`"
     lengths = [sum(map(len, sequences[first : first + together])) for first in range(0, len(sequences), together)]
+    if packing.alone:
+        lengths = [max(length, packing.tokens) for length in lengths]
     own = plan(lengths, packing, seed=seed, step=step, world=world)[rank]
     first = rank * len(own)
     # Numbers of tokens in the step are counted as if every micro-batch were full, so that none occurs twice.
@@ -205,7 +210,8 @@ def _row(
     """One packed row."""
     bounds = np.cumsum([0, *(len(sequence) for _, sequence in members)])
     used = int(bounds[-1])
-    size = packing.tokens if packing.fixed_length else max(-(-used // packing.multiple), 1) * packing.multiple
+    is_fixed = packing.fixed_length or packing.alone
+    size = packing.tokens if is_fixed else max(-(-used // packing.multiple), 1) * packing.multiple
     tokens, labels = np.full((2, size), packing.pad_id, np.int64)
     mask, positions = np.zeros(size, np.float32), np.arange(size) - used
     extra = {name: np.zeros(size, dtype) for name, dtype in dtypes.items()}
@@ -221,6 +227,8 @@ def _row(
         for name, values in extra.items():
             values[start : stop - 1] = sequence.extra[name][1:]
     ends = bounds.tolist() + [size] * (size > used)
+    if packing.alone:
+        positions, ends = np.arange(size), [0, size]
     extra[SEQUENCE] = numbers
 
     def tensor(array: np.ndarray) -> torch.Tensor:
