@@ -375,7 +375,8 @@ class PosttrainConfig(PretrainConfig):
         )
         require(
             self.environment.name is None,
-            "rl.strict draws an answer in one micro-batch, and environment.name makes one of several turns; leave it out",
+            "rl.strict draws an answer in one micro-batch, and environment.name makes one of several turns; leave it "
+            "out",
         )
         require(
             self.train.micro_batch_size == 1,

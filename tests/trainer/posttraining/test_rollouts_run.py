@@ -119,6 +119,9 @@ def test_environments_that_are_refused(model, rows, tmp_path):  # noqa: F811
     assert "environment is of stage rl" in output.splitlines()[-1]
     output = run(model, rows, tmp_path / "c", "rl", "--rl.ahead=1", "--rl.rounds=2", imported="torch", code=2)
     assert "waits for rewards" in output.splitlines()[-1]
+    strict = ("--rl.strict=true", "--train.micro_batch_size=1")
+    output = run(model, rows, tmp_path / "d", "rl", *strict, "--rl.ahead=1", imported="torch", code=2)
+    assert "use rl.ahead=0" in output.splitlines()[-1]
 
 
 def test_the_calculator_computes_what_it_is_asked():
