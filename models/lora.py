@@ -88,8 +88,8 @@ class Lora(Module):
         self.a: Projection
         self.b: Projection
         if experts:
-            self.a = _ExpertDown(*experts, inputs, config.rank)
-            self.b = _ExpertUp(*experts, config.rank, outputs)
+            self.a = _ExpertDown(experts[0], inputs, config.rank)
+            self.b = _ExpertUp(experts[0], config.rank, outputs)
         else:
             axis = layer.placements["weight"].shard_axis
             self.a = (_SplitDown if axis == 1 else _Down)(inputs, config.rank, bias=False)

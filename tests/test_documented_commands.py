@@ -50,6 +50,7 @@ def desk_with_results(tmp_path_factory):
         "runs/dense",
         "runs/sft",
         "runs/grpo",
+        "runs/sft-lora",
         "runs/full-attention",
         "weights/laptop",
         "weights/laptop-w8a",

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from models.config import LINEAR_MIXERS, LoraConfig, ModelConfig, MoEConfig, SpikingConfig
 from models.decoder import Decoder, initialize, shapes
+from models.generation import Engine, Request, Sampling, traced
 from models.lora import Lora, factor_names, factors_of_shard, merged, missing_adapters
 from models.parallel import ColumnLinear, Linear, RowLinear
 from models.parameters import declared
@@ -195,3 +196,22 @@ def test_an_adapter_reads_spikes():
     """As its layer does: so merged weights compute the same with spikes, too."""
     model = adapted("full_attention", spiking=SpikingConfig(layers=["all"]))
     torch.testing.assert_close(model(*tokens()), without_adapters(model)(*tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_generation_follows_updates(monkeypatch):
+    """Also by traces of blocks, which read the adapters where they are."""
+    monkeypatch.setattr(traced, "_STEPS_BEFORE", 2)
+    model, prompt = adapted("gated_delta_net, full_attention", b=False).eval(), (1, 2, 3, 4)
+    engine = Engine(model, slots=2)
+    for update in range(2):
+        ((completion, *_),) = engine.generate([Request(prompt, Sampling(12), 2)])
+        row = torch.tensor([prompt + completion.tokens])
+        with torch.no_grad():
+            log_probs = model(row, torch.arange(row.shape[1])[None]).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        expected = log_probs.gather(1, row[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.log_probs), expected, rtol=0, atol=1e-5)
+        assert engine._tracer._traces, update
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora.b.weight"):
+                parameter.data.fill_(0.05)
+        engine.forget()
