@@ -23,6 +23,7 @@ BENCHMARKS = {
     "building": "peak host memory while a rank's shard of a model is built and drawn, against the shard",
     "serve": "the HTTP server: tokens a second and time to first token of several clients against one",
     "rollout": "many answers to one long prompt, against transformers.generate and without clones",
+    "posttrain_step": "a GRPO step (answers, rewards, scores, one update) against TRL's GRPOTrainer, by phase",
     "decode": "a decoding step of the generation engine against transformers.generate and ctranslate2",
     "long_context": "time to first token, decoding time and state size against length, linear against softmax",
     "communication": "bytes sent by context-parallel layers, counted at the process group, against formulas",

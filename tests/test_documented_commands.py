@@ -171,11 +171,15 @@ def launched(words: list[str]) -> tuple[str, list[str], int] | None:
         ranks = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 1
         return Path(words[scripts[0]]).stem, words[scripts[0] + 1 :], ranks
     if words[0] == "sbatch":
-        script = words.index("launch/slurm/pretrain.sbatch")
+        script, stage = next(
+            (place, found[1])
+            for place, word in enumerate(words)
+            if (found := re.fullmatch(r"launch/slurm/(pretrain|posttrain)\.sbatch", word))
+        )
         devices = re.search(r"--nodes=(\d+) --gpus-per-node=(\d+)", " ".join(words))
         assert devices is not None
         ranks = int(devices.group(1)) * int(devices.group(2))
-        return "pretrain", ["--config", *words[script + 1 :]], ranks
+        return stage, ["--config", *words[script + 1 :]], ranks
     return None
 
 

@@ -79,9 +79,9 @@ def submit(cluster, tmp_path_factory):
     logs = tmp_path_factory.mktemp("jobs")
     numbers = []
 
-    def start(options, arguments, python=sys.executable, chdir=ROOT):
+    def start(options, arguments, python=sys.executable, chdir=ROOT, script=SCRIPT):
         log = logs / f"{len(numbers)}.log"
-        command = ["sbatch", "--parsable", f"--output={log}", f"--chdir={chdir}", *options, str(ROOT / SCRIPT)]
+        command = ["sbatch", "--parsable", f"--output={log}", f"--chdir={chdir}", *options, str(ROOT / script)]
         environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHON": str(python)}
         numbers.append(int(cluster.run(*command, *map(str, arguments), **environment)))
         return Job(cluster, numbers[-1], log)

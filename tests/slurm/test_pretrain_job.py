@@ -151,8 +151,9 @@ def test_other_wrong_submissions_are_refused(submit, tmp_path):
         assert job.output().startswith("error: ") and message in job.output()
 
 
-def test_outside_of_a_job_it_says_how_to_submit():
+@pytest.mark.parametrize("script", [SCRIPT, "launch/slurm/posttrain.sbatch"])
+def test_outside_of_a_job_it_says_how_to_submit(script):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    result = subprocess.run(["bash", SCRIPT, CONFIG], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(["bash", script, CONFIG], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: this is not a SLURM job; submit it: sbatch launch/slurm/pretrain.sbatch")
+    assert result.stderr.startswith(f"error: this is not a SLURM job; submit it: sbatch {script} CONFIG.yaml")
