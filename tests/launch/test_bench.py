@@ -339,6 +339,41 @@ def test_rollouts_are_compared_with_their_peers(tmp_path):
     assert all(line["ours"] > 0 and line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_steps_of_grpo_are_compared_with_trl(tmp_path, kl):
+    pytest.importorskip("trl")
+    path = tmp_path / "step.json"
+    sizes = {"prompts": 2, "samples": 2, "prompt": 8, "new_tokens": 4, "micro_batch": 2, "layers": 2}
+    sizes |= {"hidden_size": 64, "vocab_size": 64, "rounds": 2, "kl": kl}
+    # Engine and process groups are for a process of their own.
+    command = [sys.executable, "launch/bench.py", "posttrain_step", f"--json={path}"]
+    done = subprocess.run(
+        [*command, *(f"--{name}={value}" for name, value in sizes.items())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(path.read_text())
+    assert [line["case"].rpartition(": ")[2] for line in lines] == ["step", *PHASES]
+    assert all(line["ours"] > 0 and line["ratio"] == pytest.approx(line["peer"] / line["ours"]) for line in lines)
+    for side in ("ours", "peer"):
+        # The median of the sums, and the sum of the medians of two.
+        assert sum(line[side] for line in lines[1:]) == pytest.approx(lines[0][side])
+
+
+def test_a_stopwatch_counts_phases_by_themselves():
+    times = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
+    stopwatch = Stopwatch(lambda: next(times))
+    with stopwatch.phase("update"), stopwatch.phase("scoring"):
+        pass
+    with stopwatch.phase("update"):
+        pass
+    assert stopwatch.take() == {"generation": 0.0, "rewards": 0.0, "scoring": 3.0, "update": 2.0 + 4.0 + 6.0}
+    assert not any(stopwatch.take().values())
+
+
 def test_long_contexts_are_compared_with_softmax(tmp_path):
     path = tmp_path / "long.json"
     sizes = {"layers": 2, "hidden_size": 64, "window": 16, "chunk": 64, "steps": 2, "softmax_limit": 128}
@@ -375,6 +410,9 @@ def test_long_contexts_are_compared_with_softmax(tmp_path):
         (["compression_error", "--bits=[16]"], "8 or 4"),
         (["compression_error", "--head_dim=96"], "multiple of head_dim"),
         (["compression_error", "--tokens=0"], "tokens"),
+        (["posttrain_step", "--micro_batch=5"], "divide prompts * samples=64"),
+        (["posttrain_step", "--samples=1"], "at least 2"),
+        (["posttrain_step", "--clock=cpu", "--threads=2"], "--threads 1"),
         (["serve", "--clients=[8]", "--requests=4"], "from 1 to the 4 requests"),
         (["serve", "--model=gone.yaml"], "gone.yaml does not exist"),
         (["spiking", "--clock=cpu"], "--threads 1"),

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "A GRPO step (answers, rewards, scores, one update) against TRL's GRPOTrainer, by phase."
 
-_PHASES = ("generation", "rewards", "scoring", "update")
+# Ours and TRL's alike: drawing answers, judging them, what lies between these and the update, and the update.
+PHASES = ("generation", "rewards", "scoring", "update")
 _EOD = "<|endoftext|>"
 
 
@@ -129,7 +130,7 @@ class Config:
         )
 
 
-class _Stopwatch:
+class Stopwatch:
     """Sums up what phases take by themselves, without the phases inside of them.
 
     Args:
@@ -138,7 +139,7 @@ class _Stopwatch:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._phase, self._since = clock, "", clock()
-        self.seconds = dict.fromkeys(_PHASES, 0.0)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -168,7 +169,7 @@ class _Stopwatch:
 
     def take(self) -> dict[str, float]:
         """Return the seconds since the last time."""
-        taken, self.seconds = self.seconds, dict.fromkeys(_PHASES, 0.0)
+        taken, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
         return taken
 
 
@@ -181,7 +182,7 @@ def main(config: Config) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     keep_freed_memory()
     clock = time.process_time if config.clock == "cpu" else time.perf_counter
-    sides = {name: _Stopwatch(clock) for name in ("ours", "TRL")}
+    sides = {name: Stopwatch(clock) for name in ("ours", "TRL")}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory(prefix="posttrain-step-") as directory:
         folder = Path(directory)
@@ -216,12 +217,12 @@ def _report(config: Config, found: dict[str, list[dict[str, float]]], threads: i
         f"{config.precision}, kl {config.kl:g}"
     )
     medians = {
-        name: {phase: statistics.median(seconds[phase] for seconds in rounds) for phase in _PHASES}
+        name: {phase: statistics.median(seconds[phase] for seconds in rounds) for phase in PHASES}
         | {"step": statistics.median(sum(seconds.values()) for seconds in rounds)}
         for name, rounds in found.items()
     }
     lines = []
-    for phase in ("step", *_PHASES):
+    for phase in ("step", *PHASES):
         ours, peer = medians["ours"][phase], medians["TRL"][phase]
         note = f"median of {config.rounds}"
         if phase == "step":
@@ -264,7 +265,7 @@ class _InProcess:
 
 
 def _our_side(
-    config: Config, folder: Path, rows: list[tuple["Row", list[int]]], stopwatch: _Stopwatch
+    config: Config, folder: Path, rows: list[tuple["Row", list[int]]], stopwatch: Stopwatch
 ) -> tuple[Callable[[], None], "Decoder"]:
     """Returns what takes a step, and the initial model."""
     import torch
@@ -321,7 +322,7 @@ def _trl_side(
     folder: Path,
     model: "Decoder",
     rows: list[tuple["Row", list[int]]],
-    stopwatch: _Stopwatch,
+    stopwatch: Stopwatch,
     before: Callable[[], None],
     after: Callable[[], None],
 ) -> Callable[[], object]:
@@ -390,4 +391,4 @@ def _trl_side(
     stopwatch.watch(trainer, "_generate", "generation")
     stopwatch.watch(trainer, "_calculate_rewards", "rewards")
     stopwatch.watch(trainer, "_generate_and_score_completions", "scoring")
-    import sys; print("XX", trainer.accelerator.distributed_type, type(trainer.model_wrapped), trainer.args.n_gpu, trainer.args.optim, file=sys.stderr); trainer.add_callback(type("C",(TrainerCallback,),{"on_step_end": lambda self,*a,**k: print("YY", type(trainer.model_wrapped), trainer.optimizer, file=sys.stderr)})); return trainer.train
+    return trainer.train

@@ -81,7 +81,7 @@ def test_training_goes_on_and_each_attack_is_counted(tmp_path):
     before = {path: path.read_bytes() for path in place.iterdir() if path.is_file()}
     options = (
         *(f"--rows.train=[{place}/rows.jsonl]", "--rows.validation=[]", "--train.steps=2"),
-        *("--rl.samples=3", f"--rl.prompts={len(ERRORS)}", f"--train.global_batch_size={3 * len(ERRORS)}"),
+        *("--rl.samples=4", f"--rl.prompts={len(ERRORS)}", f"--train.global_batch_size={4 * len(ERRORS)}"),
         # Long enough for a program to be refused on a busy machine; only what hangs takes as long.
         f'--rewards=[{{"name": "{place}/hostile.py:score", "seconds": 30}}]',
     )
@@ -94,10 +94,10 @@ def test_training_goes_on_and_each_attack_is_counted(tmp_path):
     }
     assert counted == Counter(ERRORS.values()) and not any(name.startswith("reward/errors/") for name in second)
     # It learns from what the others are worth.
-    assert first["reward/mean"] == pytest.approx(2 / 3) and first["grad_norm"] > 0
+    assert first["reward/mean"] == pytest.approx(3 / 4) and first["grad_norm"] > 0
     lines = (tmp_path / "run/rollouts/00000000.jsonl").read_text().splitlines()[1:]
     for group in map(json.loads, lines):
         attack = list(ERRORS)[int(group["row"].rpartition(":")[2])]
         found = sorted((sample["reward"], sample["error"] or "") for sample in group["samples"])
-        assert found == [(0.0, ERRORS[attack]), (1.0, ""), (1.0, "")], attack
+        assert found == [(0.0, ERRORS[attack]), *[(1.0, "")] * 3], attack
     assert {path: path.read_bytes() for path in place.iterdir() if path.is_file()} == before
