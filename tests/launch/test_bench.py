@@ -15,6 +15,7 @@ import torch
 from tests.helpers import WAIT
 from tests.processes import ROOT, finish, start
 from trainer.benchmarks import compressed_operators, compression_error, serve, train_step
+from trainer.benchmarks.posttrain_step import PHASES, Stopwatch
 
 _SIZES = {
     "layers": 2,

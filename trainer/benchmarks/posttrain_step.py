@@ -63,10 +63,10 @@ class Config:
     json: str | None = None
     prompts: int = 8
     samples: int = 8
-    prompt: int = 256
-    new_tokens: int = 64
+    prompt: int = 128
+    new_tokens: int = 128
     micro_batch: int = 16
-    kl: float = 0.04
+    kl: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     layers: int = 4
     hidden_size: int = 256
@@ -260,8 +260,12 @@ def _worth(answer: str) -> float:
 class _InProcess:
     """Scores answers in this process, as TRL does: a pool's processes would not count for processor time."""
 
-    def score(self, answers: Sequence[Answer]) -> list[Score]:
-        return [Score(_worth(answer.completion)) for answer in answers]
+    def submit(self, answers: Sequence[Answer]) -> "_InProcess":
+        self._answers = answers
+        return self
+
+    def result(self) -> list[Score]:
+        return [Score(_worth(answer.completion)) for answer in self._answers]
 
 
 def _our_side(
@@ -288,8 +292,7 @@ def _our_side(
     reference = None
     if config.kl:
         reference = engine.freeze(FrozenSpec(run.model, config.vocab_size, spec.fill, config.precision))
-    pool = _InProcess()
-    sampler = Sampler(engine, Tokenizer.load(folder / "tokenizer", eod=_EOD), cast(Any, pool), rl.slots)
+    sampler = Sampler(engine, Tokenizer.load(folder / "tokenizer", eod=_EOD), cast(Any, _InProcess()), rl.slots)
     scorer = Scorer(engine, reference, rl.temperature, seed)
     source = Reinforcement(
         run,
@@ -301,8 +304,8 @@ def _our_side(
         lambda row: None,
     )
     objective = source.objective()
-    stopwatch.watch(sampler, "answer", "generation")
-    stopwatch.watch(pool, "score", "rewards")
+    stopwatch.watch(sampler, "begin", "generation")
+    stopwatch.watch(sampler, "finish", "rewards")
     steps = iter(range(config.warmup + config.rounds))
 
     def step() -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from kernels.losses.distillation import Direction, distillation_kl
-from kernels.losses.token_log_probs import token_log_probs
+from kernels.losses.token_log_probs import IGNORE_LABEL, token_log_probs
 from kernels.matmul import linear
 from models.parallel import enter_region, gather_columns, vocabulary_loss
 from models.parameters import Groups
@@ -64,15 +64,21 @@ class Outputs:
             temperature: Divides the logits.
             entropy: Whether to compute the entropies. Otherwise the second result is None.
         """
+        # Prompts are mostly longer than answers, and the head costs as much for a token that is ignored.
+        chosen = (tokens != IGNORE_LABEL).flatten().nonzero().squeeze(1)
         log_probs, entropies = token_log_probs(
-            self._hidden_ND(),
+            self._hidden_ND()[chosen],
             self.head,
-            tokens.flatten(),
+            tokens.flatten()[chosen],
             temperature=temperature,
             entropy=entropy,
             group=self.groups.tensor,
         )
-        return log_probs.view_as(tokens), None if entropies is None else entropies.view_as(tokens)
+
+        def at_places(values: Tensor) -> Tensor:
+            return values.new_zeros(tokens.numel()).index_copy(0, chosen, values).view_as(tokens)
+
+        return at_places(log_probs), None if entropies is None else at_places(entropies)
 
     def kl_sum(
         self, teacher: Outputs, weights: Tensor, *, direction: Direction = "forward", temperature: float = 1.0

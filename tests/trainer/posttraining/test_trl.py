@@ -22,7 +22,7 @@ from trainer.posttraining.data.sequences import TokenSequence
 from trainer.posttraining.policy import ADVANTAGES, OLD, REFERENCE, PolicyObjective, PreferenceObjective
 from trainer.posttraining.preference import Preference
 from trainer.posttraining.reinforcement import Reinforcement, terms_of
-from trainer.posttraining.rollouts import Group, Sample
+from trainer.posttraining.rollouts import Drawn, Group, Sample
 
 # Both import their parts when these are first used.
 transformers = pytest.importorskip("transformers")
@@ -123,7 +123,11 @@ def our_batches(rl, model, importance=False):
         train=TrainConfig(steps=2, seq_len=20, micro_batch_size=2, global_batch_size=len(groups) * SAMPLES),
     )
     sampler = SimpleNamespace(
-        seconds={"generation": 0.0, "rewards": 0.0}, tokens=0, answer=lambda prompts, policy: groups
+        seconds={"generation": 0.0, "rewards": 0.0},
+        tokens=0,
+        redrawn=0,
+        begin=lambda prompts, policy: Drawn(tuple(groups)),
+        finish=lambda drawn: list(drawn.groups),
     )
     prompts = SimpleNamespace(take=lambda first, count: [(None, list(group.prompt)) for group in groups])
     packing = Packing(20, pad_id=PAD)
