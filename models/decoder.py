@@ -41,6 +41,7 @@ from models.parameters import (
 from models.saved_activations import EVERYTHING, BlockPolicy, Policy, follow
 from models.sinks import SinkKeys, SinkTokens
 from models.spiking import Order, add_neurons, in_order
+from models.value_head import ValueHead
 
 
 class Block(Module):
@@ -130,6 +131,9 @@ class Decoder(Module):
         config: Configuration of the whole model.
         vocab_size: Rows of the embedding, including padding.
         layers: The layers to build, a range of all. The first one brings the embedding, the last the norm and the head.
+
+    Attributes:
+        value_head: A head for values, which `build` adds; it is no part of the language model.
     """
 
     # Every rank holds the bounds of all channels and reads those of its own, so their gradients are partial.
@@ -158,6 +162,7 @@ class Decoder(Module):
         self.lm_head: ColumnLinear | None = None
         if self.is_last and not config.tie_embeddings:
             self.lm_head = ColumnLinear(config.hidden_size, vocab_size, bias=False)
+        self.value_head: ValueHead | None = None
         # One parameter for all layers of any kind, because the bounds are a softmax over depth. The first layer has no
         # bound.
         bounded = config.bounded_layers()
@@ -372,14 +377,19 @@ def build(
     groups: Groups = WHOLE,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    value_head: bool = False,
 ) -> Decoder:
     """Build this rank's shard of a model, or of consecutive layers of it, in uninitialised memory.
+
+    With `value_head` the last stage gets one.
 
     Never allocates more than the shard. `initialize`, trainer.stored.weights or a checkpoint fills it.
     """
     # Shard on the meta device first, so that the whole model is never in memory.
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size, layers)
+        if value_head and decoder.is_last:
+            decoder.value_head = ValueHead(config.hidden_size)
     shard(decoder, groups)
     cast_parameters(decoder, dtype)
     return decoder.to_empty(device=device)

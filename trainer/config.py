@@ -602,6 +602,11 @@ class PretrainConfig:
             # Builds, and so validates, the configuration of every phase.
             expand(self)
 
+    @property
+    def value_head(self) -> float | None:
+        """The factor of the learning rate of a head for values; None without, as in pretraining."""
+        return None
+
     def validate_layout(self, world_size: int) -> None:
         """Check everything that depends on the number of ranks.
 

@@ -16,12 +16,12 @@ def trained(config: PretrainConfig) -> list[str]:
     Raises:
         ConfigError: the teacher, which tells the mixers to align, cannot be read.
     """
-    train = config.train
+    train, head = config.train, _head(config)
     if train.trainable is not None:
-        return train.trainable
+        return [*train.trainable, *head]
     has_adapters = config.model.lora.is_on
     if train.objective.name != "align":
-        return [ADAPTERS] if has_adapters else ["*"]
+        return [ADAPTERS, *head] if has_adapters else ["*"]
     layers = aligned_layers(config)
     if has_adapters:
         return [f"layers.{layer}.mixer{ADAPTERS}" for layer in layers]
@@ -33,8 +33,13 @@ def trained_in_any(config: PretrainConfig) -> list[str]:
     phases = expand(config)
     # Judged first, because a teacher of a phase that is over may be gone.
     if any(phase.config.train.trainable is None and phase.config.train.objective.name != "align" for phase in phases):
-        return [ADAPTERS] if config.model.lora.is_on else ["*"]
+        return [ADAPTERS, *_head(config)] if config.model.lora.is_on else ["*"]
     return list(dict.fromkeys(pattern for phase in phases for pattern in trained(phase.config)))
+
+
+def _head(config: PretrainConfig) -> list[str]:
+    """The pattern of a value head, which every run that has one trains."""
+    return [] if config.value_head is None else ["value_head.*"]
 
 
 def to_plan(config: PretrainConfig) -> list[PretrainConfig]:
@@ -63,6 +68,7 @@ def check(config: PretrainConfig) -> None:
 
     # Names do not depend on the vocabulary: one row is enough.
     names = [name for name, _ in shapes(config.model, 1).named_parameters()]
+    names += [] if config.value_head is None else ["value_head.weight"]
     taught = {phase.number for phase in taught_phases(config)}
     for phase in expand(config):
         if phase.config.train.objective.name == "align" and phase.number not in taught:

@@ -69,8 +69,10 @@ class LossModel(nn.Module):
         """Apply the objective to a micro-batch, given the frozen models' outputs for it."""
         if isinstance(objective, Alignment):
             return objective.forward(self.decoder, batch)
-        hidden = self.decoder.hidden_states(batch.tokens, batch.positions, batch.documents, origin=batch.origin)
-        return objective.forward(Outputs(hidden, self.decoder.head_weight, self.decoder.groups, frozen), batch)
+        decoder = self.decoder
+        hidden = decoder.hidden_states(batch.tokens, batch.positions, batch.documents, origin=batch.origin)
+        outputs = Outputs(hidden, decoder.head_weight, decoder.groups, frozen, decoder.value_head)
+        return objective.forward(outputs, batch)
 
 
 class DeepSpeedEngine:
@@ -100,7 +102,8 @@ class DeepSpeedEngine:
         tensor = self._groups.tensor
         self.collectives = Collectives(device, tensor is None or dist.get_rank(tensor) == 0)
         dtype = torch.bfloat16 if self._bf16 else torch.float32
-        decoder = build(spec.model, spec.vocab_size, groups=self._groups, dtype=dtype)
+        has_values = spec.value_head is not None
+        decoder = build(spec.model, spec.vocab_size, groups=self._groups, dtype=dtype, value_head=has_values)
         spec.fill(decoder)
         set_trainable(decoder, spec.trainable)
         self._decoder, self._model_config, self._seed = decoder, spec.model, spec.seed
@@ -131,7 +134,7 @@ class DeepSpeedEngine:
             model=LossModel(decoder),
             mpu=unit,
             # DeepSpeed calls this after it has cast the parameters and before it shards them.
-            optimizer=lambda _: self._build_adam(spec.optim, float32),
+            optimizer=lambda _: self._build_adam(spec.optim, spec.value_head or 1.0, float32),
             model_parameters=list(self._trained.values()),
             config=_deepspeed_config(spec, decoder, self._micro_batches, device),
         )[0]
@@ -147,18 +150,22 @@ class DeepSpeedEngine:
             # DeepSpeed casts buffers along with the parameters. Restore their dtype and values.
             self._rows[name].tensor.data = values.to(device)
 
-    def _build_adam(self, optim: OptimConfig, float32: dict[str, Tensor]) -> torch.optim.AdamW:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    def _build_adam(self, optim: OptimConfig, of_values: float, float32: dict[str, Tensor]) -> torch.optim.AdamW:
+        groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
         for name, parameter in self._parameters.items():
             if name in float32:
                 parameter.data = float32[name]
             # Each group becomes one flat tensor, so it needs one dtype. DeepSpeed takes the first group's dtype for
             # the model's, hence the sorting: bf16 groups come first.
             if name in self._trained:
-                key = (parameter.dtype == torch.float32, not self._rows[name].placement.decayed)
+                factor = of_values if name.startswith("value_head.") else 1.0
+                key = (parameter.dtype == torch.float32, not self._rows[name].placement.decayed, factor)
                 groups.setdefault(key, []).append(parameter)
         self._adam = torch.optim.AdamW(
-            [{"params": groups[key], "weight_decay": 0.0 if key[1] else optim.weight_decay} for key in sorted(groups)],
+            [
+                {"params": groups[key], "weight_decay": 0.0 if key[1] else optim.weight_decay, "lr_mult": key[2]}
+                for key in sorted(groups)
+            ],
             lr=optim.lr,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
@@ -181,7 +188,7 @@ class DeepSpeedEngine:
         """Run forward and backward over this rank's micro-batches, then update number `step` at learning rate `lr`."""
         assert len(batches) == self._micro_batches, "DeepSpeed was told at the start how many there are"
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
         if self._model_config.moe.spawns_at(step):
             self._spawn_experts()
         with self._timer.phase("forward_backward"):

@@ -87,7 +87,8 @@ class Stage(nn.Module):
         hidden = self.hidden_states(batch)
         if not self.post_process:
             return hidden
-        return objective.forward(Outputs(hidden, self.part.head_weight, self.part.groups, frozen), batch)
+        part = self.part
+        return objective.forward(Outputs(hidden, part.head_weight, part.groups, frozen, part.value_head), batch)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Store the previous stage's activations. The first stage has none, because it reads tokens."""
@@ -154,7 +155,15 @@ class MegatronEngine:
         """Build this rank's shards of its pipeline stages, not yet filled."""
         stages = spec.parallel.stage_layers(spec.model.num_layers)
         for layers in stages[parallel_state.get_pipeline_model_parallel_rank() :: spec.parallel.pipeline]:
-            decoder = build(spec.model, spec.vocab_size, layers, groups=self._groups, dtype=dtype, device=self.device)
+            decoder = build(
+                spec.model,
+                spec.vocab_size,
+                layers,
+                groups=self._groups,
+                dtype=dtype,
+                device=self.device,
+                value_head=spec.value_head is not None,
+            )
             decoder.keep(spec.saved_activations)
             set_trainable(decoder, spec.trainable)
             for row in parameter_rows(decoder).values():
@@ -232,6 +241,9 @@ class MegatronEngine:
         decayed = {id(row.tensor) for row in rows if row.placement.decayed}
         undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda param, name: id(param) not in decayed)
         overrides = {ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}}
+        if spec.value_head is not None:
+            of_values = ParamWithNamePredicate(name="value_head", fn=lambda param, name: ".value_head." in name)
+            overrides[ParamKey(with_name_predicate=of_values)] = {"lr_mult": spec.value_head}
         with self._accepted_types():
             optimizer = get_megatron_optimizer(
                 optimizer_config,
@@ -295,7 +307,7 @@ class MegatronEngine:
                 for part in optimizer.chained_optimizers:
                     clip_grad_by_total_norm_fp32(part.get_parameters(), self._clip, grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
         optimizer.step_with_ready_grads()
         self._updates += 1
         return grad_norm

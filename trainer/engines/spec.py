@@ -38,6 +38,7 @@ class EngineSpec:
             no gradient and no optimizer state.
         collective_seconds: Timeout of a collective, in seconds.
         measure_every: Steps between those with measures of spikes and compressed activations; 0 for never.
+        value_head: Add a head for values, whose learning rate has this factor. None for no such head.
     """
 
     model: ModelConfig
@@ -55,6 +56,7 @@ class EngineSpec:
     trainable: tuple[str, ...] = ("*",)
     collective_seconds: float = field(default_factory=lambda: RunConfig().collective_seconds)
     measure_every: int = 0
+    value_head: float | None = None
 
     @classmethod
     def of(cls, config: PretrainConfig, vocab_size: int) -> EngineSpec:
@@ -77,6 +79,7 @@ class EngineSpec:
             tuple(trained_in_any(config)),
             config.run.collective_seconds,
             config.logging.steps_between_measures,
+            config.value_head,
         )
 
     def micro_batches(self, data_parallel_size: int) -> int:

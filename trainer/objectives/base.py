@@ -23,6 +23,7 @@ from kernels.losses.token_log_probs import IGNORE_LABEL, token_log_probs
 from kernels.matmul import linear
 from models.parallel import enter_region, gather_columns, vocabulary_loss
 from models.parameters import Groups
+from models.value_head import ValueHead
 from trainer.data.batch import Batch
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class Outputs:
         head: This tensor-parallel rank's rows of the output projection, [V/P, D].
         groups: The process groups over which the model is sharded.
         frozen: The frozen models' outputs for the same micro-batch, by name.
+        value_head: The trained model's head for values, if it has one.
     """
 
     hidden: Tensor
     head: Tensor
     groups: Groups
     frozen: Mapping[str, Outputs] = field(default_factory=dict)
+    value_head: ValueHead | None = None
 
     def nll_sum(self, labels: Tensor, weights: Tensor) -> Tensor:
         """Sum over tokens of weight times negative log-likelihood, in nats. Arguments: int64 and float32 [B, T]."""
@@ -108,6 +111,12 @@ class Outputs:
         # Select rows before the product, so that only the chosen tokens get V columns.
         rows = self._hidden_ND()[chosen.flatten()]
         return gather_columns(linear(rows, self.head), self.groups.tensor)
+
+    def values(self) -> Tensor:
+        """Return the value head's numbers, float32 [B, T]."""
+        assert self.value_head is not None, "EngineSpec.value_head asks for one"
+        values: Tensor = self.value_head(self.hidden)
+        return values
 
     def hidden_states(self) -> Tensor:
         """Return [B, T, D], whole on every tensor-parallel rank. Its gradient is summed over those ranks."""

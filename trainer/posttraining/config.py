@@ -12,8 +12,11 @@ from trainer.posttraining.environments import EnvironmentConfig
 from trainer.posttraining.rewards.registry import RewardConfig
 
 Stage = Literal["sft", "dpo", "rl"]
-# The rows of trainer.posttraining.objectives that need nothing but samples and their rewards.
-ObjectiveName = Literal["reinforce", "rloo", "reinforce++", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+# The rows of trainer.posttraining.objectives that learn from samples and their rewards, and distillation, which learns
+# from samples and a teacher.
+ObjectiveName = Literal[
+    "reinforce", "rloo", "reinforce++", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "distill"
+]
 
 
 @dataclass
@@ -55,11 +58,52 @@ class RowsConfig:
 
 
 @dataclass
+class ValueConfig:
+    """The value head of rl.objective=ppo (docs/posttraining.md).
+
+    Attributes:
+        coefficient: Of its loss.
+        clip: How far a value may move in the updates of a rollout before its loss no longer falls.
+        gamma: Discount of the rewards of later tokens.
+        lam: λ of the generalised advantage estimates.
+        lr: Its learning rate, which follows the schedule of optim.lr; null takes optim.lr.
+    """
+
+    coefficient: float = 0.1
+    clip: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"rl.value.{name} is {value}: it must be from 0 to 1")
+        for name in ("coefficient", "clip", "lr"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"rl.value.{name} is {value}: it must be a positive number")
+
+
+@dataclass
+class OnPolicyConfig:
+    """On-policy distillation, rl.objective=distill (docs/posttraining.md).
+
+    Attributes:
+        teacher: Weights, a Hugging Face directory, a run or one of its checkpoints, with the same tokens.
+        direction: Of the KL divergence: reverse from the trained model to the teacher, forward from the teacher.
+    """
+
+    teacher: str | None = None
+    direction: Literal["reverse", "forward"] = "reverse"
+
+
+@dataclass
 class RlConfig:
     """Reinforcement learning from verifiable rewards (docs/posttraining.md).
 
     Attributes:
-        objective: The policy gradient, a row of trainer.posttraining.objectives.
+        objective: The policy gradient, a row of trainer.posttraining.objectives; or distill, the divergence from a
+            teacher on the model's own answers, for which rewards are optional.
         samples: Answers to each prompt, a group.
         prompts: Prompts of a rollout; null takes train.global_batch_size / samples, one update a rollout.
         epochs: How often each answer of a rollout is learned from.
@@ -87,6 +131,8 @@ class RlConfig:
         slots: Answers that a rank continues at once.
         strict: The sampler's log-probabilities are training's to the last bit, and the run ends if one is not. Nothing
             is left to correct: `correction` is not applied. Every answer is a micro-batch of train.seq_len tokens.
+        value: The value head of objective=ppo.
+        distillation: The teacher of objective=distill.
     """
 
     objective: ObjectiveName = "grpo"
@@ -113,8 +159,15 @@ class RlConfig:
     mask_overlong: bool = False
     slots: int = 64
     strict: bool = False
+    value: ValueConfig = field(default_factory=ValueConfig)
+    distillation: OnPolicyConfig = field(default_factory=OnPolicyConfig)
 
     def __post_init__(self) -> None:
+        self._check_distillation()
+        require(
+            self.objective == "ppo" or self.value == ValueConfig(),
+            f"rl.value is of rl.objective=ppo, not {self.objective}; leave it out",
+        )
         for name in ("samples", "epochs", "max_new_tokens", "rounds", "slots"):
             value = getattr(self, name)
             require(value > 0, f"rl.{name} is {value}: it must be positive")
@@ -138,6 +191,21 @@ class RlConfig:
         for name in ("kl", "entropy"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"rl.{name} is {value}: it must be 0 or a positive number")
+
+    def _check_distillation(self) -> None:
+        if self.objective != "distill":
+            require(
+                self.distillation == OnPolicyConfig(),
+                f"rl.distillation is of rl.objective=distill, not {self.objective}; leave it out",
+            )
+            return
+        require(self.distillation.teacher is not None, "rl.objective=distill: rl.distillation.teacher names no teacher")
+        for name, default in (("clip_low", None), ("clip_high", None), ("dual_clip", None), ("rounds", 1)):
+            value = getattr(self, name)
+            require(value == default, f"rl.{name}={value} has no effect with rl.objective=distill; leave it out")
+        for name in ("kl", "entropy"):
+            value = getattr(self, name)
+            require(not value, f"rl.{name}={value} has no effect with rl.objective=distill; leave it out")
 
 
 @dataclass
@@ -344,6 +412,10 @@ class PosttrainConfig(PretrainConfig):
                 )
             return
         require(
+            self.rl.objective != "distill" or (self.gate.kind == "none" and not self.rehearsal.is_on),
+            "gate and rehearsal are losses beside rewards, which rl.objective=distill has not; leave them out",
+        )
+        require(
             self.updates == 1 or (self.gate.kind == "none" and not self.rehearsal.is_on),
             "gate and rehearsal choose the losses of a step by its rollout's answers; let a rollout be one update: "
             "rl.prompts * rl.samples = train.global_batch_size, and rl.epochs=1",
@@ -404,6 +476,13 @@ class PosttrainConfig(PretrainConfig):
             moe.router.gate == "top_k",
             f"rl.strict with model.moe.router.gate={moe.router.gate}: the gate depends on the step; use top_k",
         )
+
+    @property
+    def value_head(self) -> float | None:
+        """See PretrainConfig."""
+        if self.stage != "rl" or self.rl.objective != "ppo":
+            return None
+        return 1.0 if self.rl.value.lr is None else self.rl.value.lr / self.optim.lr
 
     @property
     def prompts(self) -> int:

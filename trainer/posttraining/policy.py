@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.losses.distillation import Direction
 from kernels.losses.token_log_probs import IGNORE_LABEL
 from trainer.data.batch import Batch
 from trainer.engines.frozen import FrozenModel
@@ -22,6 +23,7 @@ from trainer.posttraining.data.packing import SEQUENCE
 from trainer.posttraining.divergences import Divergence, rehearsal_loss
 from trainer.posttraining.objectives import Correction, Estimator, KlTerm, metric_names, policy_loss
 from trainer.posttraining.preference import Preference, preference_loss
+from trainer.posttraining.values import ValueTerm, value_loss
 
 if TYPE_CHECKING:
     from trainer.posttraining.strict import Check
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 # demonstrations, and rehearsal.
 WEIGHTS, OFF_POLICY, SUPERVISED, REHEARSAL = "weights", "off_policy", "supervised", "rehearsal"
 ADVANTAGES = "advantages"
+_TEACHER = "teacher"
+# Of a value head: its values in the rollout, and what it learns.
+VALUES, RETURNS = "values", "returns"
 # Log-probabilities under the sampler, the policy that sampled, and the initial policy.
 SAMPLER, OLD, REFERENCE = "sampler_log_probs", "old_log_probs", "reference_log_probs"
 
@@ -49,6 +54,8 @@ class Terms:
         off_policy: The row for demonstrations that are taken as answers; None without any.
         has_demonstrations: Whether demonstrations are fine-tuned on.
         rehearsal: The divergence on stored answers of the initial policy; None without any.
+        value: The loss of a value head; None without one.
+        distillation: The direction of the divergence from a teacher, which is then all that is minimised; None without.
     """
 
     estimator: Estimator
@@ -60,6 +67,8 @@ class Terms:
     off_policy: Estimator | None = None
     has_demonstrations: bool = False
     rehearsal: Divergence | None = None
+    value: ValueTerm | None = None
+    distillation: Direction | None = None
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -71,22 +80,30 @@ class Terms:
             *((OFF_POLICY,) if self.off_policy is not None else ()),
             *((SUPERVISED,) if self.has_demonstrations else ()),
             *((REHEARSAL,) if self.rehearsal is not None else ()),
+            *((VALUES, RETURNS) if self.value is not None else ()),
         )
 
 
 class PolicyObjective:
     """The terms of a run of reinforcement learning on packed micro-batches.
 
+    With a teacher it is sum_t w_t KL_t instead: the divergence of the whole next-token distributions, at the
+    temperature, at every token of the model's own answers (on-policy distillation, Agarwal et al. 2023,
+    arXiv:2306.13649, section 3). That is the mean over the next token of the policy gradient whose advantage is log
+    p_teacher − log p, with no variance from that token; neither counts what a token does to later ones.
+
     Args:
         terms: The terms.
         sequences: An upper bound of the number of sequences in a step, which micro-batches number theirs by.
         check: Compares the sampler's log-probabilities with the step's; None without strict mode.
+        teacher: The teacher of terms.distillation.
     """
 
-    models = NO_MODELS
-
-    def __init__(self, terms: Terms, sequences: int, check: Check | None = None) -> None:
+    def __init__(
+        self, terms: Terms, sequences: int, check: Check | None = None, teacher: FrozenModel | None = None
+    ) -> None:
         self._terms, self._sequences, self._check = terms, sequences, check
+        self.models: Mapping[str, FrozenModel] = NO_MODELS if teacher is None else {_TEACHER: teacher}
         self._names = metric_names(entropy=True, kl=terms.kl is not None, sampler=True)
         self.metrics: tuple[str, ...] = tuple(f"policy/{name}" for name in self._names)
         if terms.off_policy is not None:
@@ -95,6 +112,9 @@ class PolicyObjective:
             self.metrics += ("demonstrations/loss",)
         if terms.rehearsal is not None:
             self.metrics += ("rehearsal/tokens", "rehearsal/u", "rehearsal/f")
+        if terms.value is not None:
+            self.metrics += ("value/tokens", "value/loss", "value/clipped")
+        self.metrics += ("distillation/kl",) if teacher is not None else ()
 
     def count(self, batch: Batch) -> int:
         """Count the tokens in the loss mask."""
@@ -102,6 +122,21 @@ class PolicyObjective:
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """See trainer.objectives.base.Objective."""
+        if self._terms.distillation is not None:
+            return self._distill(outputs, batch, self._terms.distillation)
+        return self._forward(outputs, batch)
+
+    def _distill(self, outputs: Outputs, batch: Batch, direction: Direction) -> tuple[Tensor, Sequence[Tensor]]:
+        with torch.no_grad():
+            # For its metrics.
+            _, found = self._forward(outputs, batch)
+        weights = torch.where(batch.loss_mask != 0, batch.extra[WEIGHTS], 0.0)
+        loss = outputs.kl_sum(
+            outputs.frozen[_TEACHER], weights, direction=direction, temperature=self._terms.temperature
+        )
+        return loss, [*found, loss.detach()]
+
+    def _forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         terms = self._terms
         counts = batch.loss_mask != 0
         log_probs, entropies = policy_log_probs(outputs, batch, terms.temperature)
@@ -143,6 +178,12 @@ class PolicyObjective:
         if terms.rehearsal is not None:
             term, measures = rehearsal_loss(terms.rehearsal, log_probs, extra[REFERENCE], extra[REHEARSAL])
             loss, found = loss + term, [*found, *(measures[name] for name in ("tokens", "u", "f"))]
+        if terms.value is not None:
+            term, measures = value_loss(
+                outputs.values().flatten(), extra[VALUES], extra[RETURNS], extra[WEIGHTS], terms.value.clip
+            )
+            loss = loss + terms.value.coefficient * term
+            found = [*found, *(measures[name] for name in ("tokens", "loss", "clipped"))]
         if self._check is not None:
             loss = loss + self._check.compare(log_probs, extra[SAMPLER], extra[WEIGHTS] != 0, batch)
         return loss, found
@@ -157,9 +198,9 @@ def policy_log_probs(outputs: Outputs, batch: Batch, temperature: float) -> tupl
 
 
 def per_token(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a step, with those of the policy and of rehearsal as means over the tokens of their own."""
+    """The metrics of a step, with those of policy, rehearsal and values as means over the tokens of their own."""
     found = dict(metrics)
-    for prefix in ("policy/", "rehearsal/"):
+    for prefix in ("policy/", "rehearsal/", "value/"):
         # The engine has divided all of them, their number included, by the tokens of the whole step.
         tokens = found.pop(f"{prefix}tokens", 0.0) or 1.0
         found |= {name: value / tokens for name, value in found.items() if name.startswith(prefix)}

@@ -1,13 +1,17 @@
 """Checks the files of a post-training run before a model is built. Imports neither torch nor megatron."""
 
+from contextlib import suppress
 from pathlib import Path
 
+from trainer.data.layout import tokenizer_sha256
 from trainer.errors import ConfigError
 from trainer.posttraining.config import PosttrainConfig, rollout_name
 from trainer.posttraining.data.row import Row
 from trainer.posttraining.data.rows import read_rows
 from trainer.posttraining.rewards import registry
 from trainer.preflight import Findings
+from trainer.run_directory import list_checkpoints
+from trainer.stored.opening import are_at
 
 
 def check(config: PosttrainConfig) -> Findings:
@@ -31,10 +35,8 @@ def check(config: PosttrainConfig) -> Findings:
         findings.notes.append(f"held out: {read_rows(rows.validation, rows.options)}")
     if config.stage == "rl":
         _check_replay(config)
-        if config.environment.name is not None:
-            registry.check_path(config.environment.name)
-        if config.rewards or config.environment.name is None:
-            registry.check(config.rewards)
+        _check_rewards(config)
+        findings.warnings.extend(other_tokenizer(config))
         if config.gate.kind != "none" and not any(row.demonstrations for row in found):
             raise ConfigError(
                 f"gate.kind={config.gate.kind} takes demonstrations, and no row of {', '.join(rows.train)} has one; "
@@ -64,6 +66,43 @@ def _check_replay(config: PosttrainConfig) -> None:
             raise ConfigError(
                 f"rl.replay: {config.rl.replay} lacks rollout {number} of {config.rollouts}; take fewer train.steps"
             )
+
+
+def _check_rewards(config: PosttrainConfig) -> None:
+    """Rewards are needed by all that asks whether an answer is right."""
+    if config.environment.name is not None:
+        registry.check_path(config.environment.name)
+        if not config.rewards:
+            return
+    if config.rewards or config.rl.objective != "distill" or config.prompt_filter.keep != "all":
+        registry.check(config.rewards)
+    elif config.rows.validation:
+        raise ConfigError("rows.validation: answers are validated by rewards, and there is none; give one, or no rows")
+
+
+def other_tokenizer(config: PosttrainConfig) -> list[str]:
+    """A warning if rl.distillation.teacher does not have the run's tokenizer; else nothing.
+
+    Raises:
+        ConfigError: there is no teacher at its path.
+    """
+    if config.rl.distillation.teacher is None:
+        return []
+    path = Path(config.rl.distillation.teacher)
+    if not path.exists():
+        raise ConfigError(
+            f"rl.distillation.teacher: {path} does not exist; name weights, a Hugging Face directory or a run"
+        )
+    # Beside weights, or in a checkpoint: of a run the newest, whose other files are checked when it is read.
+    own = path if are_at(path) else (list_checkpoints(path) or [path])[-1] / "tokenizer"
+    assert config.data.tokenizer is not None
+    with suppress(ConfigError):
+        if tokenizer_sha256(own) == tokenizer_sha256(config.data.tokenizer):
+            return []
+    return [
+        f"rl.distillation.teacher: {path} does not have the tokenizer {config.data.tokenizer}; the same numbers must "
+        "mean the same tokens to both models"
+    ]
 
 
 def _can_be_learned(row: Row) -> bool:

@@ -35,7 +35,7 @@ from trainer.posttraining.config import rollout_name
 from trainer.posttraining.data.packing import Packing, pack
 from trainer.posttraining.data.sampler import PromptSampler
 from trainer.posttraining.data.sequences import TokenSequence, load_sequences, save_sequences
-from trainer.posttraining.divergences import Divergence
+from trainer.posttraining.divergences import Divergence, kl_estimate
 from trainer.posttraining.gates import Coefficients, Gate, gate
 from trainer.posttraining.objectives import OBJECTIVES, Correction, Estimator, KlTerm, token_weights
 from trainer.posttraining.policy import (
@@ -44,8 +44,10 @@ from trainer.posttraining.policy import (
     OLD,
     REFERENCE,
     REHEARSAL,
+    RETURNS,
     SAMPLER,
     SUPERVISED,
+    VALUES,
     WEIGHTS,
     PolicyObjective,
     Terms,
@@ -55,9 +57,11 @@ from trainer.posttraining.rehearsal import Stored
 from trainer.posttraining.rollouts import Drawn, Group, Policy, Prompt, Sample, Sampler
 from trainer.posttraining.scoring import Scorer
 from trainer.posttraining.strict import Check, Mismatch
+from trainer.posttraining.values import ValueTerm, estimate
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
+    from trainer.engines.frozen import FrozenModel
     from trainer.loop import Trainer
     from trainer.posttraining.config import PosttrainConfig, RlConfig
     from trainer.posttraining.data.row import Row
@@ -71,7 +75,10 @@ def estimator_of(rl: RlConfig) -> Estimator:
     Raises:
         ConfigError: the changes do not go with the row.
     """
-    estimator = OBJECTIVES[rl.objective]
+    # A teacher takes the place of the policy gradient, whose figures are those of plain REINFORCE.
+    estimator = replace(OBJECTIVES["reinforce"], normalization="token_mean")
+    if rl.objective != "distill":
+        estimator = OBJECTIVES[rl.objective]
     changes = {
         name: value
         for name in ("clip_low", "clip_high", "dual_clip", "normalization")
@@ -100,6 +107,8 @@ def terms_of(config: PosttrainConfig) -> Terms:
         rehearsal=Divergence(kind=rehearsal.divergence, alpha=rehearsal.alpha, doubled=rehearsal.doubled)
         if rehearsal.is_on
         else None,
+        value=None if config.value_head is None else ValueTerm(coefficient=rl.value.coefficient, clip=rl.value.clip),
+        distillation=rl.distillation.direction if rl.objective == "distill" else None,
     )
 
 
@@ -149,6 +158,7 @@ class Reinforcement:
         packing: What micro-batches must look like; `tokens` is not used.
         demonstrate: Returns a row's demonstration; None for rows without one.
         stored: What the initial model has mastered; None without rehearsal.
+        teacher: The teacher of rl.objective=distill.
 
     Attributes:
         cursor: Number of prompts that were drawn so far.
@@ -167,7 +177,9 @@ class Reinforcement:
         packing: Packing,
         demonstrate: Callable[[Row], TokenSequence | None],
         stored: Stored | None = None,
+        teacher: FrozenModel | None = None,
     ) -> None:
+        self._teacher = teacher
         self._config, self._prompts, self._sampler, self._scorer = config, prompts, sampler, scorer
         self._policy, self._packing = policy, packing
         self._demonstrate, self._stored = demonstrate, stored
@@ -185,12 +197,8 @@ class Reinforcement:
 
     def objective(self, _: object = None) -> PolicyObjective:
         """What every step minimises."""
-        train = self._config.train
-        return PolicyObjective(
-            self._terms,
-            train.global_batch_size + self._config.prompts + self._config.stored_per_step,
-            self._check,
-        )
+        most = self._config.train.global_batch_size + self._config.prompts + self._config.stored_per_step
+        return PolicyObjective(self._terms, most, self._check, self._teacher)
 
     def path(self, rollout: int) -> Path:
         """The file of a rollout."""
@@ -276,7 +284,7 @@ class Reinforcement:
         draw = self._draw_again if self._config.rl.replay else self._draw
         drawn = draw(number, prompts)
         sequences = [self._sequence(group, sample) for group in drawn.groups for sample in group.samples]
-        if self._config.rl.kl or self._terms.has_old:
+        if self._config.rl.kl or self._terms.has_old or self._terms.value is not None:
             sequences = self._with_log_probs(sequences, micro_batch_size, number)
         self.begun = number + 1
         begun = _Rollout(prompts, first, self.cursor, drawn, sequences)
@@ -349,22 +357,27 @@ class Reinforcement:
     def _with_log_probs(
         self, sequences: Sequence[TokenSequence], micro_batch_size: int, rollout: int
     ) -> list[TokenSequence]:
-        """The sequences with log-probabilities under the policy that drew them, and under the initial one."""
+        """The sequences with log-probabilities under the policy that drew them and the initial one, and with values."""
         packing = self._packing_of(micro_batch_size, self._scorer.engine.data_parallel_size)
-        old, reference = self._scorer.score(
-            sequences, replace(packing, count=None), step=rollout * self._config.updates
-        )
-        extras = [{OLD: own} for own in old]
-        if reference is not None:
-            for extra, own in zip(extras, reference, strict=True):
-                extra[REFERENCE] = own
-        return [_with(one, **extra) for one, extra in zip(sequences, extras, strict=True)]
+        packing, step = replace(packing, count=None), rollout * self._config.updates
+        values = None
+        if self._terms.value is None:
+            old, reference = self._scorer.score(sequences, packing, step=step)
+        else:
+            old, reference, values = self._scorer.score_with_values(sequences, packing, step=step)
+        columns = {OLD: old, REFERENCE: reference, VALUES: values}
+        return [
+            _with(one, **{name: arrays[number] for name, arrays in columns.items() if arrays is not None})
+            for number, one in enumerate(sequences)
+        ]
 
     def _with_advantages(self, groups: Sequence[Group], sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
         """The sequences with their advantages, in the order of groups and answers."""
         rl = self._config.rl
         rewards = torch.tensor([sample.reward for group in groups for sample in group.samples], dtype=torch.float64)
         owners = torch.tensor([number for number, group in enumerate(groups) for _ in group.samples])
+        if self._terms.value is not None:
+            return self._with_estimates(sequences, rewards)
         if rl.kl and rl.kl_in == "reward":
             # Both are 0 at tokens that are not learned.
             differences = [float((one.extra[OLD] - one.extra[REFERENCE]).sum()) for one in sequences]
@@ -372,6 +385,21 @@ class Reinforcement:
         advantages = self._advantages(rewards, owners, sequences)
         return [
             _with(one, **{ADVANTAGES: advantage}) for one, advantage in zip(sequences, advantages.tolist(), strict=True)
+        ]
+
+    def _with_estimates(self, sequences: Sequence[TokenSequence], rewards: torch.Tensor) -> list[TokenSequence]:
+        """The same by a value head: advantages and returns of every token."""
+        rl = self._config.rl
+        penalties = None
+        if rl.kl and rl.kl_in == "reward":
+            pairs = [(torch.from_numpy(one.extra[OLD]), torch.from_numpy(one.extra[REFERENCE])) for one in sequences]
+            penalties = [rl.kl * kl_estimate(old, reference, rl.kl_estimator).numpy() for old, reference in pairs]
+        values = [one.extra[VALUES] for one in sequences]
+        found = estimate(sequences, values, rewards, gamma=rl.value.gamma, lam=rl.value.lam, penalties=penalties)
+        self.figures["value/explained_variance"] = found.explained
+        return [
+            _with(one, **{ADVANTAGES: advantages, RETURNS: returns})
+            for one, advantages, returns in zip(sequences, found.advantages, found.returns, strict=True)
         ]
 
     def _sequence(self, group: Group, sample: Sample) -> TokenSequence:

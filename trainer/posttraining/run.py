@@ -39,6 +39,7 @@ from trainer.posttraining.dialogues import Dialogues
 from trainer.posttraining.pairs import PairAccuracy, Pairs, encode_pairs
 from trainer.posttraining.policy import PreferenceObjective
 from trainer.posttraining.preference import Preference
+from trainer.posttraining.preflight import other_tokenizer
 from trainer.posttraining.rehearsal import KeepRate, Stored
 from trainer.posttraining.reinforcement import Reinforcement, RolloutState
 from trainer.posttraining.rewards.workers import RewardPool
@@ -48,8 +49,9 @@ from trainer.posttraining.strict import Redraw
 from trainer.posttraining.validation import PassAtK, SupervisedLoss
 from trainer.preflight import Findings
 from trainer.runtime import rank
-from trainer.stored import teacher, weights
-from trainer.stored.opening import open_weights
+from trainer.stored import weights
+from trainer.stored.opening import are_at, open_weights
+from trainer.stored.teacher import digest
 from trainer.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def train(config: PosttrainConfig, config_yaml: str, watchdog: Watchdog) -> Outc
         progress = pretrain.resume(config, engine, callbacks, events, resumes)
         if rank() == 0:
             pretrain.write_configuration(config, config_yaml, progress)
-        findings = Findings(notes=[f"rows: {inputs.train}", *stage.notes])
+        findings = Findings([f"rows: {inputs.train}", *stage.notes], other_tokenizer(config))
         pretrain.describe(config, engine, threads, findings)
         trainer = Trainer(
             config,
@@ -217,6 +219,8 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
     policy = Policy(rl.samples, rl.max_new_tokens, rl.temperature, seed, tuple(stop_tokens(inputs.tokenizer)))
     init = FrozenSpec.of_weights(config.checkpoint.init or "", train.precision) if rl.kl else None
     scorer = Scorer(engine, None if init is None else engine.freeze(init), rl.temperature, seed)
+    path = rl.distillation.teacher
+    teacher = None if path is None else engine.freeze(_teacher(path, train.precision))
     packing = _packing(config, inputs.tokenizer)
     notes = [
         str(counts),
@@ -256,11 +260,17 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
         packing,
         lambda row: _demonstration(inputs.encoder, row),
         stored,
+        teacher,
     )
     if inputs.validation is not None:
         held_out, _ = encode_prompts(inputs.validation, inputs.encoder)
         validations.append(PassAtK(held_out, sampler, policy, config.pass_at_k, vote_of(config.rewards)))
     return _Stage(source, source.objective, (RolloutState(source, rl.max_mismatch),), tuple(validations), tuple(notes))
+
+
+def _teacher(path: str, precision: str) -> FrozenSpec:
+    """The model at a path: weights, in the precision of training, or a checkpoint, in its own."""
+    return FrozenSpec.of_weights(path, precision) if are_at(path) else FrozenSpec.of_checkpoint(path)
 
 
 def _demonstration(encoder: Encoder, row: Row) -> TokenSequence | None:
@@ -288,7 +298,7 @@ def _solved(config: PosttrainConfig, rows: list[tuple[Row, list[int]]], sampler:
 
 
 def _digest(config: PosttrainConfig) -> str:
-    return teacher.digest(open_weights(config.checkpoint.init)) if config.checkpoint.init else ""
+    return digest(open_weights(config.checkpoint.init)) if config.checkpoint.init else ""
 
 
 def _must_begin(config: PosttrainConfig, path: Path) -> None:

@@ -24,13 +24,14 @@ _REFERENCE = "reference"
 
 
 class _Record:
-    """An objective that minimises nothing, and keeps the log-probabilities [B, T] that each micro-batch shows."""
+    """An objective that minimises nothing, and keeps what each micro-batch shows: log-probabilities, and values."""
 
     metrics: tuple[str, ...] = ()
 
-    def __init__(self, reference: FrozenModel | None, temperature: float) -> None:
+    def __init__(self, reference: FrozenModel | None, temperature: float, values: bool) -> None:
         self.models: Mapping[str, FrozenModel] = {} if reference is None else {_REFERENCE: reference}
-        self._temperature = temperature
+        self._temperature, self._values = temperature, values
+        # Of each micro-batch: log-probabilities of every model, then values, [B, T] each.
         self.found: list[tuple[Tensor, ...]] = []
 
     def count(self, batch: Batch) -> int:
@@ -39,19 +40,20 @@ class _Record:
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         tokens = batch.labels.masked_fill(batch.loss_mask == 0, IGNORE_LABEL)
         every = [outputs, *(outputs.frozen[name] for name in self.models)]
-        self.found.append(
-            tuple(_whole(one.token_log_probs(tokens, temperature=self._temperature)[0], outputs) for one in every)
-        )
+        found = [one.token_log_probs(tokens, temperature=self._temperature)[0] for one in every]
+        if self._values:
+            found.append(outputs.values())
+        self.found.append(tuple(_whole(one, outputs) for one in found))
         return self.found[-1][0].new_zeros(()), ()
 
 
-def _whole(log_probs: Tensor, outputs: Outputs) -> Tensor:
-    """The log-probabilities of whole sequences, of which every context-parallel rank has computed a part."""
+def _whole(own: Tensor, outputs: Outputs) -> Tensor:
+    """What is known of whole sequences, of which every context-parallel rank has computed a part."""
     group = outputs.groups.context
     if group is None:
-        return log_probs
-    parts = [torch.empty_like(log_probs) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, log_probs.contiguous(), group=group)
+        return own
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own.contiguous(), group=group)
     return torch.cat(parts, 1)
 
 
@@ -82,7 +84,20 @@ class Scorer:
         Returns:
             Under the model in training, and under the reference if there is one: float32 [L] for each sequence.
         """
-        engine, record = self.engine, _Record(self._reference, self._temperature)
+        own, *others = self._columns(sequences, packing, step, values=False)
+        return own, others[0] if others else None
+
+    def score_with_values(
+        self, sequences: Sequence[TokenSequence], packing: Packing, *, step: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None, list[np.ndarray]]:
+        """As `score`, and the value head's numbers before each token, by the model in training."""
+        own, *others, values = self._columns(sequences, packing, step, values=True)
+        return own, others[0] if others else None, values
+
+    def _columns(
+        self, sequences: Sequence[TokenSequence], packing: Packing, step: int, values: bool
+    ) -> list[list[np.ndarray]]:
+        engine, record = self.engine, _Record(self._reference, self._temperature, values)
         bare = [TokenSequence(sequence.tokens, sequence.loss_mask) for sequence in sequences]
         rank, world = engine.data_parallel_rank, engine.data_parallel_size
         batches = pack(bare, packing, seed=self._seed, step=step, rank=rank, world=world)
@@ -92,15 +107,14 @@ class Scorer:
             numbers = batch.extra[SEQUENCE][0].numpy()
             for number in np.unique(numbers[numbers >= 0]).tolist():
                 place = np.flatnonzero(numbers == number)
-                values = []
-                for log_probs in found:
+                columns = []
+                for column in found:
                     # The position of a token predicts the next one.
                     shifted = np.zeros(len(place), np.float32)
-                    shifted[1:] = log_probs[0].float().cpu().numpy()[place[:-1]]
-                    values.append(shifted)
-                own[number] = values
+                    shifted[1:] = column[0].float().cpu().numpy()[place[:-1]]
+                    columns.append(shifted)
+                own[number] = columns
         every: dict[int, list[np.ndarray]] = {}
         for part in engine.collectives.gather(own):
             every |= part
-        columns = list(zip(*(every[number] for number in range(len(sequences))), strict=True))
-        return list(columns[0]), list(columns[1]) if self._reference is not None else None
+        return [list(column) for column in zip(*(every[number] for number in range(len(sequences))), strict=True)]

@@ -221,12 +221,13 @@ def fill(model: "Decoder", weights: Weights) -> None:
 
 
 def _drawn(model: "Decoder", weights: Weights) -> list[str]:
-    """The tensors of adapters, which weights lack, and of neurons where the weights' model has no spikes."""
+    """The tensors that weights lack: of adapters, a value head, and neurons where the weights' model has no spikes."""
     from models.lora import missing_adapters
     from models.spiking import missing_tensors
 
+    heads = [f"value_head.{name}" for name, _ in model.value_head.named_parameters()] if model.value_head else []
     neurons = [] if weights.model.spiking.is_used else missing_tensors(model, weights.tensors)
-    return neurons + missing_adapters(model, weights.tensors)
+    return heads + neurons + missing_adapters(model, weights.tensors)
 
 
 def write(

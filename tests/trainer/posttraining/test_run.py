@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.config import MoEConfig, RouterLossConfig
+from models.decoder import build
 from tests.launch.serving import write_model
 from tests.processes import ROOT, finish, start
 from tests.trainer.conftest import metrics
+from trainer.stored.inference import load_model, open_checkpoint
 
 REWARD = '''
 import time
@@ -169,6 +172,90 @@ def test_ranks_that_share_experts_sample_together(rows, tmp_path):
         assert loss == pytest.approx(expected, abs=2e-5) and norm == pytest.approx(expected_norm, rel=1e-3)
 
 
+VALUES = ("--rl.objective=ppo", "--rl.value.lr=0.02", "--rl.value.coefficient=0.5", "--rl.kl=0.05", "--rl.kl_in=reward")
+
+
+def test_values_are_learned_and_resumed_and_left_out_of_the_model(model, rows, tmp_path):
+    run(model, rows, tmp_path / "whole", "rl", *VALUES, "--train.steps=12")
+    run(model, rows, tmp_path / "cut", "rl", *VALUES, "--train.steps=3")
+    run(model, rows, tmp_path / "cut", "rl", *VALUES, "--train.steps=12")
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    lines = [line for line in metrics(tmp_path / "whole") if "grad_norm" in line]
+    # Values begin at 0, and the first loss is that of the rewards, between 0 and 1.
+    assert lines[0]["value/explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert 0 < lines[0]["value/loss"] < 0.5 and lines[-2]["value/loss"] < lines[0]["value/loss"]
+    assert lines[0]["policy/ratio"] == pytest.approx(1, abs=1e-5) and all(line["grad_norm"] > 0 for line in lines)
+    stored = open_checkpoint(tmp_path / "whole")
+    decoder = build(stored.model, stored.vocab_size, value_head=True)
+    stored.fill(decoder)
+    assert decoder.value_head.weight.abs().max() > 0.01
+    # Whoever reads the checkpoint reads a language model.
+    assert load_model(tmp_path / "whole", torch.device("cpu")).model.value_head is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [*LAYOUTS, "ZeRO 0"])
+def test_values_are_the_same_in_every_layout(model, rows, tmp_path, alone_with_values, layout):
+    ranks, engine, options = LAYOUTS.get(layout, (2, "deepspeed", ("--engine.name=deepspeed", "--engine.zero_stage=0")))
+    run(model, rows, tmp_path, "rl", *VALUES, "--train.steps=4", *options, ranks=ranks, imported=engine)
+    for line, expected in zip(of_values(tmp_path), alone_with_values, strict=True):
+        assert line == pytest.approx(expected, rel=1e-3, abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def alone_with_values(model, rows, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("alone-values")
+    run(model, rows, run_dir, "rl", *VALUES, "--train.steps=4")
+    return of_values(run_dir)
+
+
+def of_values(run_dir):
+    names = ("loss", "grad_norm", "value/loss", "value/clipped", "policy/entropy")
+    return [[line[name] for name in names] for line in metrics(run_dir) if "grad_norm" in line]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """Another model over the same tokens, far from even."""
+    return write_model(tmp_path_factory.mktemp("teacher"), rows=448, init_std=0.3, hidden_size=48)
+
+
+def distilling(teacher):
+    return ("--rl.objective=distill", f"--rl.distillation.teacher={teacher}", "--rewards=[]", "--rows.validation=[]")
+
+
+def test_distillation_on_own_answers_needs_no_rewards_and_resumes(model, rows, teacher, tmp_path):
+    options = distilling(teacher)
+    run(model, rows, tmp_path / "whole", "rl", *options, "--train.steps=8")
+    run(model, rows, tmp_path / "cut", "rl", *options, "--train.steps=3")
+    run(model, rows, tmp_path / "cut", "rl", *options, "--train.steps=8")
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    lines = [line for line in metrics(tmp_path / "whole") if "grad_norm" in line]
+    # The loss is the divergence, a mean over tokens.
+    assert all(line["distillation/kl"] == pytest.approx(line["loss"], rel=1e-6) for line in lines)
+    assert 0.05 < lines[-1]["loss"] < lines[0]["loss"] and lines[0]["policy/sampler_k3"] < 1e-5
+    output = run(model, rows, tmp_path / "self", "rl", *distilling(model), "--train.steps=1")
+    (line,) = (line for line in metrics(tmp_path / "self") if "grad_norm" in line)
+    assert abs(line["loss"]) < 1e-6 and line["grad_norm"] < 1e-5 and "does not have the tokenizer" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_distillation_is_the_same_in_every_layout(model, rows, teacher, tmp_path, alone_with_a_teacher, layout):
+    ranks, engine, options = LAYOUTS[layout]
+    options = (*distilling(teacher), "--train.steps=4", *options)
+    run(model, rows, tmp_path, "rl", *options, ranks=ranks, imported=engine)
+    for (_, loss, norm), (_, expected, expected_norm) in zip(steps(tmp_path), alone_with_a_teacher, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4) and norm == pytest.approx(expected_norm, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone_with_a_teacher(model, rows, teacher, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("alone-teacher")
+    run(model, rows, run_dir, "rl", *distilling(teacher), "--train.steps=4")
+    return steps(run_dir)
+
+
 REHEARSED = ("--rl.prompts=2", "--rehearsal.samples=2", "--rehearsal.threshold=1", "--rehearsal.per_step=2")
 
 
@@ -231,6 +318,9 @@ def test_demonstrations_where_the_model_fails(model, rows, tmp_path):
     assert all(line["grad_norm"] == 0 for line in lines if not line["gate/demonstrations"])
 
 
+DISTILL = ("--rl.objective=distill", "--rl.distillation.teacher=nowhere")
+
+
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
     [
@@ -241,6 +331,14 @@ def test_demonstrations_where_the_model_fails(model, rows, tmp_path):
         ("rl", ("--prompt_filter.samples=0",), "prompt_filter.samples is 0"),
         ("rl", ("--gate.kind=switch",), "let a rollout be one update"),
         ("rl", ("--engine.name=deepspeed", "--engine.zero_stage=3"), "leaves no rank a model to sample from"),
+        ("rl", ("--rl.value.lr=0.1",), "rl.value is of rl.objective=ppo, not grpo"),
+        ("rl", ("--rl.objective=distill",), "rl.distillation.teacher names no teacher"),
+        ("rl", ("--rl.distillation.teacher=x",), "rl.distillation is of rl.objective=distill, not grpo"),
+        ("rl", (*DISTILL, "--rl.kl=0.1"), "rl.kl=0.1 has no effect with rl.objective=distill"),
+        ("rl", (*DISTILL, "--gate.kind=switch", "--rl.prompts=2"), "which rl.objective=distill has not"),
+        ("rl", (*DISTILL, "--rewards=[]"), "rows.validation: answers are validated by rewards"),
+        ("rl", DISTILL, "rl.distillation.teacher: nowhere does not exist"),
+        ("rl", ("--rl.objective=ppo", "--rl.value.lam=2"), "rl.value.lam is 2.0"),
         ("sft", ("--rows.train=[]",), "rows.train names no file"),
         ("sft", ("--rows.train=[none.jsonl]",), "none.jsonl does not exist"),
         ("sft", ("--parallel.pipeline=2",), "post-training has no pipeline stages"),
