@@ -110,7 +110,7 @@ class Block(Module):
         fed: Tensor
         with in_order(_order(info, cache)):
             if isinstance(self.ffn, MoELayer):
-                fed = self.ffn(normed, info.token_keys, info.are_sinks)
+                fed = self.ffn(normed, info.token_keys, info.are_sinks, info.experts)
             else:
                 fed = self.ffn(enter_region(normed, self.groups))
         return fed
@@ -222,6 +222,7 @@ class Decoder(Module):
         entering: Tensor | None = None,
         origin: Origin = BEGINNING,
         run: RunBlock | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """Run the embedding, blocks and final norm that this stage holds.
 
@@ -234,6 +235,8 @@ class Decoder(Module):
             entering: The previous stage's output, for any stage but the first.
             origin: Where the tokens lie in the batch of the step: the noise of compression depends on it.
             run: Runs a block in place of a call of it; for generation, with caches.
+            experts: The choice of all routers by layer, int16 [B, T, layers with experts, k] as
+                models.moe.router.recorded_experts has it. None, like 0, leaves the choice to them.
 
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks. Every stage but the last puts the sinks in
@@ -243,6 +246,8 @@ class Decoder(Module):
             # The sinks take the first positions of every document.
             positions = positions + self.model_config.sink_tokens
         infos = self._layer_infos(positions, documents, tokens, origin)
+        if experts is not None:
+            infos = self._with_experts(infos, experts)
         if self.is_first:
             assert self.embedding is not None, "the first stage has an embedding"
             x = self.embedding(tokens.transpose(0, 1))
@@ -260,6 +265,16 @@ class Decoder(Module):
             return self.final_norm(x)
         # The next stage goes on with the sinks, too. Every row brings a copy, of which one is read.
         return x if sinks is None else torch.cat((sinks.expand(-1, x.shape[1], -1), x))
+
+    def _with_experts(self, infos: list[SequenceInfo], experts_BTLK: Tensor) -> list[SequenceInfo]:
+        """Tell the layers with experts their routers' choice."""
+        places = {layer: place for place, layer in enumerate(self.model_config.moe_layers())}
+        group = self.groups.tensor if self.groups.sequence else None
+        by_layer = experts_BTLK.transpose(0, 1).unbind(2)
+        return [
+            replace(info, experts=local_part(by_layer[places[int(layer)]], group)) if int(layer) in places else info
+            for layer, info in zip(self.layers, infos, strict=True)
+        ]
 
     def _take_sinks(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """The residual stream of the sinks [S, 1, D], None without, and that of the tokens, which x may hold both."""

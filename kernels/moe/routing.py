@@ -73,13 +73,36 @@ def top_k_gate_reference(
         in_group = _largest_by_sort(best, group_top_k)
         values = values.masked_fill(~in_group.repeat_interleave(grouped.shape[-1], -1), -torch.inf)
     chosen = _largest_by_sort(values, top_k)
+    return probs, gates_of(wide, chosen, score=score, normalize=normalize, scale=scale), chosen
+
+
+def gates_of(
+    logits_TE: Tensor,
+    chosen_TE: Tensor,
+    *,
+    score: Score = "softmax",
+    normalize: Normalize = "before",
+    scale: float = 1.0,
+) -> Tensor:
+    """Compute the gates of `top_k_gate` for experts that something else has chosen, by plain operations.
+
+    Args:
+        logits_TE: floating.
+        chosen_TE: bool, at least one expert per token.
+        score, normalize, scale: as in `top_k_gate`.
+
+    Returns:
+        gates_TE, zero except for the chosen experts, float32 (float64 for float64 logits); differentiable.
+    """
+    wide = _widen(logits_TE)
     if normalize == "after" and score == "softmax":
-        gates = wide.masked_fill(~chosen, -torch.inf).softmax(-1)
-    elif normalize == "after":
-        gates = scores / (_keep(scores, chosen).sum(-1, keepdim=True) + TINY)
-    else:
-        gates = probs if normalize == "before" else scores
-    return probs, _keep(gates, chosen) * scale, chosen
+        return _keep(wide.masked_fill(~chosen_TE, -torch.inf).softmax(-1), chosen_TE) * scale
+    scores = wide.softmax(-1) if score == "softmax" else wide.sigmoid()
+    if normalize == "after":
+        scores = scores / (_keep(scores, chosen_TE).sum(-1, keepdim=True) + TINY)
+    elif normalize == "before" and score == "sigmoid":
+        scores = scores / (scores.sum(-1, keepdim=True) + TINY)
+    return _keep(scores, chosen_TE) * scale
 
 
 def dense_to_sparse_gate_reference(

@@ -27,6 +27,7 @@ from models.generation.snapshots import Snapshot, fingerprint
 from models.generation.states import Slots, State, cells
 from models.generation.traced import Tracer
 from models.mixers.base import LayerCache
+from models.moe.router import Router
 from models.parallel import gather_columns
 from models.parameters import Module
 from models.sinks import SinkKeys
@@ -76,6 +77,7 @@ class _Sample:
         seen: Tokens that the repetition penalty punishes, bool [vocab_size]; None without a penalty.
         last: The last token that was drawn.
         drawn: Number of tokens drawn.
+        experts: Recorded choices of the routers that no event has told yet.
     """
 
     job: _Job
@@ -83,6 +85,7 @@ class _Sample:
     seen: Tensor | None
     last: int = 0
     drawn: int = 0
+    experts: Tensor | None = None
 
 
 class Engine:
@@ -103,9 +106,11 @@ class Engine:
             else is running. Rows are then decoded one at a time.
         compile: Compile the layers of decoding steps: up to twice as fast, rounded differently, after half a minute.
         prefixes: Number of beginnings of prompts whose states are kept for prompts that share them.
+        record_experts: Return the experts that routers choose; the gates choose a fixed number of them.
 
     Raises:
-        ValueError: an argument is out of range, there is no compiler for `compile`, or the model is a pipeline stage.
+        ValueError: an argument is out of range, there is no compiler for `compile`, the model is a pipeline stage, or
+            it has no experts to record.
     """
 
     def __init__(
@@ -120,6 +125,7 @@ class Engine:
         deterministic: bool = False,
         compile: bool = False,
         prefixes: int = 0,
+        record_experts: bool = False,
     ) -> None:
         for name, value in {
             "slots": slots,
@@ -142,6 +148,10 @@ class Engine:
         self._slots = Slots(self._layers, slots)
         self._tracer = Tracer(model, compile, at_once=compile and deterministic)
         self._prefixes = Prefixes(prefixes, chunk if deterministic else 1)
+        self._routers = [module for module in model.modules() if isinstance(module, Router)] if record_experts else []
+        gates = {router.config.router.gate for router in self._routers}
+        if record_experts and gates != {"top_k"}:
+            raise ValueError("record_experts needs routers that choose a fixed number of experts: gate=top_k")
         self._sharded_in_time = [
             module
             for module in model.modules()
@@ -291,8 +301,11 @@ class Engine:
         """Take a snapshot: prompts that begin with its tokens continue from it, until `forget`.
 
         Raises:
-            ValueError: the snapshot is of another model, or there are not enough free pages for it.
+            ValueError: the snapshot is of another model, there are not enough free pages for it, or the engine records
+                experts, which a snapshot does not have.
         """
+        if self._routers:
+            raise ValueError("a snapshot has no record of experts: compute the prompt")
         if snapshot.model != fingerprint(self.model):
             raise ValueError("the state is of another model, or of another part of it: compute it again")
         length = len(snapshot.tokens)
@@ -402,7 +415,9 @@ class Engine:
         state.table.extend(first + len(tokens))
         positions = torch.arange(first, first + len(tokens), device=device)[None]
         row = torch.tensor([tokens], device=device)
-        hidden_T1D = self._run(row, positions, state.by_layer())
+        with self._recording() as experts:
+            hidden_T1D = self._run(row, positions, state.by_layer())
+        state.experts += experts
         state.logits = self._logits(hidden_T1D[-1])
 
     def _run(self, tokens: Tensor, positions: Tensor, caches: list[LayerCache], run: RunBlock | None = None) -> Tensor:
@@ -413,6 +428,20 @@ class Engine:
         self._sinks = [cache.sinks for cache in caches]
         return hidden_TBD
 
+    @contextmanager
+    def _recording(self) -> Iterator[list[Tensor]]:
+        """Within, routers record their choices. Afterwards the list has those of all layers, [N, layers, k]."""
+        found: list[Tensor] = []
+        for router in self._routers:
+            router.recorded = []
+        try:
+            yield found
+            if self._routers:
+                found.append(torch.stack([choice for router in self._routers for choice in router.recorded or ()], 1))
+        finally:
+            for router in self._routers:
+                router.recorded = None
+
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] over the whole vocabulary."""
         return gather_columns(linear(hidden_ND, self.model.head_weight), self.model.groups.tensor)
@@ -421,7 +450,8 @@ class Engine:
         request, events = job.request, []
         assert state.logits is not None
         while job.started < request.samples and self._slots.count < self._slots.size:
-            sample = _Sample(job, job.started, self._seen(request))
+            experts = torch.cat(state.experts) if self._routers else None
+            sample = _Sample(job, job.started, self._seen(request), experts=experts)
             job.started += 1
             events.append(self._note(sample, self._draw([sample], state.logits)[0]))
             if events[-1].finish is None:
@@ -480,9 +510,11 @@ class Engine:
         positions = torch.tensor(step.before, device=device)
         tokens = torch.tensor([[sample.last] for sample in samples], device=device)
         caches = step.caches(positions)
-        with self._tracer.step(count) as run:
+        with self._tracer.step(count) as run, self._recording() as experts:
             hidden_1ND = self._run(tokens, positions[:, None], caches, run)
         step.finish()
+        for sample, choice in zip(samples, experts[0].split(1) if experts else [], strict=False):
+            sample.experts = choice
         return self._draw(samples, self._logits(hidden_1ND[0]))
 
     def _draw(self, samples: Sequence[_Sample], logits_NV: Tensor) -> list[Drawn]:
@@ -501,7 +533,7 @@ class Engine:
             finish = "stop"
         elif sample.drawn == sampling.max_new_tokens:
             finish = "length"
-        return Event(sample.job.number, sample.number, *drawn, finish)
+        return Event(sample.job.number, sample.number, *drawn, finish, sample.experts)
 
     def _seen(self, request: Request) -> Tensor | None:
         """The tokens that the repetition penalty of a new sample punishes."""

@@ -1,8 +1,11 @@
 """What a generation is asked for, and what it gives: sampling parameters, requests, events and completions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 Finish = Literal["stop", "length"]
 
@@ -95,6 +98,8 @@ class Event:
         alternatives: The `top_log_probs` most likely tokens with their log_prob, the most likely first.
         finish: Why the sample ends with this token, "stop" if it is a stop token and "length" if it is the
             max_new_tokens-th; None if the sample goes on.
+        experts: The experts of every token that was computed for this one and for no earlier one, see
+            Completion.experts; None if the engine records none.
     """
 
     request: int
@@ -104,6 +109,7 @@ class Event:
     tempered_log_prob: float
     alternatives: tuple[tuple[int, float], ...]
     finish: Finish | None
+    experts: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,8 @@ class Completion:
         tempered_log_probs: See Event.tempered_log_prob; one per token.
         alternatives: See Event.alternatives; one tuple per token.
         finish: See Event.finish.
+        experts: The experts that routers chose for the prompt and the sample but its last token, on the CPU, int16
+            [tokens, layers with experts, k] as models.moe.router.recorded_experts has it; None if none are recorded.
     """
 
     tokens: tuple[int, ...]
@@ -123,18 +131,21 @@ class Completion:
     tempered_log_probs: tuple[float, ...]
     alternatives: tuple[tuple[tuple[int, float], ...], ...]
     finish: Finish
+    experts: Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, events: Sequence[Event]) -> "Completion":
         """Collect the events of one sample, of which the last has `finish`."""
         finish = events[-1].finish
         assert finish is not None, "the last event of a sample says why it ends"
+        experts = [event.experts for event in events if event.experts is not None]
         return cls(
             tuple(event.token for event in events),
             tuple(event.log_prob for event in events),
             tuple(event.tempered_log_prob for event in events),
             tuple(event.alternatives for event in events),
             finish,
+            torch.cat(experts).cpu() if experts else None,
         )
 
     @property

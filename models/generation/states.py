@@ -5,7 +5,7 @@ are tensors with one row per sequence; keys and values lie in pages or rings (mo
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +69,14 @@ class State:
         table: Pages of the full-attention layers.
         caches: The caches of each cell, by the cell's name, with rows of one sequence.
         logits: Logits [1, V] of the last token; None before the first one.
+        experts: The recorded choices of the routers for the tokens, int16 [n, layers with experts, k] each.
     """
 
     layers: list[list[Cell]]
     table: PageTable
     caches: dict[str, LayerCache]
     logits: Tensor | None = None
+    experts: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def empty(cls, layers: list[list[Cell]], table: PageTable) -> "State":
@@ -93,7 +95,7 @@ class State:
         """A state that continues this one by itself, up to `most` tokens. They share full pages."""
         table, copied = self.table.fork(most)
         state = State.empty(self.layers, table)
-        state.logits = self.logits
+        state.logits, state.experts = self.logits, list(self.experts)
         for cell in _flat(self.layers):
             # Copies, because kernels may advance a state in place.
             tensors = self.caches[cell.name].tensors

@@ -37,6 +37,8 @@ class SequenceInfo:
         sinks: The layer's sink tokens; None if the model has none.
         are_sinks: Whether the tokens are the sinks, whose keys and values go into `sinks`. They count neither for
             statistics nor for auxiliary losses: how often they are computed depends on the layout.
+        experts: Recorded choice of the layer's router, int16 [T, B, k], sharded like the residual stream; None if it
+            chooses itself.
     """
 
     cos: Tensor | None = None
@@ -48,6 +50,7 @@ class SequenceInfo:
     rows: TokenRows | None = None
     sinks: SinkKeys | None = None
     are_sinks: bool = False
+    experts: Tensor | None = None
 
 
 class KeyValueStore(Protocol):

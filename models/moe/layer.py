@@ -151,12 +151,19 @@ class MoELayer(Module):
             self._dispatcher = token_dispatcher(self.config.num_experts, self.groups.expert)
         return self._dispatcher
 
-    def forward(self, x: Tensor, token_keys: Tensor | None = None, are_sinks: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        token_keys: Tensor | None = None,
+        are_sinks: bool = False,
+        experts: Tensor | None = None,
+    ) -> Tensor:
         """Transform the residual stream x [T, B, D]. With sequence parallelism x is this rank's shard of it.
 
-        token_keys, int64 [T, B], identify tokens for the router's noise. Sinks are routed as in evaluation.
+        token_keys, int64 [T, B], identify tokens for the router's noise. Sinks are routed as in evaluation. experts,
+        int16 [T, B, k], replaces the router's choice, see models.moe.router.
         """
-        routing = self.policy.run("moe_activation", self.router, x, token_keys, are_sinks)
+        routing = self.policy.run("moe_activation", self.router, x, token_keys, are_sinks, experts)
         tokens_ND = x.flatten(0, 1)
         if self.router.replicated:
             routed = self._apply_with_copies(tokens_ND, routing.gates, routing.routing_map, self.router.replicated)

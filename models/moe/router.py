@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kernels.autograd import derive
 from kernels.moe import dense_to_sparse_gate, top_k_gate
-from kernels.moe.routing import largest
+from kernels.moe.routing import gates_of, largest
 from models.auxiliary_loss import add_loss
 from models.config import MoEConfig
 from models.parallel import sum_counts
@@ -69,6 +69,7 @@ class Router(Module):
         replicated: The experts that are replicated on every rank in this step, in ascending order.
         bias: Added to the scores for the selection of experts only, float32 [E]. None if not configured.
         load: Each expert's share of the previous step's batch, float32 [E]. None if not configured.
+        recorded: Where to put the experts of the tokens that are routed, `recorded_experts`. None to record nothing.
     """
 
     # The router reads the residual stream, so its gradient is whole on ranks that see all tokens.
@@ -82,6 +83,7 @@ class Router(Module):
     loss_scale: float = 1.0
     seed: int = 0
     replicated: tuple[int, ...] = ()
+    recorded: list[Tensor] | None = None
 
     def __init__(self, config: MoEConfig, hidden_size: int) -> None:
         super().__init__()
@@ -98,11 +100,18 @@ class Router(Module):
         self.register_buffer("load", torch.full((experts,), 1 / experts) if follows_load else None)
         self.statistics: Tensor | None = None
 
-    def forward(self, x_TBD: Tensor, token_keys_TB: Tensor | None = None, are_sinks: bool = False) -> Routing:
+    def forward(
+        self,
+        x_TBD: Tensor,
+        token_keys_TB: Tensor | None = None,
+        are_sinks: bool = False,
+        experts_TBK: Tensor | None = None,
+    ) -> Routing:
         """Route the tokens of x [T, B, D], in the row-major order of [T * B, D].
 
         token_keys, int64 [T, B], identify tokens for the noise. Without them there is no noise. Sinks are routed as in
-        evaluation: without losses, counts and a limit of capacity.
+        evaluation: without losses, counts and a limit of capacity. experts, of gate=top_k, takes the place of the
+        router's own choice, see `recorded_experts`; the gates are its own in any case.
         """
         x_ND = x_TBD.flatten(0, 1)
         wide = x_ND.float()
@@ -114,6 +123,10 @@ class Router(Module):
             return self._to_the_first(logits, temperature, training)
         if self.config.router.gate == "top_k":
             probabilities, gates, keep = self._top_k(logits)
+            if experts_TBK is not None:
+                gates, keep = self._replay(logits, keep, experts_TBK.flatten(0, 1))
+            if self.recorded is not None and not are_sinks:
+                self.recorded.append(recorded_experts(keep, self.config.router.top_k))
         else:
             probabilities, gates, keep = self._dense_to_sparse(logits, temperature, token_keys_TB if training else None)
         # Each token keeps exactly k experts, so the host knows the sum without asking the device.
@@ -165,6 +178,14 @@ class Router(Module):
             group_top_k=router.group_top_k,
             bias_E=self.bias,
         )
+
+    def _replay(self, logits: Tensor, keep: Tensor, experts_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's gates for recorded experts, and which experts these are."""
+        known_N1 = experts_NK[:, :1] > 0
+        recorded = torch.zeros_like(keep).scatter(1, (experts_NK.long() - 1).clamp(min=0), True)
+        keep = torch.where(known_N1, recorded, keep)
+        router = self.config.router
+        return gates_of(logits, keep, score=router.score, normalize=router.normalize), keep
 
     def _dense_to_sparse(
         self, logits: Tensor, temperature: Tensor | float, token_keys_TB: Tensor | None
@@ -242,6 +263,11 @@ class Router(Module):
         rest = [dropped, entropy, balance, z, temperature * tokens, len(self.replicated) * tokens, tokens]
         counted = [torch.as_tensor(value, dtype=torch.float64, device=keep.device).reshape(1) for value in rest]
         self.statistics += torch.cat([keep.sum(0).double(), *counted])
+
+
+def recorded_experts(keep_NE: Tensor, top_k: int) -> Tensor:
+    """The experts of each token as numbers from 1, int16 [N, top_k], ascending; 0 stands for no record."""
+    return (keep_NE.nonzero()[:, 1].view(-1, top_k) + 1).to(torch.int16)
 
 
 def busiest(load: Sequence[float], number: int, above: float) -> tuple[int, ...]:

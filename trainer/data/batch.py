@@ -17,6 +17,9 @@ from kernels.documents import Documents
 from models.compression import Origin
 from trainer.data.layout import NO_END
 
+EXPERTS = "experts"
+"""Name of the extra tensor with the experts that routers are to choose, int16 `[B, T, layers with experts, k]`."""
+
 
 @dataclass(slots=True)
 class Batch:
@@ -29,7 +32,7 @@ class Batch:
         positions: int64 `[B, T]`, from 0 in each document (packed) or in each row.
         documents: Bounds of the row's documents, on the host; None if rows are not packed.
         origin: Where the tokens lie in the batch of their step.
-        extra: Further inputs of an objective by name, each `[B, T]` and aligned with `labels`.
+        extra: Further inputs of an objective, or of the model, by name, each `[B, T, ...]` and aligned with `labels`.
     """
 
     tokens: torch.Tensor

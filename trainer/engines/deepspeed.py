@@ -38,7 +38,7 @@ from models.moe.spawning import expert_weights, spawned
 from models.parameters import WHOLE, Groups, declared, parameter_rows, partial_gradients, set_trainable
 from models.statistics import StepStatistics
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.data.batch import Batch
+from trainer.data.batch import EXPERTS, Batch
 from trainer.engines import groups as process_groups
 from trainer.engines import megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
@@ -70,7 +70,10 @@ class LossModel(nn.Module):
         if isinstance(objective, Alignment):
             return objective.forward(self.decoder, batch)
         decoder = self.decoder
-        hidden = decoder.hidden_states(batch.tokens, batch.positions, batch.documents, origin=batch.origin)
+        experts = batch.extra.get(EXPERTS)
+        hidden = decoder.hidden_states(
+            batch.tokens, batch.positions, batch.documents, origin=batch.origin, experts=experts
+        )
         outputs = Outputs(hidden, decoder.head_weight, decoder.groups, frozen, decoder.value_head)
         return objective.forward(outputs, batch)
 

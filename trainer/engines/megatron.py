@@ -28,7 +28,7 @@ from models.moe.spawning import expert_weights, spawned
 from models.parameters import Declared, Groups, declared, matches, parameter_rows, partial_gradients, set_trainable
 from models.statistics import StepStatistics
 from trainer.config import ParallelConfig
-from trainer.data.batch import Batch
+from trainer.data.batch import EXPERTS, Batch
 from trainer.engines import groups, megatron_cpu, pieces
 from trainer.engines.base import PendingSave, StepResult
 from trainer.engines.common import Collectives, StepSums
@@ -74,17 +74,22 @@ class Stage(nn.Module):
         self.share_embeddings_and_output_weights = decoder.model_config.tie_embeddings
         self._entering: Tensor | None = None
 
-    def hidden_states(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch, experts: Tensor | None = None) -> Tensor:
         """Return the hidden states of a micro-batch that the next stage, or the head, reads."""
         return self.part.hidden_states(
-            batch.tokens, batch.positions, batch.documents, entering=self._entering, origin=batch.origin
+            batch.tokens,
+            batch.positions,
+            batch.documents,
+            entering=self._entering,
+            origin=batch.origin,
+            experts=experts,
         )
 
     def forward(
         self, batch: Batch, objective: Objective, frozen: Mapping[str, Outputs]
     ) -> Tensor | tuple[Tensor, Sequence[Tensor]]:
         """Apply the objective on the last stage. On the other stages return the next stage's input."""
-        hidden = self.hidden_states(batch)
+        hidden = self.hidden_states(batch, batch.extra.get(EXPERTS))
         if not self.post_process:
             return hidden
         part = self.part

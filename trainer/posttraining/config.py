@@ -133,6 +133,8 @@ class RlConfig:
             is left to correct: `correction` is not applied. Every answer is a micro-batch of train.seq_len tokens.
         value: The value head of objective=ppo.
         distillation: The teacher of objective=distill.
+        routing_replay: rollout: training takes the experts that the sampler's routers chose (arXiv 2510.11370), with
+            its own gates; none: its own choice.
     """
 
     objective: ObjectiveName = "grpo"
@@ -161,6 +163,7 @@ class RlConfig:
     strict: bool = False
     value: ValueConfig = field(default_factory=ValueConfig)
     distillation: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    routing_replay: Literal["none", "rollout"] = "none"
 
     def __post_init__(self) -> None:
         self._check_distillation()
@@ -436,6 +439,27 @@ class PosttrainConfig(PretrainConfig):
         )
         if self.rl.strict:
             self._require_strict()
+        if self.rl.routing_replay != "none":
+            self._require_replay()
+
+    def _require_replay(self) -> None:
+        """Refuse models whose routers' choice cannot be recorded."""
+        moe, key = self.model.moe, f"rl.routing_replay={self.rl.routing_replay}"
+        require(moe.num_experts > 0, f"{key}: the model has no experts; set rl.routing_replay=none")
+        require(
+            self.environment.name is None and self.rl.replay is None,
+            f"{key} records the answers of one turn that a run draws itself; leave out environment.name and rl.replay, or "
+            "set rl.routing_replay=none",
+        )
+        require(
+            moe.router.gate == "top_k" and moe.spawn_step is None,
+            f"{key} needs the same number of experts for every token; use model.moe.router.gate=top_k without "
+            "model.moe.spawn_step, or rl.routing_replay=none",
+        )
+        require(
+            not self.rl.strict,
+            f"{key}: with rl.strict the choices are the same without a record; set rl.routing_replay=none",
+        )
 
     def _require_strict(self) -> None:
         """Refuse what computes an answer in training otherwise than beside the sampler."""

@@ -24,6 +24,7 @@ import torch
 
 from trainer.callbacks.base import Callback
 from trainer.callbacks.health import TrainingDiverged
+from trainer.data.batch import EXPERTS
 from trainer.errors import ConfigError
 from trainer.posttraining import rollouts
 from trainer.posttraining.advantages import (
@@ -406,7 +407,12 @@ class Reinforcement:
         learned = sample.finished or not self._config.rl.mask_overlong
         pieces = [(tokens, learned and written) for tokens, written in sample.pieces if tokens]
         sequence = TokenSequence.of([(group.prompt, False), *pieces])
-        return _with(sequence, **{SAMPLER: np.concatenate([np.zeros(len(group.prompt)), sample.log_probs])})
+        sequence = _with(sequence, **{SAMPLER: np.concatenate([np.zeros(len(group.prompt)), sample.log_probs])})
+        if sample.experts is None:
+            return sequence
+        # A token's entry is the choice at the position that predicts it. No position predicts the first.
+        experts = np.pad(sample.experts, ((1, 0), (0, 0), (0, 0)))
+        return replace(sequence, extra={**sequence.extra, EXPERTS: experts})
 
     def _advantages(
         self, rewards: torch.Tensor, groups: torch.Tensor, sequences: Sequence[TokenSequence]
@@ -517,7 +523,14 @@ class Reinforcement:
         name = {"own": WEIGHTS, "off_policy": OFF_POLICY, "supervised": SUPERVISED, "rehearsal": REHEARSAL}[entry.kind]
         extras: dict[str, np.ndarray | float] = dict.fromkeys(self._terms.extras, 0.0)
         extras |= {**entry.sequence.extra, name: weight}
-        return _with(replace(entry.sequence, extra={}), **{key: extras[key] for key in self._terms.extras})
+        filled = _with(replace(entry.sequence, extra={}), **{key: extras[key] for key in self._terms.extras})
+        if self._config.rl.routing_replay == "none":
+            return filled
+        model = self._config.model
+        # Of demonstrations and stored answers nothing is recorded.
+        shape = len(filled), len(model.moe_layers()), model.moe.router.top_k
+        experts = entry.sequence.extra.get(EXPERTS, np.zeros(shape, np.int16))
+        return replace(filled, extra={**filled.extra, EXPERTS: experts})
 
 
 def _with(sequence: TokenSequence, **extra: np.ndarray | float) -> TokenSequence:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch.distributed as dist
 
 from models.generation import Completion, Engine, Request, Sampling
@@ -63,6 +64,8 @@ class Sample:
         error: Why it could not be scored; None if it was.
         replies: Where in the tokens an environment's replies are: the first token of each, and the one behind it. Their
             log-probabilities are 0.
+        experts: The experts that the sampler's routers chose, see models.generation.Completion; None if not recorded.
+            Files of rollouts do not have them.
     """
 
     tokens: tuple[int, ...]
@@ -73,6 +76,7 @@ class Sample:
     parts: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     replies: tuple[tuple[int, int], ...] = ()
+    experts: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def pieces(self) -> list[tuple[tuple[int, ...], bool]]:
@@ -164,7 +168,8 @@ class Policy:
         """An answer as it was drawn, before it is scored."""
         log_probs = completion.log_probs if self.temperature == 1 else completion.tempered_log_probs
         text = tokenizer.decode(list(completion.content))
-        return Sample(completion.tokens, log_probs, completion.finish == "stop", text)
+        experts = None if completion.experts is None else completion.experts.numpy()
+        return Sample(completion.tokens, log_probs, completion.finish == "stop", text, experts=experts)
 
 
 class Gathers(Protocol):
@@ -200,6 +205,7 @@ class Sampler:
         slots: Answers that a rank continues at once.
         dialogues: Continues answers by turns of an environment; None for answers of one turn.
         redraw: Draws answers again from the distributions of training; None without strict mode.
+        record_experts: Whether answers have the experts that routers chose.
 
     Attributes:
         rank: This rank.
@@ -216,11 +222,14 @@ class Sampler:
         slots: int,
         dialogues: Dialogues | None = None,
         redraw: Redraw | None = None,
+        record_experts: bool = False,
     ) -> None:
         self._engine, self._tokenizer, self._pool, self._dialogues = engine, tokenizer, pool, dialogues
         self.rank, self._redraw = engine.rank, redraw
         self._replica, self._replicas, self._leads = replica_of(engine)
-        self._generator = Engine(engine.model, slots=slots, vocab_size=tokenizer.vocab_size)
+        self._generator = Engine(
+            engine.model, slots=slots, vocab_size=tokenizer.vocab_size, record_experts=record_experts
+        )
         self.seconds = {"generation": 0.0, "rewards": 0.0}
         self.tokens = self.redrawn = 0
 
@@ -324,9 +333,16 @@ def save(path: Path, groups: Sequence[Group], **about: Any) -> None:
 
     Numbers are written in full, so that what is read back is the same to the bit.
     """
-    lines = [{"version": _VERSION, **about}, *map(asdict, groups)]
+    lines = [{"version": _VERSION, **about}, *map(_line, groups)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _line(group: Group) -> dict[str, Any]:
+    line = asdict(replace(group, samples=tuple(replace(sample, experts=None) for sample in group.samples)))
+    for sample in line["samples"]:
+        del sample["experts"]
+    return line
 
 
 def load(path: Path) -> tuple[list[Group], dict[str, Any]]:

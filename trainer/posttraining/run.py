@@ -251,6 +251,8 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
         packing = replace(packing, alone=True)
         redraw = Redraw(engine, packing, inputs.tokenizer.vocab_size)
         answering = Sampler(engine, inputs.tokenizer, pool, rl.slots, redraw=redraw)
+    elif rl.routing_replay != "none":
+        answering = Sampler(engine, inputs.tokenizer, pool, rl.slots, dialogues, record_experts=True)
     source = Reinforcement(
         config,
         PromptSampler(encoded, shares, seed=seed, prompts_per_step=config.prompts),

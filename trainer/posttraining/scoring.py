@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.losses.token_log_probs import IGNORE_LABEL
-from trainer.data.batch import Batch
+from trainer.data.batch import EXPERTS, Batch
 from trainer.objectives.base import Outputs
 from trainer.posttraining.data.packing import SEQUENCE, Packing, pack
 from trainer.posttraining.data.sequences import TokenSequence
@@ -98,7 +99,10 @@ class Scorer:
         self, sequences: Sequence[TokenSequence], packing: Packing, step: int, values: bool
     ) -> list[list[np.ndarray]]:
         engine, record = self.engine, _Record(self._reference, self._temperature, values)
-        bare = [TokenSequence(sequence.tokens, sequence.loss_mask) for sequence in sequences]
+        bare = [
+            replace(sequence, extra={name: array for name, array in sequence.extra.items() if name == EXPERTS})
+            for sequence in sequences
+        ]
         rank, world = engine.data_parallel_rank, engine.data_parallel_size
         batches = pack(bare, packing, seed=self._seed, step=step, rank=rank, world=world)
         engine.evaluate(batches, record)

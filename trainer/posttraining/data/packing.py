@@ -181,7 +181,8 @@ def pack(
     names = {frozenset(sequence.extra) for sequence in sequences}
     if len(names) > 1:
         raise ValueError(f"sequences of one step differ in their extra values: {sorted(map(sorted, names))}")
-    dtypes = {name: array.dtype for name, array in sequences[0].extra.items()} if sequences else {}
+    # As many values of the same kind for each token.
+    kinds = {name: (array.dtype, array.shape[1:]) for name, array in sequences[0].extra.items()} if sequences else {}
     assert len(sequences) % together == 0, "sequences come in groups of `together`"
     lengths = [sum(map(len, sequences[first : first + together])) for first in range(0, len(sequences), together)]
     if packing.alone:
@@ -197,7 +198,7 @@ def pack(
                 for number in range(group * together, (group + 1) * together)
             ],
             packing,
-            dtypes,
+            kinds,
             Origin(step, (first + place) * packing.tokens),
         )
         for place, members in enumerate(own)
@@ -205,7 +206,10 @@ def pack(
 
 
 def _row(
-    members: Sequence[tuple[int, TokenSequence]], packing: Packing, dtypes: dict[str, np.dtype], origin: Origin
+    members: Sequence[tuple[int, TokenSequence]],
+    packing: Packing,
+    kinds: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    origin: Origin,
 ) -> Batch:
     """One packed row."""
     bounds = np.cumsum([0, *(len(sequence) for _, sequence in members)])
@@ -214,7 +218,7 @@ def _row(
     size = packing.tokens if is_fixed else max(-(-used // packing.multiple), 1) * packing.multiple
     tokens, labels = np.full((2, size), packing.pad_id, np.int64)
     mask, positions = np.zeros(size, np.float32), np.arange(size) - used
-    extra = {name: np.zeros(size, dtype) for name, dtype in dtypes.items()}
+    extra = {name: np.zeros((size, *shape), dtype) for name, (dtype, shape) in kinds.items()}
     numbers = np.full(size, -1, np.int64)
     for start, (number, sequence) in zip(bounds.tolist(), members, strict=False):
         stop = start + len(sequence)

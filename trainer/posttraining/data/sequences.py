@@ -25,7 +25,7 @@ class TokenSequence:
         tokens: int32 `[L]`.
         loss_mask: float32 `[L]`, 0 for tokens that are not learned, otherwise their weight. The first token has no
             prediction, so its weight has no effect.
-        extra: Further values of the tokens by name, each `[L]`.
+        extra: Further values of the tokens by name, each `[L, ...]`.
     """
 
     tokens: np.ndarray
@@ -33,7 +33,7 @@ class TokenSequence:
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes = {name: array.shape for name, array in {"loss_mask": self.loss_mask, **self.extra}.items()}
+        shapes = {name: array.shape[:1] for name, array in {"loss_mask": self.loss_mask, **self.extra}.items()}
         wrong = [name for name, shape in shapes.items() if shape != self.tokens.shape]
         if self.tokens.ndim != 1 or not len(self.tokens) or wrong:
             raise ValueError(f"a sequence has one or more tokens, and as many of all else, not {shapes}")

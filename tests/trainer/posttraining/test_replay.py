@@ -1,0 +1,61 @@
+"""Runs that replay the experts of the sampler's routers."""
+
+import pytest
+
+from models.config import MoEConfig, RouterConfig, RouterLossConfig
+from tests.launch.serving import write_model
+from tests.trainer.conftest import metrics
+from tests.trainer.posttraining.test_run import model, rows, run, steps  # noqa: F401 (fixtures)
+
+REPLAY = ("--rl.routing_replay=rollout", "--train.steps=4")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    moe = MoEConfig(
+        num_experts=4, expert_hidden_size=16, router=RouterConfig(top_k=2), losses=RouterLossConfig(balance=0.0)
+    )
+    return write_model(tmp_path_factory.mktemp("experts"), rows=448, moe=moe)
+
+
+@pytest.fixture(scope="module")
+def alone(experts, rows, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("alone")
+    run(experts, rows, folder, "rl", *REPLAY)
+    return folder
+
+
+def test_training_begins_at_the_policy_and_resumes(experts, rows, tmp_path, alone):  # noqa: F811
+    """With two updates a rollout, whose old log-probabilities are of the same experts; step 3 is the second of two."""
+    lines = [line for line in metrics(alone) if "grad_norm" in line]
+    assert lines[0]["policy/ratio"] == pytest.approx(1, abs=1e-5) and lines[0]["policy/sampler_k3"] < 1e-5
+    assert all(line["grad_norm"] > 0 for line in lines) and lines[1]["policy/k3"] > 0
+    run(experts, rows, tmp_path / "cut", "rl", *REPLAY, "--train.steps=3")
+    run(experts, rows, tmp_path / "cut", "rl", *REPLAY)
+    assert steps(tmp_path / "cut") == steps(alone)
+
+
+LAYOUTS = {
+    "accumulation": (1, "megatron", ("--train.micro_batch_size=1",)),
+    "expert": (2, "megatron", ("--parallel.expert=2",)),
+    "tensor, sequence": (2, "megatron", ("--parallel.tensor=2", "--parallel.sequence=true")),
+    "context": (2, "megatron", ("--parallel.context=2",)),
+    "ZeRO 2": (2, "deepspeed", ("--engine.name=deepspeed", "--engine.zero_stage=2")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_keep_their_experts_in_every_layout(experts, rows, tmp_path, alone, layout):  # noqa: F811
+    ranks, engine, options = LAYOUTS[layout]
+    run(experts, rows, tmp_path / "run", "rl", *REPLAY, *options, ranks=ranks, imported=engine)
+    for (_, loss, norm), (_, expected, expected_norm) in zip(steps(tmp_path / "run"), steps(alone), strict=True):
+        assert loss == pytest.approx(expected, abs=2e-5) and norm == pytest.approx(expected_norm, rel=1e-3)
+
+
+def test_what_has_no_experts_is_refused(model, experts, rows, tmp_path):  # noqa: F811
+    output = run(model, rows, tmp_path, "rl", *REPLAY, imported="torch", code=2)
+    assert "the model has no experts" in output.splitlines()[-1]
+    options = (*REPLAY, "--rl.strict=true", "--train.micro_batch_size=1")
+    output = run(experts, rows, tmp_path, "rl", *options, imported="torch", code=2)
+    assert "with rl.strict the choices are the same" in output.splitlines()[-1]
