@@ -4,7 +4,9 @@ import pytest
 
 from models.config import MoEConfig, RouterConfig, RouterLossConfig
 from tests.launch.serving import write_model
+from tests.processes import start
 from tests.trainer.conftest import metrics
+from tests.trainer.posttraining import test_run
 from tests.trainer.posttraining.test_run import model, rows, run, steps  # noqa: F401 (fixtures)
 
 REPLAY = ("--rl.routing_replay=rollout", "--train.steps=4")
@@ -44,13 +46,40 @@ LAYOUTS = {
 }
 
 
+# Whoever chooses by himself then takes other steps.
+NEXT = """
+import runpy, sys
+from models.moe import router
+
+recorded_experts = router.recorded_experts
+router.recorded_experts = lambda keep, top_k: recorded_experts(keep.roll(1, 1), top_k)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_with_the_next(experts, rows, folder, *options, **how):  # noqa: F811
+    """A run whose sampler tells the next experts in place of those that it chose; its steps."""
+    (folder / "next.py").write_text(NEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_run, "start", lambda *command, **more: start(folder / "next.py", *command, **more))
+        run(experts, rows, folder / "run", "rl", *REPLAY, "--rl.max_mismatch=1000", *options, **how)
+    return steps(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def by_the_next(experts, rows, tmp_path_factory):  # noqa: F811
+    return run_with_the_next(experts, rows, tmp_path_factory.mktemp("next"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_keep_their_experts_in_every_layout(experts, rows, tmp_path, alone, layout):  # noqa: F811
+def test_tokens_keep_their_experts_in_every_layout(experts, rows, tmp_path, alone, by_the_next, layout):  # noqa: F811
     ranks, engine, options = LAYOUTS[layout]
-    run(experts, rows, tmp_path / "run", "rl", *REPLAY, *options, ranks=ranks, imported=engine)
-    for (_, loss, norm), (_, expected, expected_norm) in zip(steps(tmp_path / "run"), steps(alone), strict=True):
+    found = run_with_the_next(experts, rows, tmp_path, *options, ranks=ranks, imported=engine)
+    for (_, loss, norm), (_, expected, expected_norm) in zip(found, by_the_next, strict=True):
         assert loss == pytest.approx(expected, abs=2e-5) and norm == pytest.approx(expected_norm, rel=1e-3)
+    assert abs(by_the_next[0][2] / steps(alone)[0][2] - 1) > 0.01, "other experts take other steps"
 
 
 def test_what_has_no_experts_is_refused(model, experts, rows, tmp_path):  # noqa: F811
