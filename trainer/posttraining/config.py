@@ -448,8 +448,8 @@ class PosttrainConfig(PretrainConfig):
         require(moe.num_experts > 0, f"{key}: the model has no experts; set rl.routing_replay=none")
         require(
             self.environment.name is None and self.rl.replay is None,
-            f"{key} records the answers of one turn that a run draws itself; leave out environment.name and rl.replay, or "
-            "set rl.routing_replay=none",
+            f"{key} records answers of one turn that the run draws itself; leave out environment.name and rl.replay, "
+            "or set rl.routing_replay=none",
         )
         require(
             moe.router.gate == "top_k" and moe.spawn_step is None,
