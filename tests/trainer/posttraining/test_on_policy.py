@@ -45,7 +45,7 @@ def models(length, seed=0, same=False):
 
 def loss_of(batch, student, teacher, direction):
     terms = Terms(OBJECTIVES["reinforce"], TEMPERATURE, distillation=direction)
-    objective = PolicyObjective(terms, 3, Teacher())
+    objective = PolicyObjective(terms, 3, teacher=Teacher())
     frozen = {"teacher": Outputs(*teacher, WHOLE)}
     loss, sums = objective.forward(Outputs(*student, WHOLE, frozen), batch)
     return loss, dict(zip(objective.metrics, sums, strict=True))
