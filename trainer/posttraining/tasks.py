@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.posttraining import countdown, queries
 from trainer.posttraining.rewards.base import Answer
 
 _GYM = "reasoning_gym:"
@@ -20,7 +21,7 @@ class Task:
 
     Attributes:
         rows: Yields rows without end, given a source of random numbers: `prompt`, `answer` (the ground truth), a
-            `completion` that is right, and one that is `wrong`.
+            `completion` that is right, and one that is `wrong`. Rows of two levels have a `level`, easy or hard.
         check: Name of the reward that checks answers.
         description: What it asks for.
     """
@@ -57,6 +58,8 @@ def _products(draw: random.Random) -> Iterator[dict[str, Any]]:
 TASKS = {
     "sums": Task(_sums, f"{__name__}:check_sum", "write a number as a sum of two positive ones: many right answers"),
     "products": Task(_products, f"{__name__}:check_product", "write a number as a product of two from 2 to 12"),
+    "countdown": Task(countdown.rows, f"{countdown.__name__}:check", "reach a number from three others; easy and hard"),
+    "text_to_sql": Task(queries.rows, "sql", "write a query for a question about a small database; easy and hard"),
 }
 _SUM = re.compile(r" ?([1-9][0-9]*) \+ ([1-9][0-9]*)")
 _PRODUCT = re.compile(r" ?([1-9][0-9]*) \* ([1-9][0-9]*)")
