@@ -33,6 +33,7 @@ STUDIES = {
     "spiking_training": "the laptop recipe with spikes from the first step, over k, against floats at equal steps",
     "compression_training": "the laptop recipe with compressed activations against keeping everything: final loss",
     "conversion": "a softmax model converted to hybrids, experts and spikes at a tenth of its tokens: loss and recall",
+    "posttraining": "GRPO, DPH-RL, HPT and their rivals on tasks with several right answers: pass@k over seeds",
     "gate_identifiability": "error of gate parameters against sample size: which gates let a temperature be learned",
 }
 

@@ -295,7 +295,8 @@ class GateConfig:
 
     Attributes:
         kind: none: no demonstrations. switch: a question is fine-tuned on its demonstration instead of its answers if
-            too few are right. soft: a mixture by the share of right answers.
+            too few are right. soft: a mixture by the share of right answers. mixed: the demonstration is one more
+            answer of its question's group (LUFFY).
         failed: switch: the largest share of right answers at which the demonstration is taken.
         off_policy: switch: up to this share, and above `failed`, the demonstration is taken as an answer instead
             (LUFFY's policy gradient); null for nowhere.
@@ -304,7 +305,7 @@ class GateConfig:
             those that are taken (its code).
     """
 
-    kind: Literal["none", "switch", "soft"] = "none"
+    kind: Literal["none", "switch", "soft", "mixed"] = "none"
     failed: float = 0.0
     off_policy: float | None = None
     coefficient: float = 1.0

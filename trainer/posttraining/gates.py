@@ -42,7 +42,8 @@ class Gate:
     """The choice as a function of the share P of correct answers.
 
     Attributes:
-        kind: none: reinforcement alone. switch: HPT. soft: a table of mixtures by P.
+        kind: none: reinforcement alone. switch: HPT. soft: a table of mixtures by P. mixed: LUFFY, both the sampled
+            answers and the demonstration as another one, whatever P is.
         failed: γ. switch takes the demonstration where P ≤ γ. The paper has 0 for Qwen and 2/8 for LLaMA.
         off_policy: switch takes the demonstration as an off-policy answer where γ < P ≤ this share. None for nowhere.
         mastered: Rehearse where P ≥ this share, instead of anything else. None for nowhere.
@@ -52,15 +53,15 @@ class Gate:
         ConfigError: the shares are not in order, or out of 0 to 1.
     """
 
-    kind: Literal["none", "switch", "soft"] = "switch"
+    kind: Literal["none", "switch", "soft", "mixed"] = "switch"
     failed: float = 0.0
     off_policy: float | None = None
     mastered: float | None = None
     table: tuple[tuple[float, float, float], ...] = SOFT_TABLE
 
     def __post_init__(self) -> None:
-        if self.kind not in ("none", "switch", "soft"):
-            raise ConfigError(f"gate: kind must be none, switch or soft, not {self.kind!r}")
+        if self.kind not in ("none", "switch", "soft", "mixed"):
+            raise ConfigError(f"gate: kind must be none, switch, soft or mixed, not {self.kind!r}")
         middle = self.failed if self.off_policy is None else self.off_policy
         if not 0 <= self.failed <= middle < 1:
             raise ConfigError(f"gate: need 0 <= failed <= off_policy < 1, not {self.failed} and {self.off_policy}")
@@ -100,6 +101,8 @@ def gate(
         table = np.asarray(choice.table, dtype=np.float64)
         places = correct * (len(table) - 1) / samples
         rows = np.stack([np.interp(places, np.arange(len(table)), column) for column in table.T], axis=1)
+    elif choice.kind == "mixed":
+        rows = np.broadcast_to((1.0, 1.0, 0.0), (len(correct), 3))
     else:
         failed = _at_most(correct, samples, choice.failed) & (choice.kind == "switch")
         off = np.zeros_like(failed)

@@ -24,12 +24,12 @@ class PrepareRowsConfig:
     """Settings of generated rows.
 
     Attributes:
-        task: sums or products, small tasks with several right answers; or reasoning_gym:NAME, such as
-            reasoning_gym:basic_arithmetic (needs the extra rewards).
+        task: sums, products, countdown or text_to_sql, small tasks with several right answers, the last two with easy
+            and hard questions; or reasoning_gym:NAME, such as reasoning_gym:basic_arithmetic (needs the extra rewards).
         output: Directory of train.jsonl and validation.jsonl, the rows that reinforcement learning reads, and of
-            sft.jsonl and sft-validation.jsonl, the same prompts with right answers, if every row has one. Of sums and
-            products also demonstrations.jsonl (rows of train with a demonstration each), and preferences.jsonl (pairs
-            of a right and a wrong answer).
+            sft.jsonl and sft-validation.jsonl, the same prompts with right answers, if every row has one. Of tasks
+            other than reasoning-gym's also demonstrations.jsonl (rows of train with a demonstration each), and
+            preferences.jsonl (pairs of a right and a wrong answer).
         train: Rows to learn from. Those of one prompt are one in train.jsonl and demonstrations.jsonl.
         validation: Held-out rows. No prompt is among both.
         seed: Seed of the rows.

@@ -54,7 +54,7 @@ def rows(draw: random.Random) -> Iterator[dict[str, Any]]:
         database.executescript(statements)
         while True:
             is_easy = draw.random() < 0.5
-            question = draw.choice(_EASY if is_easy else _HARD)(draw)
+            question = draw.choice(EASY if is_easy else HARD)(draw)
             right = draw.choice(question.right)
             result = _result(database, right)
             # A result of nothing is that of many wrong queries.
@@ -158,23 +158,17 @@ def _extreme(draw: random.Random) -> Question:
     place = _place(draw)
     column, words = draw.choice((("age", ("oldest", "youngest")), ("pay", ("best paid", "worst paid"))))
     is_most = draw.random() < 0.5
-    order, function, other = (" desc", "max", "min") if is_most else ("", "min", "max")
-    queries = [
-        (
-            f"select name from staff where {test} order by {column}{order} limit 1",
-            f"select name from staff where {test} and {column} = (select {function}({column}) from staff where {test})",
-        )
-        for test in place.right
-    ]
+    order, function, flipped = (" desc", "max", f"-{column}") if is_most else ("", "min", f"-{column} desc")
+    orders = (f"order by {column}{order} limit 1", f"order by {flipped} limit 1")
+    wrongs = (f"order by {column}{'' if is_most else ' desc'} limit 1", f"order by {column}{order}")
     return Question(
         f"who {place.words} is {words[0] if is_most else words[1]}",
-        tuple(query for both in queries for query in both),
+        tuple(f"select name from staff where {test} {order}" for test in place.right for order in orders),
         (
             *(f"select {function}({column}) from staff where {test}" for test in place.right),
             *(f"select name from staff where {test}" for test in place.right),
-            f"select name from staff order by {column}{order} limit 1",
-            f"select name from staff where {place.right[0]} and {column} = "
-            f"(select {other}({column}) from staff where {place.right[0]})",
+            *(f"select name from staff {order}" for order in orders),
+            *(f"select name from staff where {place.right[0]} {wrong}" for wrong in wrongs),
         ),
     )
 
@@ -218,5 +212,5 @@ def _floors(draw: random.Random) -> Question:
     )
 
 
-_EASY: tuple[Callable[[random.Random], Question], ...] = (_names, _count, _lookup)
-_HARD: tuple[Callable[[random.Random], Question], ...] = (_both, _extreme, _floor, _floors)
+EASY: tuple[Callable[[random.Random], Question], ...] = (_names, _count, _lookup)
+HARD: tuple[Callable[[random.Random], Question], ...] = (_both, _extreme, _floor, _floors)

@@ -16,6 +16,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,7 +96,7 @@ def terms_of(config: PosttrainConfig) -> Terms:
     # In strict mode all weights would be 1.
     if rl.correction != "none" and not rl.strict:
         corrections = (Correction(level=rl.correction, how=rl.correction_how, cap=rl.correction_cap),)
-    takes_answers = gated.kind == "soft" or gated.off_policy is not None
+    takes_answers = gated.kind in ("soft", "mixed") or gated.off_policy is not None
     return Terms(
         estimator_of(rl),
         rl.temperature,
@@ -449,6 +450,8 @@ class Reinforcement:
         self._factors = [
             factor for factor, group in zip(factors.reinforcement, groups, strict=True) for _ in group.samples
         ]
+        if gated.kind == "mixed":
+            self._sequences = self._beside_demonstrations(groups, shown)
         self._others += self._demonstrations(groups, shown, factors)
         self.figures |= {
             "gate/demonstrations": float(np.mean(factors.demonstration > 0)),
@@ -464,13 +467,30 @@ class Reinforcement:
             if sequence is not None and supervised:
                 entries.append(_Entry(sequence, "supervised", float(supervised) * self._config.gate.coefficient))
             if sequence is not None and off_policy:
-                # A right answer among those of its group.
-                union = torch.tensor([*group.rewards, self._config.pass_at_k.right], dtype=torch.float64)
-                advantage = group_advantages(union, torch.zeros(len(union), dtype=torch.int64), "group_std")[-1]
-                entries.append(
-                    _Entry(_with(sequence, **{ADVANTAGES: float(advantage)}), "off_policy", float(off_policy))
-                )
+                advantage = self._beside_a_right_answer(group)[-1]
+                entries.append(_Entry(_with(sequence, **{ADVANTAGES: advantage}), "off_policy", float(off_policy)))
         return entries
+
+    def _beside_demonstrations(
+        self, groups: Sequence[Group], shown: Sequence[TokenSequence | None]
+    ) -> list[TokenSequence]:
+        """The answers with advantages among those of their groups and the demonstrations (LUFFY)."""
+        answers, found = iter(self._sequences), []
+        for group, demonstration in zip(groups, shown, strict=True):
+            own = list(islice(answers, len(group.samples)))
+            if demonstration is not None:
+                advantages = self._beside_a_right_answer(group)[:-1]
+                own = [_with(one, **{ADVANTAGES: advantage}) for one, advantage in zip(own, advantages, strict=True)]
+            found += own
+        return found
+
+    def _beside_a_right_answer(self, group: Group) -> list[float]:
+        """Advantages of a group's answers, and of a right one after them."""
+        union = torch.tensor([*group.rewards, self._config.pass_at_k.right], dtype=torch.float64)
+        advantages: list[float] = group_advantages(
+            union, torch.zeros(len(union), dtype=torch.int64), "group_std"
+        ).tolist()
+        return advantages
 
     def _of_update(self, rollout: int, update: int) -> list[_Entry]:
         """The sequences of an update: a part of the rollout, which every epoch shuffles anew."""

@@ -48,6 +48,7 @@ MODELS = {
     "dph_alpha": Model("DPH-RL, alpha", _rehearsal("alpha")),
     "hpt": Model("HPT", {"gate": {"kind": "switch"}}),
     "hpt_dph": Model("HPT x DPH-RL", {"gate": {"kind": "switch"}, **_rehearsal("forward")}),
+    "failed_only": Model("GRPO on failed questions", {"prompt_filter": {"keep": "failed", "samples": 8}}),
 }
 
 
@@ -207,9 +208,7 @@ def _values(found: Found, seeds: Sequence[int], claims: Mapping[str, Any]) -> di
             "models": {
                 name: {
                     str(seed): {
-                        **{
-                            level: {f"pass@{k}": round(one.pass_at(k, level), 5) for k in one.ks} for level in LEVELS
-                        },
+                        **{level: {f"pass@{k}": round(one.pass_at(k, level), 5) for k in one.ks} for level in LEVELS},
                         "different": round(one.distinct(), 3),
                     }
                     for seed, one in zip(seeds, own, strict=True)

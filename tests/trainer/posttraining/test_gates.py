@@ -51,6 +51,13 @@ def test_the_number_of_answers_may_differ():
     assert names(gate(Gate(failed=0.5), np.array([1, 1, 2]), np.array([1, 2, 3]))) == "rdr"
 
 
+def test_a_demonstration_beside_the_answers():
+    shown = np.array([True, True, False])
+    found = gate(Gate(kind="mixed"), np.array([0, 8, 0]), 8, has_demonstration=shown)
+    assert found.reinforcement.tolist() == [1, 1, 1] and found.off_policy.tolist() == [1, 1, 0]
+    assert not found.demonstration.any() and not found.rehearsal.any()
+
+
 def test_the_soft_table():
     found = gate(Gate(kind="soft"), COUNTS, 8)
     assert found.reinforcement.tolist() == [0, 0, 0.125, 0.25, 0.5, 1, 1, 1, 1]

@@ -1,12 +1,13 @@
 """Generated rows: right answers are right, wrong ones wrong, and no prompt is held out and learned from."""
 
 import json
+import random
 from itertools import islice
 
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.posttraining import tasks
+from trainer.posttraining import countdown, queries, tasks
 from trainer.posttraining.data.rows import read_rows
 from trainer.posttraining.prepare_rows import PrepareRowsConfig, prepare
 from trainer.posttraining.rewards.base import Answer
@@ -16,12 +17,48 @@ from trainer.posttraining.rewards.registry import RewardConfig, build
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_answers_are_judged(name):
     check = build(RewardConfig(tasks.TASKS[name].check))
+    # Queries may have space around them.
+    end = "\n" if tasks.TASKS[name].check != "sql" else " from"
     for row in islice(tasks.rows(name, 0), 50):
         scores = [
             check(Answer(row["prompt"], text, ground_truth=row["answer"]))
-            for text in (row["completion"], row["wrong"], "", row["completion"] + "0", row["completion"] + "\n")
+            for text in (row["completion"], row["wrong"], "", row["completion"] + "00", row["completion"] + end)
         ]
         assert scores == [1.0, 0.0, 0.0, 0.0, 0.0], row
+
+
+@pytest.mark.parametrize("name", ["countdown", "text_to_sql"])
+def test_levels(name):
+    found = list(islice(tasks.rows(name, 0), 400))
+    easy, hard = ([row for row in found if row["level"] == level] for level in ("easy", "hard"))
+    assert len(easy) + len(hard) == 400 and min(len(easy), len(hard)) > 100
+    # Several right answers to a question, and the same rows again.
+    answers: dict[str, set[str]] = {}
+    for row in found:
+        answers.setdefault(row["prompt"], set()).add(row["completion"])
+    assert max(map(len, answers.values())) > 1
+    assert found == list(islice(tasks.rows(name, 0), 400)) != list(islice(tasks.rows(name, 1), 400))
+
+
+def test_all_answers_to_a_question_about_the_database_are_right():
+    check = build(RewardConfig("sql"))
+    statements = queries.script(random.Random(5))
+    draw = random.Random(6)
+    for kind in (*queries.EASY, *queries.HARD):
+        for question in (kind(draw) for _ in range(10)):
+            truth = {"gold_sql": question.right[0], "script": statements}
+            for query in question.right:
+                assert check(Answer("", query, ground_truth=truth)) == 1, (question.text, query)
+
+
+def test_countdown_takes_each_number_once_and_products_first():
+    def score(completion, target):
+        return countdown.check(Answer(f"3 4 4 make {target}:", completion, ground_truth=str(target)))
+
+    assert score(" 3 + 4 * 4", 19) == score(" 4 * 3 - 4", 8) == score(" 4 - 4 * 3", -8) == 1
+    assert score(" 3 + 4 + 12", 19) == score(" 3 + 4 * 4", 28) == score(" 19", 19) == score(" 3 + 3 + 4", 10) == 0
+    sums, everything = (countdown.expressions((3, 4, 4), operators) for operators in ("+-", "+-*"))
+    assert sorted(sums) == [-5, -3, 3, 5, 11] and {19, 28, 48, 0, 16} - sums.keys() <= everything.keys()
 
 
 def test_zero_is_no_part_of_a_sum():
