@@ -10,6 +10,8 @@ from models.generation.requests import Sampling
 
 # Truncation sorts this many of the most likely tokens first, and all only where they do not suffice.
 _CANDIDATES = 256
+# Probabilities that are summed at once.
+_AT_ONCE = 1 << 20
 
 _MASK = (1 << 64) - 1
 
@@ -63,10 +65,7 @@ def draw(
     punished = _punished(drawable, samplings, seen)
     most_likely = punished.argmax(-1).tolist()
     tempered = _tempered(punished, samplings)
-    tokens = [
-        best if sampling.temperature == 0 else _choose(tempered[row], sampling, number)
-        for row, (best, sampling, number) in enumerate(zip(most_likely, samplings, uniforms, strict=True))
-    ]
+    tokens = _choose(tempered, samplings, uniforms, most_likely)
     places = torch.tensor(tokens, device=logits.device)[:, None]
     log_probs = (logits.gather(1, places)[:, 0] - normalizers).tolist()
     tempered_log_probs = [0.0] * len(tokens) if tempered is punished else tempered.gather(1, places)[:, 0].tolist()
@@ -107,10 +106,25 @@ def _tempered(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     return tempered
 
 
-def _choose(log_probs: Tensor, sampling: Sampling, number: float) -> int:
-    """Draw from log-probabilities [V] after truncation, by inversion of the distribution function."""
-    if not sampling.truncates:
-        return _invert(log_probs.exp(), number)
+def _choose(
+    log_probs_NV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float], most_likely: Sequence[int]
+) -> list[int]:
+    """Draw from log-probabilities [N, V] after truncation, by inversion of the distribution function."""
+    tokens = list(most_likely)
+    free = [row for row, sampling in enumerate(samplings) if sampling.temperature and not sampling.truncates]
+    # Several rows of a small vocabulary take as long as one.
+    step = max(_AT_ONCE // log_probs_NV.shape[1], 1)
+    for rows in (free[first : first + step] for first in range(0, len(free), step)):
+        for row, token in zip(rows, _invert(log_probs_NV[rows].exp(), [uniforms[row] for row in rows]), strict=True):
+            tokens[row] = token
+    for row, sampling in enumerate(samplings):
+        if sampling.temperature and sampling.truncates:
+            tokens[row] = _choose_truncated(log_probs_NV[row], sampling, uniforms[row])
+    return tokens
+
+
+def _choose_truncated(log_probs: Tensor, sampling: Sampling, number: float) -> int:
+    """Draw from the most likely of log-probabilities [V]."""
     limit = min(sampling.top_k or len(log_probs), len(log_probs))
     # The most likely ones usually suffice: a sort of the whole vocabulary is ten times as slow.
     for count in (limit if sampling.top_k else min(limit, _CANDIDATES), limit):
@@ -118,7 +132,7 @@ def _choose(log_probs: Tensor, sampling: Sampling, number: float) -> int:
         probabilities = ordered.exp()
         kept = _kept(probabilities, sampling)
         if kept < count or count == limit:
-            return int(ids[_invert(probabilities[:kept], number)])
+            return int(ids[_invert(probabilities[None, :kept], [number])[0]])
     raise AssertionError("the second round takes all tokens")
 
 
@@ -133,14 +147,16 @@ def _kept(ordered: Tensor, sampling: Sampling) -> int:
     return max(int(keep.sum()), 1)
 
 
-def _invert(probabilities: Tensor, number: float) -> int:
-    """The first index at which the sums of probabilities [n] exceed `number` times their total."""
+def _invert(probabilities_NV: Tensor, numbers: Sequence[float]) -> list[int]:
+    """In each row the first index at which the sums of probabilities exceed the row's number times their total."""
     # float64, whose sums over a vocabulary have more digits than the random number needs.
-    sums = probabilities.double().cumsum(0)
-    total = sums[-1]
+    sums = probabilities_NV.double().cumsum(-1)
+    totals = sums[:, -1:]
+    wanted = torch.tensor(numbers, dtype=torch.float64, device=sums.device)[:, None] * totals
     # Below the total even after rounding, so the index is one of a positive probability.
-    threshold = torch.minimum(number * total, torch.nextafter(total, torch.zeros_like(total)))
-    return int(torch.searchsorted(sums, threshold, right=True))
+    thresholds = torch.minimum(wanted, torch.nextafter(totals, torch.zeros_like(totals)))
+    found: list[int] = torch.searchsorted(sums, thresholds, right=True)[:, 0].tolist()
+    return found
 
 
 def _alternatives(logits: Tensor, normalizer: Tensor, count: int) -> tuple[tuple[int, float], ...]:

@@ -50,7 +50,7 @@ def test_a_whole_study(tmp_path, doubles, capsys):
     bench.run(config)
     evaluated = [arguments[-1].parts[-3:-1] for name, arguments in doubles if name == "evaluate"]
     assert evaluated == [
-        (f"{task}-50-steps-seed-{seed}", model) for seed in (0, 1) for task in bench.SETTINGS for model in claims.MODELS
+        (f"{task}-32-steps-seed-{seed}", model) for seed in (0, 1) for task in bench.SETTINGS for model in claims.MODELS
     ], "whole seeds first"
     first, second = capsys.readouterr().out.split("seeds 0, 1")
     assert "holds, not certain" in first and "not certain" not in second, "an interval takes two seeds"
@@ -85,7 +85,7 @@ def test_recipes_are_valid_and_of_equal_samples(tmp_path, doubles):
 @pytest.mark.parametrize("task", bench.SETTINGS)
 def test_nothing_held_out_is_learned_from(tmp_path, doubles, task):
     bench.Job(bench.Config(output=str(tmp_path), prompts=16), task, 0).run("initial")
-    folder = tmp_path / f"{task}-50-steps-seed-0"
+    folder = tmp_path / f"{task}-32-steps-seed-0"
     files = ("held-out.jsonl", "initial/rows.jsonl", "rows/demonstrations.jsonl")
     held_out, read, shown = (
         [json.loads(line)["prompt"] for line in (folder / name).read_text().splitlines()] for name in files

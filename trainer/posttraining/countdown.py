@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.posttraining.rewards.base import Answer
 
-_LARGEST_NUMBER, _LARGEST_TARGET = 12, 60
+_LARGEST_NUMBER, _LARGEST_TARGET = 9, 40
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _EXPRESSION = re.compile(r" ?(\d{1,3}) ([-+*]) (\d{1,3}) ([-+*]) (\d{1,3})")
 
