@@ -16,7 +16,7 @@ from trainer.studies import posttraining as bench
 from trainer.studies import posttraining_claims as claims
 
 # Right answers of 4 to every question, by model; those of 3 to hard questions are one less.
-RIGHT = {name: 2 for name in claims.MODELS} | {"initial": 1, "hpt": 3}
+RIGHT = dict.fromkeys(claims.MODELS, 2) | {"initial": 1, "hpt": 3}
 
 
 @pytest.fixture
