@@ -22,16 +22,18 @@ TEMPLATE = """{% for message in messages %}
 <|endoftext|>assistant: """
 
 
-def write_model(folder: Path, rows: int = VOCABULARY, **changes: object) -> Path:
+def write_model(
+    folder: Path, rows: int = VOCABULARY, pattern: str = "gated_delta_net, full_attention", **changes: object
+) -> Path:
     """Weights of an untrained model with a tokenizer and a chat template; returns their directory.
 
-    Its embedding has so many rows, at least VOCABULARY; `changes` are of its configuration.
+    Its embedding has so many rows, at least VOCABULARY, its layers these mixers; `changes` are of its configuration.
     """
     tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
+    tokenizer.mkdir(parents=True)
     learn_sentencepiece([Path(json.__file__).read_text()], "bpe", VOCABULARY).save(tokenizer)
     (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
-    model = Decoder(tiny_model_config("gated_delta_net, full_attention", **changes), rows)
+    model = Decoder(tiny_model_config(pattern, **changes), rows)
     initialize(model, 0)
     drawn = dict(model.named_parameters())
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.helpers import WAIT
+from tests.launch.serving import write_model
 from tests.processes import ROOT, finish, start
 from trainer.benchmarks import compressed_operators, compression_error, serve, train_step
 from trainer.benchmarks.posttrain_step import PHASES, Stopwatch
@@ -386,6 +387,16 @@ def test_long_contexts_are_compared_with_softmax(tmp_path):
     # Keys and values of 64 channels in bf16, of two layers, against a state that does not depend on the length.
     assert linear["peer"] == pytest.approx(128 * 2 * 64 * 2 * 2 / 1e6)
     assert states["linear, 256 tokens: itself at 128, state"]["ratio"] == 1
+
+
+def test_long_contexts_compare_checkpoints(tmp_path):
+    models = [str(write_model(tmp_path / pattern, pattern=pattern)) for pattern in ("full_attention", "retention")]
+    path = tmp_path / "long.json"
+    options = (f"--checkpoints={json.dumps(models)}", "--lengths=[32, 64]", "--chunk=16", "--steps=1")
+    _bench("long_context", *options, f"--json={path}")
+    lines = [line for line in json.loads(path.read_text()) if line["case"].endswith("state")]
+    softmax, linear = [line["peer"] for line in lines], [line["ours"] for line in lines]
+    assert softmax[1] == 2 * softmax[0] and linear[1] == linear[0]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ One process and one thread. The models have the same width, depth, heads and fee
     linear    gated delta nets only
     hybrid    gated delta nets, and a sliding window in every other layer
     softmax   full attention
+
+Or checkpoints, each against the first: a converted model against the one that it was converted from.
 """
 
 import statistics
@@ -32,6 +34,8 @@ class Config:
 
     Attributes:
         json: Write the comparisons to this file.
+        checkpoints: Measure these runs, checkpoints or weights, with their own data type, instead of the three models;
+            the first is what the others are compared with.
         lengths: Prompt lengths in tokens, ascending.
         softmax_limit: Longest prompt for the softmax model, whose time grows with the square of the length.
         hybrid_limit: Longest prompt for the hybrid.
@@ -44,6 +48,7 @@ class Config:
     """
 
     json: str | None = None
+    checkpoints: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 65536, 262144, 1048576])
     softmax_limit: int = 262144
     hybrid_limit: int = 1048576
@@ -60,6 +65,8 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.hidden_size % 64:
             raise ConfigError(f"hidden_size is {self.hidden_size}: it must be a multiple of 64, the size of a head")
+        if len(self.checkpoints) == 1:
+            raise ConfigError("checkpoints has one model, and nothing to compare it with; name two or more")
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != self.lengths:
             raise ConfigError("lengths must be positive and ascending")
 
@@ -78,6 +85,9 @@ def main(config: Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if config.checkpoints:
+        _compare_checkpoints(config)
+        return
     limits = {"linear": config.lengths[-1], "hybrid": config.hybrid_limit, "softmax": config.softmax_limit}
     found: dict[tuple[str, int], _Measured] = {}
     for name, pattern in _PATTERNS.items():
@@ -94,6 +104,23 @@ def main(config: Config) -> None:
                 against = "softmax" if ("softmax", length) in found else f"itself at {config.lengths[0]}"
                 lines += _compare(f"{name}, {length} tokens: {against}", found[name, length], base)
     report("long contexts on one core: ours is the linear or hybrid model", lines, config.json)
+
+
+def _compare_checkpoints(config: Config) -> None:
+    import torch
+
+    from trainer.stored.inference import load_model
+
+    found = []
+    for path in config.checkpoints:
+        model = load_model(path, torch.device("cpu")).model
+        found.append([_measure(config, model, length) for length in config.lengths])
+        say(f"{path}: {found[-1]}")
+    lines = []
+    for path, measured in list(zip(config.checkpoints, found, strict=True))[1:]:
+        for length, ours, peer in zip(config.lengths, measured, found[0], strict=True):
+            lines += _compare(f"{path}, {length} tokens", ours, peer)
+    report(f"long contexts on one core: the peer is {config.checkpoints[0]}", lines, config.json)
 
 
 def _compare(case: str, ours: _Measured, peer: _Measured) -> list[Comparison]:
@@ -131,7 +158,7 @@ def _measure(config: Config, model: Any, length: int) -> _Measured:
 
     from models.generation import Engine, Request, Sampling
 
-    prompt = torch.randint(1024, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = torch.randint(min(1024, model.vocab_size), (length,), generator=torch.Generator().manual_seed(0)).tolist()
     engine = Engine(model, slots=1, chunk=config.chunk)
     start = time.process_time()
     engine.submit(Request(tuple(prompt), Sampling(_WARMUP + config.steps + 2, temperature=0)))
