@@ -15,7 +15,7 @@ W'.
 
 import difflib
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -164,13 +164,10 @@ def factor_names(weight: str) -> tuple[str, str]:
     return layer + _A, layer + _B
 
 
-def factors_of_shard(a: Tensor, b: Tensor, axis: int | None, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """The parts of whole A and B that a shard of W is merged with, the `rank`-th of `ranks` along `axis`."""
-    if axis is None:
-        return a, b
-    if a.dim() == 3:
-        return a.chunk(ranks)[rank], b.chunk(ranks)[rank]
-    return (a, b.chunk(ranks)[rank]) if axis == 0 else (a.chunk(ranks, 1)[rank], b)
+def factors_of_block(a: Tensor, b: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The parts of whole A and B that a block of W is merged with, given its first index in W and its shape."""
+    *experts, rows, columns = (slice(first, first + size) for first, size in zip(offsets, sizes, strict=True))
+    return a[(*experts, slice(None), columns)], b[(*experts, rows)]
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

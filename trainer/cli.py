@@ -58,8 +58,13 @@ def make_parser(config_class: type, description: str) -> ArgumentParser:
     return parser
 
 
-def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str]) -> tuple[C, Namespace]:
-    """Parse files and options into the dataclass.
+def parse(
+    config_class: type[C],
+    parser: ArgumentParser,
+    arguments: Sequence[str],
+    settle: Callable[[Namespace], None] = lambda namespace: None,
+) -> tuple[C, Namespace]:
+    """Parse files and options into the dataclass. `settle` may change values before.
 
     Raises:
         ConfigError: an unknown key, a wrong type, a missing file, or a value that the dataclass refuses.
@@ -68,6 +73,7 @@ def parse(config_class: type[C], parser: ArgumentParser, arguments: Sequence[str
         _check_files(config_class, arguments)
         namespace = parser.parse_args(_reset_groups(config_class, arguments))
         _expand_home(config_class, namespace)
+        settle(namespace)
         return _build(config_class, parser, namespace), namespace
     except _PARSE_ERRORS as error:
         raise ConfigError(_one_line(str(error), dotted_keys(config_class))) from error

@@ -93,11 +93,12 @@ def _check_teachers(config: PretrainConfig, sources: DataSources) -> None:
     """Refuse teachers that do not fit the run, or that read other token ids."""
     teacher.check(config, config.model.padded_vocab_size(sources.vocab_size))
     for phase in teacher.taught_phases(config):
-        path, own = Path(phase.config.train.objective.teacher or ""), sources.tokenizer_path
-        if own is not None and _has_tokenizer(path) and tokenizer_sha256(own) != tokenizer_sha256(path):
+        found, own = teacher.open_teacher(phase.config.train.objective.teacher or ""), sources.tokenizer_path
+        path = found.tokenizer
+        if own is not None and path is not None and tokenizer_sha256(own) != tokenizer_sha256(path):
             raise ConfigError(
-                f"train.objective.teacher: {path} and the data have different tokenizers; prepare the data with the "
-                f"teacher's (spiketrain prepare_data --tokenizer.path {path})"
+                f"train.objective.teacher: {found.path} and the data have different tokenizers; prepare the data with "
+                f"the teacher's (spiketrain prepare_data --tokenizer.path {path})"
             )
 
 
@@ -154,7 +155,9 @@ def _tokenizer_of_checkpoint(config: PretrainConfig) -> Path | None:
         places = [Path(checkpoint.resume)] if named else [run_dir / step for step in steps]
         directories = [place / "tokenizer" for place in places]
     else:
-        directories = [Path(checkpoint.init)] if checkpoint.init is not None else []
+        # Beside weights, or within a checkpoint.
+        init = Path(checkpoint.init or "")
+        directories = [init, init / "tokenizer"] if checkpoint.init is not None else []
     return next(filter(_has_tokenizer, directories), None)
 
 

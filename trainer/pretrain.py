@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +40,7 @@ from trainer.phases import PhasedSampler, expand
 from trainer.runtime import EXIT_STOPPED, rank, write_status
 from trainer.stored import checkpoint, teacher, weights
 from trainer.stored.checkpoint import Progress, Retention
+from trainer.stored.named_models import named
 from trainer.stored.on_disk import listed
 from trainer.watchdog import Watchdog
 
@@ -244,6 +246,7 @@ def resume(
             ConfigError: no checkpoint is readable, or the named one is damaged, of another model or of a later version.
                 Nothing has been changed then.
     """
+    _require_same_models(config, engine)
     path = _checkpoint_to_load(config, engine)
     if path is None and resumes:
         raise ConfigError(
@@ -268,6 +271,18 @@ def resume(
         events.record("resume", progress.step, ranks=engine.world_size, path=str(path))
         _LOGGER.info("resumed from %s", path)
     return progress
+
+
+def _require_same_models(config: PretrainConfig, engine: Engine) -> None:
+    """Refuse ranks that have found different checkpoints of a run that is still under way."""
+    own = dict(named(asdict(config)))
+    first = engine.collectives.broadcast(own)
+    for keys, path in own.items():
+        if path != first.get(keys):
+            raise ConfigError(
+                f"{'.'.join(map(str, keys))}: rank {engine.rank} reads {path}, and rank 0 {first.get(keys)}; name one "
+                "of the checkpoints"
+            )
 
 
 def _checkpoint_to_load(config: PretrainConfig, engine: Engine) -> Path | None:

@@ -129,13 +129,22 @@ def starts_anew(config: PretrainConfig) -> bool:
     return resume == "never" or (resume == "auto" and not checkpoint_steps(Path(config.run.dir)))
 
 
+def continues(run_dir: Path, resume: str) -> bool:
+    """Whether a start with this checkpoint.resume continues the run in a directory, judged by file names alone."""
+    return bool(checkpoint_steps(run_dir)) and (resume != "never" or _is_restart())
+
+
+def _is_restart() -> bool:
+    counts = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count.isdigit() and int(count) for count in counts)
+
+
 def settle_restart(config: C) -> tuple[C, str | None]:
     """Adjust a configuration for an automatic restart by the batch system or torchrun. Also returns a line to log.
 
     Only the first start begins from scratch. A restart with the same arguments continues from its checkpoints.
     """
-    counts = (os.environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    if config.checkpoint.resume != "never" or not any(count.isdigit() and int(count) for count in counts):
+    if config.checkpoint.resume != "never" or not _is_restart():
         return config, None
     goes_on = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
     return goes_on, "checkpoint.resume=never: this start is a restart, and goes on as with auto"
@@ -229,6 +238,16 @@ def settings_in_phase(values: dict[str, Any], step: int) -> dict[str, Any]:
         if first <= step:
             values["model"] = values["model"] | {"attention": values["model"]["attention"] | given(entry.model)}
     return values
+
+
+def last_step(checkpoint: Path) -> int:
+    """Read the number of the last training step that a checkpoint contains, from 0."""
+    return max(json.loads((checkpoint / "progress.json").read_text())["step"] - 1, 0)
+
+
+def settings_of(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's config.yaml as nested values, as they are in the phase of its last step."""
+    return settings_in_phase(read_config(checkpoint), last_step(checkpoint))
 
 
 def _saved_phases(values: dict[str, Any]) -> list[PhaseConfig]:
@@ -390,8 +409,7 @@ def _check_source(config: PretrainConfig) -> None:
     values = read_config(source)
     # The last step that the checkpoint contains decides the phase.
     if values.get("phases"):
-        step = json.loads((source / "progress.json").read_text())["step"]
-        values = settings_in_phase(values, max(step - 1, 0))
+        values = settings_of(source)
     differing = [key for key in _differing(values, config) if key.startswith("model.")]
     if differing:
         raise ConfigError(

@@ -14,7 +14,7 @@ from trainer.config import PretrainConfig, world_size_from_environment
 from trainer.errors import ConfigError
 from trainer.peers import PeerWatch
 from trainer.runtime import EXIT_CONFIG_ERROR, keep_threads_awake, rank, write_status
-from trainer.stored import teacher, weights
+from trainer.stored import named_models, teacher, weights
 from trainer.watchdog import dump_stacks_on_request
 
 C = TypeVar("C", bound=PretrainConfig)
@@ -38,10 +38,11 @@ def start(
     parser = make_parser(config_class, description)
     parser.add_argument("--check", action="store_true", help="validate configuration, layout and inputs, then exit")
     parser.add_argument("--world-size", type=int, default=None, help="with --check: the ranks that would be started")
-    parser.add_argument("--init", metavar="DIR", help="start from weights: their model section, tokenizer and tensors")
+    parser.add_argument("--init", metavar="DIR", help="start from weights or a run: model, tokenizer and tensors")
     check_only = "--check" in sys.argv[1:]
     try:
-        config, namespace = parse(config_class, parser, weights.expand_init(sys.argv[1:]))
+        arguments = weights.expand_init(sys.argv[1:], config_class().run.dir)
+        config, namespace = parse(config_class, parser, arguments, named_models.settle)
         config, restart = run_directory.settle_restart(config)
         if restart is not None and rank() == 0:
             print(restart, flush=True)

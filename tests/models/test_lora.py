@@ -11,7 +11,7 @@ from torch.func import functional_call
 from models.config import LINEAR_MIXERS, LoraConfig, ModelConfig, MoEConfig, SpikingConfig
 from models.decoder import Decoder, initialize, shapes
 from models.generation import Engine, Request, Sampling, traced
-from models.lora import Lora, factor_names, factors_of_shard, merged, missing_adapters
+from models.lora import Lora, factor_names, factors_of_block, merged, missing_adapters
 from models.parallel import ColumnLinear, Linear, RowLinear
 from models.parameters import declared
 from tests.helpers import VOCABULARY, examples, tiny_decoder, tiny_model_config
@@ -127,7 +127,8 @@ def test_shards_follow_their_layers():
         for rank in range(2):
             part = merged(torch.zeros(8, 6), a, b, 1.0)
             part = part if axis is None else part.chunk(2, axis)[rank]
-            own = factors_of_shard(a, b, axis, rank, 2 if axis is not None else 1)
+            offsets = [rank * size if dim == axis else 0 for dim, size in enumerate(part.shape)]
+            own = factors_of_block(a, b, offsets, part.shape)
             torch.testing.assert_close(merged(torch.zeros_like(part), *own, 1.0), part)
         assert lora.a.weight.shape == a.shape and lora.b.weight.shape == b.shape
 

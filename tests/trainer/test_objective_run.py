@@ -253,7 +253,7 @@ def test_values_that_cannot_be_are_refused(keys, message):
     ("objective", "message"),
     [
         ({"teacher": "{}/absent"}, r"train\.objective\.teacher: .*absent is not a directory"),
-        ({"teacher": "{}/whole"}, r"holds checkpoints, not weights; write weights first: spiketrain convert export"),
+        ({"teacher": "{}/whole"}, r"train\.objective\.teacher: .*whole holds no complete checkpoint \(none\)"),
         ({"teacher": "{}/narrow"}, r"narrow has 256 rows of vocabulary and the run, .* 512; both models must have"),
         ({"name": "next_token", "temperature": 1.0, "next_token_weight": 0.0}, r"teacher has no effect with"),
         ({"name": "next_token", "teacher": None}, r"temperature has no effect without train\.objective\.name=distill"),

@@ -21,7 +21,7 @@ from trainer.config import ParallelConfig
 from trainer.data.batch import Batch
 from trainer.errors import ConfigError
 from trainer.objectives.base import Outputs
-from trainer.stored import inference, teacher, weights
+from trainer.stored import teacher, weights
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,20 @@ class FrozenSpec:
     stages_as_trained: bool = False
 
     @classmethod
-    def of_weights(cls, path: str | Path, precision: str = "fp32", stages_as_trained: bool = False) -> FrozenSpec:
-        """Describe the model in a directory of weights.
+    def of_weights(
+        cls,
+        path: str | Path,
+        precision: str = "fp32",
+        stages_as_trained: bool = False,
+        key: str = "train.objective.teacher",
+    ) -> FrozenSpec:
+        """Describe the model of weights, or of a checkpoint as an export has it. `key` names it in errors.
 
         Raises:
-            ConfigError: the directory holds no weights.
+            ConfigError: the directory holds neither.
         """
-        found = teacher.open_teacher(path)
+        found = teacher.open_teacher(path, key)
         return cls(found.model, found.vocab_size, partial(weights.fill, weights=found), precision, stages_as_trained)
-
-    @classmethod
-    def of_checkpoint(cls, path: str | Path) -> FrozenSpec:
-        """Describe the model of a checkpoint, or of a run directory's newest one, in the dtype it was trained in.
-
-        The checkpoint may come from any layout.
-
-        Raises:
-            ConfigError: the path holds no usable checkpoint.
-        """
-        stored = inference.open_checkpoint(path)
-        return cls(stored.model, stored.vocab_size, stored.fill, "bf16" if stored.dtype == torch.bfloat16 else "fp32")
 
     @property
     def dtype(self) -> torch.dtype:

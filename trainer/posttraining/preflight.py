@@ -10,8 +10,9 @@ from trainer.posttraining.data.row import Row
 from trainer.posttraining.data.rows import read_rows
 from trainer.posttraining.rewards import registry
 from trainer.preflight import Findings
-from trainer.run_directory import list_checkpoints
-from trainer.stored.opening import are_at
+from trainer.stored.checkpoint_weights import require_whole
+from trainer.stored.opening import open_weights
+from trainer.stored.teacher import open_teacher
 
 
 def check(config: PosttrainConfig) -> Findings:
@@ -27,6 +28,8 @@ def check(config: PosttrainConfig) -> Findings:
         )
     if config.checkpoint.init is None and config.checkpoint.resume in ("auto", "never"):
         raise ConfigError("post-training begins with weights; name them with --init")
+    if config.checkpoint.init is not None and _reads_initial(config):
+        require_whole(open_weights(config.checkpoint.init), "checkpoint.init")
     if not rows.train:
         raise ConfigError("rows.train names no file of rows; give one")
     found = read_rows(dict(zip(rows.train, rows.weights, strict=True)) if rows.weights else rows.train, rows.options)
@@ -55,6 +58,12 @@ def check(config: PosttrainConfig) -> Findings:
             f"rows: no row of {', '.join(rows.train)} has an answer to learn; use stage=rl, or other rows"
         )
     return findings
+
+
+def _reads_initial(config: PosttrainConfig) -> bool:
+    """Whether a run reads its initial weights also when it goes on: as a reference, or to compare their digest."""
+    initial = config.rl.kl or config.rehearsal.is_on or config.prompt_filter.keep == "failed"
+    return config.stage == "dpo" or (config.stage == "rl" and bool(initial))
 
 
 def _check_replay(config: PosttrainConfig) -> None:
@@ -88,19 +97,15 @@ def other_tokenizer(config: PosttrainConfig) -> list[str]:
     """
     if config.rl.distillation.teacher is None:
         return []
-    path = Path(config.rl.distillation.teacher)
-    if not path.exists():
-        raise ConfigError(
-            f"rl.distillation.teacher: {path} does not exist; name weights, a Hugging Face directory or a run"
-        )
-    # Beside weights, or in a checkpoint: of a run the newest, whose other files are checked when it is read.
-    own = path if are_at(path) else (list_checkpoints(path) or [path])[-1] / "tokenizer"
+    key = "rl.distillation.teacher"
+    found = open_teacher(config.rl.distillation.teacher, key)
+    require_whole(found, key)
     assert config.data.tokenizer is not None
     with suppress(ConfigError):
-        if tokenizer_sha256(own) == tokenizer_sha256(config.data.tokenizer):
+        if found.tokenizer and tokenizer_sha256(found.tokenizer) == tokenizer_sha256(config.data.tokenizer):
             return []
     return [
-        f"rl.distillation.teacher: {path} does not have the tokenizer {config.data.tokenizer}; the same numbers must "
+        f"{key}: {found.path} does not have the tokenizer {config.data.tokenizer}; the same numbers must "
         "mean the same tokens to both models"
     ]
 

@@ -50,7 +50,7 @@ from trainer.posttraining.validation import PassAtK, SupervisedLoss
 from trainer.preflight import Findings
 from trainer.runtime import rank
 from trainer.stored import weights
-from trainer.stored.opening import are_at, open_weights
+from trainer.stored.opening import open_weights
 from trainer.stored.teacher import digest
 from trainer.watchdog import Watchdog
 
@@ -191,10 +191,9 @@ def _supervised(config: PosttrainConfig, inputs: Inputs, engine: Engine, stack: 
 
 
 def _preference(config: PosttrainConfig, inputs: Inputs, engine: Engine, stack: ExitStack) -> _Stage:
-    train = config.train
     pools, shares, counts = encode_pairs(inputs.train, inputs.encoder)
     packing = _packing(config, inputs.tokenizer)
-    reference = engine.freeze(FrozenSpec.of_weights(config.checkpoint.init or "", train.precision))
+    reference = engine.freeze(_initial(config))
     objective = PreferenceObjective(Preference(**asdict(config.dpo)), reference)
     source = Pairs(pools, shares, config, packing)
     validations: list[Callback] = []
@@ -217,10 +216,11 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
         dialogues = Dialogues(config.environment, inputs.encoder, inputs.tokenizer, replies, engine.collectives)
     sampler = Sampler(engine, inputs.tokenizer, pool, rl.slots, dialogues)
     policy = Policy(rl.samples, rl.max_new_tokens, rl.temperature, seed, tuple(stop_tokens(inputs.tokenizer)))
-    init = FrozenSpec.of_weights(config.checkpoint.init or "", train.precision) if rl.kl else None
+    init = _initial(config) if rl.kl else None
     scorer = Scorer(engine, None if init is None else engine.freeze(init), rl.temperature, seed)
     path = rl.distillation.teacher
-    teacher = None if path is None else engine.freeze(_teacher(path, train.precision))
+    key = "rl.distillation.teacher"
+    teacher = None if path is None else engine.freeze(FrozenSpec.of_weights(path, train.precision, key=key))
     packing = _packing(config, inputs.tokenizer)
     notes = [
         str(counts),
@@ -270,9 +270,9 @@ def _reinforcement(config: PosttrainConfig, inputs: Inputs, engine: Engine, stac
     return _Stage(source, source.objective, (RolloutState(source, rl.max_mismatch),), tuple(validations), tuple(notes))
 
 
-def _teacher(path: str, precision: str) -> FrozenSpec:
-    """The model at a path: weights, in the precision of training, or a checkpoint, in its own."""
-    return FrozenSpec.of_weights(path, precision) if are_at(path) else FrozenSpec.of_checkpoint(path)
+def _initial(config: PosttrainConfig) -> FrozenSpec:
+    """The initial model, in the precision of training."""
+    return FrozenSpec.of_weights(config.checkpoint.init or "", config.train.precision, key="checkpoint.init")
 
 
 def _demonstration(encoder: Encoder, row: Row) -> TokenSequence | None:

@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from models import spiking
 from models.config import LoraConfig, ModelConfig, SpikingConfig
 from models.decoder import Decoder, build
-from models.lora import factor_names, factors_of_shard, merged
 from models.moe.statistics import set_step
 from models.parameters import declared
 from trainer.cli import from_mapping
 from trainer.config import PretrainConfig
 from trainer.data.tokenizer import Tokenizer
-from trainer.engines.pieces import MODEL, Piece, Reader, Shard
+from trainer.engines.pieces import MODEL, Reader, Shard
 from trainer.errors import ConfigError
-from trainer.run_directory import settings_in_phase
+from trainer.run_directory import last_step, settings_of
 from trainer.stored import checkpoint, opening, weights
+from trainer.stored.parameters import read_parameters
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,6 @@ def find_checkpoint(path: str | Path) -> Path:
     return latest
 
 
-# The sharded axis of a tensor, this rank's index and the number of ranks (Declared.place).
-_Place = tuple[int | None, int, int]
-
-
-def _piece(tensor: Tensor, place: _Place) -> Piece:
-    return Piece(Shard.of(tensor, *place), 0, tensor.detach().view(-1))
-
-
 @dataclass(frozen=True)
 class StoredModel:
     """A checkpoint whose parameters can be read, in a single process.
@@ -106,40 +97,22 @@ class StoredModel:
 
     def read(self, parameters: dict[str, Tensor], main: bool = False) -> None:
         """Fill parameters, given by name, from the checkpoint. With `main`, from the optimizer's main parameters."""
-        self._read({name: (into, (None, 0, 1)) for name, into in parameters.items()}, main)
+        self._read({name: (into, Shard.of(into)) for name, into in parameters.items()}, main)
 
     def fill(self, decoder: Decoder) -> None:
         """Fill this shard of a model or stage. Set schedules to their state in the validation after the last step."""
-        self._read({row.name: (row.tensor, row.place(decoder.groups)) for row in declared(decoder).values()})
+        rows = declared(decoder).values()
+        self._read({row.name: (row.tensor, Shard.of(row.tensor, *row.place(decoder.groups))) for row in rows})
         set_step([decoder], self.last_step)
         spiking.set_step([decoder], self.last_step)
 
-    @torch.no_grad()
-    def _read(self, shards: Mapping[str, tuple[Tensor, _Place]], main: bool = False) -> None:
-        """Fill shards of parameters, by name, with what Declared.place says of each. Adapters are merged into them."""
-        reader = Reader(self.path / "state")
-
-        def stored(name: str) -> str:
-            return reader.main_name(name) if main else MODEL + name
-
-        adapted = [name for name in shards if MODEL + factor_names(name)[0] in reader.stored]
-        plain = {name: shard for name, shard in shards.items() if name not in adapted}
-        reader.read({stored(name): _piece(into, place) for name, (into, place) in plain.items()})
-        for name in adapted:
-            into, place = shards[name]
-            # In float32, so that the sum is rounded once.
-            weight = torch.empty(into.shape)
-            a, b = (torch.empty(reader.stored[MODEL + factor].size) for factor in factor_names(name))
-            factors = zip(factor_names(name), (a, b), strict=True)
-            reader.read(
-                {stored(name): _piece(weight, place)} | {stored(own): Piece.of(values) for own, values in factors}
-            )
-            into.copy_(merged(weight, *factors_of_shard(a, b, *place), self.lora.scale))
+    def _read(self, shards: Mapping[str, tuple[Tensor, Shard]], main: bool = False) -> None:
+        read_parameters(Reader(self.path / "state"), shards, self.lora, main)
 
     @property
     def last_step(self) -> int:
         """Number of the last training step, from 0."""
-        return max(checkpoint.read_progress(self.path).step - 1, 0)
+        return last_step(self.path)
 
 
 def open_checkpoint(path: str | Path) -> StoredModel:
@@ -149,8 +122,7 @@ def open_checkpoint(path: str | Path) -> StoredModel:
         ConfigError: the path holds no usable checkpoint.
     """
     found = find_checkpoint(path)
-    settings = yaml.safe_load((found / "config.yaml").read_text())
-    settings = settings_in_phase(settings, max(checkpoint.read_progress(found).step - 1, 0))
+    settings = settings_of(found)
     # Stored with the vocabulary's padding, which the configuration alone does not determine.
     embedding = Reader(found / "state").stored[f"{MODEL}embedding.weight"]
     dtype = torch.bfloat16 if settings["train"]["precision"] == "bf16" else torch.float32

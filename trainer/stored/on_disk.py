@@ -78,6 +78,11 @@ class Weights:
         return "bfloat16" if self._embedding().dtype == "BF16" else "float32"
 
     @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint of a run."""
+        return (self.path / "state").is_dir()
+
+    @property
     def max_positions(self) -> int | None:
         """Length of the longest sequence in training, in tokens; None if nothing tells."""
         found = self.config.get("max_position_embeddings")

@@ -1,8 +1,9 @@
-"""Opens what holds a model by the names of its files: weights, a Hugging Face directory, a GGUF file."""
+"""Opens what holds a model by the names of its files: weights, a Hugging Face directory, a GGUF file, a checkpoint."""
 
 from pathlib import Path
 
 from trainer.errors import ConfigError
+from trainer.stored import checkpoint_weights
 from trainer.stored.on_disk import (
     CONFIG_NAME,
     INDEX,
@@ -26,7 +27,9 @@ def are_at(path: str | Path) -> bool:
 
 
 def open_weights(path: str | Path, key: str = "checkpoint.init") -> Weights:
-    """Open a directory of weights, the directory of a Hugging Face model, or a GGUF file. `key` names it in errors.
+    """Open weights, a Hugging Face directory, a GGUF file, a checkpoint, or a run directory's newest complete one.
+
+    `key` names it in errors.
 
     Raises:
         ConfigError: there is none, its files are invalid, or it is a model of another kind.
@@ -37,7 +40,11 @@ def open_weights(path: str | Path, key: str = "checkpoint.init") -> Weights:
 
         return open_gguf(path)
     if not path.is_dir():
-        raise ConfigError(f"{key}: {path} is not a directory; name one that spiketrain convert wrote")
+        if path.parent.name == "checkpoints":
+            raise ConfigError(f"{key}: {path} does not exist; restore it, or start another run from another checkpoint")
+        raise ConfigError(f"{key}: {path} is not a directory; name one that spiketrain convert wrote, or a run")
+    if not are_at(path) and checkpoint_weights.is_at(path):
+        return checkpoint_weights.open_as_weights(path, key)
     # An adapter's deltas are not in the base weights: ignoring it would read a different model.
     if (path / "adapter_config.json").is_file():
         raise ConfigError(f"{path} has an adapter (adapter_config.json), which is not read; merge it first")

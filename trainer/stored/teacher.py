@@ -15,8 +15,10 @@ from trainer.config import ObjectiveConfig, ParallelConfig, PretrainConfig
 from trainer.errors import ConfigError
 from trainer.phases import Phase, expand
 from trainer.run_directory import CALLBACKS, checkpoint_path, checkpoint_steps, step_of
+from trainer.stored import checksums
+from trainer.stored.checkpoint_weights import require_whole
 from trainer.stored.on_disk import CONFIG_NAME, Weights
-from trainer.stored.opening import are_at, open_weights
+from trainer.stored.opening import open_weights
 
 # Key of the digests among the states of callbacks in a checkpoint.
 STATE = "teachers"
@@ -26,24 +28,19 @@ _KEY = "train.objective.teacher"
 _BLOCKS, _BLOCK_BYTES = 16, 1 << 16
 
 
-def open_teacher(path: str | Path) -> Weights:
-    """Read config.json and the headers of a teacher's weights.
+def open_teacher(path: str | Path, key: str = _KEY) -> Weights:
+    """Read the headers of a teacher's weights, or of a checkpoint. `key` names it in errors.
 
     Raises:
-        ConfigError: the directory holds no weights.
+        ConfigError: the directory holds neither.
     """
     path = Path(path)
-    if not are_at(path) and ((path / "state").is_dir() or (path / "checkpoints").is_dir()):
-        raise ConfigError(
-            f"{_KEY}: {path} holds checkpoints, not weights; write weights first: spiketrain convert export "
-            f"--checkpoint {path} --output weights/NAME"
-        )
     if path.suffix == ".gguf":
         raise ConfigError(
-            f"{_KEY}: {path} is a GGUF file; write weights first: spiketrain convert import --source {path} --output "
+            f"{key}: {path} is a GGUF file; write weights first: spiketrain convert import --source {path} --output "
             "weights/NAME"
         )
-    return open_weights(path, _KEY)
+    return open_weights(path, key)
 
 
 def taught_phases(config: PretrainConfig) -> list[Phase]:
@@ -73,6 +70,7 @@ def check(config: PretrainConfig, vocab_size: int) -> None:
         if phase.config.train.objective.name == "align":
             aligned_layers(phase.config)
         require_layout(found, phase.config)
+        require_whole(found, _KEY)
         if recorded.get(str(phase.number), digest(found)) != digest(found):
             raise ConfigError(
                 f"{_KEY}: {found.path} does not hold the weights that the run in {config.run.dir} has learned from; "
@@ -174,7 +172,9 @@ def digests(config: PretrainConfig) -> dict[int, str]:
 
 
 def digest(weights: Weights) -> str:
-    """SHA-256 of config.json, and of the headers and a sample of the tensors of every file."""
+    """SHA-256 of config.json, and of the headers and a sample of the tensors of every file; or of a list of them."""
+    if weights.is_checkpoint:
+        return checksums.digest(weights.path / checksums.NAME)
     found = hashlib.sha256((weights.path / CONFIG_NAME).read_bytes())
     for file in sorted({tensor.file for tensor in weights.tensors.values()}):
         found.update(_digest_of_file(file, file.stat().st_size, file.stat().st_mtime_ns))

@@ -24,11 +24,14 @@ from typing import TYPE_CHECKING, Any
 from models.config import MIXERS, ModelConfig
 from models.hub.adapter import Adapter
 from models.hub.tensors import Copy, everything, stored_shapes, whole
+from trainer.cli import guess
 from trainer.config import PretrainConfig
 from trainer.data.layout import find_corpora
 from trainer.durable import flush_to_disk
 from trainer.errors import ConfigError
 from trainer.run_directory import differences, flatten, starts_anew
+from trainer.stored.checkpoint_weights import require_whole
+from trainer.stored.named_models import INIT, recorded, settled
 from trainer.stored.on_disk import (
     CONFIG_NAME,
     INDEX,
@@ -79,12 +82,14 @@ def check(config: PretrainConfig) -> None:
     differing = differences(_compared(weights.model, read), _compared(model, read))
     if differing:
         raise ConfigError(
-            f"checkpoint.init: {weights.path} holds another model ({'; '.join(differing)}); "
-            f"set these keys as {weights.path / CONFIG_NAME} has them, or give --init {weights.path}"
+            f"checkpoint.init: {weights.path} holds another model ({'; '.join(differing)}); set these keys as "
+            f"{weights.path / ('config.yaml' if weights.is_checkpoint else CONFIG_NAME)} has them, or give "
+            f"--init {weights.path}"
         )
     vocab_size = config.model.vocab_size or _vocab_size_of_data(config)
     if vocab_size is not None:
         _require_rows(weights, config.model.padded_vocab_size(vocab_size))
+    require_whole(weights, "checkpoint.init")
 
 
 def check_tensors(config: PretrainConfig) -> None:
@@ -151,28 +156,29 @@ def start(model: "Decoder", init: str | None, seed: int, resumes: bool = False) 
 
 
 def arguments_from(path: str | Path) -> list[str]:
-    """The options that start a run from weights: model section, tokenizer and `checkpoint.init`.
+    """The options that start a run from weights or a checkpoint: model section, tokenizer and `checkpoint.init`.
 
     Raises:
         ConfigError: the directory does not exist, or its files are invalid.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() and path.parent.name != "checkpoints":
         raise ConfigError(
-            f"--init: {path} is not a directory; name one that spiketrain convert wrote, or, to go on with a run whose "
-            "weights are gone, give --config RUN/config.yaml"
+            f"--init: {path} is not a directory; name one that spiketrain convert wrote, or a run, or, to go on with a "
+            "run whose weights are gone, give --config RUN/config.yaml"
         )
-    weights = open_weights(path)
-    tokenizer = [] if weights.tokenizer is None else [f"--data.tokenizer={path}"]
+    weights = open_weights(path, "--init")
+    tokenizer = [] if weights.tokenizer is None else [f"--data.tokenizer={weights.tokenizer}"]
     # Weights have no adapters. Those that the run is to train keep their settings.
     model = {name: value for name, value in asdict(weights.model).items() if name != "lora"}
-    return [f"--model={json.dumps(model)}", *tokenizer, f"--checkpoint.init={path}"]
+    return [f"--model={json.dumps(model)}", *tokenizer, f"--checkpoint.init={weights.path}"]
 
 
-def expand_init(arguments: Sequence[str]) -> list[str]:
+def expand_init(arguments: Sequence[str], run_dir: str = "") -> list[str]:
     """Expand `--init DIR`, and `--model DIR/config.json` of a weights directory, into the options they stand for.
 
-    The expansion keeps its place on the command line, so later options override it.
+    The expansion keeps its place on the command line, so later options override it. A run directory stands for a
+    checkpoint, as trainer.stored.named_models says. `run_dir` is that of this run unless the arguments have another.
 
     Raises:
         ConfigError: see `arguments_from`.
@@ -187,7 +193,12 @@ def expand_init(arguments: Sequence[str]) -> list[str]:
         if not given and not rest:
             raise ConfigError(f"{name} needs a value: --help says which")
         value = value if given else rest.pop(0)
-        expanded += arguments_from(value) if name == "--init" else [f"--model={_model_section(value)}"]
+        if name == "--init":
+            run = Path(guess(arguments, "run.dir") or run_dir)
+            before = recorded(run, guess(arguments, "checkpoint.resume") or "auto")
+            expanded += arguments_from(settled(os.path.expanduser(value), INIT, run, before))
+        else:
+            expanded.append(f"--model={_model_section(value)}")
     return expanded
 
 

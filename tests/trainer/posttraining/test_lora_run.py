@@ -16,7 +16,7 @@ from tests.trainer.posttraining import test_run
 from tests.trainer.posttraining.test_run import rows as rows
 from tests.trainer.posttraining.test_run import run, steps
 from trainer.config import CheckpointConfig, PretrainConfig
-from trainer.engines.pieces import MODEL, Piece, Reader
+from trainer.engines.pieces import MODEL, Piece, Reader, Shard
 from trainer.stored import weights
 from trainer.stored.export import export
 from trainer.stored.inference import load_model, open_checkpoint
@@ -114,7 +114,7 @@ def test_shards_are_merged_as_the_whole_is(trained):
         stored.read({name: whole})
         for rank in range(2):
             part = torch.empty_like(whole.chunk(2, row.axis)[rank]).contiguous()
-            stored._read({name: (part, (row.axis, rank, 2))})
+            stored._read({name: (part, Shard.of(part, row.axis, rank, 2))})
             torch.testing.assert_close(part, whole.chunk(2, row.axis)[rank])
         checked.add(row.axis)
     assert checked == {0, 1}
