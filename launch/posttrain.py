@@ -1,7 +1,7 @@
 """Post-train a language model: supervised fine-tuning, or reinforcement learning from verifiable rewards.
 
 spiketrain posttrain --config configs/posttrain/sft.yaml --init weights/base
-spiketrain posttrain --config configs/posttrain/grpo.yaml --init runs/sft-weights
+spiketrain posttrain --config configs/posttrain/grpo.yaml --init runs/sft
 torchrun --standalone --nproc-per-node 2 launch/posttrain.py --config configs/posttrain/grpo.yaml --init weights/base
 spiketrain posttrain --config configs/posttrain/grpo.yaml --init weights/base --check
 """

@@ -176,7 +176,7 @@ class ObjectiveConfig:
     Attributes:
         name: next_token; distill: the divergence of the model's next-token distributions from a teacher's; or align:
             every mixer that differs from the teacher's learns what the teacher's mixer of that layer does.
-        teacher: Weights directory of the teacher, for distill and align; made by spiketrain convert.
+        teacher: Weights, a Hugging Face directory, a run or one of its checkpoints, for distill and align.
         temperature: distill: divides the logits of both models.
         kl_weight: distill: weight of temperature^2 times KL(teacher || model).
         next_token_weight: distill: weight of the next-token loss.
@@ -442,8 +442,8 @@ class CheckpointConfig:
         resume: auto continues from the newest complete checkpoint of run.dir. never starts anew and renames an earlier
             run's files to checkpoints.1 and so on; a restart by SLURM or torchrun still acts like auto. A path
             continues from that checkpoint.
-        init: Weights directory, made by spiketrain convert, to start a new run from; null draws the weights from
-            train.seed. Ignored when the run continues from a checkpoint.
+        init: Weights, a Hugging Face directory, a run or one of its checkpoints, to start a new run from; null draws
+            the weights from train.seed. Ignored when the run continues from a checkpoint.
         asynchronous: Continue training while a copy of the state is written. Off by default: the copy takes as much
             host memory as the checkpoint, and without a GPU the writer competes with training for cores.
     """

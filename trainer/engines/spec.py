@@ -32,7 +32,7 @@ class EngineSpec:
         micro_batch_size: Rows of a micro-batch.
         global_batch_size: Rows of a step, over all data-parallel ranks.
         saved_activations: Every block's policy for tensors kept for backward.
-        init: Directory of the initial weights. None initialises the parameters at random.
+        init: The initial weights or checkpoint. None initialises the parameters at random.
         resumes: A checkpoint will be loaded, so parameters are neither initialised nor read from weights.
         trainable: Name patterns of the parameters that any phase of the run trains. The others are frozen: they have
             no gradient and no optimizer state.
