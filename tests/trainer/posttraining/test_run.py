@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -316,6 +317,24 @@ def test_demonstrations_where_the_model_fails(model, rows, tmp_path):
     # Nothing is learned from answers that are all alike.
     assert taken and all(line["demonstrations/loss"] == pytest.approx(line["loss"], rel=1e-4) for line in taken)
     assert all(line["grad_norm"] == 0 for line in lines if not line["gate/demonstrations"])
+
+
+def test_demonstrations_among_the_answers(model, rows, tmp_path):
+    """LUFFY: where all answers are wrong, the demonstration is better than the group's mean, and they are worse."""
+    (tmp_path / "never.py").write_text("def never(answer):\n    return 0.0\n")
+    options = (
+        *("--rl.prompts=2", "--gate.kind=mixed", f"--rows.train=[{rows}/shown.jsonl]", "--train.seq_len=96"),
+        f'--rewards=[{{"name": "{tmp_path}/never.py:never"}}]',
+    )
+    run(model, rows, tmp_path / "run", "rl", *options)
+    lines = [line for line in metrics(tmp_path / "run") if "grad_norm" in line]
+    assert sum(line["gate/off_policy"] for line in lines) == pytest.approx(len(lines) / 2, abs=0.5)
+    # Four zeros and a one: the answers' advantage is -0.2 over the deviation. Each counts an eighth, at a ratio of 1.
+    wrong = 0.2 / float(np.std([0, 0, 0, 0, 1], ddof=1))
+    for line in lines:
+        own = line["loss"] - line["demonstrations/off_policy_loss"]
+        assert own == pytest.approx(line["gate/off_policy"] * wrong, rel=1e-3, abs=1e-6)
+        assert (line["grad_norm"] > 0) == (line["gate/off_policy"] > 0)
 
 
 DISTILL = ("--rl.objective=distill", "--rl.distillation.teacher=nowhere")
