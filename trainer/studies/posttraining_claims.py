@@ -162,7 +162,7 @@ def report(found: Found, seeds: Sequence[int], path: str | None) -> None:
     if path:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(_values(found, seeds, claims), indent=1) + "\n")
+        target.write_text(json.dumps(_values(found, seeds, claims)) + "\n")
 
 
 def judged(models: Mapping[str, Sequence[Figures]]) -> list[dict[str, Any]]:
@@ -202,15 +202,14 @@ def _figure(values: Sequence[float], form: str) -> str:
 
 
 def _values(found: Found, seeds: Sequence[int], claims: Mapping[str, Any]) -> dict[str, Any]:
-    """All figures by task, model and seed, as JSON has them."""
+    """All figures by task, model and seed, as JSON has them; pass@k in the order of `k`."""
+    ks = next(iter(next(iter(found.values())).values()))[0].ks
     tasks = {
         task: {
             "models": {
                 name: {
-                    str(seed): {
-                        **{level: {f"pass@{k}": round(one.pass_at(k, level), 5) for k in one.ks} for level in LEVELS},
-                        "different": round(one.distinct(), 3),
-                    }
+                    str(seed): {level: [round(one.pass_at(k, level), 4) for k in ks] for level in LEVELS}
+                    | {"different": round(one.distinct(), 3)}
                     for seed, one in zip(seeds, own, strict=True)
                 }
                 for name, own in models.items()
@@ -219,7 +218,7 @@ def _values(found: Found, seeds: Sequence[int], claims: Mapping[str, Any]) -> di
         }
         for task, models in found.items()
     }
-    return {"seeds": list(seeds), "tasks": tasks}
+    return {"seeds": list(seeds), "k": ks, "tasks": tasks}
 
 
 def draw(found: Found, path: Path) -> None:
