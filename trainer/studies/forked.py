@@ -19,7 +19,7 @@ _IMPORTED = ["trainer.posttraining.run", "trainer.engines.megatron", "trainer.st
 
 
 def run_script(name: str, words: Sequence[str], log: Path) -> None:
-    """Run launch/NAME.py with these options, as `call` calls a function."""
+    """Run `spiketrain NAME` with these options, as `call` calls a function."""
     call(f"{__name__}:script", (name, list(words)), log)
 
 
@@ -42,7 +42,7 @@ def call(target: str, arguments: tuple[Any, ...], log: Path) -> None:
 
 
 def script(name: str, words: list[str]) -> None:
-    """Be launch/NAME.py with these options."""
+    """Be the command of this name."""
     path = ROOT / "launch" / f"{name}.py"
     sys.argv = [str(path), *words]
     runpy.run_path(str(path), run_name="__main__")

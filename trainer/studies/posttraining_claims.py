@@ -224,7 +224,7 @@ def _values(found: Found, seeds: Sequence[int], claims: Mapping[str, Any]) -> di
 def draw(found: Found, path: Path) -> None:
     """Draw pass@k of every model, with intervals over seeds: a row for each task, a column for each level."""
     figure, grid = pyplot().subplots(
-        len(found), len(LEVELS), figsize=(13, 4 * len(found)), constrained_layout=True, squeeze=False
+        len(found), len(LEVELS), figsize=(14, 4 * len(found)), constrained_layout=True, squeeze=False
     )
     for row, (task, models) in zip(grid, found.items(), strict=True):
         for axes, level in zip(row, LEVELS, strict=True):
@@ -232,13 +232,15 @@ def draw(found: Found, path: Path) -> None:
                 points = [interval([100 * one.pass_at(k, level) for one in own]) for k in own[0].ks]
                 means, halves = (np.array(part) for part in zip(*points, strict=True))
                 style = {"color": "black", "linestyle": "--"} if name == "initial" else {"color": f"C{number - 1}"}
-                axes.plot(own[0].ks, means, marker="o", markersize=2.5, label=MODELS[name].title, **style)
-                axes.fill_between(own[0].ks, means - halves, means + halves, alpha=0.08, color=style["color"])
+                # Side by side, so that intervals do not hide one another.
+                places = np.array(own[0].ks) * 1.025 ** (number - len(models) / 2)
+                axes.errorbar(places, means, halves, elinewidth=0.5, linewidth=1.2, label=MODELS[name].title, **style)
+            axes.set_ylim(0, 102)
             axes.set_xscale("log", base=2)
             axes.set_title(f"{task}, {level} questions")
             axes.set_xlabel("k")
             axes.grid(alpha=0.2)
             axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("pass@k, %")
-    grid[0][-1].legend(frameon=False, fontsize=8)
-    save(figure, path, dpi=80)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    save(figure, path, dpi=72)
