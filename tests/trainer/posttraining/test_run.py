@@ -356,7 +356,7 @@ DISTILL = ("--rl.objective=distill", "--rl.distillation.teacher=nowhere")
         ("rl", (*DISTILL, "--rl.kl=0.1"), "rl.kl=0.1 has no effect with rl.objective=distill"),
         ("rl", (*DISTILL, "--gate.kind=switch", "--rl.prompts=2"), "which rl.objective=distill has not"),
         ("rl", (*DISTILL, "--rewards=[]"), "rows.validation: answers are validated by rewards"),
-        ("rl", DISTILL, "rl.distillation.teacher: nowhere does not exist"),
+        ("rl", DISTILL, "rl.distillation.teacher: nowhere is not a directory; name one"),
         ("rl", ("--rl.objective=ppo", "--rl.value.lam=2"), "rl.value.lam is 2.0"),
         ("sft", ("--rows.train=[]",), "rows.train names no file"),
         ("sft", ("--rows.train=[none.jsonl]",), "none.jsonl does not exist"),
