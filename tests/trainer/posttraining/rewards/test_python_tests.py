@@ -18,7 +18,7 @@ ECHO = "```python\nfor line in open(0):\n    print(line.strip()[::-1])\n```"
 THREADS = "import threading, time\nfor _ in range(9999): threading.Thread(target=time.sleep, args=(9,)).start()"
 FORGERY = """
 import os
-for descriptor in range(3, 20):
+for descriptor in range(3, 1024):
     try: os.write(descriptor, b'{"passed": 1}' * TIMES)
     except OSError: pass
 """
