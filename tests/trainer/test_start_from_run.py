@@ -246,7 +246,8 @@ def test_from_layout_to_layout(tiny_run, tmp_path, layouts):
     for number, layout in enumerate(layouts):
         ranks, options = LAYOUTS[layout]
         run_dir = tmp_path / str(number)
-        common = ("--train.precision=fp32", "--train.steps=2", "--logging.progress=false")
+        sizes = ("--train.steps=2", "--model.attention.num_kv_heads=2")
+        common = ("--train.precision=fp32", *sizes, "--logging.progress=false")
         code, output = finish(tiny_run(run_dir, *common, *options, *init, ranks=ranks))
         assert code == 0, output
         found = values_of(open_weights(run_dir))
