@@ -40,9 +40,6 @@ def test_stages_start_from_runs_as_from_exports(model, rows, tmp_path):
     shutil.rmtree(newest)
     output = run(tuned, rows, tmp_path / "cut", "rl", *VALUES, "--train.steps=9", code=2)
     assert f"--init: {newest} does not exist; restore it, or start another run" in output
-    same = (f"--checkpoint.init={newest}", f"--data.tokenizer={newest}/tokenizer")
-    output = run(weights, rows, tmp_path / "cut", "rl", *VALUES, *same, "--train.steps=9", code=2)
-    assert f"checkpoint.init: {newest} does not exist; restore it, or start another run" in output
 
 
 @pytest.mark.slow
