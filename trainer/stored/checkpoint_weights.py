@@ -1,6 +1,6 @@
 """Checkpoints as weights, from which runs start and teachers are read without an export in between.
 
-Names, shapes and dtypes come from its metadata, a pickle. Stand-ins take the place of torch's classes in it,
+Names, shapes and dtypes come from a checkpoint's metadata, a pickle. Stand-ins take the place of torch's classes in it,
 so it runs no code, and torch is not imported. Values are read by trainer.stored.parameters.
 """
 
