@@ -9,7 +9,7 @@ import pytest
 
 from tests.launch.serving import write_model
 from tests.trainer.conftest import metrics, status
-from tests.trainer.posttraining.test_run import run
+from tests.trainer.posttraining.conftest import run
 
 # The first answer to a row's prompt is taken for the attack that the row names.
 REWARD = """

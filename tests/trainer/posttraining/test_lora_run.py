@@ -12,9 +12,7 @@ from models.lora import merged
 from models.parameters import declared
 from tests.helpers import tiny_model_config
 from tests.trainer.conftest import metrics
-from tests.trainer.posttraining import test_run
-from tests.trainer.posttraining.test_run import rows as rows
-from tests.trainer.posttraining.test_run import run, steps
+from tests.trainer.posttraining.conftest import run, steps
 from trainer.config import CheckpointConfig, PretrainConfig
 from trainer.engines.pieces import MODEL, Piece, Reader, Shard
 from trainer.stored import weights
@@ -23,7 +21,6 @@ from trainer.stored.inference import load_model, open_checkpoint
 from trainer.stored.opening import open_weights
 
 LORA = ("--model.lora.rank=3", "--model.lora.alpha=6", "--optim.lr=0.02")
-model = test_run.model
 
 
 @pytest.fixture(scope="module")

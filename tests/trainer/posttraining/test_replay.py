@@ -4,10 +4,8 @@ import pytest
 
 from models.config import MoEConfig, RouterConfig, RouterLossConfig
 from tests.launch.serving import write_model
-from tests.processes import start
 from tests.trainer.conftest import metrics
-from tests.trainer.posttraining import test_run
-from tests.trainer.posttraining.test_run import model, rows, run, steps  # noqa: F401 (fixtures)
+from tests.trainer.posttraining.conftest import run, steps
 
 REPLAY = ("--rl.routing_replay=rollout", "--train.steps=4")
 
@@ -21,13 +19,13 @@ def experts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(experts, rows, tmp_path_factory):  # noqa: F811
+def alone(experts, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     run(experts, rows, folder, "rl", *REPLAY)
     return folder
 
 
-def test_training_begins_at_the_policy_and_resumes(experts, rows, tmp_path, alone):  # noqa: F811
+def test_training_begins_at_the_policy_and_resumes(experts, rows, tmp_path, alone):
     """With two updates a rollout, whose old log-probabilities are of the same experts; step 3 is the second of two."""
     lines = [line for line in metrics(alone) if "grad_norm" in line]
     assert lines[0]["policy/ratio"] == pytest.approx(1, abs=1e-5) and lines[0]["policy/sampler_k3"] < 1e-5
@@ -58,23 +56,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_with_the_next(experts, rows, folder, *options, **how):  # noqa: F811
+def run_with_the_next(experts, rows, folder, *options, **how):
     """A run whose sampler tells the next experts in place of those that it chose; its steps."""
     (folder / "next.py").write_text(NEXT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_run, "start", lambda *command, **more: start(folder / "next.py", *command, **more))
-        run(experts, rows, folder / "run", "rl", *REPLAY, "--rl.max_mismatch=1000", *options, **how)
+    different = ("--rl.max_mismatch=1000", *options)
+    run(experts, rows, folder / "run", "rl", *REPLAY, *different, wrapper=folder / "next.py", **how)
     return steps(folder / "run")
 
 
 @pytest.fixture(scope="module")
-def by_the_next(experts, rows, tmp_path_factory):  # noqa: F811
+def by_the_next(experts, rows, tmp_path_factory):
     return run_with_the_next(experts, rows, tmp_path_factory.mktemp("next"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_keep_their_experts_in_every_layout(experts, rows, tmp_path, alone, by_the_next, layout):  # noqa: F811
+def test_tokens_keep_their_experts_in_every_layout(experts, rows, tmp_path, alone, by_the_next, layout):
     ranks, engine, options = LAYOUTS[layout]
     found = run_with_the_next(experts, rows, tmp_path, *options, ranks=ranks, imported=engine)
     for (_, loss, norm), (_, expected, expected_norm) in zip(found, by_the_next, strict=True):
@@ -82,7 +79,7 @@ def test_tokens_keep_their_experts_in_every_layout(experts, rows, tmp_path, alon
     assert abs(by_the_next[0][2] / steps(alone)[0][2] - 1) > 0.01, "other experts take other steps"
 
 
-def test_what_has_no_experts_is_refused(model, experts, rows, tmp_path):  # noqa: F811
+def test_what_has_no_experts_is_refused(model, experts, rows, tmp_path):
     output = run(model, rows, tmp_path, "rl", *REPLAY, imported="torch", code=2)
     assert "the model has no experts" in output.splitlines()[-1]
     options = (*REPLAY, "--rl.strict=true", "--train.micro_batch_size=1")

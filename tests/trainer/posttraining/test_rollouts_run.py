@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.trainer.conftest import metrics
-from tests.trainer.posttraining.test_run import model, rows, run, steps  # noqa: F401 (fixtures)
+from tests.trainer.posttraining.conftest import run, steps
 from trainer.posttraining.environments import Calculator, calculate
 
 ENVIRONMENT = '''
@@ -41,7 +41,7 @@ def rollouts_of(run_dir):
 @pytest.mark.parametrize(
     "prompts", [pytest.param(2, id="one update", marks=pytest.mark.slow), pytest.param(4, id="two updates")]
 )
-def test_a_run_that_draws_ahead_resumes_exactly(model, rows, tmp_path, prompts):  # noqa: F811
+def test_a_run_that_draws_ahead_resumes_exactly(model, rows, tmp_path, prompts):
     """The second rollout is drawn by the initial weights, and the first learned from is the same as without."""
     options = (f"--rl.prompts={prompts}", "--rl.ahead=1")
     run(model, rows, tmp_path / "whole", "rl", *options)
@@ -62,7 +62,7 @@ def test_a_run_that_draws_ahead_resumes_exactly(model, rows, tmp_path, prompts):
     assert [drawn[number] for number in range(prompts)] == [groups[number] for number in range(prompts)]
 
 
-def test_a_replayed_run_takes_the_same_steps(model, rows, tmp_path):  # noqa: F811
+def test_a_replayed_run_takes_the_same_steps(model, rows, tmp_path):
     run(model, rows, tmp_path / "first", "rl")
     replay = f"--rl.replay={tmp_path}/first/rollouts"
     run(model, rows, tmp_path / "again", "rl", replay)
@@ -83,7 +83,7 @@ def dialogue(tmp_path):
     return (f"--environment.name={tmp_path}/environment.py:Counts", "--rl.max_new_tokens=24", "--train.seq_len=64")
 
 
-def test_dialogues_are_learned_without_their_replies(model, rows, tmp_path, dialogue):  # noqa: F811
+def test_dialogues_are_learned_without_their_replies(model, rows, tmp_path, dialogue):
     run(model, rows, tmp_path / "whole", "rl", *dialogue)
     samples = [sample for group in rollouts_of(tmp_path / "whole") for sample in group["samples"]]
     replied = [sample for sample in samples if sample["replies"]]
@@ -103,7 +103,7 @@ def test_dialogues_are_learned_without_their_replies(model, rows, tmp_path, dial
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(), ("--parallel.tensor=2",)], ids=["data", "tensor"])
-def test_dialogues_are_the_same_on_two_ranks(model, rows, tmp_path, dialogue, layout):  # noqa: F811
+def test_dialogues_are_the_same_on_two_ranks(model, rows, tmp_path, dialogue, layout):
     run(model, rows, tmp_path / "one", "rl", *dialogue, "--train.steps=4")
     run(model, rows, tmp_path / "two", "rl", *dialogue, "--train.steps=4", *layout, ranks=2)
     for (_, loss, norm), (_, expected, expected_norm) in zip(
@@ -112,7 +112,7 @@ def test_dialogues_are_the_same_on_two_ranks(model, rows, tmp_path, dialogue, la
         assert loss == pytest.approx(expected, abs=2e-5) and norm == pytest.approx(expected_norm, rel=1e-3)
 
 
-def test_environments_that_are_refused(model, rows, tmp_path):  # noqa: F811
+def test_environments_that_are_refused(model, rows, tmp_path):
     output = run(model, rows, tmp_path / "a", "rl", "--environment.name=none.py:A", imported="torch", code=2)
     assert "there is no file none.py" in output.splitlines()[-1]
     output = run(model, rows, tmp_path / "b", "sft", "--environment.turns=2", imported="torch", code=2)

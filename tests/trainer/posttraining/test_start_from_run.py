@@ -5,13 +5,9 @@ import shutil
 import pytest
 import yaml
 
-from tests.trainer.posttraining import test_run
+from tests.trainer.posttraining.conftest import VALUES, run, steps
 from tests.trainer.posttraining.test_lora_run import LORA
-from tests.trainer.posttraining.test_run import VALUES, run, steps
-from tests.trainer.posttraining.test_run import rows as rows
 from trainer.stored.export import export
-
-model = test_run.model
 
 
 def exported(run_dir, output):

@@ -15,7 +15,7 @@ from tests.helpers import VOCABULARY
 from tests.launch.serving import write_model
 from tests.models.generation.test_engine import MODELS, decoder, prompt_of
 from tests.trainer.conftest import metrics
-from tests.trainer.posttraining.test_run import model, rows, run, steps  # noqa: F401 (fixtures)
+from tests.trainer.posttraining.conftest import run, steps
 from trainer.objectives.base import Outputs
 from trainer.posttraining.data.packing import Packing, pack
 from trainer.posttraining.data.sequences import TokenSequence
@@ -192,7 +192,7 @@ def check_run(run_dir, updates=2):
     assert lines[1]["policy/k3"] > 0, "after the first update of a rollout the policy has moved"
 
 
-def test_a_strict_run(model, rows, tmp_path):  # noqa: F811
+def test_a_strict_run(model, rows, tmp_path):
     """Two updates of each rollout, of which the first is compared; also at another temperature."""
     run(model, rows, tmp_path / "run", "rl", *STRICT, "--rl.temperature=0.8")
     check_run(tmp_path / "run")
@@ -210,7 +210,7 @@ LAYOUTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strict_layouts(model, rows, tmp_path, layout):  # noqa: F811
+def test_strict_layouts(model, rows, tmp_path, layout):
     ranks, engine, options = LAYOUTS[layout]
     run(model, rows, tmp_path / "run", "rl", *STRICT, *options, ranks=ranks, imported=engine)
     check_run(tmp_path / "run")
@@ -222,7 +222,7 @@ def experts_of(**changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_strict_with_experts(rows, tmp_path, ranks):  # noqa: F811
+def test_strict_with_experts(rows, tmp_path, ranks):
     """An expert's product has as many rows as tokens of the answer go there, on both sides."""
     own = write_model(tmp_path, rows=448, moe=experts_of(router=RouterConfig(top_k=2)))
     layout = ("--parallel.tensor=2", "--parallel.sequence=true") if ranks == 2 else ()
@@ -251,14 +251,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 '''
 
 
-def test_a_sampler_with_other_weights_ends_the_run(model, rows, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sampler_with_other_weights_ends_the_run(model, rows, tmp_path):
     """In one line that says where, and before anything is learned from its answers."""
-    from tests.trainer.posttraining import test_run
-
     (tmp_path / "broken.py").write_text(BROKEN)
-    started = test_run.start
-    monkeypatch.setattr(test_run, "start", lambda *command, **how: started(tmp_path / "broken.py", *command, **how))
-    output = run(model, rows, tmp_path / "run", "rl", *STRICT, code=1)
+    output = run(model, rows, tmp_path / "run", "rl", *STRICT, code=1, wrapper=tmp_path / "broken.py")
     line = next(line for line in output.splitlines() if "to the bit" in line)
     assert "step 1: " in line and "first at token" in line and "of sequence" in line, output
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
@@ -272,7 +268,7 @@ def test_a_sampler_with_other_weights_ends_the_run(model, rows, tmp_path, monkey
         (("--train.micro_batch_size=1", "--parallel.context=2"), "context-parallel ranks sample each for itself"),
     ],
 )
-def test_what_is_refused(model, rows, tmp_path, options, message):  # noqa: F811
+def test_what_is_refused(model, rows, tmp_path, options, message):
     output = run(model, rows, tmp_path, "rl", "--rl.strict=true", *options, imported="torch", code=2)
     assert message in output.splitlines()[-1]
 
@@ -285,7 +281,7 @@ def test_what_is_refused(model, rows, tmp_path, options, message):  # noqa: F811
         ({}, "--parallel.expert=2", "an expert multiplies other ranks' answers"),
     ],
 )
-def test_experts_that_are_refused(rows, tmp_path, experts, option, message):  # noqa: F811
+def test_experts_that_are_refused(rows, tmp_path, experts, option, message):
     own = write_model(tmp_path, rows=448, moe=experts_of(**experts))
     options = (*STRICT, *(() if option is None else (option, "--check", "--world-size=2")))
     output = run(own, rows, tmp_path / "run", "rl", *options, imported="torch", code=2)
