@@ -185,22 +185,19 @@ def _figures(groups: Sequence[Group], right: float, vote: Vote) -> dict[str, Any
 
     from trainer.evaluation.pass_at_k import majority_at_k, over_problems, pass_curve
     from trainer.posttraining.answer_figures import ballots, powers_of_two
+    from trainer.posttraining.rollouts import mean_parts
 
     samples = [sample for group in groups for sample in group.samples]
     count = len(groups[0].samples)
     solved = np.array([sum(reward >= right for reward in group.rewards) for group in groups])
     votes = [ballots(group, right, vote) for group in groups]
-    parts: dict[str, list[float]] = {}
-    for sample in samples:
-        for name, value in sample.parts.items():
-            parts.setdefault(name, []).append(value)
     lengths = [len(sample.tokens) for sample in samples]
     ks = powers_of_two(count)
     majority = {k: over_problems(np.array([majority_at_k(*own, k) for own in votes])) for k in ks}
     return {
         "prompts": len(groups),
         "reward": asdict(over_problems(np.array([np.mean(group.rewards) for group in groups]))),
-        "parts": {name: float(np.mean(values)) for name, values in parts.items()},
+        "parts": mean_parts(samples),
         "errors": dict(Counter(sample.error for sample in samples if sample.error is not None)),
         "pass_at_k": _by_k(pass_curve(count, solved, ks)),
         "majority_at_k": _by_k(majority),

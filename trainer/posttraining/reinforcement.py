@@ -213,27 +213,7 @@ class Reinforcement:
         if self._check is not None:
             self._check.is_on = update == 0
         if update == 0:
-            seconds, tokens = dict(self._sampler.seconds), self._sampler.tokens
-            redrawn = self._sampler.redrawn
-            for number in range(rollout, rollout + self._config.rl.ahead + 1):
-                if number not in self._ahead:
-                    begin = self._begin if number >= self.begun else self._begun_before
-                    self._ahead[number] = begin(number, micro_batch_size)
-            current = self._ahead.pop(rollout)
-            groups = self._sampler.finish(current.drawn)
-            taken = {name: total - seconds[name] for name, total in self._sampler.seconds.items()}
-            self.figures = describe(groups) | {f"rollout/{name}_seconds": value for name, value in taken.items()}
-            drawn = self._sampler.tokens - tokens
-            self.figures["rollout/tokens_per_second"] = drawn / max(taken["generation"], 1e-9)
-            if self._check is not None:
-                self.figures["rollout/redrawn"] = float(self._sampler.redrawn - redrawn)
-            if self._config.rl.ahead:
-                self.figures["rollout/age"] = float(min(rollout, self._config.rl.ahead) * self._config.updates)
-            self._sequences = self._with_advantages(groups, current.sequences)
-            self._choose(groups, current.prompts, step)
-            self._write(rollout, groups, current, is_scored=True)
-            if self._config.updates > 1:
-                self._keep(rollout, self._sequences)
+            self._start(rollout, step, micro_batch_size)
         elif rollout != self._rollout:
             self._sequences = load_sequences(self._kept(rollout))
         self._rollout = rollout
@@ -245,6 +225,30 @@ class Reinforcement:
             rank=rank,
             world=world,
         )
+
+    def _start(self, rollout: int, step: int, micro_batch_size: int) -> None:
+        """Have the answers of a rollout with their advantages, and its figures. Later ones may be drawn with it."""
+        seconds, tokens = dict(self._sampler.seconds), self._sampler.tokens
+        redrawn = self._sampler.redrawn
+        for number in range(rollout, rollout + self._config.rl.ahead + 1):
+            if number not in self._ahead:
+                begin = self._begin if number >= self.begun else self._begun_before
+                self._ahead[number] = begin(number, micro_batch_size)
+        current = self._ahead.pop(rollout)
+        groups = self._sampler.finish(current.drawn)
+        taken = {name: total - seconds[name] for name, total in self._sampler.seconds.items()}
+        self.figures = describe(groups) | {f"rollout/{name}_seconds": value for name, value in taken.items()}
+        drawn = self._sampler.tokens - tokens
+        self.figures["rollout/tokens_per_second"] = drawn / max(taken["generation"], 1e-9)
+        if self._check is not None:
+            self.figures["rollout/redrawn"] = float(self._sampler.redrawn - redrawn)
+        if self._config.rl.ahead:
+            self.figures["rollout/age"] = float(min(rollout, self._config.rl.ahead) * self._config.updates)
+        self._sequences = self._with_advantages(groups, current.sequences)
+        self._choose(groups, current.prompts, step)
+        self._write(rollout, groups, current, is_scored=True)
+        if self._config.updates > 1:
+            self._keep(rollout, self._sequences)
 
     def metrics(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
         """See trainer.loop.Source."""
@@ -312,11 +316,15 @@ class Reinforcement:
 
     def _take(self, count: int, prompts: dict[int, Prompt]) -> list[Prompt]:
         """The next prompts, which are noted in `prompts`."""
-        taken = self._prompts.take(self.cursor, count)
-        new = [Prompt(self.cursor + number, row, tuple(ids)) for number, (row, ids) in enumerate(taken)]
+        new = self._numbered(self.cursor, count)
         self.cursor += count
-        prompts.update((prompt.number, prompt) for prompt in new)
-        return new
+        prompts |= new
+        return list(new.values())
+
+    def _numbered(self, first: int, count: int) -> dict[int, Prompt]:
+        """Prompts by their numbers in the run."""
+        taken = enumerate(self._prompts.take(first, count), first)
+        return {number: Prompt(number, row, tuple(ids)) for number, (row, ids) in taken}
 
     def _draw_again(self, number: int, prompts: dict[int, Prompt]) -> Drawn:
         """Read a rollout of another run, rewards and all.
@@ -346,11 +354,7 @@ class Reinforcement:
         """Read a rollout that was drawn before the run was resumed."""
         groups, about = rollouts.load(self.path(number))
         first, cursor = int(about["first"]), int(about["cursor"])
-        taken = self._prompts.take(first, cursor - first)
-        prompts = {
-            prompt: Prompt(prompt, row, tuple(ids))
-            for prompt, (row, ids) in zip(range(first, cursor), taken, strict=True)
-        }
+        prompts = self._numbered(first, cursor - first)
         drawn = Drawn(tuple(groups))
         if not about["is_scored"]:
             drawn = self._sampler.score([prompts[group.number] for group in groups], groups)
@@ -568,16 +572,12 @@ def describe(groups: Sequence[Group]) -> dict[str, float]:
     """The figures of a rollout, as metrics.jsonl has them."""
     samples = [sample for group in groups for sample in group.samples]
     rewards = [sample.reward for sample in samples]
-    parts: dict[str, list[float]] = {}
-    for sample in samples:
-        for name, value in sample.parts.items():
-            parts.setdefault(name, []).append(value)
     lengths = [sample.written for sample in samples]
     errors = Counter(sample.error for sample in samples if sample.error is not None)
     return {
         "reward/mean": statistics.fmean(rewards),
         "reward/std": statistics.pstdev(rewards),
-        **{f"reward/{name}": statistics.fmean(values) for name, values in parts.items()},
+        **{f"reward/{name}": mean for name, mean in rollouts.mean_parts(samples).items()},
         **{f"reward/errors/{name}": float(count) for name, count in errors.items()},
         "answers/best_of_group": statistics.fmean(max(group.rewards) for group in groups),
         "answers/groups_with_signal": statistics.fmean(float(group.has_signal) for group in groups),

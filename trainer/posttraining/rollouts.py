@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -304,6 +305,15 @@ def _scored(group: Group, scores: Sequence[Score] | None) -> Group:
         parts, reward = {**sample.parts, **score.parts}, sample.reward + score.value
         samples.append(replace(sample, reward=reward, parts=parts, error=score.error))
     return replace(group, samples=tuple(samples))
+
+
+def mean_parts(samples: Sequence[Sample]) -> dict[str, float]:
+    """The means of the numbers that explain the rewards, by name, each over the answers that have it."""
+    parts: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.parts.items():
+            parts.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values) for name, values in parts.items()}
 
 
 def replica_of(engine: Host) -> tuple[int, int, bool]:
