@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.autograd import derive, label, once_differentiable
+from kernels.autograd import Role, derive, exact, label, name, once_differentiable
 from kernels.embedding import embedding, sharded_embedding
 from kernels.losses.linear_cross_entropy import linear_cross_entropy
 from kernels.matmul import linear
@@ -263,7 +263,9 @@ def apply_experts(
     with numbered(numbers):
         rows = experts(rows, counts.to(rows.device))
         label(rows=rows)
-        rows = rows * row_gates[:, None]
+        row_gates_N1 = row_gates[:, None]
+        name([(row_gates_N1, Role.STATISTIC)])
+        rows = rows * row_gates_N1
     combined = dispatcher.token_combine(dispatcher.combine_preprocess(rows.to(x_ND.dtype)))
     y_ND: Tensor = dispatcher.combine_postprocess(combined)
     return y_ND
@@ -275,9 +277,11 @@ def _exchange(dispatcher: Any, x_ND: Tensor, routing_map_NE: Tensor, gates_NE: T
     Returns:
         Rows sorted by expert, the number of rows of each expert, and the gate of each row.
     """
-    rows, row_gates = dispatcher.dispatch_preprocess(x_ND, routing_map_NE, gates_NE)
-    rows, row_gates = dispatcher.token_dispatch(rows, row_gates)
-    rows, counts, row_gates = dispatcher.dispatch_postprocess(rows, row_gates)
+    # Only gates are saved here. Without an exchange none are, so they must not be counted as an activation.
+    with exact():
+        rows, row_gates = dispatcher.dispatch_preprocess(x_ND, routing_map_NE, gates_NE)
+        rows, row_gates = dispatcher.token_dispatch(rows, row_gates)
+        rows, counts, row_gates = dispatcher.dispatch_postprocess(rows, row_gates)
     return rows, counts, row_gates
 
 

@@ -1,5 +1,7 @@
 """Compressed activations in every kind of layout. The noise is keyed by token and channel: all layouts round alike."""
 
+import math
+
 import pytest
 
 from tests.parity.test_parity import STEPS, configuration, one_process, ranks_of, whole
@@ -27,27 +29,30 @@ def compressed(config, bits=8, **settings):
     return config | {"train": config["train"] | {"compression": compression}}
 
 
-def largest_difference(ours, reference, steps=STEPS):
-    """Of the losses of some steps, and of the first step's gradients: relative, of each parameter as a whole."""
-    losses = [abs(a[0] / b[0] - 1) for a, b in zip(ours["steps"][:steps], reference["steps"], strict=False)]
-    gradients = [
-        float((gradient - reference["gradients"][name]).norm() / reference["gradients"][name].norm())
-        for name, gradient in ours["gradients"].items()
-    ]
-    return max(losses), max(gradients)
+def compare(ours, reference, plain, steps=STEPS):
+    """What a layout trains is what one process trains, as far as float32 lets it, and not what other noise would do.
 
-
-def check(pools, one_process, layout, config, losses=1e-5, steps=STEPS):
-    """What a layout trains is what one process trains, and not what it trains without compression.
-
-    A number that two layouts round differently in float32 may fall into the neighbouring code: one step of 255.
+    A number that two layouts round differently in float32 may fall into the neighbouring code: one step of 255. That
+    moves a gradient by a part of its noise, which is its distance from the plain one; other noise by some 1.4 of it.
     """
+    ratios = []
+    for name, gradient in ours["gradients"].items():
+        same, exact = reference["gradients"][name], plain["gradients"][name]
+        difference, noise = (float((gradient - other).norm() / exact.norm()) for other in (same, exact))
+        assert difference < max(noise / 2, 1e-5), name
+        ratios.append(difference / noise if noise > 1e-4 else 0.0)
+    assert math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios)) < 0.1
+    difference, noise = (
+        max(abs(a[0] / b[0] - 1) for a, b in zip(ours["steps"][:steps], other["steps"], strict=False))
+        for other in (reference, plain)
+    )
+    assert difference < noise / 4
+
+
+def check(pools, one_process, layout, config, steps=STEPS):
     ranks, keys = ranks_of(LAYOUTS[layout])
     ours = whole(pools(ranks).run({"config": compressed(config(**keys)), "steps": STEPS}))
-    loss, gradient = largest_difference(ours, one_process(compressed(config())), steps)
-    plain_loss, plain_gradient = largest_difference(ours, one_process(config()), steps)
-    assert loss < losses and gradient < 1e-3
-    assert plain_loss > 2 * loss and plain_gradient > 10 * gradient
+    compare(ours, one_process(compressed(config())), one_process(config()), steps)
 
 
 @pytest.mark.slow
@@ -68,28 +73,22 @@ def test_experts(pools, one_process, layout):
         values = with_experts("top-k", **keys)
         return values | {"model": values["model"] | {"mixers": {"pattern": HYBRID}}}
 
-    # Then a code that fell otherwise has sent a token to another expert.
-    check(pools, one_process, layout, config, losses=5e-5, steps=5)
+    # A gradient's small difference may send a token to another expert soon after.
+    check(pools, one_process, layout, config, steps=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_deepspeed(pools, one_process, stage):
     """The same noise, and so the same numbers, from the other engine; under ZeRO 3 parameters leave between uses."""
-
-    def config(**keys):
-        values = configuration(HYBRID, **keys)
-        return values | ({"engine": {"name": "deepspeed", "zero_stage": stage}} if keys else {})
-
-    ours = whole(pools(2).run({"config": compressed(config(tensor=1)), "steps": STEPS}))
-    loss, gradient = largest_difference(ours, one_process(compressed(configuration(HYBRID))))
-    plain_loss, _ = largest_difference(ours, one_process(configuration(HYBRID)))
-    assert loss < 1e-5 and gradient < 1e-3 and plain_loss > 2 * loss
+    plain = configuration(HYBRID)
+    config = compressed(plain | {"engine": {"name": "deepspeed", "zero_stage": stage}})
+    ours = whole(pools(2).run({"config": config, "steps": STEPS}))
+    compare(ours, one_process(compressed(plain)), one_process(plain))
 
 
 @pytest.mark.slow
 def test_micro_batches_of_another_size(pools, one_process):
     """A token's number is that in the batch of the step, however many micro-batches the batch is cut into."""
     ours = whole(pools(1).run({"config": compressed(configuration(HYBRID, micro=2)), "steps": STEPS}))
-    loss, gradient = largest_difference(ours, one_process(compressed(configuration(HYBRID))))
-    assert loss < 1e-5 and gradient < 1e-3
+    compare(ours, one_process(compressed(configuration(HYBRID))), one_process(configuration(HYBRID)))

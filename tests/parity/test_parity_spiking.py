@@ -1,12 +1,12 @@
 """Spiking models: every layout trains as one process does.
 
 Counts are integers, and layouts round differently: where an x / V lies within rounding of a half, one count may differ
-by one, and with it numbers by more than rounding. Steps are few and seeds are such that none lies there in one process,
-which is asserted; then the tolerances are those of models of floats.
+by one, and with it numbers by more than rounding. Steps are therefore few, and the seed is the first for which none
+lies there in one process on this machine; then the tolerances are those of models of floats. Adam's epsilon is large:
+it would blow up the rounding of gradients that are almost zero.
 """
 
 import functools
-import json
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ import torch
 from tests.parity.test_parity import compare, configuration, ranks_of, whole
 from tests.parity.test_parity_moe import GATES
 
-STEPS, MARGIN = 3, 1e-5
+STEPS, MARGIN, MOST_SEEDS = 3, 1e-5, 100
+# The surrogate gradient is proportional to x / V's distance from its count, whose rounding grows a hundredfold a step.
+STEPS_OF = {"learned": 1}
 EXPERTS = {"num_experts": 4, "shared_experts": 1, "expert_hidden_size": 32, "dense_layers": [1]} | GATES["top-k"]
 NEURONS = {
     "adaptive": {"layers": ["all"]},
@@ -27,24 +29,6 @@ NEURONS = {
     # A zone that ends between counts, so that the margin holds for it, too.
     "delta": {"layers": ["all"], "threshold": "per_channel", "momentum": 0.5, "code": "delta", "dead_zone": 1.5},
 }
-# Whose numbers keep off the halves, by neuron and experts.
-SEEDS = {
-    ("adaptive", False): 5,
-    ("learned", False): 5,
-    ("running", False): 10,
-    ("per_channel", False): 5,
-    ("int8", False): 3,
-    ("rate", False): 7,
-    ("l1", False): 3,
-    ("delta", False): 5,
-    ("adaptive", True): 0,
-    ("learned", True): 3,
-    ("running", True): 3,
-    ("per_channel", True): 1,
-    ("int8", True): 0,
-    ("rate", True): 9,
-    ("l1", True): 0,
-}
 LAYOUTS = {
     "TP2": {"tensor": 2},
     "TP2+SP": {"tensor": 2, "sequence": True},
@@ -56,33 +40,38 @@ LAYOUTS = {
 }
 
 
-def spiking(neuron, experts=False, engine=None, **keys):
+def spiking(neuron, experts=False, engine=None, seed=0, **keys):
     """A run's configuration as plain values; its gradients are not clipped, of which engines leave different ones."""
     config = configuration("gated_delta_net, full_attention", **keys)
     model = config["model"] | {"num_layers": 2, "init_std": 0.1, "spiking": NEURONS[neuron]}
     config |= {"model": model | ({"moe": EXPERTS} if experts else {})}
-    config |= {"logging": {"measure_every": 1}, "optim": {"lr": 0.003, "clip_grad": 0.0}}
-    config |= {"train": config["train"] | {"seq_len": 8, "seed": SEEDS[neuron, experts]}}
+    config |= {"logging": {"measure_every": 1}, "optim": {"lr": 0.003, "eps": 1e-4, "clip_grad": 0.0}}
+    config |= {"train": config["train"] | {"seq_len": 8, "seed": seed}}
     return config | ({"engine": {"name": "deepspeed"} | engine} if engine else {})
 
 
 @pytest.fixture(scope="session")
-def margins(pools):
-    """What one process does, far enough from where counts step."""
+def one_process(pools):
+    """A seed whose counts rounding does not decide, and what one process does with it."""
 
     @functools.cache
-    def run(text):
-        found = whole(pools(1).run({"config": json.loads(text), "steps": STEPS, "margin": True}))
-        assert found["margin"] > MARGIN, "rounding could decide a count: another seed"
-        return found
+    def run(neuron, experts):
+        for seed in range(MOST_SEEDS):
+            steps = STEPS_OF.get(neuron, STEPS)
+            job = {"config": spiking(neuron, experts, seed=seed), "steps": steps, "margin": True}
+            found = whole(pools(1).run(job))
+            if found["margin"] > MARGIN:
+                return seed, found
+        raise AssertionError(f"{neuron}: rounding could decide a count with each of {MOST_SEEDS} seeds")
 
-    return lambda config: run(json.dumps(config, sort_keys=True))
+    return run
 
 
-def check(pools, margins, layout, neuron, experts=False, engine=None):
+def check(pools, one_process, layout, neuron, experts=False, engine=None):
+    seed, reference = one_process(neuron, experts)
     ranks, keys = ranks_of(LAYOUTS[layout])
-    job = {"config": spiking(neuron, experts, engine, **keys), "steps": STEPS}
-    ours, reference = whole(pools(ranks).run(job)), margins(spiking(neuron, experts))
+    steps = STEPS_OF.get(neuron, STEPS)
+    ours = whole(pools(ranks).run({"config": spiking(neuron, experts, engine, seed, **keys), "steps": steps}))
     compare(ours, reference)
     for mine, theirs in zip(ours["metrics"], reference["metrics"], strict=True):
         # Integers, each counted once.
@@ -106,15 +95,15 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "neuron"), CASES)
-def test_a_spiking_model(pools, margins, layout, neuron):
-    check(pools, margins, layout, neuron)
+def test_a_spiking_model(pools, one_process, layout, neuron):
+    check(pools, one_process, layout, neuron)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("neuron", [neuron for neuron in NEURONS if neuron != "delta"])
 @pytest.mark.parametrize("layout", ["EP2 x DP2", "EP2 x TP2"])
-def test_spiking_experts(pools, margins, layout, neuron):
-    check(pools, margins, layout, neuron, experts=True)
+def test_spiking_experts(pools, one_process, layout, neuron):
+    check(pools, one_process, layout, neuron, experts=True)
 
 
 ZERO = [(2, "DP2", "adaptive"), (2, "DP2", "learned"), (2, "DP2", "per_channel"), (3, "DP2", "learned")]
@@ -124,8 +113,8 @@ ZERO += [(1, "TP2", "learned"), (1, "TP2", "per_channel")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "layout", "neuron"), ZERO)
-def test_deepspeed(pools, margins, stage, layout, neuron):
-    check(pools, margins, layout, neuron, engine={"zero_stage": stage})
+def test_deepspeed(pools, one_process, stage, layout, neuron):
+    check(pools, one_process, layout, neuron, engine={"zero_stage": stage})
 
 
 @pytest.mark.slow
