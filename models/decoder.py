@@ -223,6 +223,7 @@ class Decoder(Module):
         origin: Origin = BEGINNING,
         run: RunBlock | None = None,
         experts: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Run the embedding, blocks and final norm that this stage holds.
 
@@ -237,11 +238,15 @@ class Decoder(Module):
             run: Runs a block in place of a call of it; for generation, with caches.
             experts: The choice of all routers by layer, int16 [B, T, layers with experts, k] as
                 models.moe.router.recorded_experts has it. None, like 0, leaves the choice to them.
+            prefix: Tokens in front of every row, int64 [1, P]. They are computed once, and take part in gradients.
+                Requires the whole model, without documents, caches, recomputation, context or sequence parallelism.
 
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks. Every stage but the last puts the sinks in
             front of the T tokens.
         """
+        if prefix is not None:
+            caches = self._behind(prefix, len(tokens))
         if self.model_config.sink_tokens:
             # The sinks take the first positions of every document.
             positions = positions + self.model_config.sink_tokens
@@ -265,6 +270,12 @@ class Decoder(Module):
             return self.final_norm(x)
         # The next stage goes on with the sinks, too. Every row brings a copy, of which one is read.
         return x if sinks is None else torch.cat((sinks.expand(-1, x.shape[1], -1), x))
+
+    def _behind(self, prefix_1P: Tensor, rows: int) -> list[LayerCache]:
+        """The layers' states behind a prefix, for so many rows."""
+        caches = [LayerCache() for _ in self.layers]
+        self.hidden_states(prefix_1P, torch.arange(prefix_1P.shape[1], device=prefix_1P.device)[None], caches=caches)
+        return [cache.repeated(rows) for cache in caches]
 
     def _with_experts(self, infos: list[SequenceInfo], experts_BTLK: Tensor) -> list[SequenceInfo]:
         """Tell the layers with experts their routers' choice."""

@@ -85,6 +85,13 @@ class LayerCache:
     sinks: SinkKeys | None = None
     store: KeyValueStore | None = None
 
+    def repeated(self, rows: int) -> "LayerCache":
+        """The state of one row, copied for so many rows that continue it. Keeps the graph of gradients."""
+        assert self.store is None, "a store's memory is not copied"
+        tensors = {name: x.repeat_interleave(rows, dim=0) for name, x in self.tensors.items()}
+        branches = {number: branch.repeated(rows) for number, branch in self.branches.items()}
+        return LayerCache(tensors, branches, self.sinks)
+
     def keep(self, name: str, state: Tensor | None) -> None:
         """Store a kernel's final state."""
         assert state is not None, "kernels return a final state when they are asked for one"

@@ -68,7 +68,7 @@ POSTTRAIN_KEYS = {
     "dpo": "kind beta label_smoothing length_normalized",
     "rl": "objective samples prompts epochs max_new_tokens temperature clip_low clip_high dual_clip normalization kl "
     "kl_estimator kl_in entropy correction correction_how correction_cap max_mismatch rounds ahead replay "
-    "mask_overlong slots strict value distillation routing_replay",
+    "mask_overlong slots share_prompts strict value distillation routing_replay",
     "rl.distillation": "teacher direction",
     "rl.value": "coefficient clip gamma lam lr",
     "prompt_filter": "keep samples",

@@ -300,7 +300,7 @@ def _our_side(
         sampler,
         scorer,
         Policy(rl.samples, rl.max_new_tokens, rl.temperature, seed, stop_tokens=()),
-        Packing(run.train.seq_len),
+        Packing(run.train.seq_len, share=run.shared_tokens),
         lambda row: None,
     )
     objective = source.objective()

@@ -33,6 +33,8 @@ class Batch:
         documents: Bounds of the row's documents, on the host; None if rows are not packed.
         origin: Where the tokens lie in the batch of their step.
         extra: Further inputs of an objective, or of the model, by name, each `[B, T, ...]` and aligned with `labels`.
+        prefix: int64 `[1, P]`, tokens in front of every row, which all rows have in common; None without. `positions`
+            count them. No label counts among them.
     """
 
     tokens: torch.Tensor
@@ -42,6 +44,7 @@ class Batch:
     documents: Documents | None
     origin: Origin = field(default_factory=Origin)
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
+    prefix: torch.Tensor | None = None
 
     def part(self, rank: int, ranks: int) -> Batch:
         """The contiguous tokens of every row that context rank `rank` of `ranks` computes; `documents` stay whole."""
@@ -70,6 +73,7 @@ class Batch:
             loss_mask=move(self.loss_mask),
             positions=move(self.positions),
             extra={name: move(tensor) for name, tensor in self.extra.items()},
+            prefix=None if self.prefix is None else move(self.prefix),
         )
 
 

@@ -83,6 +83,7 @@ class Stage(nn.Module):
             entering=self._entering,
             origin=batch.origin,
             experts=experts,
+            prefix=batch.prefix,
         )
 
     def forward(

@@ -129,6 +129,9 @@ class RlConfig:
         replay: Directory of another run's rollouts, to learn from instead of drawing answers.
         mask_overlong: Learn nothing from answers that reach max_new_tokens without an end.
         slots: Answers that a rank continues at once.
+        share_prompts: Train on a prompt once for all answers of its group, where that saves a micro-batch at least this
+            many tokens; null never does. Only Megatron's engine does, without context or sequence parallelism, experts,
+            spikes, recomputation, compression and strict. Results differ by rounding.
         strict: The sampler's log-probabilities are training's to the last bit, and the run ends if one is not. Nothing
             is left to correct: `correction` is not applied. Every answer is a micro-batch of train.seq_len tokens.
         value: The value head of objective=ppo.
@@ -160,6 +163,7 @@ class RlConfig:
     replay: str | None = None
     mask_overlong: bool = False
     slots: int = 64
+    share_prompts: int | None = 256
     strict: bool = False
     value: ValueConfig = field(default_factory=ValueConfig)
     distillation: OnPolicyConfig = field(default_factory=OnPolicyConfig)
@@ -175,6 +179,10 @@ class RlConfig:
             value = getattr(self, name)
             require(value > 0, f"rl.{name} is {value}: it must be positive")
         require(self.prompts is None or self.prompts > 0, f"rl.prompts is {self.prompts}: it must be positive")
+        require(
+            self.share_prompts is None or self.share_prompts >= 0,
+            f"rl.share_prompts is {self.share_prompts}: it must not be negative; null never shares",
+        )
         for name in ("temperature", "correction_cap", "max_mismatch"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"rl.{name} is {value}: it must be a positive number")
@@ -524,6 +532,23 @@ class PosttrainConfig(PretrainConfig):
             f"{self.rl.samples} answers; use a multiple, or give rl.prompts",
         )
         return self.train.global_batch_size // self.rl.samples
+
+    @property
+    def shared_tokens(self) -> int | None:
+        """Tokens that a micro-batch with a shared prompt saves at least; None if there are none."""
+        model, parallel, train = self.model, self.parallel, self.train
+        can_share = (
+            self.stage == "rl"
+            and not self.rl.strict
+            and self.engine.name == "megatron"
+            and parallel.context == 1
+            and not parallel.sequence
+            and not model.moe.num_experts
+            and not model.spiking.is_used
+            and train.recompute == "none"
+            and not train.compression.bits
+        )
+        return self.rl.share_prompts if can_share else None
 
     @property
     def rollout_sequences(self) -> int:

@@ -363,11 +363,16 @@ class Reinforcement:
     def _with_log_probs(
         self, sequences: Sequence[TokenSequence], micro_batch_size: int, rollout: int
     ) -> list[TokenSequence]:
-        """The sequences with log-probabilities under the policy that drew them and the initial one, and with values."""
+        """The sequences with log-probabilities under the policy that drew them and the initial one, and with values.
+
+        Without values, and where neither ratios nor rewards ask for it, the policy is left out.
+        """
         packing = self._packing_of(micro_batch_size, self._scorer.engine.data_parallel_size)
         packing, step = replace(packing, count=None), rollout * self._config.updates
-        values = None
-        if self._terms.value is None:
+        old, values = None, None
+        if self._terms.value is None and not self._terms.has_old and self._config.rl.kl_in == "loss":
+            reference: list[np.ndarray] | None = self._scorer.score_by_reference(sequences, packing, step=step)
+        elif self._terms.value is None:
             old, reference = self._scorer.score(sequences, packing, step=step)
         else:
             old, reference, values = self._scorer.score_with_values(sequences, packing, step=step)

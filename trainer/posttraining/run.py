@@ -167,7 +167,7 @@ class _Stage:
 def _packing(config: PosttrainConfig, tokenizer: Tokenizer) -> Packing:
     parallel = config.parallel
     pieces = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    return Packing(config.train.seq_len, multiple=pieces, pad_id=tokenizer.eod_id)
+    return Packing(config.train.seq_len, multiple=pieces, pad_id=tokenizer.eod_id, share=config.shared_tokens)
 
 
 def _supervised(config: PosttrainConfig, inputs: Inputs, engine: Engine, stack: ExitStack) -> _Stage:

@@ -39,13 +39,16 @@ class _Record:
         return int(batch.loss_mask.count_nonzero())
 
     def forward(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        self.note([outputs, *(outputs.frozen[name] for name in self.models)], batch)
+        return self.found[-1][0].new_zeros(()), ()
+
+    def note(self, every: Sequence[Outputs], batch: Batch) -> None:
+        """Keep what models show of a micro-batch; values are the first one's."""
         tokens = batch.labels.masked_fill(batch.loss_mask == 0, IGNORE_LABEL)
-        every = [outputs, *(outputs.frozen[name] for name in self.models)]
         found = [one.token_log_probs(tokens, temperature=self._temperature)[0] for one in every]
         if self._values:
-            found.append(outputs.values())
-        self.found.append(tuple(_whole(one, outputs) for one in found))
-        return self.found[-1][0].new_zeros(()), ()
+            found.append(every[0].values())
+        self.found.append(tuple(_whole(one, every[0]) for one in found))
 
 
 def _whole(own: Tensor, outputs: Outputs) -> Tensor:
@@ -88,6 +91,13 @@ class Scorer:
         own, *others = self._columns(sequences, packing, step, values=False)
         return own, others[0] if others else None
 
+    def score_by_reference(
+        self, sequences: Sequence[TokenSequence], packing: Packing, *, step: int
+    ) -> list[np.ndarray]:
+        """As `score`, under the reference alone."""
+        (found,) = self._columns(sequences, packing, step, values=False, policy=False)
+        return found
+
     def score_with_values(
         self, sequences: Sequence[TokenSequence], packing: Packing, *, step: int
     ) -> tuple[list[np.ndarray], list[np.ndarray] | None, list[np.ndarray]]:
@@ -96,7 +106,7 @@ class Scorer:
         return own, others[0] if others else None, values
 
     def _columns(
-        self, sequences: Sequence[TokenSequence], packing: Packing, step: int, values: bool
+        self, sequences: Sequence[TokenSequence], packing: Packing, step: int, values: bool, policy: bool = True
     ) -> list[list[np.ndarray]]:
         engine, record = self.engine, _Record(self._reference, self._temperature, values)
         bare = [
@@ -105,20 +115,33 @@ class Scorer:
         ]
         rank, world = engine.data_parallel_rank, engine.data_parallel_size
         batches = pack(bare, packing, seed=self._seed, step=step, rank=rank, world=world)
-        engine.evaluate(batches, record)
+        if policy:
+            engine.evaluate(batches, record)
+        else:
+            self._visit(batches, record)
         own: dict[int, list[np.ndarray]] = {}
         for batch, found in zip(batches, record.found, strict=True):
-            numbers = batch.extra[SEQUENCE][0].numpy()
+            numbers = batch.extra[SEQUENCE].flatten().numpy()
             for number in np.unique(numbers[numbers >= 0]).tolist():
                 place = np.flatnonzero(numbers == number)
                 columns = []
                 for column in found:
-                    # The position of a token predicts the next one.
-                    shifted = np.zeros(len(place), np.float32)
-                    shifted[1:] = column[0].float().cpu().numpy()[place[:-1]]
+                    # The position of a token predicts the next one. A shared prompt has no places.
+                    shifted = np.zeros(len(sequences[number]), np.float32)
+                    shifted[len(shifted) - len(place) + 1 :] = column.flatten().float().cpu().numpy()[place[:-1]]
                     columns.append(shifted)
                 own[number] = columns
         every: dict[int, list[np.ndarray]] = {}
         for part in engine.collectives.gather(own):
             every |= part
         return [list(column) for column in zip(*(every[number] for number in range(len(sequences))), strict=True)]
+
+    @torch.no_grad()
+    def _visit(self, batches: Sequence[Batch], record: _Record) -> None:
+        """As `Engine.evaluate`, without the model in training."""
+        assert self._reference is not None, "there is nothing to score by"
+        group = self.engine.model.groups.context
+        place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        parts = [batch.part(*place).to(self.engine.device) for batch in batches]
+        for outputs, part in zip(self._reference.outputs(parts), parts, strict=True):
+            record.note([outputs], part)

@@ -8,13 +8,17 @@ micro-batches, and about equally many tokens. Everything is a function of the le
 A micro-batch is one packed row. Each sequence is a document: attention and recurrent states end with it, positions
 start from 0 in it, and its last token predicts nothing. Padding is a document of its own.
 
+Sequences with one prompt, the answers of a group, may instead be rows of a micro-batch of their own, behind a prefix:
+the prompt is then computed once for all of them. That saves (rows - 1) · (prompt - 1) tokens, less the padding of the
+rows to the longest one.
+
 Sums over the step's sequences do not depend on the packing, and objectives are such sums, so the number of ranks
 changes results by rounding only. Routers of experts see padding tokens: their statistics depend on it a little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +32,8 @@ from trainer.posttraining.data.sequences import TokenSequence
 
 SEQUENCE = "sequence"
 """Name of the extra tensor with the number, in the step, of the sequence that each token belongs to; −1 for padding."""
+
+_NOTHING: Mapping[tuple[int, ...], int] = {}
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Packing:
         pad_id: The token of padding.
         alone: Give each sequence a micro-batch of its own, padded to `tokens` within its document: shapes then depend
             on nothing.
+        share: Compute a prompt once for sequences that have it in common, if that saves at least this many tokens;
+            None never does.
 
     Raises:
         ConfigError: `multiple` does not divide `tokens`.
@@ -55,6 +63,7 @@ class Packing:
     count: int | None = None
     pad_id: int = 0
     alone: bool = False
+    share: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.multiple < 1 or self.tokens % self.multiple:
@@ -64,7 +73,15 @@ class Packing:
             )
 
 
-def plan(lengths: Sequence[int], packing: Packing, *, seed: int, step: int, world: int = 1) -> list[list[list[int]]]:
+def plan(
+    lengths: Sequence[int],
+    packing: Packing,
+    *,
+    seed: int,
+    step: int,
+    world: int = 1,
+    shared: Mapping[tuple[int, ...], int] = _NOTHING,
+) -> list[list[list[int]]]:
     """Distribute sequences over ranks and micro-batches.
 
     Args:
@@ -73,6 +90,7 @@ def plan(lengths: Sequence[int], packing: Packing, *, seed: int, step: int, worl
         seed: Of the run; with the step it decides between sequences of one length.
         step: Steps taken before this one.
         world: Data-parallel ranks.
+        shared: Micro-batches that are made already: the numbers of their sequences, and their tokens.
 
     Returns:
         For each rank its micro-batches, and for each of these the numbers of its sequences. Every number occurs once.
@@ -89,15 +107,42 @@ def plan(lengths: Sequence[int], packing: Packing, *, seed: int, step: int, worl
         )
     keys = np.random.Philox(np.random.SeedSequence([seed, step])).random_raw(len(lengths))
     order = np.lexsort((keys, -np.asarray(lengths, np.int64))).tolist()
+    taken = {number for members in shared for number in members}
+    order = [number for number in order if number not in taken]
     bins = _first_fit(order, lengths, packing.tokens)
-    count = packing.count or max(-(-len(bins) // world), 1)
-    if len(bins) > count * world:
+    count = packing.count or max(-(-(len(bins) + len(shared)) // world), 1)
+    left = count * world - len(shared)
+    if len(bins) > left:
         raise ConfigError(
             f"the sequences of a step take {len(bins)} micro-batches of {packing.tokens} tokens, and there are {count} "
             f"on each of {world} ranks; lower train.global_batch_size or max_length"
         )
-    spread = _emptiest(order, lengths, packing.tokens, count * world)
-    return _share_out(spread or _filled(bins, count * world), lengths, count, world)
+    spread = _emptiest(order, lengths, packing.tokens, left) or _filled(bins, left)
+    sizes = [*shared.values(), *(sum(lengths[number] for number in members) for members in spread)]
+    return _share_out([*map(list, shared), *spread], sizes, count, world)
+
+
+def find_shared(sequences: Sequence[TokenSequence], packing: Packing) -> dict[tuple[int, ...], int]:
+    """Find the sequences whose prompt is worth computing once: those of each micro-batch by number, and its tokens."""
+    groups: dict[bytes, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        if packing.share is not None and 1 < sequence.prompt < len(sequence):
+            groups.setdefault(sequence.tokens[: sequence.prompt].tobytes(), []).append(number)
+    found = {}
+    for members in groups.values():
+        # The prompt's last token predicts the first one of every answer, so it is the first token of every row.
+        prefix = sequences[members[0]].prompt - 1
+        rows = {number: len(sequences[number]) - prefix for number in sorted(members, key=lambda n: -len(sequences[n]))}
+        while rows:
+            longest = max(rows.values())
+            most = max((packing.tokens - prefix) // longest, 1)
+            chosen = tuple(rows)[:most]
+            size = prefix + len(chosen) * longest
+            if sum(prefix + rows[number] for number in chosen) - size >= (packing.share or 0) and len(chosen) > 1:
+                found[chosen] = size
+            for number in chosen:
+                del rows[number]
+    return found
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -116,6 +161,8 @@ def _first_fit(order: Sequence[int], lengths: Sequence[int], tokens: int) -> lis
 
 def _emptiest(order: Sequence[int], lengths: Sequence[int], tokens: int, count: int) -> list[list[int]] | None:
     """Put each sequence into the emptiest of `count` micro-batches; None if one overflows."""
+    if not count:
+        return None if order else []
     bins: list[list[int]] = [[] for _ in range(count)]
     filled = np.zeros(count, np.int64)
     for number in order:
@@ -136,9 +183,8 @@ def _filled(bins: list[list[int]], count: int) -> list[list[int]]:
     return bins
 
 
-def _share_out(bins: list[list[int]], lengths: Sequence[int], count: int, world: int) -> list[list[list[int]]]:
+def _share_out(bins: list[list[int]], size: Sequence[int], count: int, world: int) -> list[list[list[int]]]:
     """Give each rank `count` micro-batches: the fullest first, to the rank with the fewest tokens so far."""
-    size = [sum(lengths[number] for number in members) for members in bins]
     ranks: list[list[list[int]]] = [[] for _ in range(world)]
     totals = [0] * world
     for place in sorted(range(len(bins)), key=lambda place: -size[place]):
@@ -172,7 +218,8 @@ def pack(
     Returns:
         Packed micro-batches: labels, loss mask and `extra` are shifted by one within each sequence, and 0 at its end.
         `extra` has the sequences' own and `SEQUENCE`. A micro-batch without sequences has a loss mask of 0: it counts
-        for nothing, but the rank takes part in every collective operation.
+        for nothing, but the rank takes part in every collective operation. Where a prompt is shared, a micro-batch has
+        a row for each sequence, from the prompt's last token on.
 
     Raises:
         ConfigError: see `plan`.
@@ -187,22 +234,49 @@ def pack(
     lengths = [sum(map(len, sequences[first : first + together])) for first in range(0, len(sequences), together)]
     if packing.alone:
         lengths = [max(length, packing.tokens) for length in lengths]
-    own = plan(lengths, packing, seed=seed, step=step, world=world)[rank]
+    shared = find_shared(sequences, packing) if together == 1 else {}
+    own = plan(lengths, packing, seed=seed, step=step, world=world, shared=shared)[rank]
     first = rank * len(own)
-    # Numbers of tokens in the step are counted as if every micro-batch were full, so that none occurs twice.
-    return [
-        _row(
-            [
-                (number, sequences[number])
-                for group in members
-                for number in range(group * together, (group + 1) * together)
-            ],
-            packing,
-            kinds,
-            Origin(step, (first + place) * packing.tokens),
-        )
-        for place, members in enumerate(own)
-    ]
+    batches = []
+    for place, members in enumerate(own):
+        numbers = [group * together + number for group in members for number in range(together)]
+        make = _rows if tuple(numbers) in shared else _row
+        # Numbers of tokens in the step are counted as if every micro-batch were full, so that none occurs twice.
+        origin = Origin(step, (first + place) * packing.tokens)
+        batches.append(make([(number, sequences[number]) for number in numbers], packing, kinds, origin))
+    return batches
+
+
+def _rows(
+    members: Sequence[tuple[int, TokenSequence]],
+    packing: Packing,
+    kinds: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    origin: Origin,
+) -> Batch:
+    """A row for each sequence, behind their prompt."""
+    prompt = members[0][1].prompt
+    prefix = prompt - 1
+    shape = len(members), max(len(sequence) for _, sequence in members) - prefix
+    tokens, labels = np.full((2, *shape), packing.pad_id, np.int64)
+    mask, numbers = np.zeros(shape, np.float32), np.full(shape, -1, np.int64)
+    extra = {name: np.zeros((*shape, *own), dtype) for name, (dtype, own) in kinds.items()}
+    for row, (number, sequence) in enumerate(members):
+        size = len(sequence) - prefix
+        tokens[row, :size], numbers[row, :size] = sequence.tokens[prefix:], number
+        labels[row, : size - 1], mask[row, : size - 1] = sequence.tokens[prompt:], sequence.loss_mask[prompt:]
+        for name, values in extra.items():
+            values[row, : size - 1] = sequence.extra[name][prompt:]
+    positions = np.tile(np.arange(prefix, prefix + shape[1]), (shape[0], 1))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(mask),
+        positions=torch.from_numpy(positions),
+        documents=None,
+        origin=origin,
+        extra={name: torch.from_numpy(array) for name, array in (extra | {SEQUENCE: numbers}).items()},
+        prefix=torch.from_numpy(members[0][1].tokens[None, :prefix].astype(np.int64)),
+    )
 
 
 def _row(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,11 +26,13 @@ class TokenSequence:
         loss_mask: float32 `[L]`, 0 for tokens that are not learned, otherwise their weight. The first token has no
             prediction, so its weight has no effect.
         extra: Further values of the tokens by name, each `[L, ...]`.
+        prompt: Number of first tokens, none of them learned, that other sequences may have in common with this one.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    prompt: int = 0
 
     def __post_init__(self) -> None:
         shapes = {name: array.shape[:1] for name, array in {"loss_mask": self.loss_mask, **self.extra}.items()}
@@ -40,10 +42,11 @@ class TokenSequence:
 
     @classmethod
     def of(cls, pieces: Sequence[tuple[Sequence[int], bool]]) -> TokenSequence:
-        """Join pieces of tokens, each with whether it is learned."""
+        """Join pieces of tokens, each with whether it is learned. A first piece that is not is the prompt."""
         tokens = np.concatenate([np.asarray(ids, np.int32) for ids, _ in pieces])
         mask = np.concatenate([np.full(len(ids), learned, np.float32) for ids, learned in pieces])
-        return cls(tokens, mask)
+        first, learned = pieces[0]
+        return cls(tokens, mask, prompt=0 if learned else len(first))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -64,13 +67,14 @@ class TokenSequence:
 def save_sequences(path: Path, sequences: Sequence[TokenSequence]) -> None:
     """Write sequences, all with the same extra values, as one safetensors file.
 
-    Its tensors are `bounds`, int64 `[S + 1]`, and the sequences' arrays one after the other: `tokens`, `loss_mask`, and
-    `extra.NAME` for each of the extra values.
+    Its tensors are `bounds`, int64 `[S + 1]`, `prompts`, int64 `[S]`, and the sequences' arrays one after the other:
+    `tokens`, `loss_mask`, and `extra.NAME` for each of the extra values.
     """
     from safetensors.numpy import save_file
 
     arrays = {
         "bounds": np.cumsum([0, *map(len, sequences)]).astype(np.int64),
+        "prompts": np.array([sequence.prompt for sequence in sequences], np.int64),
         "tokens": np.concatenate([sequence.tokens for sequence in sequences]),
         "loss_mask": np.concatenate([sequence.loss_mask for sequence in sequences]),
     }
@@ -95,7 +99,10 @@ def load_sequences(path: Path) -> list[TokenSequence]:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); write it again") from error
     bounds = arrays.pop("bounds").tolist()
+    # Files of earlier versions do not have them.
+    prompts = arrays.pop("prompts", np.zeros(len(bounds) - 1, np.int64)).tolist()
     tokens, mask = arrays.pop("tokens"), arrays.pop("loss_mask")
     extra = {name.removeprefix("extra."): array for name, array in arrays.items()}
     whole = TokenSequence(tokens, mask, extra)
-    return [whole.part(start, stop) for start, stop in pairwise(bounds)]
+    parts = (whole.part(start, stop) for start, stop in pairwise(bounds))
+    return [replace(part, prompt=prompt) for part, prompt in zip(parts, prompts, strict=True)]

@@ -1,5 +1,6 @@
 """Packing: every token once, documents and labels that end with their sequence, and equal work on all ranks."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -130,6 +131,64 @@ def test_a_rank_without_sequences_computes_a_padded_micro_batch_that_counts_noth
     assert nothing.tokens.tolist() == [[0]]
 
 
+@st.composite
+def groups(draw):
+    """Answers to a few prompts, some of them the same, and sequences without a prompt."""
+    lengths = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=12))
+    sequences = []
+    for prompt, answer in lengths:
+        pieces = [(range(100, 100 + prompt), False), (draw(st.lists(st.integers(0, 99), min_size=answer)), True)]
+        one = TokenSequence.of([piece for piece in pieces if piece[0]])
+        sequences.append(replace(one, extra={"value": -one.tokens.astype(np.float32)}))
+    longest = max(map(len, sequences))
+    packing = Packing(draw(st.integers(longest, 4 * longest)), pad_id=0, share=draw(st.integers(0, 12)))
+    return sequences, packing, draw(st.integers(1, 3))
+
+
+@given(groups())
+def test_a_shared_prompt_is_computed_once_and_every_answer_has_its_row(case):
+    sequences, packing, world = case
+    ranks = [pack(sequences, packing, seed=0, step=0, rank=rank, world=world) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    found = []
+    for batch in (batch for batches in ranks for batch in batches):
+        if batch.prefix is None:
+            assert len(batch.tokens) == 1 and batch.documents is not None
+            found += sorted(set(batch.extra[SEQUENCE][0].tolist()) - {-1})
+            continue
+        rows, time = batch.tokens.shape
+        prefix = batch.prefix[0].tolist()
+        assert batch.documents is None and rows > 1 and len(prefix) + rows * time <= packing.tokens
+        apart = 0
+        for row in range(rows):
+            (number,) = set(batch.extra[SEQUENCE][row].tolist()) - {-1}
+            sequence, size = sequences[number], len(sequences[number]) - len(prefix)
+            found.append(number)
+            apart += len(sequence)
+            assert prefix + batch.tokens[row, :size].tolist() == sequence.tokens.tolist()
+            assert batch.positions[row].tolist() == list(range(len(prefix), len(prefix) + time))
+            assert batch.labels[row, : size - 1].tolist() == sequence.tokens[-size:].tolist()[1:]
+            assert batch.loss_mask[row].tolist() == [1] * (size - 1) + [0] * (time - size + 1)
+            assert batch.extra["value"][row, : size - 1].tolist() == (-sequence.tokens[-size:][1:]).tolist()
+            assert batch.extra[SEQUENCE][row].tolist() == [number] * size + [-1] * (time - size)
+        assert apart - len(prefix) - rows * time >= packing.share
+    assert sorted(found) == list(range(len(sequences)))
+    counted = sum(LanguageModel().count(batch) for batches in ranks for batch in batches)
+    assert counted == sum(sequence.learned for sequence in sequences)
+
+
+def test_what_is_shared_goes_to_all_ranks():
+    """Three groups and an answer by itself, over two ranks: two micro-batches each."""
+    sequences = [
+        TokenSequence.of([([group] * 20, False), ([answer] * 4, True)]) for group in range(3) for answer in range(4)
+    ]
+    sequences.append(TokenSequence.of([([9] * 20, False), ([1] * 4, True)]))
+    ranks = [pack(sequences, Packing(64, share=8), seed=0, step=0, rank=rank, world=2) for rank in range(2)]
+    shared = [[batch.prefix is not None for batch in batches] for batches in ranks]
+    assert [len(batches) for batches in ranks] == [2, 2] and sum(map(sum, shared)) == 3
+    assert {batch.tokens.shape for batches in ranks for batch in batches if batch.prefix is not None} == {(4, 5)}
+
+
 def test_parts_of_context_ranks_join_to_the_whole():
     (batch,) = pack(sequences_of([5, 3]), Packing(16, 4), seed=0, step=0)
     assert batch.tokens.shape == (1, 8)
@@ -152,12 +211,12 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_sequences_survive_a_file(tmp_path):
-    sequences = sequences_of([3, 1, 4])
+    sequences = [replace(one, prompt=number) for number, one in enumerate(sequences_of([3, 1, 4]))]
     save_sequences(tmp_path / "a.safetensors", sequences)
     for read, written in zip(load_sequences(tmp_path / "a.safetensors"), sequences, strict=True):
         for name in ("tokens", "loss_mask"):
             assert np.array_equal(getattr(read, name), getattr(written, name))
-        assert np.array_equal(read.extra["value"], written.extra["value"])
+        assert np.array_equal(read.extra["value"], written.extra["value"]) and read.prompt == written.prompt
     (tmp_path / "b.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_sequences(tmp_path / "b.safetensors")
