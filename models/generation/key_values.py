@@ -4,8 +4,9 @@ Memory is laid out [heads, tokens, width]: the keys that a head reads lie beside
 a key head are the rows of one product. A new token is written where it stays, so no step copies what is there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,8 @@ def _write(memory: Tensor, runs: Sequence[Run], first: int, x: Tensor) -> None:
 
 # A batch reads runs to the length of its longest: its others are at most this many tokens or this share shorter.
 _SHORTER_TOKENS, _SHORTER_SHARE = 64, 0.25
+# Runs of other sequences may lie between those of a batch: they are read, too, if they are at most this share.
+_HOLES = 0.5
 
 
 @dataclass
@@ -153,14 +156,15 @@ class RunBatch:
     Attributes:
         start: Where the first run begins.
         lengths: Tokens of each run.
-        rows: The rows that read each run.
+        rows: The rows that read each run; none of a hole, whose result nobody takes.
         least: The shortest run, in tokens.
         most: The longest one, to whose length all are read.
         room: Tokens to which all runs may be read.
         spacing: Tokens from the start of a run to the start of the next.
         mask: Which tokens are not of the run, as the scores' summand -inf, [runs, 1, 1, most]; None if all are.
-        flat_rows: The rows one after another, int64 [runs * readers].
+        flat_rows: The rows one after another, int64 [runs * readers]. In place of a hole's there is row 0.
         parts: For each of these, which part of its row the run is: 0, 1, ..., int64 [runs * readers].
+        taken: The places among these that are no hole's, int64; None if all are.
     """
 
     start: int
@@ -173,6 +177,7 @@ class RunBatch:
     mask: Tensor | None = None
     flat_rows: Tensor = field(init=False)
     parts: Tensor = field(init=False)
+    taken: Tensor | None = field(init=False, default=None)
 
     @classmethod
     def of(cls, run: Run, room: int, rows: list[int]) -> "RunBatch":
@@ -182,26 +187,36 @@ class RunBatch:
 
     def take(self, run: Run, room: int, rows: list[int]) -> bool:
         """Add a run that begins after the others, if it is alike and as far from the last one as they are."""
-        length = run[1] - run[0]
+        length, distance = run[1] - run[0], run[0] - self.start
+        if not distance:
+            return False
         least, most, room = min(self.least, length), max(self.most, length), min(self.room, room)
-        spacing = run[0] - self.start - (len(self.rows) - 1) * self.spacing
-        if len(rows) != len(self.rows[0]) or (len(self.rows) > 1 and spacing != self.spacing) or most > room:
+        place, beside = divmod(distance, self.spacing or distance)
+        holes = place - len(self.rows)
+        if len(rows) != len(self.rows[0]) or beside or most > room:
             return False
         if most - least > max(_SHORTER_TOKENS, _SHORTER_SHARE * most):
             return False
-        self.rows.append(rows)
-        self.lengths.append(length)
-        self.least, self.most, self.room, self.spacing = least, most, room, spacing
+        if holes + self.rows.count([]) > _HOLES * (len(self.rows) - self.rows.count([]) + 1):
+            return False
+        self.rows += [*([] for _ in range(holes)), rows]
+        self.lengths += [*(0 for _ in range(holes)), length]
+        self.least, self.most, self.room, self.spacing = least, most, room, self.spacing or distance
         return True
 
     def prepare(self, passed: list[int], like: Tensor) -> None:
         """Make the tensors on the device of `like`; `passed` counts the parts of each row so far."""
-        device = like.device
-        flat, parts = [row for rows in self.rows for row in rows], []
-        for row in flat:
-            parts.append(passed[row])
-            passed[row] += 1
+        device, readers = like.device, len(self.rows[0])
+        flat, parts = [], []
+        for rows in self.rows:
+            for row in rows:
+                parts.append(passed[row])
+                passed[row] += 1
+            flat += rows or [0] * readers
         self.flat_rows, self.parts = torch.tensor(flat, device=device), torch.tensor(parts, device=device)
+        if [] in self.rows:
+            taken = [place for place, rows in enumerate(self.rows) if rows]
+            self.taken = torch.tensor([place * readers + i for place in taken for i in range(readers)], device=device)
         if self.least < self.most:
             outside = torch.arange(self.most, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
             self.mask = torch.zeros(outside.shape, device=device).masked_fill_(outside, -torch.inf)[:, None, None]
@@ -238,10 +253,16 @@ class PageStep:
             return
         readers: dict[Run, list[int]] = {}
         rooms: dict[Run, int] = {}
+        # Where rows leave what they share. One of them may go on right there, in the same run of memory.
+        borders: dict[int, set[int]] = {}
+        for runs in self.runs:
+            for first, end in runs[:-1]:
+                borders.setdefault(first, set()).add(end)
         for row, runs in enumerate(self.runs):
-            for run in runs:
-                readers.setdefault(run, []).append(row)
-                rooms[run] = (self.ends[row] if run is runs[-1] else run[1]) - run[0]
+            parts = [part for run in runs for part in _cut(run, borders.get(run[0], ()))]
+            for part in parts:
+                readers.setdefault(part, []).append(row)
+                rooms[part] = (self.ends[row] if part is parts[-1] else part[1]) - part[0]
         for run, rows in sorted(readers.items(), key=lambda item: (len(item[1]), item[0])):
             if not (self.batches and self.batches[-1].take(run, rooms[run], rows)):
                 self.batches.append(RunBatch.of(run, rooms[run], rows))
@@ -301,25 +322,32 @@ class RowPages:
         """
         count, heads, groups, _ = q_NHGK.shape
         runs = [
-            (batch.flat_rows, batch.parts, self._read(batch, q_NHGK.dtype), batch.mask_in(q_NHGK.dtype))
+            (batch.flat_rows, batch.parts, self._read(batch, q_NHGK.dtype), batch.mask_in(q_NHGK.dtype), batch.taken)
             for batch in self.step.batches
         ]
         if sinks is not None:
             everyone = torch.arange(count)
             k, v = (by_head(x) for x in sinks)
-            runs.append((everyone, torch.full_like(everyone, self.step.most_parts), (k, v), None))
+            runs.append((everyone, torch.full_like(everyone, self.step.most_parts), (k, v), None, None))
         # Rows of fewer parts have empty ones: zeros, of which the share is nothing.
         wide = torch.promote_types(q_NHGK.dtype, torch.float32)
         most = self.step.most_parts + (sinks is not None)
         outputs = q_NHGK.new_zeros(count, most, heads, groups, runs[0][2][1].shape[-1], dtype=wide)
         normalizers = outputs.new_full(outputs.shape[:-1], -torch.inf)
-        for rows, parts, (k, v), mask in runs:
+        for rows, parts, (k, v), mask, taken in runs:
             readers = len(rows) // len(k)
             q_RHCK = q_NHGK[rows].unflatten(0, (-1, readers)).transpose(1, 2).flatten(2, 3)
-            o_RHCV, normalizer_RHC = _attend_with_normalizer(q_RHCK, k, v, mask=mask)
-            outputs[rows, parts] = _by_reader(o_RHCV, readers).to(wide)
-            normalizers[rows, parts] = _by_reader(normalizer_RHC, readers).to(wide)
+            found = [_by_reader(x, readers).to(wide) for x in _attend_with_normalizer(q_RHCK, k, v, mask=mask)]
+            if taken is not None:
+                rows, *found = (x[taken] for x in (rows, *found))
+            outputs[rows, parts], normalizers[rows, parts] = found
         return (outputs * normalizers.softmax(1)[..., None]).sum(1).to(q_NHGK.dtype)
+
+
+def _cut(run: Run, borders: Iterable[int]) -> list[Run]:
+    """The parts of a run between the borders within it."""
+    ends = [*sorted(border for border in borders if border < run[1]), run[1]]
+    return list(pairwise([run[0], *ends]))
 
 
 def _by_reader(x: Tensor, readers: int) -> Tensor:

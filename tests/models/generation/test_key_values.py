@@ -16,8 +16,10 @@ def keys(count: int, tokens: int, generator: torch.Generator) -> dict[str, torch
     return {name: torch.randn(shape, generator=generator) for name in ("k", "v")}
 
 
-def filled(lengths: list[int], clones: int, size: int, gaps: list[bool]) -> tuple[PagePool, list[PageTable]]:
-    """Sequences of these lengths, in memory that was not a number before; the first one is cloned. Some end again."""
+def filled(
+    lengths: list[int], clones: int, groups: int, size: int, gaps: list[bool]
+) -> tuple[PagePool, list[PageTable]]:
+    """Sequences of these lengths, in memory that was not a number before; the first are cloned. Some end again."""
     pages = Pages(size, None)
     pool, tables = PagePool(pages), []
     for length in lengths:
@@ -30,11 +32,15 @@ def filled(lengths: list[int], clones: int, size: int, gaps: list[bool]) -> tupl
         for table in tables:
             for page in table._own:
                 x[:, page * size : (page + 1) * size] = 0
-    for _ in range(clones):
-        fork, copied = tables[0].fork(lengths[0] + 40)
-        if copied is not None:
-            pool.copy_page(*copied)
-        tables.append(fork)
+    for table, length in list(zip(tables, lengths, strict=True))[:groups]:
+        for _ in range(clones):
+            fork, copied = table.fork(length + 40)
+            if copied is not None:
+                pool.grow()
+                pool.copy_page(*copied)
+            # Memory of its own behind what it shares.
+            fork.extend(length + 1)
+            tables.append(fork)
     for table, gap in list(zip(tables, gaps, strict=False)):
         if gap and len(tables) > 1:
             table.release()
@@ -46,15 +52,16 @@ def filled(lengths: list[int], clones: int, size: int, gaps: list[bool]) -> tupl
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=6),
     clones=st.integers(0, 4),
+    groups=st.integers(1, 3),
     size=st.sampled_from([1, 4, 16]),
-    gaps=st.lists(st.booleans(), max_size=6),
+    gaps=st.lists(st.booleans(), max_size=12),
     sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_rows_attend_to_their_own_tokens(lengths, clones, size, gaps, sinks, seed):
+def test_rows_attend_to_their_own_tokens(lengths, clones, groups, size, gaps, sinks, seed):
     """In batches of runs that lie alike, as row by row; what lies outside of a row's memory is not read."""
     generator = torch.Generator().manual_seed(seed)
-    pool, tables = filled(lengths, clones, size, gaps)
+    pool, tables = filled(lengths, clones, groups, size, gaps)
     for table in tables:
         table.extend(table.length + 1)
     places = torch.tensor([table.place(table.length - 1) for table in tables])
@@ -89,6 +96,26 @@ def test_rows_of_like_length_are_one_call(lengths, calls):
     )
     assert len(step.batches) == calls and step.is_one_call == (calls == 1)
     assert all(end - start == length for (((start, end),), length) in zip(step.runs, lengths, strict=True))
+
+
+@pytest.mark.parametrize(("prompt", "most", "ended"), [(64, 128, ()), (64, 128, (2, 9)), (128, 192, ())])
+def test_groups_of_like_prompts_are_two_calls(prompt, most, ended):
+    """One for all prompts and one for all answers, though the first answer of a group lies right behind its prompt."""
+    pages, tables = Pages(16, None), []
+    for _ in range(3):
+        first = PageTable(pages, most)
+        first.extend(prompt)
+        tables += [first, *(first.fork(most)[0] for _ in range(5))]
+        for table in tables[-6:]:
+            table.extend(prompt + 1)
+    for number in ended:
+        tables.pop(number).release()
+    runs, ends = [table.runs() for table in tables], [table.end for table in tables]
+    step = PageStep(torch.zeros(len(tables), dtype=torch.int64), runs, ends, exact=False)
+    answers, *prompts = step.batches
+    assert len(prompts) == (2 if ended else 1), [batch.rows for batch in prompts]
+    assert [row for rows in answers.rows for row in rows] == list(range(len(tables))) and [] in answers.rows
+    assert {row for batch in prompts for rows in batch.rows for row in rows} == set(range(len(tables)))
 
 
 def test_a_row_that_ends_leaves_memory_that_the_next_may_read():

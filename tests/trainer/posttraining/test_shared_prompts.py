@@ -87,7 +87,10 @@ def test_which_runs_share(changes, expected):
 
 
 def test_models_of_experts_and_spikes_do_not_share():
-    for model in (tiny_model_config(moe=MoEConfig(num_experts=4)), tiny_model_config(spiking=SpikingConfig(layers=["all"]))):
+    for model in (
+        tiny_model_config(moe=MoEConfig(num_experts=4)),
+        tiny_model_config(spiking=SpikingConfig(layers=["all"])),
+    ):
         assert PosttrainConfig(stage="rl", train=training(), model=model).shared_tokens is None
 
 
