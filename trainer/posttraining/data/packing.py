@@ -124,24 +124,24 @@ def plan(
 
 def find_shared(sequences: Sequence[TokenSequence], packing: Packing) -> dict[tuple[int, ...], int]:
     """Find the sequences whose prompt is worth computing once: those of each micro-batch by number, and its tokens."""
+    if packing.share is None:
+        return {}
     groups: dict[bytes, list[int]] = {}
     for number, sequence in enumerate(sequences):
-        if packing.share is not None and 1 < sequence.prompt < len(sequence):
+        if 1 < sequence.prompt < len(sequence):
             groups.setdefault(sequence.tokens[: sequence.prompt].tobytes(), []).append(number)
     found = {}
     for members in groups.values():
         # The prompt's last token predicts the first one of every answer, so it is the first token of every row.
         prefix = sequences[members[0]].prompt - 1
-        rows = {number: len(sequences[number]) - prefix for number in sorted(members, key=lambda n: -len(sequences[n]))}
-        while rows:
-            longest = max(rows.values())
-            most = max((packing.tokens - prefix) // longest, 1)
-            chosen = tuple(rows)[:most]
+        left = sorted(members, key=lambda number: -len(sequences[number]))
+        while left:
+            longest = len(sequences[left[0]]) - prefix
+            count = max((packing.tokens - prefix) // longest, 1)
+            chosen, left = left[:count], left[count:]
             size = prefix + len(chosen) * longest
-            if sum(prefix + rows[number] for number in chosen) - size >= (packing.share or 0) and len(chosen) > 1:
-                found[chosen] = size
-            for number in chosen:
-                del rows[number]
+            if len(chosen) > 1 and sum(len(sequences[number]) for number in chosen) - size >= packing.share:
+                found[tuple(chosen)] = size
     return found
 
 
