@@ -89,6 +89,34 @@ def test_layouts_take_the_same_steps(model, rows, tmp_path, alone, layout, stage
         assert first["policy/ratio"] == pytest.approx(1, abs=1e-5) and first["policy/sampler_k3"] < 1e-5
 
 
+@pytest.fixture(scope="module")
+def alone_with_kl(model, rows, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("alone-kl")
+    run(model, rows, run_dir, "rl", *KL)
+    return of_kl(run_dir)
+
+
+# One update a rollout: the initial model scores answers, and the policy does not.
+KL = ("--train.steps=4", "--rl.prompts=2", "--rl.kl=0.05")
+
+
+def of_kl(run_dir):
+    return [[line[name] for name in ("loss", "grad_norm", "policy/kl")] for line in metrics(run_dir) if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_divergence_from_the_initial_model_is_the_same_in_every_layout(
+    model, rows, tmp_path, alone_with_kl, layout
+):
+    ranks, engine, options = LAYOUTS[layout]
+    run(model, rows, tmp_path, "rl", *KL, *options, ranks=ranks, imported=engine)
+    found = of_kl(tmp_path)
+    assert found[0][2] == pytest.approx(0, abs=1e-6) and found[-1][2] > 1e-5
+    for line, expected in zip(found, alone_with_kl, strict=True):
+        assert line == pytest.approx(expected, rel=1e-3, abs=2e-5)
+
+
 @pytest.mark.slow
 def test_ranks_that_share_experts_sample_together(rows, tmp_path):
     """With experts on two ranks, both answer all prompts; the steps are those of one rank, which holds all experts."""

@@ -20,6 +20,7 @@ VARIANTS = {
     "one update": ("--rl.prompts=2", "--rl.kl=0.05"),
     "cut answers": ("--rl.mask_overlong=true",),
     "values": VALUES,
+    "adapters": ("--model.lora.rank=3", "--model.lora.alpha=6", "--optim.lr=0.02"),
 }
 LAYOUTS = {
     "data": (2, ()),
