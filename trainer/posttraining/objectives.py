@@ -217,7 +217,7 @@ def policy_loss(
 
             tokens                 their number n
             clipped_low, …         those that the mask drops, or whose weight it clips
-            ratio, ratio_squared   r and r²: ratio² / ratio_squared is the effective number of tokens
+            ratio, ratio_squared   r and r²: ratio² / ratio_squared is the effective sample size
             k1, k3                 estimates of KL(π_old || π_θ)
             entropy, kl            H and the estimate of the KL divergence to the reference
             correction, …          c and c²

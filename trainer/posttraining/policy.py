@@ -198,12 +198,18 @@ def policy_log_probs(outputs: Outputs, batch: Batch, temperature: float) -> tupl
 
 
 def per_token(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a step, with those of policy, rehearsal and values as means over the tokens of their own."""
+    """The metrics of a step, with those of policy, rehearsal and values as means over the tokens of their own.
+
+    In place of the squares of weights there are effective sample sizes, (Σ w)² / Σ w², as shares of the tokens.
+    """
     found = dict(metrics)
     for prefix in ("policy/", "rehearsal/", "value/"):
         # The engine has divided all of them, their number included, by the tokens of the whole step.
         tokens = found.pop(f"{prefix}tokens", 0.0) or 1.0
         found |= {name: value / tokens for name, value in found.items() if name.startswith(prefix)}
+    for name in [name for name in found if name.endswith("_squared")]:
+        weight, squared = name.removesuffix("_squared"), found.pop(name)
+        found[f"{weight}_sample_size"] = found[weight] ** 2 / squared if squared else 0.0
     return found
 
 

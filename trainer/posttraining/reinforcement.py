@@ -228,7 +228,7 @@ class Reinforcement:
 
     def _start(self, rollout: int, step: int, micro_batch_size: int) -> None:
         """Have the answers of a rollout with their advantages, and its figures. Later ones may be drawn with it."""
-        seconds, tokens = dict(self._sampler.seconds), self._sampler.tokens
+        seconds, tokens = self._sampler.seconds | {"scoring": self._scorer.seconds}, self._sampler.tokens
         redrawn = self._sampler.redrawn
         for number in range(rollout, rollout + self._config.rl.ahead + 1):
             if number not in self._ahead:
@@ -236,7 +236,8 @@ class Reinforcement:
                 self._ahead[number] = begin(number, micro_batch_size)
         current = self._ahead.pop(rollout)
         groups = self._sampler.finish(current.drawn)
-        taken = {name: total - seconds[name] for name, total in self._sampler.seconds.items()}
+        now = self._sampler.seconds | {"scoring": self._scorer.seconds}
+        taken = {name: total - seconds[name] for name, total in now.items()}
         self.figures = describe(groups) | {f"rollout/{name}_seconds": value for name, value in taken.items()}
         drawn = self._sampler.tokens - tokens
         self.figures["rollout/tokens_per_second"] = drawn / max(taken["generation"], 1e-9)

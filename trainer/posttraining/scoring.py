@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -69,11 +70,15 @@ class Scorer:
         reference: The initial model; None to score under the model in training alone.
         temperature: Divides the logits.
         seed: Of the run.
+
+    Attributes:
+        seconds: Time that scoring has taken so far.
     """
 
     def __init__(self, engine: Engine, reference: FrozenModel | None, temperature: float, seed: int) -> None:
         self.engine, self._reference = engine, reference
         self._temperature, self._seed = temperature, seed
+        self.seconds = 0.0
 
     def score(
         self, sequences: Sequence[TokenSequence], packing: Packing, *, step: int
@@ -108,6 +113,7 @@ class Scorer:
     def _columns(
         self, sequences: Sequence[TokenSequence], packing: Packing, step: int, values: bool, policy: bool = True
     ) -> list[list[np.ndarray]]:
+        start = time.perf_counter()
         engine, record = self.engine, _Record(self._reference, self._temperature, values)
         bare = [
             replace(sequence, extra={name: array for name, array in sequence.extra.items() if name == EXPERTS})
@@ -134,6 +140,7 @@ class Scorer:
         every: dict[int, list[np.ndarray]] = {}
         for part in engine.collectives.gather(own):
             every |= part
+        self.seconds += time.perf_counter() - start
         return [list(column) for column in zip(*(every[number] for number in range(len(sequences))), strict=True)]
 
     @torch.no_grad()

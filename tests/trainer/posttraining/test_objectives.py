@@ -17,6 +17,7 @@ from trainer.posttraining.objectives import (
     policy_loss,
     token_weights,
 )
+from trainer.posttraining.policy import per_token
 
 LENGTHS = torch.tensor([4, 1, 6, 3])
 SEQUENCES = len(LENGTHS)
@@ -539,3 +540,15 @@ def test_other_refusals():
         token_weights(torch.tensor([1]), "group_token_mean")
     with pytest.raises(ConfigError, match="sequence_mean"):
         token_weights(torch.tensor([1]), "mean")
+
+
+def test_the_metrics_of_a_step_are_means_and_effective_sample_sizes():
+    """Of sums over 4 tokens, which the engine has divided by the 8 tokens of the step."""
+    ratio = torch.tensor([1.0, 2.0, 0.5, 0.0])
+    sums = {"tokens": 4.0, "ratio": ratio.sum().item(), "ratio_squared": ratio.square().sum().item(), "dropped": 1.0}
+    found = per_token({f"policy/{name}": value / 8 for name, value in sums.items()} | {"loss": 3.0})
+    assert found.keys() == {"loss", "policy/ratio", "policy/ratio_sample_size", "policy/dropped"}
+    assert found["loss"] == 3.0 and found["policy/dropped"] == 0.25 and found["policy/ratio"] == 0.875
+    assert found["policy/ratio_sample_size"] == pytest.approx((3.5**2 / 5.25) / 4)
+    nothing = per_token({"policy/tokens": 0.0, "policy/ratio": 0.0, "policy/ratio_squared": 0.0})
+    assert nothing == {"policy/ratio": 0.0, "policy/ratio_sample_size": 0.0}

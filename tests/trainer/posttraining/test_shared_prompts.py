@@ -43,6 +43,10 @@ def test_a_run_takes_the_same_steps(model, rows, tmp_path):
     compare(model, rows, tmp_path, VARIANTS["one update"])
     first, *later = [line["policy/kl"] for line in metrics(tmp_path / "shared") if "policy/kl" in line]
     assert first == pytest.approx(0, abs=1e-7) and max(later) > 1e-5
+    lines = [line for line in metrics(tmp_path / "shared") if "policy/kl" in line]
+    assert all(line["rollout/scoring_seconds"] > 0 for line in lines)
+    # The policy in training is the one that answered.
+    assert all(line["policy/ratio_sample_size"] == pytest.approx(1, abs=1e-5) for line in lines)
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ class FixedScorer:
     """Log-probabilities of another policy than the one in training, and of the reference."""
 
     engine = SimpleNamespace(rank=1, data_parallel_size=1)
+    seconds = 0.0
 
     def __init__(self, random):
         self._random = random
