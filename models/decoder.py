@@ -239,7 +239,7 @@ class Decoder(Module):
             experts: The choice of all routers by layer, int16 [B, T, layers with experts, k] as
                 models.moe.router.recorded_experts has it. None, like 0, leaves the choice to them.
             prefix: Tokens in front of every row, int64 [1, P]. They are computed once, and take part in gradients.
-                Requires the whole model, without documents, caches, recomputation, context or sequence parallelism.
+                Requires all layers, without documents, caches, recomputation, context or sequence parallelism.
 
         Returns:
             [T, B, D]; [T/P, B, D] with sequence parallelism over P ranks. Every stage but the last puts the sinks in
