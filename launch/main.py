@@ -8,10 +8,12 @@ A command is the script launch/COMMAND.py, run unchanged. With `--ranks N`, N pr
 the environment variables that torchrun would set. This module imports nothing slow.
 """
 
+import contextlib
 import ctypes
 import math
 import os
 import runpy
+import secrets
 import signal
 import socket
 import subprocess
@@ -212,11 +214,13 @@ def _preparation(mask: set[int | signal.Signals]) -> Callable[[], None]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        port: int = holder.getsockname()[1]
-        return port
+    """A port of this machine that nobody listens at, nor is given who asks for any: ranks listen seconds later."""
+    while True:
+        # Systems give ports from 32768 on to those who ask for any.
+        port = 16384 + secrets.randbelow(16384)
+        with socket.socket() as holder, contextlib.suppress(OSError):
+            holder.bind(("127.0.0.1", port))
+            return port
 
 
 if __name__ == "__main__":

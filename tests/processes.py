@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.main import free_port
 from tests import fork_server
 from tests.helpers import WAIT
 
@@ -133,9 +134,7 @@ def start(
 
 
 def _of_ranks(ranks: int) -> list[dict[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         {
             "RANK": str(rank),

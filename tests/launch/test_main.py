@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -101,6 +102,17 @@ def when_ready(folder):
     while not ((folder / "ready0").exists() and (folder / "ready1").exists()):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_free_port_is_not_one_that_systems_give_away(monkeypatch):
+    """Nor one that somebody listens at, at which it tries another."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", main.free_port()))
+        port = taken.getsockname()[1]
+        assert 16384 <= port < 32768
+        tried = iter([port - 16384, (port - 16384 + 1) % 16384])
+        monkeypatch.setattr(main.secrets, "randbelow", lambda most: next(tried))
+        assert main.free_port() == 16384 + (port - 16384 + 1) % 16384
 
 
 def test_ranks_are_told_who_they_are_and_end(tmp_path):
