@@ -34,6 +34,8 @@ SEQUENCE = "sequence"
 """Name of the extra tensor with the number, in the step, of the sequence that each token belongs to; −1 for padding."""
 
 _NOTHING: Mapping[tuple[int, ...], int] = {}
+# The data type of extra values by name, and their shape at each token.
+_Kinds = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -247,77 +249,70 @@ def pack(
     return batches
 
 
-def _rows(
-    members: Sequence[tuple[int, TokenSequence]],
-    packing: Packing,
-    kinds: dict[str, tuple[np.dtype, tuple[int, ...]]],
-    origin: Origin,
-) -> Batch:
+def _rows(members: Sequence[tuple[int, TokenSequence]], packing: Packing, kinds: _Kinds, origin: Origin) -> Batch:
     """A row for each sequence, behind their prompt."""
-    prompt = members[0][1].prompt
-    prefix = prompt - 1
-    shape = len(members), max(len(sequence) for _, sequence in members) - prefix
-    tokens, labels = np.full((2, *shape), packing.pad_id, np.int64)
-    mask, numbers = np.zeros(shape, np.float32), np.full(shape, -1, np.int64)
-    extra = {name: np.zeros((*shape, *own), dtype) for name, (dtype, own) in kinds.items()}
-    for row, (number, sequence) in enumerate(members):
-        size = len(sequence) - prefix
-        tokens[row, :size], numbers[row, :size] = sequence.tokens[prefix:], number
-        labels[row, : size - 1], mask[row, : size - 1] = sequence.tokens[prompt:], sequence.loss_mask[prompt:]
-        for name, values in extra.items():
-            values[row, : size - 1] = sequence.extra[name][prompt:]
-    positions = np.tile(np.arange(prefix, prefix + shape[1]), (shape[0], 1))
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        loss_mask=torch.from_numpy(mask),
-        positions=torch.from_numpy(positions),
-        documents=None,
-        origin=origin,
-        extra={name: torch.from_numpy(array) for name, array in (extra | {SEQUENCE: numbers}).items()},
-        prefix=torch.from_numpy(members[0][1].tokens[None, :prefix].astype(np.int64)),
-    )
+    prefix = members[0][1].prompt - 1
+    size = max(len(sequence) for _, sequence in members) - prefix
+    starts = range(0, len(members) * size, size)
+    tensors = _laid_out(members, starts, len(members) * size, packing.pad_id, kinds, prefix)
+    positions = np.tile(np.arange(prefix, prefix + size), len(members))
+    before = torch.from_numpy(members[0][1].tokens[None, :prefix].astype(np.int64))
+    return _batch(tensors, positions, (len(members), size), None, origin, before)
 
 
-def _row(
-    members: Sequence[tuple[int, TokenSequence]],
-    packing: Packing,
-    kinds: dict[str, tuple[np.dtype, tuple[int, ...]]],
-    origin: Origin,
-) -> Batch:
+def _row(members: Sequence[tuple[int, TokenSequence]], packing: Packing, kinds: _Kinds, origin: Origin) -> Batch:
     """One packed row."""
-    bounds = np.cumsum([0, *(len(sequence) for _, sequence in members)])
-    used = int(bounds[-1])
+    bounds = np.cumsum([0, *(len(sequence) for _, sequence in members)]).tolist()
+    used = bounds[-1]
     is_fixed = packing.fixed_length or packing.alone
     size = packing.tokens if is_fixed else max(-(-used // packing.multiple), 1) * packing.multiple
-    tokens, labels = np.full((2, size), packing.pad_id, np.int64)
-    mask, positions = np.zeros(size, np.float32), np.arange(size) - used
-    extra = {name: np.zeros((size, *shape), dtype) for name, (dtype, shape) in kinds.items()}
-    numbers = np.full(size, -1, np.int64)
-    for start, (number, sequence) in zip(bounds.tolist(), members, strict=False):
-        stop = start + len(sequence)
-        tokens[start:stop], positions[start:stop], numbers[start:stop] = (
-            sequence.tokens,
-            np.arange(len(sequence)),
-            number,
-        )
-        labels[start : stop - 1], mask[start : stop - 1] = sequence.tokens[1:], sequence.loss_mask[1:]
-        for name, values in extra.items():
-            values[start : stop - 1] = sequence.extra[name][1:]
-    ends = bounds.tolist() + [size] * (size > used)
+    tensors = _laid_out(members, bounds, size, packing.pad_id, kinds)
+    ends = bounds + [size] * (size > used)
     if packing.alone:
-        positions, ends = np.arange(size), [0, size]
-    extra[SEQUENCE] = numbers
+        ends = [0, size]
+    positions = np.arange(size) - np.repeat(ends[:-1], np.diff(ends))
+    return _batch(tensors, positions, (1, size), Documents(tuple(ends)), origin)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).unsqueeze(0)
 
+def _laid_out(
+    members: Sequence[tuple[int, TokenSequence]],
+    starts: Sequence[int],
+    size: int,
+    pad_id: int,
+    kinds: _Kinds,
+    first: int = 0,
+) -> dict[str, np.ndarray]:
+    """Tokens, labels, loss mask and extra values of `size` places: each sequence from its token `first` on."""
+    tokens, labels = np.full((2, size), pad_id, np.int64)
+    mask, numbers = np.zeros(size, np.float32), np.full(size, -1, np.int64)
+    extra = {name: np.zeros((size, *shape), dtype) for name, (dtype, shape) in kinds.items()}
+    for start, (number, sequence) in zip(starts, members, strict=False):
+        stop = start + len(sequence) - first
+        tokens[start:stop], numbers[start:stop] = sequence.tokens[first:], number
+        # What belongs to a token stands where the token before it predicts it.
+        labels[start : stop - 1], mask[start : stop - 1] = sequence.tokens[first + 1 :], sequence.loss_mask[first + 1 :]
+        for name, values in extra.items():
+            values[start : stop - 1] = sequence.extra[name][first + 1 :]
+    return {"tokens": tokens, "labels": labels, "loss_mask": mask, **extra, SEQUENCE: numbers}
+
+
+def _batch(
+    arrays: dict[str, np.ndarray],
+    positions: np.ndarray,
+    shape: tuple[int, int],
+    documents: Documents | None,
+    origin: Origin,
+    prefix: torch.Tensor | None = None,
+) -> Batch:
+    """A micro-batch of these places, in rows."""
+    tensors = {name: torch.from_numpy(array).unflatten(0, shape) for name, array in arrays.items()}
     return Batch(
-        tokens=tensor(tokens),
-        labels=tensor(labels),
-        loss_mask=tensor(mask),
-        positions=tensor(positions),
-        documents=Documents(tuple(ends)),
+        tokens=tensors.pop("tokens"),
+        labels=tensors.pop("labels"),
+        loss_mask=tensors.pop("loss_mask"),
+        positions=torch.from_numpy(positions).view(shape),
+        documents=documents,
         origin=origin,
-        extra={name: tensor(array) for name, array in extra.items()},
+        extra=tensors,
+        prefix=prefix,
     )
